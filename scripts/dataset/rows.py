@@ -1,0 +1,120 @@
+"""Read rows from JSON, JSON Lines, CSV or Parquet as a stream, with memory that does not grow with the file.
+
+Parsing is left to `datasets` (JSON Lines, CSV, Parquet) and `ijson` (JSON arrays, which `datasets` reads whole). Both
+stop at the first malformed byte without naming the row; then a plain second reading of the file names it.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import UserError
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """Rows of a dataset file as dicts, in order. A field that a row lacks is absent or None.
+
+    Raises:
+        UserError: no such file, unknown ending, empty, not UTF-8 or malformed; file and row are named.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file. Check prepare.source.")
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a dataset file. Check prepare.source.")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: empty file.")
+    readers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: unknown ending `{path.suffix}`. Use {', '.join(readers)}.")
+    yield from reader(path)
+
+
+def _json(path: Path) -> Iterator[dict]:
+    with open(path, "rb") as handle:
+        start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if start == b"[":
+        yield from _json_array(path)
+    elif start == b"{":
+        yield from _json_lines(path)
+    else:
+        raise UserError(f"{path}: not JSON: expected an array of objects, or one object a line.")
+
+
+def _json_array(path: Path) -> Iterator[dict]:
+    import ijson
+
+    done = 0
+    try:
+        with open(path, "rb") as handle:
+            if handle.read(3) != b"\xef\xbb\xbf":
+                handle.seek(0)
+            for row in ijson.items(handle, "item", use_float=True):
+                yield row
+                done += 1
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        _check_utf8(path)
+        raise UserError(f"{path}: row {done + 1}: malformed JSON: {str(error).splitlines()[0]}.") from None
+
+
+def _streamed(path: Path, kind: str, **options) -> Iterator[dict]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    stream = datasets.load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **options)
+    yield from stream
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    try:
+        yield from _streamed(path, "json")
+    except UserError:
+        raise
+    except Exception as error:
+        with open(path, "rb") as handle:
+            for number, line in enumerate(handle, 1):
+                try:
+                    if line.strip():
+                        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                        if not isinstance(value, dict):
+                            raise UserError(f"{path}: row {number}: not an object but {type(value).__name__}.") from None
+                except UnicodeDecodeError as bad:
+                    raise UserError(f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8.") from None
+                except json.JSONDecodeError as bad:
+                    raise UserError(f"{path}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _csv(path: Path) -> Iterator[dict]:
+    _check_utf8(path)
+    import datasets
+
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        columns = next(csv.reader(handle), [])
+    if len(set(columns)) != len(columns) or not all(columns):
+        raise UserError(f"{path}: row 1: the header has an empty or repeated column name: {', '.join(columns)}.")
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    try:
+        yield from _streamed(path, "csv", features=features, keep_default_na=False, encoding="utf-8-sig")
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(f"{path}: malformed CSV: {reason[0] if reason else type(error).__name__}") from None
+
+
+def _parquet(path: Path) -> Iterator[dict]:
+    try:
+        yield from _streamed(path, "parquet")
+    except Exception as error:
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _check_utf8(path: Path) -> None:
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}: line {number}: not UTF-8 text (byte {error.start} of the line: 0x{line[error.start]:02x}). Save the file as UTF-8."
+                ) from None

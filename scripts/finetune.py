@@ -1,0 +1,514 @@
+"""Fine-tune the base model with LoRA or QLoRA; save a PEFT adapter.
+
+    python scripts/finetune.py --params params.yaml --base build/base --dataset build/dataset --output build/adapter \\
+        --train-loss results/train_loss.csv --eval-loss results/eval_loss.csv --checkpoints build/checkpoints
+
+Reads the section `finetune`, the base model and the tokenized train and eval splits. Writes adapter_config.json and
+adapter_model.safetensors as `PeftModel.from_pretrained` loads them, and the loss curves. Killed at any moment and
+started again, it goes on from its last checkpoint; a checkpoint of other inputs or parameters is never used.
+
+The same inputs give the same bytes on one machine: batches, dropout and learning rate are functions of the step alone,
+so a resumed run and an undisturbed one do the same arithmetic.
+"""
+
+import csv
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from common import cli, outputs, params
+from common.errors import UserError
+
+IGNORED = -100
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
+
+
+class Data:
+    """Sequences of one split, held as flat arrays: 8 bytes a token."""
+
+    def __init__(self, path: Path):
+        import pyarrow.parquet
+
+        if not path.exists():
+            raise UserError(f"{path}: no such file. Build it with `snakemake --cores all build/dataset`.")
+        table = pyarrow.parquet.read_table(path)
+        ids, labels = table["input_ids"].combine_chunks(), table["labels"].combine_chunks()
+        self.masked = "attention_mask" in table.column_names
+        self.rows = table["row"].to_numpy()
+        self.offsets = ids.offsets.to_numpy()
+        self.ids, self.labels = ids.values.to_numpy(), labels.values.to_numpy()
+        self.lengths = np.diff(self.offsets)
+        if self.masked:
+            mask = table["attention_mask"].combine_chunks()
+            self.real = np.add.reduceat(mask.values.to_numpy().astype(np.int64), self.offsets[:-1]) if len(mask) else self.lengths
+        else:
+            self.real = self.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, chosen: np.ndarray, device) -> dict:
+        """Right-padded tensors of some sequences.
+
+        Returns:
+            input_ids int64 [batch, time], labels int64 [batch, time] (-100 where there is no loss), attention_mask int64
+            [batch, time] or None, tokens: how many of them are real.
+        """
+        import torch
+
+        longest = int(self.lengths[chosen].max())
+        ids = np.zeros((len(chosen), longest), dtype=np.int64)
+        labels = np.full((len(chosen), longest), IGNORED, dtype=np.int64)
+        for i, one in enumerate(chosen):
+            start, length = self.offsets[one], self.lengths[one]
+            ids[i, :length] = self.ids[start : start + length]
+            labels[i, :length] = self.labels[start : start + length]
+        mask = None
+        if self.masked and (self.real[chosen] < longest).any():
+            mask = torch.from_numpy((np.arange(longest) < self.real[chosen][:, None]).astype(np.int64)).to(device)
+        return {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "labels": torch.from_numpy(labels).to(device),
+            "attention_mask": mask,
+            "tokens": int(self.real[chosen].sum()),
+        }
+
+
+def epoch_order(lengths: np.ndarray, batch_size: int, epoch: int, seed: int, group_by_length: bool) -> list[np.ndarray]:
+    """Batches of one pass over the data, as arrays of sequence numbers; a function of its arguments alone.
+
+    With `group_by_length`, sequences are shuffled, sorted by length within groups of 32 batches, cut into batches, and
+    the batches are shuffled again: little padding, and still another order every epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    if not group_by_length:
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    group, batches = 32 * batch_size, []
+    for start in range(0, len(order), group):
+        part = order[start : start + group]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Schedule:
+    """Which batches make which optimizer step, and with what learning rate."""
+
+    def __init__(self, section: params.Finetune, lengths: np.ndarray):
+        self.section, self.lengths = section, lengths
+        self.per_epoch = math.ceil(len(lengths) / section.per_device_train_batch_size)
+        steps = math.ceil(section.num_train_epochs * self.per_epoch / section.gradient_accumulation_steps)
+        self.steps = section.max_steps or max(1, steps)
+        self._epoch, self._batches = -1, []
+        self._factor = self._learning_rate_factor()
+
+    def _learning_rate_factor(self):
+        import torch
+        from transformers import get_scheduler
+
+        # transformers' schedules are closed forms of the step; only that function is used, so nothing has to be restored.
+        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.section.learning_rate)
+        warmup = math.ceil(self.section.warmup_ratio * self.steps)
+        scheduler = get_scheduler(self.section.lr_scheduler_type, dummy, num_warmup_steps=warmup, num_training_steps=self.steps)
+        return scheduler.lr_lambdas[0]
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (from 0). Starts above 0, so that no step is lost."""
+        return self.section.learning_rate * self._factor(step + 1 if step < self.steps * self.section.warmup_ratio else step)
+
+    def batches(self, step: int) -> list[np.ndarray]:
+        """The sequence numbers of each forward pass of optimizer step `step`."""
+        found = []
+        for number in range(step * self.section.gradient_accumulation_steps, (step + 1) * self.section.gradient_accumulation_steps):
+            epoch, index = divmod(number, self.per_epoch)
+            if epoch != self._epoch:
+                size, seed = self.section.per_device_train_batch_size, self.section.data_seed
+                self._epoch, self._batches = epoch, epoch_order(self.lengths, size, epoch, seed, self.section.group_by_length)
+            found.append(self._batches[index])
+        return found
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        return step * self.section.gradient_accumulation_steps / self.per_epoch
+
+
+def pick_device():
+    """CUDA if there is a GPU, else CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device):
+    """The data type of the frozen base: `auto` is bfloat16 where there are matrix units for it, else float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def load_model(section: params.Finetune, base: Path, device):
+    """The base model with fresh adapters, ready to train.
+
+    Raises:
+        UserError: the folder is missing or damaged, or target modules match nothing.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if not (base / "config.json").exists():
+        raise UserError(f"{base}: no model here. Build it with `snakemake --cores all {base}`.")
+    dtype = pick_dtype(section.compute_dtype, device)
+    quantization = None
+    if section.method == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=section.quant_type,
+            bnb_4bit_use_double_quant=section.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if "SafetensorError" in type(error).__name__ or "safetensors" in str(error).lower():
+            raise UserError(f"{base}: truncated or corrupt weights: {error}. Fetch the model again: remove {base} and run snakemake.") from None
+        raise
+    model.requires_grad_(False)
+    torch.manual_seed(section.seed)
+    config = LoraConfig(
+        r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft = get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        raise UserError(
+            f"finetune.target_modules: {section.target_modules} matches no module of this model. Linear modules there: {', '.join(linear)}."
+        ) from error
+    if section.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The adapters stay in float32 even over a bfloat16 base (peft's default); the loss head sees label positions only.
+    return peft
+
+
+class Head:
+    """Lets the output head compute logits at label positions only.
+
+    The head is the largest matrix of a small model, and the loss is on a few tokens of each row: computing it for the
+    rest is most of the waste of a plain forward pass. A hook picks the positions as one 2-D product; everything a model
+    does to its logits afterwards stays as it is.
+    """
+
+    def __init__(self, model):
+        self.positions = None
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError("finetune: this model has no output head: it is not a causal language model.")
+        head.register_forward_pre_hook(self._pick)
+
+    def _pick(self, _module, arguments):
+        hidden = arguments[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self.positions], *arguments[1:])
+
+
+def loss_sum(peft, head: Head, batch: dict):
+    """Sum of the answer tokens' cross entropy, float32 scalar tensor, and their number."""
+    import torch
+
+    # The logits at position t predict token t+1.
+    targets = torch.full_like(batch["labels"], IGNORED)
+    targets[:, :-1] = batch["labels"][:, 1:]
+    flat = targets.reshape(-1)
+    head.positions = torch.nonzero(flat != IGNORED).squeeze(1)
+    logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    wanted = flat[head.positions]
+    return torch.nn.functional.cross_entropy(logits.reshape(len(wanted), -1).float(), wanted, reduction="sum"), len(wanted)
+
+
+def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype) -> str:
+    """Digest of everything a checkpoint depends on: parameters, base, dataset, this script and the libraries' versions."""
+    import hashlib
+
+    import peft
+    import torch
+    import transformers
+
+    parts = {
+        "params": params.as_json(section),
+        "base": outputs.folder_digest(base),
+        "dataset": outputs.folder_digest(dataset),
+        "script": outputs.sha256(Path(__file__)),
+        "dtype": str(dtype),
+        "versions": [torch.__version__, transformers.__version__, peft.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Checkpoints:
+    """The last state of this very run, in `folder/<fingerprint>/`; replaced whole, removed at the end."""
+
+    def __init__(self, folder: Path, key: str):
+        self.all, self.folder = folder, folder / key
+
+    def save(self, step: int, tensors: dict, state: dict) -> None:
+        """Write adapter, optimizer moments and curves; the previous checkpoint goes only when this one is whole."""
+        from safetensors.torch import save_file
+
+        target = self.folder / f"step-{step:08d}"
+        if target.exists():
+            return
+        with outputs.written(target) as (temporary,):
+            save_file(tensors, temporary / "tensors.safetensors")
+            outputs.write_json(temporary / "state.json", {"step": step, **state})
+        for old in self._steps()[:-1]:
+            outputs.remove(old)
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def load(self) -> tuple[dict, dict] | None:
+        """Tensors and state of the last checkpoint, or None."""
+        from safetensors.torch import load_file
+
+        found = self._steps()
+        if not found:
+            return None
+        return load_file(found[-1] / "tensors.safetensors"), json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+
+    def remove(self) -> None:
+        """All of this run's checkpoints, once its outputs are in place."""
+        outputs.remove(self.folder)
+        if self.all.is_dir() and not any(self.all.iterdir()):
+            self.all.rmdir()
+
+
+class Trainer:
+    """Model, optimizer and curves of one run."""
+
+    def __init__(self, section: params.Finetune, base: Path, dataset: Path, checkpoints: Path, job: cli.Job):
+        import torch
+
+        self.section, self.job = section, job
+        self.device = pick_device()
+        torch.use_deterministic_algorithms(True)
+        self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
+        self.schedule = Schedule(section, self.train.lengths)
+        self.checkpoints = Checkpoints(checkpoints, fingerprint(section, base, dataset, pick_dtype(section.compute_dtype, self.device)))
+        self.peft = load_model(section, base, self.device)
+        self.head = Head(self.peft.get_base_model())
+        self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=section.learning_rate,
+            betas=(section.adam_beta1, section.adam_beta2),
+            weight_decay=section.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.step, self.bad_evaluations, self.best, self.stopped = 0, 0, None, False
+        self.best_tensors: dict | None = None
+        self.train_curve: list[list] = []
+        self.eval_curve: list[list] = []
+        self.window = [0.0, 0]  # loss sum and answer tokens since the last line of the curve
+        self._resume()
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load()
+        if found is None:
+            return
+        import torch
+
+        tensors, state = found
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(tensors[f"adapter/{name}"])
+                if f"exp_avg/{name}" in tensors:
+                    self.optimizer.state[value] = {
+                        "step": tensors[f"step/{name}"],
+                        "exp_avg": tensors[f"exp_avg/{name}"].to(self.device),
+                        "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(self.device),
+                    }
+        best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
+        self.best_tensors = best or None
+        self.step, self.bad_evaluations, self.best, self.stopped = (state[key] for key in ("step", "bad_evaluations", "best", "stopped"))
+        self.train_curve, self.eval_curve, self.window = state["train_curve"], state["eval_curve"], state["window"]
+        self.job.say(f"goes on from step {self.step} of {self.schedule.steps}")
+
+    def _save(self) -> None:
+        tensors = {}
+        for name, value in self.trained.items():
+            moments = self.optimizer.state[value]
+            tensors[f"adapter/{name}"] = value.detach().contiguous()
+            tensors[f"step/{name}"] = moments["step"]
+            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        for name, value in (self.best_tensors or {}).items():
+            tensors[f"best/{name}"] = value
+        state = {"bad_evaluations": self.bad_evaluations, "best": self.best, "stopped": self.stopped, "window": self.window}
+        self.checkpoints.save(self.step, tensors, {**state, "train_curve": self.train_curve, "eval_curve": self.eval_curve})
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _optimizer_step(self) -> tuple[float, float, int]:
+        """Forward, backward and update; returns the mean loss, the learning rate and the number of real tokens."""
+        import torch
+
+        rate = self.schedule.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        chosen = self.schedule.batches(self.step)
+        batches = [self.train.batch(one, self.device) for one in chosen]
+        wanted = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            # Dropout depends on the step alone, so that a resumed run draws what an undisturbed one does.
+            torch.manual_seed((self.section.seed * 1_000_003 + self.step * 1009 + number) % 2**63)
+            loss, _ = loss_sum(self.peft, self.head, batch)
+            (loss / wanted).backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            rows = sorted(int(row) for one in chosen for row in self.train.rows[one])
+            raise UserError(
+                f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, rows[:32]))} of the dataset). Lower "
+                "finetune.learning_rate, set max_grad_norm, or look at these rows."
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.section.max_grad_norm or math.inf)
+        if not math.isfinite(float(norm)):
+            raise UserError(f"the gradient is not finite at step {self.step + 1}. Lower finetune.learning_rate.")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window[0] += total
+        self.window[1] += wanted
+        return total / wanted, rate, sum(batch["tokens"] for batch in batches)
+
+    def evaluate(self) -> float | None:
+        """Mean cross entropy per answer token on the eval split; None if it is empty."""
+        import torch
+
+        if not len(self.eval):
+            return None
+        self.peft.eval()
+        total, count = 0.0, 0
+        order = np.argsort(-self.eval.lengths, kind="stable")
+        size = self.section.per_device_train_batch_size
+        with torch.no_grad():
+            for start in range(0, len(order), size):
+                loss, wanted = loss_sum(self.peft, self.head, self.eval.batch(order[start : start + size], self.device))
+                total, count = total + loss.item(), count + wanted
+        self.peft.train()
+        return total / count
+
+    def _note_evaluation(self) -> None:
+        loss = self.evaluate()
+        if loss is None:
+            return
+        self.eval_curve.append([self.step, round(self.schedule.epoch(self.step), 4), round(loss, 6)])
+        if not self.section.early_stopping_patience:
+            return
+        if self.best is None or loss < self.best - self.section.early_stopping_threshold:
+            self.best, self.bad_evaluations = loss, 0
+            self.best_tensors = {name: value.detach().clone() for name, value in self.trained.items()}
+        else:
+            self.bad_evaluations += 1
+            self.stopped = self.bad_evaluations >= self.section.early_stopping_patience
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict:
+        """All remaining steps. Returns steps, tokens, seconds and the final losses."""
+        section, total = self.section, self.schedule.steps
+        self.peft.train()
+        began, tokens, loss = time.monotonic(), 0, float("nan")
+        with self.job.progress(total, "steps", initial=self.step) as bar:
+            while self.step < total and not self.stopped:
+                loss, rate, count = self._optimizer_step()
+                self.step += 1
+                tokens += count
+                last = self.step == total
+                if self.step % section.logging_steps == 0 or last:
+                    mean = self.window[0] / self.window[1]
+                    self.train_curve.append([self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")])
+                    self.window = [0.0, 0]
+                if last or (section.eval_steps and self.step % section.eval_steps == 0):
+                    self._note_evaluation()
+                if self.step % section.save_steps == 0 and not last:
+                    self._save()
+                bar.update(1, loss=f"{loss:.3f}", **{"tokens/s": f"{tokens / (time.monotonic() - began):.0f}"})
+        if self.best_tensors is not None:
+            import torch
+
+            with torch.no_grad():
+                for name, value in self.trained.items():
+                    value.copy_(self.best_tensors[name])
+        seconds = time.monotonic() - began
+        return {"steps": self.step, "tokens": tokens, "seconds": seconds, "stopped": self.stopped}
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as PEFT does, without what differs between runs (order of sets, its model card)."""
+        self.peft.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in config.items():
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                config[key] = sorted(value)
+        outputs.write_json(path, dict(sorted(config.items())))
+
+
+def write_curve(path: Path, header: list[str], lines: list[list]) -> None:
+    """A loss curve as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="the base model's folder")
+    parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the adapter to")
+    parser.add_argument("--train-loss", type=Path, required=True, help="CSV file for the training loss")
+    parser.add_argument("--eval-loss", type=Path, required=True, help="CSV file for the loss on the eval split")
+    parser.add_argument("--checkpoints", type=Path, default=Path("build/checkpoints"), help="folder for checkpoints")
+    args = parser.parse_args(argv)
+    with cli.job("finetune", args.log) as job:
+        section = params.section(args.params, "finetune")
+        with outputs.written(args.output, [args.train_loss, args.eval_loss]) as (folder, train_loss, eval_loss):
+            trainer = Trainer(section, args.base, args.dataset, args.checkpoints, job)
+            job.log(f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, {trainer.schedule.steps} steps")
+            done = trainer.run()
+            trainer.save_adapter(folder)
+            write_curve(train_loss, ["step", "epoch", "loss", "learning_rate"], trainer.train_curve)
+            write_curve(eval_loss, ["step", "epoch", "loss"], trainer.eval_curve)
+        trainer.checkpoints.remove()
+        end = f", eval loss {trainer.eval_curve[-1][2]:.3f}" if trainer.eval_curve else ""
+        early = " (stopped early)" if done["stopped"] else ""
+        speed = done["tokens"] / done["seconds"] if done["seconds"] else 0
+        job.say(f"{done['steps']} steps{early}, loss {trainer.train_curve[-1][2]:.3f}{end}, {speed:.0f} tokens/s, {job.seconds():.0f} s: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
