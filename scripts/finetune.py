@@ -44,7 +44,11 @@ class Data:
         self.lengths = np.diff(self.offsets)
         if self.masked:
             mask = table["attention_mask"].combine_chunks()
-            self.real = np.add.reduceat(mask.values.to_numpy().astype(np.int64), self.offsets[:-1]) if len(mask) else self.lengths
+            self.real = (
+                np.add.reduceat(mask.values.to_numpy().astype(np.int64), self.offsets[:-1])
+                if len(mask)
+                else self.lengths
+            )
         else:
             self.real = self.lengths
 
@@ -114,21 +118,30 @@ class Schedule:
         # transformers' schedules are closed forms of the step; only that function is used, so nothing has to be restored.
         dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.section.learning_rate)
         warmup = math.ceil(self.section.warmup_ratio * self.steps)
-        scheduler = get_scheduler(self.section.lr_scheduler_type, dummy, num_warmup_steps=warmup, num_training_steps=self.steps)
+        scheduler = get_scheduler(
+            self.section.lr_scheduler_type, dummy, num_warmup_steps=warmup, num_training_steps=self.steps
+        )
         return scheduler.lr_lambdas[0]
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0). Starts above 0, so that no step is lost."""
-        return self.section.learning_rate * self._factor(step + 1 if step < self.steps * self.section.warmup_ratio else step)
+        return self.section.learning_rate * self._factor(
+            step + 1 if step < self.steps * self.section.warmup_ratio else step
+        )
 
     def batches(self, step: int) -> list[np.ndarray]:
         """The sequence numbers of each forward pass of optimizer step `step`."""
         found = []
-        for number in range(step * self.section.gradient_accumulation_steps, (step + 1) * self.section.gradient_accumulation_steps):
+        for number in range(
+            step * self.section.gradient_accumulation_steps, (step + 1) * self.section.gradient_accumulation_steps
+        ):
             epoch, index = divmod(number, self.per_epoch)
             if epoch != self._epoch:
                 size, seed = self.section.per_device_train_batch_size, self.section.data_seed
-                self._epoch, self._batches = epoch, epoch_order(self.lengths, size, epoch, seed, self.section.group_by_length)
+                self._epoch, self._batches = (
+                    epoch,
+                    epoch_order(self.lengths, size, epoch, seed, self.section.group_by_length),
+                )
             found.append(self._batches[index])
         return found
 
@@ -188,7 +201,9 @@ def load_model(section: params.Finetune, base: Path, device):
         )
     except (OSError, ValueError, RuntimeError) as error:
         if "SafetensorError" in type(error).__name__ or "safetensors" in str(error).lower():
-            raise UserError(f"{base}: truncated or corrupt weights: {error}. Fetch the model again: remove {base} and run snakemake.") from None
+            raise UserError(
+                f"{base}: truncated or corrupt weights: {error}. Fetch the model again: remove {base} and run snakemake."
+            ) from None
         raise
     model.requires_grad_(False)
     torch.manual_seed(section.seed)
@@ -202,7 +217,9 @@ def load_model(section: params.Finetune, base: Path, device):
     try:
         peft = get_peft_model(model, config)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        )
         raise UserError(
             f"finetune.target_modules: {section.target_modules} matches no module of this model. Linear modules there: {', '.join(linear)}."
         ) from error
@@ -244,7 +261,9 @@ def loss_sum(peft, head: Head, batch: dict):
     head.positions = torch.nonzero(flat != IGNORED).squeeze(1)
     logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     wanted = flat[head.positions]
-    return torch.nn.functional.cross_entropy(logits.reshape(len(wanted), -1).float(), wanted, reduction="sum"), len(wanted)
+    return torch.nn.functional.cross_entropy(logits.reshape(len(wanted), -1).float(), wanted, reduction="sum"), len(
+        wanted
+    )
 
 
 def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype) -> str:
@@ -295,7 +314,9 @@ class Checkpoints:
         found = self._steps()
         if not found:
             return None
-        return load_file(found[-1] / "tensors.safetensors"), json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        return load_file(found[-1] / "tensors.safetensors"), json.loads(
+            (found[-1] / "state.json").read_text(encoding="utf-8")
+        )
 
     def remove(self) -> None:
         """All of this run's checkpoints, once its outputs are in place."""
@@ -315,7 +336,9 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
         self.schedule = Schedule(section, self.train.lengths)
-        self.checkpoints = Checkpoints(checkpoints, fingerprint(section, base, dataset, pick_dtype(section.compute_dtype, self.device)))
+        self.checkpoints = Checkpoints(
+            checkpoints, fingerprint(section, base, dataset, pick_dtype(section.compute_dtype, self.device))
+        )
         self.peft = load_model(section, base, self.device)
         self.head = Head(self.peft.get_base_model())
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
@@ -353,7 +376,9 @@ class Trainer:
                     }
         best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
         self.best_tensors = best or None
-        self.step, self.bad_evaluations, self.best, self.stopped = (state[key] for key in ("step", "bad_evaluations", "best", "stopped"))
+        self.step, self.bad_evaluations, self.best, self.stopped = (
+            state[key] for key in ("step", "bad_evaluations", "best", "stopped")
+        )
         self.train_curve, self.eval_curve, self.window = state["train_curve"], state["eval_curve"], state["window"]
         self.job.say(f"goes on from step {self.step} of {self.schedule.steps}")
 
@@ -366,8 +391,15 @@ class Trainer:
             tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         for name, value in (self.best_tensors or {}).items():
             tensors[f"best/{name}"] = value
-        state = {"bad_evaluations": self.bad_evaluations, "best": self.best, "stopped": self.stopped, "window": self.window}
-        self.checkpoints.save(self.step, tensors, {**state, "train_curve": self.train_curve, "eval_curve": self.eval_curve})
+        state = {
+            "bad_evaluations": self.bad_evaluations,
+            "best": self.best,
+            "stopped": self.stopped,
+            "window": self.window,
+        }
+        self.checkpoints.save(
+            self.step, tensors, {**state, "train_curve": self.train_curve, "eval_curve": self.eval_curve}
+        )
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -449,7 +481,9 @@ class Trainer:
                 last = self.step == total
                 if self.step % section.logging_steps == 0 or last:
                     mean = self.window[0] / self.window[1]
-                    self.train_curve.append([self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")])
+                    self.train_curve.append(
+                        [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
+                    )
                     self.window = [0.0, 0]
                 if last or (section.eval_steps and self.step % section.eval_steps == 0):
                     self._note_evaluation()
@@ -498,7 +532,9 @@ def main(argv: list[str] | None = None) -> None:
         section = params.section(args.params, "finetune")
         with outputs.written(args.output, [args.train_loss, args.eval_loss]) as (folder, train_loss, eval_loss):
             trainer = Trainer(section, args.base, args.dataset, args.checkpoints, job)
-            job.log(f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, {trainer.schedule.steps} steps")
+            job.log(
+                f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, {trainer.schedule.steps} steps"
+            )
             done = trainer.run()
             trainer.save_adapter(folder)
             write_curve(train_loss, ["step", "epoch", "loss", "learning_rate"], trainer.train_curve)
@@ -507,7 +543,9 @@ def main(argv: list[str] | None = None) -> None:
         end = f", eval loss {trainer.eval_curve[-1][2]:.3f}" if trainer.eval_curve else ""
         early = " (stopped early)" if done["stopped"] else ""
         speed = done["tokens"] / done["seconds"] if done["seconds"] else 0
-        job.say(f"{done['steps']} steps{early}, loss {trainer.train_curve[-1][2]:.3f}{end}, {speed:.0f} tokens/s, {job.seconds():.0f} s: {args.output}")
+        job.say(
+            f"{done['steps']} steps{early}, loss {trainer.train_curve[-1][2]:.3f}{end}, {speed:.0f} tokens/s, {job.seconds():.0f} s: {args.output}"
+        )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ class Adapter:
         check_safetensors(weights)
         self.config = json.loads(config_path.read_text(encoding="utf-8"))
         if self.config.get("peft_type") != "LORA":
-            raise UserError(f"{config_path}: peft_type {self.config.get('peft_type')} cannot be merged here; only LORA can.")
+            raise UserError(
+                f"{config_path}: peft_type {self.config.get('peft_type')} cannot be merged here; only LORA can."
+            )
         for key in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
             if self.config.get(key):
                 raise UserError(f"{config_path}: {key} is set; such an adapter cannot be merged tensor by tensor.")
@@ -52,7 +54,9 @@ class Adapter:
         for name in self.file.keys():
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
             if not match:
-                raise UserError(f"{weights}: tensor {name} is not the A or B matrix of a linear layer; it cannot be merged here.")
+                raise UserError(
+                    f"{weights}: tensor {name} is not the A or B matrix of a linear layer; it cannot be merged here."
+                )
             target = match[1] + ".weight"
             pair = self.pairs.get(target, ("", ""))
             self.pairs[target] = (name, pair[1]) if match[2] == "A" else (pair[0], name)
@@ -73,14 +77,18 @@ class Adapter:
             raise UserError(f"the adapter has only one of the two matrices for {target}. Build the adapter again.")
         a, b = self.file.get_tensor(name_a).float(), self.file.get_tensor(name_b).float()
         update = b @ a
-        return (update.T if self.config.get("fan_in_fan_out") else update) * self.scaling(target.removesuffix(".weight"))
+        return (update.T if self.config.get("fan_in_fan_out") else update) * self.scaling(
+            target.removesuffix(".weight")
+        )
 
 
 def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
     """The 4-bit weight that QLoRA trains on, dequantized (Dettmers et al. 2023, arXiv:2305.14314); float32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(tensor.to(compute_dtype).contiguous(), quant_type=quant_type, compress_statistics=double_quant)
+    packed, state = quantize_4bit(
+        tensor.to(compute_dtype).contiguous(), quant_type=quant_type, compress_statistics=double_quant
+    )
     return dequantize_4bit(packed, state).float()
 
 
@@ -114,13 +122,17 @@ def merge_shard(source: Path, target: Path, adapter: Adapter, dtype: str, rebuil
                 base = rebuild(tensor) if rebuild else tensor.float()
                 update = adapter.delta(where[name])
                 if update.shape != base.shape:
-                    raise UserError(f"the adapter's update of {name} is {tuple(update.shape)}, the weight is {tuple(base.shape)}: it belongs to another base model.")
+                    raise UserError(
+                        f"the adapter's update of {name} is {tuple(update.shape)}, the weight is {tuple(base.shape)}: it belongs to another base model."
+                    )
                 tensor = (base + update).to(tensor.dtype)
             if tensor.is_floating_point():
                 tensor = tensor.to(getattr(torch, DTYPES[written[name]]))
                 if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
                     bad = int((~torch.isfinite(tensor)).sum())
-                    raise UserError(f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate.")
+                    raise UserError(
+                        f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
+                    )
             out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
             bar.update(1)
 
@@ -138,11 +150,15 @@ def match_weights(adapter: Adapter, files: list[Path]) -> dict[str, str]:
     names = {name for file in files for name in check_safetensors(file)}
     missing = sorted(set(adapter.pairs) - names)
     if missing:
-        raise UserError(f"the base model has no tensor {missing[0]} ({len(missing)} of the adapter's {len(adapter.pairs)} are missing): it is another base model.")
+        raise UserError(
+            f"the base model has no tensor {missing[0]} ({len(missing)} of the adapter's {len(adapter.pairs)} are missing): it is another base model."
+        )
     return {name: name for name in adapter.pairs}
 
 
-def merge(section: params.Merge, finetune: params.Finetune, base: Path, adapter_folder: Path, target: Path, job: cli.Job) -> None:
+def merge(
+    section: params.Merge, finetune: params.Finetune, base: Path, adapter_folder: Path, target: Path, job: cli.Job
+) -> None:
     """Write the merged model into `target`."""
     files = weight_files(base)
     adapter = Adapter(adapter_folder)
@@ -180,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         everything = params.load(args.params)
         with outputs.written(args.output) as (folder,):
             merge(everything.merge, everything.finetune, args.base, args.adapter, folder, job)
-        job.say(f"merged model in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.1f} s)")
+        job.say(
+            f"merged model in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.1f} s)"
+        )
 
 
 if __name__ == "__main__":

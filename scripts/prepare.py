@@ -39,7 +39,9 @@ class Form:
         self.special_tokens = True  # the tokenizer adds its own begin token, as for any text
         if section.messages is not None:
             if not tokenizer.chat_template:
-                raise UserError("prepare.messages: the base model's tokenizer has no chat template. Use text_template instead.")
+                raise UserError(
+                    "prepare.messages: the base model's tokenizer has no chat template. Use text_template instead."
+                )
             self.special_tokens = False  # the chat template writes them
         if self.column:
             self.fields, self.head, self.tail, self.answer = [self.column], None, None, None
@@ -63,7 +65,9 @@ class Form:
         head = self.tokenizer.apply_chat_template(marked[:-1], tokenize=False, add_generation_prompt=True)
         whole = self.tokenizer.apply_chat_template(marked, tokenize=False)
         if not whole.startswith(head):
-            raise UserError("prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template.")
+            raise UserError(
+                "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
+            )
         pieces = []
         for text in (head, whole[len(head) :].rstrip("\n")):
             text = text.replace("{", "{{").replace("}", "}}")
@@ -82,7 +86,9 @@ class Form:
         head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
         if not whole.startswith(head):
-            raise UserError("prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template.")
+            raise UserError(
+                "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
+            )
         own = "\n".join(turn["content"] for turn in turns[:-1])
         return head, whole[len(head) :].rstrip("\n"), own
 
@@ -101,7 +107,9 @@ def problems(row: object, form: Form) -> list[str]:
         elif not isinstance(value, str):
             found.append(f"field `{name}` is {type(value).__name__}, not text: {json.dumps(value, default=str)[:60]}")
         elif "\ufffd" in value:
-            found.append(f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly")
+            found.append(
+                f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
+            )
         elif name == form.answer and not value.strip():
             found.append(f"field `{name}` is an empty answer")
     return found
@@ -111,7 +119,11 @@ def _chat_problems(name: str, value: object) -> list[str]:
     if not isinstance(value, list) or not value:
         return [f"field `{name}` is not a list of messages"]
     for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("role"), str)
+            or not isinstance(turn.get("content"), str)
+        ):
             return [f"field `{name}` has a message without text in `role` and `content`"]
     if value[-1]["role"] != "assistant":
         return [f"field `{name}` does not end with the assistant's turn"]
@@ -146,10 +158,16 @@ def read_valid(file: str, form: Form) -> Iterator[Row]:
         if not seen[name]:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise UserError(f"{file}: the template's field `{name}` is in no row. Fields there: {', '.join(columns) or 'none'}.{hint}")
+            raise UserError(
+                f"{file}: the template's field `{name}` is in no row. Fields there: {', '.join(columns) or 'none'}.{hint}"
+            )
     if bad:
         more = f"\n  and {count - len(bad)} more" if count > len(bad) else ""
-        raise UserError(f"{file}: {count} bad value{'s' if count > 1 else ''} in {number} rows; mend them and run again.\n" + "\n".join(bad) + more)
+        raise UserError(
+            f"{file}: {count} bad value{'s' if count > 1 else ''} in {number} rows; mend them and run again.\n"
+            + "\n".join(bad)
+            + more
+        )
 
 
 def assign_splits(names: list[str], codes: np.ndarray, section: params.Prepare, stratify: bool) -> np.ndarray:
@@ -220,7 +238,9 @@ class Tokenize:
             pairs.append((kept, tail))
         if cut:
             more = f"\n  and {len(cut) - SHOWN} more" if len(cut) > SHOWN else ""
-            raise UserError(f"prepare.max_seq_len: {limit} tokens cut off an answer; raise it.\n" + "\n".join(cut[:SHOWN]) + more)
+            raise UserError(
+                f"prepare.max_seq_len: {limit} tokens cut off an answer; raise it.\n" + "\n".join(cut[:SHOWN]) + more
+            )
         return pairs
 
 
@@ -233,7 +253,13 @@ class Writer:
 
         self.arrow, self.section, self.pad_id, self.join = pyarrow, section, pad_id, join
         ids = pyarrow.list_(pyarrow.int32())
-        fields = [("row", pyarrow.int64()), ("prompt", pyarrow.string()), ("answer", pyarrow.string()), ("input_ids", ids), ("labels", ids)]
+        fields = [
+            ("row", pyarrow.int64()),
+            ("prompt", pyarrow.string()),
+            ("answer", pyarrow.string()),
+            ("input_ids", ids),
+            ("labels", ids),
+        ]
         if section.use_attention_mask:
             fields.append(("attention_mask", pyarrow.list_(pyarrow.int8())))
         self.schema = pyarrow.schema(fields)
@@ -276,7 +302,14 @@ class Writer:
             self.tokens += len(ids)
             self.answer_tokens += sum(label != IGNORED for label in labels)
             padding = self.section.max_seq_len - len(ids) if self.section.pad_to_max_len else 0
-            values = [number, prompt, answer, ids + [self.pad_id] * padding, labels + [IGNORED] * padding, [1] * len(ids) + [0] * padding]
+            values = [
+                number,
+                prompt,
+                answer,
+                ids + [self.pad_id] * padding,
+                labels + [IGNORED] * padding,
+                [1] * len(ids) + [0] * padding,
+            ]
             for name, value in zip(self.schema.names, values, strict=False):
                 columns[name].append(value)
         self.file.write_table(self.arrow.table(columns, schema=self.schema))
@@ -357,10 +390,14 @@ def drop_duplicates(section: params.Prepare, store: Store, split: np.ndarray) ->
         shown = []
         for number, other in copies[:SHOWN]:
             row, held = store.row(number), store.row(other)
-            shown.append(f"  {row.file}: row {row.line} ({SPLITS[split[number]]}) repeats {held.file}: row {held.line} ({SPLITS[split[other]]})")
+            shown.append(
+                f"  {row.file}: row {row.line} ({SPLITS[split[number]]}) repeats {held.file}: row {held.line} ({SPLITS[split[other]]})"
+            )
         more = f"\n  and {len(copies) - SHOWN} more" if len(copies) > SHOWN else ""
         raise UserError(
-            f"prepare.duplicates: {len(copies)} rows repeat held-out rows. Remove them, or set duplicates: remove.\n" + "\n".join(shown) + more
+            f"prepare.duplicates: {len(copies)} rows repeat held-out rows. Remove them, or set duplicates: remove.\n"
+            + "\n".join(shown)
+            + more
         )
     split[[number for number, _ in copies]] = -1
     return len(copies)
@@ -382,7 +419,10 @@ def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> 
 
         tokenize = Tokenize(section, tokenizer, form.special_tokens)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        writers = [Writer(folder / f"{name}.parquet", section, pad_id, section.strategy == "join" and name != "test") for name in SPLITS]
+        writers = [
+            Writer(folder / f"{name}.parquet", section, pad_id, section.strategy == "join" and name != "test")
+            for name in SPLITS
+        ]
         with job.progress(int((split >= 0).sum()), "rows") as bar:
             for numbers, batch in store.batches(BATCH):
                 for index, writer in enumerate(writers):
@@ -410,9 +450,14 @@ def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> 
     per_label = {}
     for index, name in enumerate(SPLITS):
         numbers, amounts = np.unique(codes[split == index], return_counts=True)
-        per_label[name] = {answers[code]: int(amount) for code, amount in zip(numbers, amounts, strict=True)} if labels else {}
+        per_label[name] = (
+            {answers[code]: int(amount) for code, amount in zip(numbers, amounts, strict=True)} if labels else {}
+        )
     return {
-        "source": {name: {"path": file, "sha256": outputs.sha256(Path(file)), "size_bytes": Path(file).stat().st_size} for name, file in files.items()},
+        "source": {
+            name: {"path": file, "sha256": outputs.sha256(Path(file)), "size_bytes": Path(file).stat().st_size}
+            for name, file in files.items()
+        },
         "rows": {"read": len(split), **{name: int((split == index).sum()) for index, name in enumerate(SPLITS)}},
         "sequences": {name: sum(writer.lengths.values()) for name, writer in zip(SPLITS, writers, strict=True)},
         "tokens": {name: writer.tokens for name, writer in zip(SPLITS, writers, strict=True)},

@@ -133,7 +133,9 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
     else:
         terminal = sys.stderr
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
+    )
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     current = Job(name, terminal, log_path)
     try:

@@ -15,7 +15,9 @@ def refuse_existing(*paths: Path) -> None:
     """Raise UserError if an output is already there: a script never overwrites."""
     for path in paths:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{path} already exists. Remove it first, or let `snakemake` decide whether to build it again.")
+            raise UserError(
+                f"{path} already exists. Remove it first, or let `snakemake` decide whether to build it again."
+            )
 
 
 @contextlib.contextmanager

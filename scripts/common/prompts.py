@@ -45,7 +45,9 @@ def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
         raise UserError("prepare.text_template: no placeholder such as {phrase} in it.")
     answer = answer or names[-1]
     if answer not in names:
-        raise UserError(f"prepare.answer: `{answer}` is not a placeholder of text_template. Placeholders: {', '.join(names)}.")
+        raise UserError(
+            f"prepare.answer: `{answer}` is not a placeholder of text_template. Placeholders: {', '.join(names)}."
+        )
     head, _, tail = template.partition("{" + answer + "}")
     if not head.strip():
         raise UserError("prepare.text_template: nothing stands before the answer, so there is no prompt.")

@@ -93,7 +93,11 @@ def copies_of_held_out(store, split: np.ndarray, threshold: float) -> list[tuple
         last = np.stack([np.searchsorted(table[:, b], batch[:, b], "right") for b in range(BANDS)], axis=1)
         for i in np.flatnonzero((last > first).any(axis=1)):
             number, row = chosen[i]
-            candidates = {int(owner[order[k, b]]) for b in range(BANDS) for k in range(first[i, b], min(last[i, b], first[i, b] + 50))}
+            candidates = {
+                int(owner[order[k, b]])
+                for b in range(BANDS)
+                for k in range(first[i, b], min(last[i, b], first[i, b] + 50))
+            }
             for other in sorted(candidates):
                 if split[other] <= split[number]:
                     continue

@@ -78,9 +78,13 @@ def _json_lines(path: Path) -> Iterator[dict]:
                     if line.strip():
                         value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                         if not isinstance(value, dict):
-                            raise UserError(f"{path}: row {number}: not an object but {type(value).__name__}.") from None
+                            raise UserError(
+                                f"{path}: row {number}: not an object but {type(value).__name__}."
+                            ) from None
                 except UnicodeDecodeError as bad:
-                    raise UserError(f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8.") from None
+                    raise UserError(
+                        f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8."
+                    ) from None
                 except json.JSONDecodeError as bad:
                     raise UserError(f"{path}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
         raise UserError(f"{path}: cannot be read: {error}") from None

@@ -55,7 +55,9 @@ class Store:
         rows = iter(rows)
         while batch := list(islice(rows, 4096)):
             start = len(self)
-            self.database.executemany("INSERT INTO rows VALUES (?,?,?,?,?,?)", ((start + i, *row) for i, row in enumerate(batch)))
+            self.database.executemany(
+                "INSERT INTO rows VALUES (?,?,?,?,?,?)", ((start + i, *row) for i, row in enumerate(batch))
+            )
             self.hashes.extend(xxhash.xxh3_64_intdigest(normalized(row.text).encode()) for row in batch)
             self.codes.extend(self._code(row.answer) for row in batch)
         return len(self) - before
@@ -88,7 +90,8 @@ class Store:
         """All rows in order, `size` at a time, with their numbers."""
         for start in range(0, len(self), size):
             found = self.database.execute(
-                "SELECT file,line,prompt,answer,text FROM rows WHERE number>=? AND number<? ORDER BY number", (start, start + size)
+                "SELECT file,line,prompt,answer,text FROM rows WHERE number>=? AND number<? ORDER BY number",
+                (start, start + size),
             )
             rows = [Row(*values) for values in found]
             yield np.arange(start, start + len(rows)), rows

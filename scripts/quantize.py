@@ -1,0 +1,193 @@
+"""Export a model folder to ONNX with the ONNX Runtime GenAI model builder, and prove that the export works.
+
+    python scripts/quantize.py --params params.yaml --model build/merged --output build/onnx-int4
+
+Reads the section `quantize` and a model folder in Hugging Face layout. Writes what onnxruntime-genai loads: model.onnx,
+model.onnx.data, genai_config.json and the tokenizer. The builder ignores options it does not know and can write graphs
+that do not load, both with exit code 0; so the written graph is compared with what was asked for, and the model is
+loaded and made to generate before the output counts as built.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from common import cli, outputs, params
+from common.errors import UserError
+from fetch_model import weight_files
+
+
+def builder_options(section: params.Quantize) -> dict[str, str]:
+    """The builder's extra options (onnxruntime-genai 0.18 names), as KEY=VALUE text values."""
+    options: dict[str, object] = {"hf_token": "false"}
+    if section.precision in ("int4", "int8"):
+        options |= {
+            "block_size": section.block_size,
+            "is_symmetric": str(section.is_symmetric).lower(),
+            "accuracy_level": section.accuracy_level,
+        }
+    if section.precision == "int4":
+        options["algo_config"] = section.algo_config
+        if section.matmul_mixed_precision:
+            options["matmul_mixed_precision"] = section.matmul_mixed_precision.replace(" ", "")
+    if section.op_types_to_quantize:
+        options["op_types_to_quantize"] = "/".join(section.op_types_to_quantize)
+    if section.nodes_to_exclude:
+        options["nodes_to_exclude"] = ",".join(section.nodes_to_exclude)
+    if section.shared_embeddings is not None:
+        options["shared_embeddings"] = str(section.shared_embeddings).lower()
+    return {key: str(value) for key, value in options.items()}
+
+
+def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -> None:
+    """Run the model builder in this process; its output goes to the log.
+
+    Raises:
+        UserError: the builder refused the model or the options; its reason is passed on.
+    """
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    extra = [f"{key}={value}" for key, value in builder_options(section).items()]
+    where = ("", str(model), str(target), section.precision, section.execution_provider, str(scratch))
+    try:
+        create_model(*where, **parse_extra_options(*where, extra))
+    except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError) as error:
+        raise UserError(
+            f"the model builder refused {model}: {type(error).__name__}: {error}. Check the section quantize, or the model's architecture."
+        ) from error
+
+
+def check_graph(section: params.Quantize, folder: Path) -> dict:
+    """Compare the written graph with what was asked for.
+
+    Returns:
+        What is there: number of quantized nodes by bits, plain matrix products, block sizes.
+
+    Raises:
+        UserError: bits, block size, symmetry, accuracy level, mixed precision or excluded nodes differ from the request.
+    """
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    attributes = {
+        node.name: {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT} for node in nodes
+    }
+    bits = Counter(values["bits"] for values in attributes.values())
+    gathers = sum(node.op_type == "GatherBlockQuantized" for node in graph.node)
+    found = {
+        "quantized_matmuls_by_bits": {str(key): bits[key] for key in sorted(bits)},
+        "block_sizes": sorted({values["block_size"] for values in attributes.values()}),
+        "plain_matmuls": sum(node.op_type == "MatMul" for node in graph.node),
+        "quantized_gathers": gathers,
+    }
+    wrong = []
+    if section.precision in ("fp16", "fp32"):
+        if nodes:
+            wrong.append(f"precision {section.precision} was asked for, but {len(nodes)} products are quantized")
+        wanted = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}[section.precision]
+        kinds = {
+            tensor.data_type
+            for tensor in graph.initializer
+            if len(tensor.dims) == 2 and tensor.data_type in (1, 10, 16)
+        }
+        if kinds - {wanted}:
+            wrong.append(f"precision {section.precision} was asked for, but some weights have another type")
+    else:
+        wanted_bits = {"int4": 4, "int8": 8}[section.precision]
+        mixed = section.matmul_mixed_precision or "" if section.precision == "int4" else ""
+        if not bits[wanted_bits]:
+            wrong.append(f"precision {section.precision} was asked for, but no product has {wanted_bits} bits")
+        head = {name for name in attributes if "lm_head" in name}
+        eight = {name for name, values in attributes.items() if values["bits"] == 8}
+        if wanted_bits == 4:
+            if "last_matmul:int8" in mixed and not head & eight:
+                wrong.append("last_matmul:int8 was asked for, but the output head is not in 8 bits")
+            if "mixed_layers:int8" in mixed and not eight - head:
+                wrong.append("mixed_layers:int8 was asked for, but no layer is in 8 bits")
+            if not mixed and eight:
+                wrong.append(f"no mixed precision was asked for, but {len(eight)} products are in 8 bits")
+        if any(values["block_size"] != section.block_size for values in attributes.values()):
+            wrong.append(f"block_size {section.block_size} was asked for, the graph has {found['block_sizes']}")
+        levels = {values.get("accuracy_level", 0) for values in attributes.values()}
+        if levels - {section.accuracy_level}:
+            wrong.append(f"accuracy_level {section.accuracy_level} was asked for, the graph has {sorted(levels)}")
+        with_zero_points = {node.name for node in nodes if len(node.input) > 3 and node.input[3]}
+        if section.is_symmetric and with_zero_points and section.algo_config != "k_quant":
+            wrong.append(f"is_symmetric: true was asked for, but {len(with_zero_points)} products have zero points")
+        if not section.is_symmetric and not with_zero_points:
+            wrong.append("is_symmetric: false was asked for, but no product has zero points")
+        if section.op_types_to_quantize and "Gather" in section.op_types_to_quantize and not gathers:
+            wrong.append("Gather was asked to be quantized, but no GatherBlockQuantized node is there")
+        still = sorted(name for name in section.nodes_to_exclude if any(name in other for other in attributes))
+        unknown = sorted(set(section.nodes_to_exclude) - {node.name for node in graph.node} - set(still))
+        if still:
+            wrong.append(f"nodes_to_exclude: {', '.join(still)} is quantized all the same")
+        if unknown:
+            names = sorted(node.name for node in graph.node if "MatMul" in node.op_type)
+            wrong.append(
+                f"nodes_to_exclude: no node {', '.join(unknown)}; names look like {names[0] if names else 'none'}"
+            )
+    if wrong:
+        raise UserError(
+            "the model builder did not do what the section quantize asks for:\n  "
+            + "\n  ".join(wrong)
+            + "\nChange these options: this version of the builder does not honour them for this model."
+        )
+    return found
+
+
+def check_generates(folder: Path, tokens: int = 4) -> list[int]:
+    """Load the model with onnxruntime-genai and generate a few tokens greedily.
+
+    Raises:
+        UserError: ONNX Runtime refuses the model, with its reason.
+    """
+    import onnxruntime_genai as og
+
+    try:
+        model = og.Model(str(folder))
+        prompt = og.Tokenizer(model).encode("The quick brown fox")
+        settings = og.GeneratorParams(model)
+        settings.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
+        generator = og.Generator(model, settings)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"ONNX Runtime cannot run the exported model: {reason[0] if reason else type(error).__name__}. "
+            "Other options of the section quantize may work: algo_config k_quant, is_symmetric true, no matmul_mixed_precision."
+        ) from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="the model's folder in Hugging Face layout")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the ONNX model to")
+    args = parser.parse_args(argv)
+    with cli.job("quantize", args.log) as job:
+        section = params.section(args.params, "quantize")
+        weight_files(args.model)
+        with outputs.written(args.output) as (folder,):
+            scratch = folder.parent / f".{args.output.name}.cache"
+            try:
+                export(section, args.model, folder, scratch)
+            finally:
+                outputs.remove(scratch)
+            found = check_graph(section, folder)
+            job.log(f"graph: {json.dumps(found)}")
+            check_generates(folder)
+        bits = (
+            ", ".join(f"{count} products in {key} bits" for key, count in found["quantized_matmuls_by_bits"].items())
+            or "not quantized"
+        )
+        job.say(
+            f"{args.output} loads and generates ({section.precision}: {bits}; {outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"
+        )
+
+
+if __name__ == "__main__":
+    main()
