@@ -36,7 +36,8 @@ SOURCE = PARAMS.prepare.source
 DATA = [SOURCE] if isinstance(SOURCE, str) else [file for file in (SOURCE.train, SOURCE.eval, SOURCE.test) if file]
 MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), "onnx": ONNX * ("quantize" in STAGES)}
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
-COMMON = ["scripts/common/cli.py", "scripts/common/outputs.py", "envs/cpu.lock", "envs/cuda.lock"]
+# A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
+ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
 
 
 localrules:
@@ -57,7 +58,7 @@ rule all:
 rule fetch_model:
     input:
         script="scripts/fetch_model.py",
-        common=COMMON,
+        environment=ENVIRONMENT,
     output:
         model=directory("build/base"),
         report="results/base.json",
@@ -84,7 +85,7 @@ rule prepare:
             "scripts/dataset/rows.py",
             "scripts/dataset/store.py",
         ],
-        common=COMMON,
+        environment=ENVIRONMENT,
         data=DATA,
         base="build/base",
     output:
@@ -109,7 +110,8 @@ rule prepare:
 rule finetune:
     input:
         script="scripts/finetune.py",
-        common=COMMON,
+        modules=["scripts/lora.py"],
+        environment=ENVIRONMENT,
         base="build/base",
         dataset="build/dataset",
     output:
@@ -138,8 +140,8 @@ rule finetune:
 rule merge:
     input:
         script="scripts/merge.py",
-        modules=["scripts/fetch_model.py"],
-        common=COMMON,
+        modules=["scripts/fetch_model.py", "scripts/finetune.py"],
+        environment=ENVIRONMENT,
         base="build/base",
         adapter="build/adapter",
     output:
@@ -163,7 +165,8 @@ rule merge:
 rule quantize:
     input:
         script="scripts/quantize.py",
-        common=COMMON,
+        modules=["scripts/fetch_model.py"],
+        environment=ENVIRONMENT,
         model=TUNED,
     output:
         model=directory(ONNX),
@@ -186,7 +189,7 @@ rule evaluate:
     input:
         script="scripts/evaluate.py",
         modules=["scripts/common/prompts.py"],
-        common=COMMON,
+        environment=ENVIRONMENT,
         dataset="build/dataset",
         models=list(SCORED.values()),
     output:
@@ -215,7 +218,7 @@ rule evaluate:
 rule gates:
     input:
         script="scripts/gates.py",
-        common=COMMON,
+        environment=ENVIRONMENT,
         metrics="results/metrics.json",
     output:
         "results/gates.json",

@@ -278,7 +278,7 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype) -> s
         "params": params.as_json(section),
         "base": outputs.folder_digest(base),
         "dataset": outputs.folder_digest(dataset),
-        "script": outputs.sha256(Path(__file__)),
+        "scripts": [outputs.sha256(Path(__file__).with_name(name)) for name in ("finetune.py", "lora.py")],
         "dtype": str(dtype),
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
     }
@@ -331,9 +331,12 @@ class Trainer:
     def __init__(self, section: params.Finetune, base: Path, dataset: Path, checkpoints: Path, job: cli.Job):
         import torch
 
+        import lora
+
         self.section, self.job = section, job
         self.device = pick_device()
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
         self.schedule = Schedule(section, self.train.lengths)
         self.checkpoints = Checkpoints(
@@ -341,6 +344,11 @@ class Trainer:
         )
         self.peft = load_model(section, base, self.device)
         self.head = Head(self.peft.get_base_model())
+        fused = lora.fuse(self.peft)
+        self.qat = None
+        if section.qat != "none":
+            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, section.qat_mixed_layers)
+        self.job.log(f"{fused} LoRA layers fused, qat {section.qat}")
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -407,6 +415,8 @@ class Trainer:
         """Forward, backward and update; returns the mean loss, the learning rate and the number of real tokens."""
         import torch
 
+        if self.qat:
+            self.qat.refresh()
         rate = self.schedule.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -441,6 +451,8 @@ class Trainer:
 
         if not len(self.eval):
             return None
+        if self.qat:
+            self.qat.refresh()
         self.peft.eval()
         total, count = 0.0, 0
         order = np.argsort(-self.eval.lengths, kind="stable")

@@ -232,6 +232,15 @@ class Finetune(Section):
         description="Stop after this many evaluations without a better eval loss and keep the best adapter; 0 turns it off.",
     )
     early_stopping_threshold: float = Field(0.0, ge=0, description="What counts as better, in eval loss.")
+    qat: Literal["none", "int4"] = Field(
+        "none",
+        description="Quantization-aware training: `int4` trains through the weights as symmetric round-to-nearest will leave "
+        "them (lora without dropout). Set `quantize` to algo_config rtn, is_symmetric true and the same block size.",
+    )
+    qat_block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="qat: weights that share one scale.")
+    qat_mixed_layers: bool = Field(
+        True, description="qat: 8 bits for the layers that quantize's `mixed_layers:int8` keeps."
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's initial weights and of dropout.")
     data_seed: int = Field(42, ge=0, lt=2**32, description="Seed of the order of the rows.")
 
@@ -239,6 +248,8 @@ class Finetune(Section):
     def _early_stopping_can_see(self):
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early stopping needs eval_steps of 1 or more")
+        if self.qat != "none" and (self.method != "lora" or self.lora_dropout):
+            raise ValueError("qat goes with method lora and lora_dropout 0")
         if isinstance(self.target_modules, list) and not self.target_modules:
             raise ValueError("target_modules is empty: name at least one module, or use all-linear")
         return self

@@ -1,0 +1,72 @@
+# slmake: thin targets over Snakemake, DVC and pytest. `make help` lists them.
+
+SHELL   := /bin/bash
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+# Which lock to install: cuda where there is an NVIDIA GPU, else cpu.
+MACHINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH   := torch==2.13.0
+READY   := $(VENV)/.ready-$(MACHINE)
+# uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# The torch build that fits the machine (uv's name for it), unless a folder of wheels says which.
+TORCH_BACKEND ?= $(or $(UV_TORCH_BACKEND),$(if $(UV_FIND_LINKS),,$(if $(filter cuda,$(MACHINE)),auto,cpu)))
+export DO_NOT_TRACK = 1
+export TEXT
+
+.DEFAULT_GOAL := build
+.PHONY: build setup test test-fast lint format docs lock ask reproduce clean help
+
+build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
+	$(BIN)/snakemake --cores all
+	@$(BIN)/dvc commit --force --quiet
+
+setup: $(READY) ## create .venv from the locked environment
+
+$(READY): envs/uv.lock envs/$(MACHINE).lock envs/dev.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slmake needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is missing: install python3-venv."; exit 1; }
+	@echo "setup: installing envs/$(MACHINE).lock into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r envs/uv.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --no-deps --require-hashes -r envs/$(MACHINE).lock -r envs/dev.lock
+	@# Its CPU and CUDA builds have different hashes, so torch stands beside the lock, pinned by version.
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) $(TORCH) \
+	  || { echo "setup: torch backend '$(TORCH_BACKEND)' cannot be reached; taking the package index's own build (on Linux: CUDA, several GB)"; \
+	       env -u UV_TORCH_BACKEND $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(TORCH); }
+	@touch $@
+
+ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
+	@$(BIN)/python scripts/ask.py "$$TEXT"
+
+test: setup ## run the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: setup ## the unit tests only
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup ## check code, Snakefile and generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile
+
+format: setup ## format code and Snakefile
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile
+
+docs: setup ## regenerate docs/params.md, docs/params.schema.json and dvc.yaml
+	PYTHONPATH=scripts $(BIN)/python -m common.params --docs docs
+	$(BIN)/python scripts/dvc_yaml.py --output dvc.yaml
+
+reproduce: setup ## build twice, in two folders, and compare the bytes
+	$(BIN)/python scripts/reproduce.py
+
+lock: setup ## resolve envs/*.in into envs/*.lock
+	scripts/lock.sh $(BIN)/uv
+
+clean: ## remove everything that was built (not the environment, not DVC's cache)
+	rm -rf build results/* logs benchmarks .snakemake
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
