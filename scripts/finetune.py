@@ -347,7 +347,7 @@ class Trainer:
         fused = lora.fuse(self.peft)
         self.qat = None
         if section.qat != "none":
-            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, section.qat_mixed_layers)
+            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, section.qat_int8_modules)
         self.job.log(f"{fused} LoRA layers fused, qat {section.qat}")
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(

@@ -13,8 +13,6 @@ import types
 
 import torch
 
-IN_EIGHT_BITS = ("v_proj", "qkv_proj", "down_proj")
-
 
 class LoraLinear(torch.autograd.Function):
     """y = x W' + s (x A') B', or y = x Q' where a quantized weight Q stands for W + s B A.
@@ -109,17 +107,11 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> torch.
 class QuantizationAware:
     """Keeps every LoRA layer's quantized stand-in for W + s B A up to date."""
 
-    def __init__(self, peft, block_size: int, mixed_layers: bool):
-        """Choose the bits of every layer as the builder does: 4, and 8 for what `mixed_layers` keeps."""
+    def __init__(self, peft, block_size: int, int8_modules: list[str]):
+        """Four bits for every layer, eight for those whose last name is in `int8_modules`."""
         self.block_size = block_size
         self.layers = lora_layers(peft)
-        depth = peft.get_base_model().config.num_hidden_layers
-        self.bits = {}
-        for name in self.layers:
-            eight = (
-                mixed_layers and name.rsplit(".", 1)[-1] in IN_EIGHT_BITS and in_eight_bits(_layer_number(name), depth)
-            )
-            self.bits[name] = 8 if eight else 4
+        self.bits = {name: 8 if name.rsplit(".", 1)[-1] in int8_modules else 4 for name in self.layers}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -132,13 +124,3 @@ class QuantizationAware:
             )
             quantized = round_to_nearest(merged, self.bits[name], self.block_size)
             module.fake_quantized = quantized.to(module.get_base_layer().weight.dtype)
-
-
-def in_eight_bits(layer: int, depth: int) -> bool:
-    """Whether the builder's `mixed_layers` keeps this layer's value and down projections in 8 bits (llama.cpp's rule)."""
-    return layer < depth / 8 or layer >= 7 * depth / 8 or (layer - round(depth / 8)) % 3 == 2
-
-
-def _layer_number(name: str) -> int:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else -1

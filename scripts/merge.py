@@ -51,7 +51,7 @@ class Adapter:
             raise UserError(f"{config_path}: bias: {self.config['bias']} cannot be merged here; train with bias: none.")
         self.file = safe_open(weights, "pt")
         self.pairs: dict[str, tuple[str, str]] = {}
-        for name in self.file.keys():
+        for name in self.file.keys():  # noqa: SIM118 (safe_open cannot be iterated)
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
             if not match:
                 raise UserError(

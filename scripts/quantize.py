@@ -8,6 +8,7 @@ that do not load, both with exit code 0; so the written graph is compared with w
 loaded and made to generate before the output counts as built.
 """
 
+import fnmatch
 import json
 from collections import Counter
 from pathlib import Path
@@ -39,6 +40,39 @@ def builder_options(section: params.Quantize) -> dict[str, str]:
     return {key: str(value) for key, value in options.items()}
 
 
+# Products of a decoder layer by the builder's names, and what stands there instead where it fuses or splits them.
+PARTS = ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+OTHERWISE = {
+    "attn/qkv_proj": ("attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    "mlp/gate_proj": ("mlp/gate_up_proj", "mlp/fc1"),
+    "mlp/down_proj": ("mlp/fc2",),
+}
+
+
+def int8_overrides(section: params.Quantize, model: Path, parts: tuple[str, ...]) -> list[dict]:
+    """The builder's structured overrides for `int8_nodes` and `matmul_mixed_precision`; it takes exact names only.
+
+    Raises:
+        UserError: a pattern that fits no name.
+    """
+    depth = json.loads((model / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 0)
+    names = [f"/model/layers.{layer}/{part}/MatMul" for layer in range(depth) for part in parts] + ["/lm_head/MatMul"]
+    for pattern in section.int8_nodes:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            shown = f"{names[0]} and {names[-1]}"
+            raise UserError(f"quantize.int8_nodes: `{pattern}` matches no node. Names look like {shown}.")
+    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in section.int8_nodes)]
+    presets = [part.strip().split(":") for part in (section.matmul_mixed_precision or "").split(",") if part.strip()]
+    overrides = [{"match": {"preset": where}, "type": what} for where, what in presets]
+    return overrides + [{"match": {"name": name}, "type": "int8"} for name in chosen]
+
+
+def shares_embeddings(section: params.Quantize, model: Path) -> bool:
+    """Whether embedding and output head become one quantized matrix."""
+    tied = json.loads((model / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False)
+    return bool(tied if section.shared_embeddings is None else section.shared_embeddings)
+
+
 def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -> None:
     """Run the model builder in this process; its output goes to the log.
 
@@ -49,12 +83,35 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -
 
     extra = [f"{key}={value}" for key, value in builder_options(section).items()]
     where = ("", str(model), str(target), section.precision, section.execution_provider, str(scratch))
-    try:
-        create_model(*where, **parse_extra_options(*where, extra))
-    except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError) as error:
-        raise UserError(
-            f"the model builder refused {model}: {type(error).__name__}: {error}. Check the section quantize, or the model's architecture."
-        ) from error
+    parts = PARTS
+    if any(name in pattern for pattern in section.int8_nodes for name in ("q_proj", "k_proj", "/v_proj")):
+        parts = tuple(name for part in PARTS for name in (OTHERWISE[part] if part == "attn/qkv_proj" else (part,)))
+    while True:
+        structured = {}
+        if section.int8_nodes:
+            weights: dict = {"overrides": int8_overrides(section, model, parts)}
+            if shares_embeddings(section, model):  # the builder adds this by itself to its flat options only
+                weights["op_types"] = ["MatMul", "Gather"]
+            structured = {"builder_config_version": 2, "target_options": {"quant_config": {"weights": weights}}}
+        try:
+            create_model(*where, **parse_extra_options(*where, extra, **structured))
+            return
+        except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
+            # A name that this architecture does not emit: take what stands there instead, and try again.
+            missing = {
+                part for part in parts if "did not match an emitted node" in str(error) and f"/{part}/" in str(error)
+            }
+            if missing:
+                parts = tuple(
+                    name for part in parts for name in (OTHERWISE.get(part, ()) if part in missing else (part,))
+                )
+                for path in target.iterdir():
+                    outputs.remove(path)
+                continue
+            raise UserError(
+                f"the model builder refused {model}: {type(error).__name__}: {error}. "
+                "Check the section quantize, or the model's architecture."
+            ) from error
 
 
 def check_graph(section: params.Quantize, folder: Path) -> dict:
@@ -105,7 +162,15 @@ def check_graph(section: params.Quantize, folder: Path) -> dict:
                 wrong.append("last_matmul:int8 was asked for, but the output head is not in 8 bits")
             if "mixed_layers:int8" in mixed and not eight - head:
                 wrong.append("mixed_layers:int8 was asked for, but no layer is in 8 bits")
-            if not mixed and eight:
+            for pattern in section.int8_nodes:
+                four = [
+                    n
+                    for n, v in attributes.items()
+                    if v["bits"] == 4 and fnmatch.fnmatchcase(n.removesuffix("_Q4"), pattern)
+                ]
+                if four:
+                    wrong.append(f"int8_nodes `{pattern}` was asked for, but {four[0]} is in 4 bits")
+            if not mixed and not section.int8_nodes and eight:
                 wrong.append(f"no mixed precision was asked for, but {len(eight)} products are in 8 bits")
         if any(values["block_size"] != section.block_size for values in attributes.values()):
             wrong.append(f"block_size {section.block_size} was asked for, the graph has {found['block_sizes']}")

@@ -235,11 +235,13 @@ class Finetune(Section):
     qat: Literal["none", "int4"] = Field(
         "none",
         description="Quantization-aware training: `int4` trains through the weights as symmetric round-to-nearest will leave "
-        "them (lora without dropout). Set `quantize` to algo_config rtn, is_symmetric true and the same block size.",
+        "them (method lora, no dropout). Fits quantize's algo_config rtn and is_symmetric true.",
     )
-    qat_block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="qat: weights that share one scale.")
-    qat_mixed_layers: bool = Field(
-        True, description="qat: 8 bits for the layers that quantize's `mixed_layers:int8` keeps."
+    qat_block_size: Literal[16, 32, 64, 128, 256] = Field(
+        32, description="qat: weights that share one scale, as in quantize.block_size."
+    )
+    qat_int8_modules: list[str] = Field(
+        [], description="qat: modules that stay in 8 bits, such as `[down_proj]`, as in quantize.int8_nodes."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's initial weights and of dropout.")
     data_seed: int = Field(42, ge=0, lt=2**32, description="Seed of the order of the rows.")
@@ -283,6 +285,11 @@ class Quantize(Section):
         description="int4: keep some products in 8 bits: `last_matmul:int8` (the output head), `mixed_layers:int8` (the layers that "
         "lose most), or both with a comma. Needs algo_config k_quant or rtn.",
     )
+    int8_nodes: list[str] = Field(
+        [],
+        description="int4: products to keep in 8 bits, as patterns of node names: `*/attn/*` (all of attention), `*/down_proj/*`, "
+        "`/model/layers.0/*`.",
+    )
     op_types_to_quantize: list[Literal["MatMul", "Gather"]] | None = Field(
         None, description="ONNX operators to quantize; the builder's choice (MatMul) if absent."
     )
@@ -306,6 +313,14 @@ class Quantize(Section):
                     "matmul_mixed_precision with algo_config `default` writes a model that ONNX Runtime refuses to load: "
                     "use k_quant or rtn, or set matmul_mixed_precision to null"
                 )
+        allowed = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "fp32"), "dml": ("int4", "fp16")}
+        allowed["webgpu"] = ("int4", "int8")
+        if self.precision not in allowed[self.execution_provider]:
+            raise ValueError(
+                f"the builder has no {self.precision} for {self.execution_provider}: choose {', '.join(allowed[self.execution_provider])}"
+            )
+        if self.int8_nodes and (self.precision != "int4" or self.algo_config == "default"):
+            raise ValueError("int8_nodes goes with precision int4 and algo_config rtn or k_quant")
         return self
 
 

