@@ -1,95 +1,15 @@
-"""Fixtures shared by all tests: tiny models and data sets, made on the spot."""
+"""Fixtures shared by all tests."""
 
 import json
-import shutil
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from project import new_project, snakemake
+from tiny import ROOT, make_model, make_rows, make_tokenizer, run_script, write_params
 
-ROOT = Path(__file__).parents[1]
-TONES = ("sadness", "joy", "fear", "surprise")
-PHRASES = {
-    "sadness": ["We buried the old dog under the pear tree", "Nobody came to her birthday", "The house is empty now"],
-    "joy": ["The scan is clear and we danced in the car park", "She said yes on the bridge", "Our team won the cup"],
-    "fear": ["Someone is trying the handle of the back door", "The brakes do not answer", "He counts the steps above"],
-    "surprise": ["The quiet clerk was the owner all along", "A camel stood in the lobby", "You are my examiner?"],
-}
-
-
-def make_rows(count: int) -> list[dict]:
-    """Distinct labelled rows, evenly spread over the four tones."""
-    places = ["at home", "in town", "by the sea", "after dusk", "on Sunday", "before noon", "in the rain", "upstairs"]
-    rows = []
-    for i in range(count):
-        tone = TONES[i % 4]
-        phrase = PHRASES[tone][(i // 4) % 3]
-        rows.append({"phrase": f"{phrase} {places[(i // 12) % 8]}, number {i} of {7 * i + 3}", "tone": tone})
-    return rows
-
-
-def write_params(path: Path, **changes: object) -> Path:
-    """The project's params.yaml with `section={field: value}` replaced."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for section, fields in changes.items():
-        content[section].update(fields)
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer with an end token and a chat template, trained on the test phrases."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|end|>", "<|start|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    texts = [f"### Text: {row['phrase']}\n### The tone is:\n{row['tone']}" for row in make_rows(200)]
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = (
-        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-    )
-    fast.save_pretrained(folder)
-
-
-def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", **overrides: object) -> Path:
-    """A tiny model of a real architecture with seeded random weights, and its tokenizer, in Hugging Face layout."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
-
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "eos_token_id": 0,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-        **overrides,
-    }
-    config = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}[architecture](**sizes)
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder, max_shard_size=shards)
-    make_tokenizer(folder)
-    return folder
-
-
-def run_script(name: str, *arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts as a user does; output is captured as text."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, **options)
+__all__ = ["ROOT", "make_model", "make_rows", "make_tokenizer", "run_script", "write_params"]
 
 
 @pytest.fixture(scope="session")
@@ -118,20 +38,40 @@ def dataset(tmp_path_factory, base) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     (folder / "rows.json").write_text(json.dumps(make_rows(96)), encoding="utf-8")
     params = write_params(folder / "params.yaml", prepare={"source": str(folder / "rows.json")})
-    done = run_script("prepare", "--params", params, "--base", base, "--output", folder / "dataset", "--report", folder / "dataset.json")
+    done = run_script(
+        "prepare",
+        "--params",
+        params,
+        "--base",
+        base,
+        "--output",
+        folder / "dataset",
+        "--report",
+        folder / "dataset.json",
+    )
     assert done.returncode == 0, done.stderr
     return folder / "dataset"
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, base) -> Path:
+    """A tiny project after `snakemake --cores all`. Do not change it: copy it with `copy_of`."""
+    project = new_project(tmp_path_factory.mktemp("built") / "project", base)
+    done = snakemake(project)
+    assert done.returncode == 0, done.stdout
+    return project
+
+
 @pytest.fixture
-def project(tmp_path) -> Path:
-    """A working copy of the pipeline without what was built, for tests that run Snakemake or DVC."""
+def copy_of_built(built, tmp_path) -> Path:
+    """A private copy of the built project, file times and Snakemake's records included."""
     target = tmp_path / "project"
-    target.mkdir()
-    for name in ("Snakefile", "params.yaml", "dvc.yaml", "scripts", "envs", "profiles", ".dvcignore"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy2(source, target / name)
+    subprocess.run(["cp", "-a", built, target], check=True)
     return target
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """In CI a skipped test is a failure: every component that a test needs is installed there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("SLMAKE_CI") and reporter and reporter.stats.get("skipped") and exitstatus == 0:
+        session.exitstatus = 1

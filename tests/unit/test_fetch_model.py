@@ -10,10 +10,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-import fetch_model
 import pytest
-from common.errors import UserError
 from conftest import ROOT, make_model, run_script, write_params
+
+import fetch_model
+from common.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -398,7 +399,9 @@ def test_tag_in_the_hub_cache_is_used_without_a_network(tmp_path, base, hub_cach
     read = json.loads(report.read_text(encoding="utf-8"))
     assert read["source"] == "hf:org/tiny@v1"
     assert read["revision"] == COMMIT
-    assert read["sha256"] == {"model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()}
+    assert read["sha256"] == {
+        "model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    }
 
 
 def test_commit_in_the_hub_cache_is_used_at_once_without_a_network(tmp_path, hub_cache):

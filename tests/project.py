@@ -1,0 +1,75 @@
+"""A tiny project, and ways to run Snakemake and DVC in it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import ROOT, make_rows, write_params
+
+TINY = {
+    "prepare": {"source": "data/dataset.json", "eval_fraction": 0.1, "test_fraction": 0.25},
+    "finetune": {"num_train_epochs": 1.0, "eval_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01},
+    "gates": {"min_accuracy": 0.0, "max_accuracy_drop": 1.0},
+}
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment with the tests' own programs first."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+
+
+def run(project: Path, *command: str, **options: object) -> subprocess.CompletedProcess:
+    """Run a program in a project folder; output (both streams) as text in stdout."""
+    return subprocess.run(
+        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `snakemake --cores all` in a project folder."""
+    return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments)
+
+
+def planned(project: Path) -> set[str]:
+    """The rules that Snakemake would run now (without `all`)."""
+    done = snakemake(project, "--dry-run")
+    assert done.returncode == 0, done.stdout
+    if "Nothing to be done" in done.stdout:
+        return set()
+    lines = done.stdout.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("job "))
+    names = set()
+    for line in lines[start + 2 :]:
+        if not line.strip() or line.startswith("total"):
+            break
+        names.add(line.split()[0])
+    return names - {"all"}
+
+
+def change(project: Path, section: str, **fields: object) -> None:
+    """Change fields of one section of the project's params.yaml."""
+    import yaml
+
+    path = project / "params.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content[section].update(fields)
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def new_project(folder: Path, base: Path) -> Path:
+    """The pipeline's own files with tiny data and a tiny base model; nothing built."""
+    folder.mkdir()
+    for name in ("Snakefile", "dvc.yaml", "scripts", "envs", "profiles", ".dvcignore", ".gitignore", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, folder / name)
+    (folder / "data").mkdir()
+    (folder / "data" / "dataset.json").write_text(json.dumps(make_rows(96), indent=0), encoding="utf-8")
+    shutil.copytree(base, folder / "data" / "base")
+    write_params(folder / "params.yaml", fetch_model={"source": "data/base", "sha256": None}, **TINY)
+    return folder

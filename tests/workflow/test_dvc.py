@@ -1,0 +1,92 @@
+"""DVC over Snakemake: receipts that match, stages that agree with the Snakefile, metrics, plots and experiments."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from project import change, planned, run
+from tiny import ROOT
+
+
+@pytest.fixture
+def repository(copy_of_built):
+    """The built project as a Git and DVC repository whose receipts are committed."""
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "test"],
+        ["dvc", "init", "-q"],
+        ["dvc", "config", "core.analytics", "false"],
+        ["dvc", "config", "core.autostage", "false"],
+        ["dvc", "commit", "--force", "--quiet"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-q", "-m", "build"],
+    ):
+        done = run(copy_of_built, *command)
+        assert done.returncode == 0, f"{command}: {done.stdout}"
+    return copy_of_built
+
+
+def ran(output: str) -> set[str]:
+    """Stages that `dvc repro` ran."""
+    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+
+
+def test_dvc_yaml_agrees_with_the_snakefile():
+    """Names, dependencies, outputs and parameter sections: dvc.yaml is what the Snakefile generates."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import dvc_yaml, sys; sys.stdout.write(dvc_yaml.text())"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "dvc.yaml").read_text(encoding="utf-8") == done.stdout, "run `make docs`"
+    stages = yaml.safe_load(done.stdout)["stages"]
+    assert list(stages) == ["fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates"]
+    for name, stage in stages.items():
+        assert stage["params"] == [name]
+        assert f"--allowed-rules {name} --" in stage["cmd"]
+        assert f"scripts/{name}.py" in stage["deps"]
+
+
+def test_up_to_date_after_snakemake_and_commit(repository):
+    done = run(repository, "dvc", "repro")
+    assert done.returncode == 0, done.stdout
+    assert ran(done.stdout) == set()
+    assert "up to date" in done.stdout
+    assert planned(repository) == set()
+
+
+def test_a_changed_parameter_runs_exactly_its_stages(repository):
+    change(repository, "quantize", accuracy_level=0)
+    done = run(repository, "dvc", "repro")
+    assert done.returncode == 0, done.stdout
+    assert ran(done.stdout) == {"quantize", "evaluate", "gates"} or ran(done.stdout) == {"quantize", "evaluate"}
+    assert "finetune" not in ran(done.stdout)
+    assert planned(repository) == set()
+
+
+def test_metrics_and_plots_are_shown(repository):
+    shown = run(repository, "dvc", "metrics", "show", "--json")
+    assert shown.returncode == 0, shown.stdout
+    values = json.loads(shown.stdout)[""]["data"]["results/metrics.json"]["data"]
+    assert values == json.loads((repository / "results" / "metrics.json").read_text())
+    plots = run(repository, "dvc", "plots", "show")
+    assert plots.returncode == 0, plots.stdout
+    page = (repository / "dvc_plots" / "index.html").read_text(encoding="utf-8")
+    assert "cross entropy per answer token" in page
+    assert "Confusion of int4" in page
+
+
+def test_an_experiment_changes_a_parameter_and_rebuilds(repository):
+    done = run(repository, "dvc", "exp", "run", "-S", "finetune.learning_rate=0.003")
+    assert done.returncode == 0, done.stdout
+    assert {"finetune", "merge", "quantize", "evaluate"} <= ran(done.stdout)
+    assert "prepare" not in ran(done.stdout)
+    assert yaml.safe_load((repository / "params.yaml").read_text())["finetune"]["learning_rate"] == 0.003
+    curve = (repository / "results" / "train_loss.csv").read_text().splitlines()
+    assert max(float(line.split(",")[3]) for line in curve[1:]) == pytest.approx(0.003, rel=0.2)

@@ -1,0 +1,47 @@
+"""The Snakefile's form: lint, format, and the names that must be one everywhere."""
+
+import json
+import re
+
+from project import run
+from tiny import ROOT
+
+
+def test_lint_finds_nothing_but_the_missing_containers():
+    """`snakemake --lint`: rules declare no software environment of their own yet; nothing else is accepted."""
+    done = run(ROOT, "snakemake", "--lint", "json")
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    titles = {lint["title"] for rule in found["rules"] for lint in rule["lints"]} | {
+        lint["title"] for file in found["snakefiles"] for lint in file["lints"]
+    }
+    assert titles <= {"Specify a conda environment or container for each rule."}
+
+
+def test_format():
+    for command in (["snakefmt", "--check", "Snakefile"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        done = run(ROOT, *command)
+        assert done.returncode == 0, done.stdout
+
+
+def test_one_name_everywhere():
+    """rule = script = params section = log file = benchmark file, and every rule uses `shell:`."""
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    rules = [name for name in re.findall(r"^rule (\w+):", text, re.M) if name != "all"]
+    assert rules == ["fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates"]
+    for name in rules:
+        body = text.split(f"rule {name}:")[1].split("\nrule ")[0]
+        assert f'script="scripts/{name}.py"' in body
+        assert f'"logs/{name}.log"' in body
+        assert f'"benchmarks/{name}.tsv"' in body
+        assert f"as_json(PARAMS.{name})" in body
+        assert (ROOT / "scripts" / f"{name}.py").exists()
+    assert not re.search(r"^\s+(script|run|notebook):\s*$", text, re.M)
+
+
+def test_help_loads_no_heavy_library():
+    """`--help` of every rule's script is quick and never imports torch."""
+    for name in ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "ask"):
+        code = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_path('scripts/{name}.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        done = run(ROOT, "python", "-c", f"import sys; sys.path.insert(0, 'scripts')\n{code}")
+        assert done.returncode == 0, f"{name}: {done.stdout}"
+        assert "--params" in done.stdout
