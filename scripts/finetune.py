@@ -347,7 +347,8 @@ class Trainer:
         fused = lora.fuse(self.peft)
         self.qat = None
         if section.qat != "none":
-            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, section.qat_int8_modules)
+            int8 = section.qat_int8_modules
+            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, int8, section.qat_rate, section.seed)
         self.job.log(f"{fused} LoRA layers fused, qat {section.qat}")
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -416,7 +417,7 @@ class Trainer:
         import torch
 
         if self.qat:
-            self.qat.refresh()
+            self.qat.refresh(self.step)
         rate = self.schedule.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -452,7 +453,7 @@ class Trainer:
         if not len(self.eval):
             return None
         if self.qat:
-            self.qat.refresh()
+            self.qat.refresh(None)
         self.peft.eval()
         total, count = 0.0, 0
         order = np.argsort(-self.eval.lengths, kind="stable")

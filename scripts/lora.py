@@ -11,6 +11,7 @@ passes the gradient on to A and B. The base stays frozen, so this costs no gradi
 
 import types
 
+import numpy as np
 import torch
 
 
@@ -105,22 +106,29 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> torch.
 
 
 class QuantizationAware:
-    """Keeps every LoRA layer's quantized stand-in for W + s B A up to date."""
+    """Keeps the LoRA layers' quantized stand-ins for W + s B A up to date.
 
-    def __init__(self, peft, block_size: int, int8_modules: list[str]):
+    With a rate below 1, every step quantizes a random share of the layers only (Quant-Noise, Fan et al. 2020,
+    arXiv:2004.07320): the model then works both quantized and not.
+    """
+
+    def __init__(self, peft, block_size: int, int8_modules: list[str], rate: float, seed: int):
         """Four bits for every layer, eight for those whose last name is in `int8_modules`."""
-        self.block_size = block_size
+        self.block_size, self.rate, self.seed = block_size, rate, seed
         self.layers = lora_layers(peft)
         self.bits = {name: 8 if name.rsplit(".", 1)[-1] in int8_modules else 4 for name in self.layers}
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Quantize W + s B A anew; called before every optimizer step."""
-        for name, module in self.layers.items():
-            adapter = module.active_adapters[0]
+    def refresh(self, step: int | None) -> None:
+        """Quantize W + s B A anew, before optimizer step `step`; None quantizes every layer (to evaluate)."""
+        chosen = np.ones(len(self.layers), dtype=bool)
+        if step is not None and self.rate < 1:
+            chosen = np.random.default_rng([self.seed, step]).random(len(self.layers)) < self.rate
+        for (name, module), quantize in zip(self.layers.items(), chosen, strict=True):
+            module.fake_quantized = None
+            if not quantize:
+                continue
+            adapter, base = module.active_adapters[0], module.get_base_layer().weight
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            merged = torch.addmm(
-                module.get_base_layer().weight.float(), b.float(), a.float(), alpha=module.scaling[adapter]
-            )
-            quantized = round_to_nearest(merged, self.bits[name], self.block_size)
-            module.fake_quantized = quantized.to(module.get_base_layer().weight.dtype)
+            merged = torch.addmm(base.float(), b.float(), a.float(), alpha=module.scaling[adapter])
+            module.fake_quantized = round_to_nearest(merged, self.bits[name], self.block_size).to(base.dtype)

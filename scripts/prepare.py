@@ -34,6 +34,7 @@ class Form:
     """How a row becomes prompt and answer text: a text template, chat templates, or a column of messages."""
 
     def __init__(self, section: params.Prepare, tokenizer):
+        self.said = section.messages[-1].content if isinstance(section.messages, list) else None
         self.column = section.messages if isinstance(section.messages, str) else None
         self.tokenizer = tokenizer
         self.special_tokens = True  # the tokenizer adds its own begin token, as for any text
@@ -58,7 +59,7 @@ class Form:
         """Apply the chat template once, to the templates themselves, so that inference needs no chat engine."""
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         for turn in turns:
-            prompts.fields_of(turn["content"])
+            prompts.fields_of(turn["content"], "prepare.messages")
         # The chat template's own braces must survive str.format; the contents keep theirs.
         marks = {turn["content"]: f"\x00{number}\x00" for number, turn in enumerate(turns)}
         marked = [{"role": turn["role"], "content": marks[turn["content"]]} for turn in turns]
@@ -76,12 +77,14 @@ class Form:
             pieces.append(text)
         return pieces[0], pieces[1]
 
-    def render(self, row: dict) -> tuple[str, str, str]:
-        """Prompt, answer, and the prompt's own text (without the template) of a validated row."""
+    def render(self, row: dict) -> tuple[str, str, str, str]:
+        """Prompt, answer, text for duplicates, answer with what closes it; the prompt's own text (without the template) of a validated row."""
         if self.column is None:
             values = {name: row[name] for name in self.fields}
             own = "\n".join(values[name] for name in self.prompt_fields)
-            return self.head.format(**values), self.tail.format(**values), own
+            tail = self.tail.format(**values)
+            answer = self.said.format(**values) if self.said else tail.rstrip("\n")
+            return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
         turns = row[self.column]
         head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
@@ -90,7 +93,7 @@ class Form:
                 "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
             )
         own = "\n".join(turn["content"] for turn in turns[:-1])
-        return head, whole[len(head) :].rstrip("\n"), own
+        return head, turns[-1]["content"], own, whole[len(head) :].rstrip("\n")
 
 
 def problems(row: object, form: Form) -> list[str]:
@@ -110,9 +113,19 @@ def problems(row: object, form: Form) -> list[str]:
             found.append(
                 f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
             )
+        elif not _encodes(value):
+            found.append(f"field `{name}` holds half a surrogate pair: text that was cut inside a character")
         elif name == form.answer and not value.strip():
             found.append(f"field `{name}` is an empty answer")
     return found
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chat_problems(name: str, value: object) -> list[str]:
@@ -154,7 +167,7 @@ def read_valid(file: str, form: Form) -> Iterator[Row]:
             yield Row(file, number, *form.render(raw))
     if not number:
         raise UserError(f"{file}: no rows in it.")
-    for name in form.fields:
+    for name in form.fields if columns else []:
         if not seen[name]:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -185,11 +198,19 @@ def assign_splits(names: list[str], codes: np.ndarray, section: params.Prepare, 
         chosen = np.sort(rng.permutation(len(codes))[: section.max_samples])
         split[:] = -1
         split[chosen] = 0
-    groups = [chosen[codes[chosen] == code] for code in np.unique(codes[chosen])] if stratify else [chosen]
+    groups = [chosen]
+    if stratify and 2 * len(np.unique(codes[chosen])) <= len(chosen):
+        groups = [chosen[codes[chosen] == code] for code in np.unique(codes[chosen])]
+    due = dict.fromkeys(names, 0.0)  # what small groups, each less than a row of the split, add up to
     for group in groups:
         order, start = rng.permutation(group), 0
         for name in names:
-            size = round(len(group) * (section.test_fraction if name == "test" else section.eval_fraction))
+            share = len(group) * (section.test_fraction if name == "test" else section.eval_fraction)
+            size = round(share)
+            if share < 1:
+                due[name] += share
+                size = min(round(due[name]), len(group) - start - 1)
+                due[name] -= size
             split[order[start : start + size]] = SPLITS.index(name)
             start += size
     return split
@@ -223,7 +244,7 @@ class Tokenize:
         """
         end, limit = self.tokenizer.eos_token_id, self.section.max_seq_len
         heads = self._encode([row.prompt for row in batch], self.special_tokens)
-        tails = self._encode([row.answer for row in batch], False)
+        tails = self._encode([row.tail for row in batch], False)
         pairs, cut = [], []
         for row, head, tail in zip(batch, heads, tails, strict=True):
             if self.special_tokens and head and head[-1] == end:
@@ -413,7 +434,9 @@ def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> 
     with Store(folder / ".rows.sqlite", FEW_ANSWERS) as store:
         sizes = {name: store.add(read_valid(file, form)) for name, file in files.items()}
         split = split_rows(section, store, sizes)
-        removed = drop_duplicates(section, store, split)
+        before = split.copy()
+        drop_duplicates(section, store, split)
+        gone = {name: int(((before == i) & (split < 0)).sum()) for i, name in enumerate(SPLITS)}
         labels = check_labels(store, split)
         within = store.exact_duplicates(split == 0)
 
@@ -465,7 +488,7 @@ def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> 
         "length": lengths_summary(sum((writer.lengths for writer in writers), Counter())),
         "labels": per_label,
         "truncated": tokenize.truncated,
-        "duplicates": {"removed_from_train": removed, "within_train": within},
+        "duplicates": {"removed_from_train": gone["train"], "removed_from_eval": gone["eval"], "within_train": within},
     }
 
 

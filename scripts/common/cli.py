@@ -124,9 +124,12 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
     sys.stderr.flush()
     saved = None
     if log_path is not None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        except OSError as error:
+            _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
         saved = (os.dup(1), os.dup(2))
-        target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
         os.close(target)

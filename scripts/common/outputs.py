@@ -42,6 +42,8 @@ def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[
         yield partial
         for temporary in partial:
             _settle(temporary)
+        for temporary in partial:
+            temporary.stat()  # all of them are there before the first is renamed
         for path, temporary in zip(paths, partial, strict=True):
             if path.is_dir():
                 path.rmdir()

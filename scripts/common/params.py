@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import UserError
 
@@ -112,7 +112,7 @@ class Files(Section):
 class Prepare(Section):
     """Rows in, tokenized train, eval and test splits out."""
 
-    source: str | Files = Field(
+    source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array, JSON Lines, CSV or Parquet), split by the fractions below, "
         "or a mapping of train, eval and test to files."
     )
@@ -139,7 +139,7 @@ class Prepare(Section):
         1024,
         ge=8,
         le=1_048_576,
-        alias="source_max_len",
+        validation_alias=AliasChoices("max_seq_len", "source_max_len"),
         description="Longest sequence in tokens (`source_max_len` is accepted too). A longer prompt loses tokens at its start "
         "and is counted as truncated; a row whose answer alone does not fit is an error.",
     )
@@ -170,6 +170,13 @@ class Prepare(Section):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the split.")
     max_samples: int | None = Field(None, ge=1, description="Use a random sample of this many rows (before splitting).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, data):
+        if isinstance(data, dict) and {"max_seq_len", "source_max_len"} <= data.keys():
+            raise ValueError("max_seq_len and source_max_len are two names of one field: give one of them")
+        return data
 
     @model_validator(mode="after")
     def _one_form(self):
@@ -243,6 +250,12 @@ class Finetune(Section):
     qat_int8_modules: list[str] = Field(
         [], description="qat: modules that stay in 8 bits, such as `[down_proj]`, as in quantize.int8_nodes."
     )
+    qat_rate: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="qat: share of the layers that each step quantizes, drawn at random; below 1 the merged model stays good too.",
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's initial weights and of dropout.")
     data_seed: int = Field(42, ge=0, lt=2**32, description="Seed of the order of the rows.")
 
@@ -277,8 +290,11 @@ class Quantize(Section):
     algo_config: Literal["default", "rtn", "k_quant"] = Field("k_quant", description="int4: quantization algorithm.")
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="int4 and int8: weights that share one scale.")
     is_symmetric: bool = Field(True, description="int4 and int8: no zero points.")
-    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
-        4, description="Minimum type the matrix product accumulates in: 0 unset, 1 fp32, 2 fp16, 3 bf16, 4 int8."
+    accuracy_level: int = Field(
+        4,
+        ge=0,
+        le=4,
+        description="Minimum type the matrix product accumulates in: 0 unset, 1 fp32, 2 fp16, 3 bf16, 4 int8.",
     )
     matmul_mixed_precision: str | None = Field(
         "last_matmul:int8,mixed_layers:int8",
@@ -388,6 +404,10 @@ def _mapping(loader, node, deep=False):
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (list, dict)):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a list or mapping cannot be a name", key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", key_node.start_mark)
         seen.add(key)
@@ -410,6 +430,8 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise UserError(
             f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`."
         ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a parameter file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except yaml.YAMLError as error:
@@ -419,7 +441,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     try:
         return Params.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item, data) for item in error.errors()]
+        lines = _lines(error.errors(), data)
         unique = list(dict.fromkeys(lines))
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(
@@ -437,23 +459,60 @@ def as_json(value: Section) -> str:
     return json.dumps(value.model_dump(mode="json"), sort_keys=True)
 
 
+def _lines(errors: list[dict], data: dict) -> list[str]:
+    """One line per mistake: pydantic tells one error per alternative of a field that takes several types."""
+    places = [_place(item, data) for item in errors]
+    lines: dict[tuple, list[str]] = {}
+    for place, item in zip(places, errors, strict=True):
+        if any(other[: len(place)] == place and len(other) > len(place) for other in places):
+            continue  # another alternative fits better: its own errors lie deeper
+        lines.setdefault(place, []).append(_explain({**item, "loc": place}, data, item["loc"]))
+    told = []
+    for same in lines.values():
+        first, *others = dict.fromkeys(same)
+        rest = [line.partition(" is not allowed: ")[2].rstrip(".") for line in others]
+        told.append(first + "".join(f" Or {line}." for line in rest if line))
+    return told
+
+
+def _place(error: dict, data: dict) -> tuple:
+    """Where the error is in the file: pydantic's location without the names of a union's alternatives."""
+    kept, here = [], data
+    for number, part in enumerate(error["loc"]):
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            kept.append(part)
+            here = here[part]
+        elif error["type"] == "missing" and number == len(error["loc"]) - 1:
+            kept.append(part)
+    return tuple(kept)
+
+
 def _model_at(location: tuple) -> type[Section] | None:
     """The section model that holds the last element of a pydantic error location."""
     model: type[Section] | None = Params
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        named = re.sub(r"^list\[(.*)\]$", r"\1", part)
+        if named in _ALTERNATIVES:
+            model = _ALTERNATIVES[named]
+            continue
         field = model.model_fields.get(part) if model else None
         annotation = field.annotation if field else None
         model = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
     return model
 
 
-def _explain(error: dict, data: dict) -> str:
+_ALTERNATIVES = {"Files": Files, "Message": Message}
+
+
+def _explain(error: dict, data: dict, full: tuple) -> str:
     """One line for one pydantic error: field, value, what is allowed, and the nearest known name."""
     location = tuple(part for part in error["loc"])
     where = ".".join(str(part) for part in location) or "params"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        model = _model_at(location)
+        model = _model_at(full)
         names = list(model.model_fields) if model else []
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
         hint = f" Did you mean `{near[0]}`?" if near else f" Known here: {', '.join(names)}." if names else ""
@@ -469,8 +528,10 @@ def _explain(error: dict, data: dict) -> str:
         )
         hint = f" Did you mean `{near[0]}`?" if near else ""
         return f"{where}: {value} is not allowed: choose {context['expected']}.{hint}"
-    message = error["msg"].removeprefix("Input should be ")
-    return f"{where}: {value} is not allowed: it should be {message}."
+    message = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
+    return (
+        f"{where}: {value} is not allowed: it should {'' if message.startswith(('match', 'have')) else 'be '}{message}."
+    )
 
 
 def reference() -> str:

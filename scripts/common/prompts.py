@@ -1,13 +1,14 @@
 """Templates: how a row of fields becomes a prompt and an answer. Shared by prepare, evaluate and ask."""
 
 import json
+import re
 import string
 from pathlib import Path
 
 from common.errors import UserError
 
 
-def fields_of(template: str) -> list[str]:
+def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
     """Names of the placeholders of a template, in order.
 
     Raises:
@@ -16,13 +17,13 @@ def fields_of(template: str) -> list[str]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"prepare.text_template: {error}. Write {{{{ and }}}} for literal braces.") from None
+        raise UserError(f"{where}: {error}. Write {{{{ and }}}} for literal braces.") from None
     names = []
     for _, name, spec, conversion in parts:
         if name is None:
             continue
-        if not name.isidentifier() or spec or conversion:
-            raise UserError(f"prepare.text_template: `{{{name}}}` is not a plain field name such as {{phrase}}.")
+        if not name.isidentifier() or spec or conversion or f"{{{name}:" in template:
+            raise UserError(f"{where}: `{{{name}}}` is not a plain field name such as {{phrase}}.")
         names.append(name)
     return names
 
@@ -48,7 +49,8 @@ def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
         raise UserError(
             f"prepare.answer: `{answer}` is not a placeholder of text_template. Placeholders: {', '.join(names)}."
         )
-    head, _, tail = template.partition("{" + answer + "}")
+    at = next(found.start() for found in re.finditer(r"{{|}}|{(\w*)}", template) if found[1] == answer)
+    head, tail = template[:at], template[at + len(answer) + 2 :]
     if not head.strip():
         raise UserError("prepare.text_template: nothing stands before the answer, so there is no prompt.")
     return head, "{" + answer + "}" + tail, answer

@@ -13,7 +13,10 @@ import xxhash
 BANDS, WIDTH = 16, 4
 SHINGLE = 3  # words
 
-_words = re.compile(r"\w+").findall
+# Scripts written without spaces count by character.
+_words = re.compile(
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+).findall
 _random = np.random.default_rng(20240229)  # fixed: signatures are no knob
 _MULTIPLY = _random.integers(1, 2**63, BANDS * WIDTH, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _ADD = _random.integers(0, 2**63, BANDS * WIDTH, dtype=np.uint64)
@@ -79,7 +82,8 @@ def copies_of_held_out(store, split: np.ndarray, threshold: float) -> list[tuple
     if not keys:
         return []
     owner = np.concatenate(owners)
-    index = np.concatenate(keys)
+    later = np.argsort(-split[owner], kind="stable")  # test first, so that equal eval rows do not crowd it out
+    owner, index = owner[later], np.concatenate(keys)[later]
     order = np.argsort(index, axis=0, kind="stable")
     table = np.take_along_axis(index, order, axis=0)
     found = []

@@ -1,7 +1,7 @@
 """Read rows from JSON, JSON Lines, CSV or Parquet as a stream, with memory that does not grow with the file.
 
-Parsing is left to `datasets` (JSON Lines, CSV, Parquet) and `ijson` (JSON arrays, which `datasets` reads whole). Both
-stop at the first malformed byte without naming the row; then a plain second reading of the file names it.
+JSON arrays are parsed by `ijson`, Parquet by `datasets`, lines and CSV by the standard library; docs/architecture.md says why
+not all of them by `datasets`. Every error names the file and the row.
 """
 
 import csv
@@ -67,43 +67,46 @@ def _streamed(path: Path, kind: str, **options) -> Iterator[dict]:
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
-    try:
-        yield from _streamed(path, "json")
-    except UserError:
-        raise
-    except Exception as error:
-        with open(path, "rb") as handle:
-            for number, line in enumerate(handle, 1):
-                try:
-                    if line.strip():
-                        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                        if not isinstance(value, dict):
-                            raise UserError(
-                                f"{path}: row {number}: not an object but {type(value).__name__}."
-                            ) from None
-                except UnicodeDecodeError as bad:
-                    raise UserError(
-                        f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8."
-                    ) from None
-                except json.JSONDecodeError as bad:
-                    raise UserError(f"{path}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    # Not through `datasets`: its reader takes text that looks like a date for a date.
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                if line.strip():
+                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if not isinstance(value, dict):
+                        raise UserError(f"{path}: row {number}: not an object but {type(value).__name__}.")
+                    yield value
+            except UnicodeDecodeError as bad:
+                raise UserError(
+                    f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8."
+                ) from None
+            except json.JSONDecodeError as bad:
+                raise UserError(f"{path}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
 
 
 def _csv(path: Path) -> Iterator[dict]:
+    # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
     _check_utf8(path)
-    import datasets
-
+    csv.field_size_limit(2**31 - 1)
+    number = 0
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        columns = next(csv.reader(handle), [])
-    if len(set(columns)) != len(columns) or not all(columns):
-        raise UserError(f"{path}: row 1: the header has an empty or repeated column name: {', '.join(columns)}.")
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    try:
-        yield from _streamed(path, "csv", features=features, keep_default_na=False, encoding="utf-8-sig")
-    except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(f"{path}: malformed CSV: {reason[0] if reason else type(error).__name__}") from None
+        reader = csv.reader(handle, strict=True)
+        try:
+            columns = next(reader, [])
+            if len(set(columns)) != len(columns) or not all(columns):
+                raise UserError(
+                    f"{path}: row 1: the header has an empty or repeated column name: {', '.join(columns)}."
+                )
+            for values in filter(None, reader):
+                number += 1
+                if len(values) != len(columns):
+                    raise UserError(
+                        f"{path}: row {number} (line {reader.line_num}): {len(values)} values for {len(columns)} columns. "
+                        "Put text with a comma between double quotes."
+                    )
+                yield dict(zip(columns, values, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}: malformed CSV: row {number + 1} (line {reader.line_num}): {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[dict]:

@@ -21,6 +21,7 @@ class Row(NamedTuple):
     prompt: str  # what the model sees
     answer: str  # what the model shall say
     text: str  # the values of the prompt's fields, without the template: what duplicates are judged by
+    tail: str = ""  # the answer with what closes it: the tokens behind the prompt
 
 
 class Store:
@@ -38,7 +39,7 @@ class Store:
         self.database = sqlite3.connect(self.path, isolation_level=None)
         self.database.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
-            "CREATE TABLE rows (number INTEGER PRIMARY KEY, file TEXT, line INTEGER, prompt TEXT, answer TEXT, text TEXT);"
+            "CREATE TABLE rows (number INTEGER PRIMARY KEY, file TEXT, line INTEGER, prompt TEXT, answer TEXT, text TEXT, tail TEXT);"
         )
         return self
 
@@ -56,10 +57,14 @@ class Store:
         while batch := list(islice(rows, 4096)):
             start = len(self)
             self.database.executemany(
-                "INSERT INTO rows VALUES (?,?,?,?,?,?)", ((start + i, *row) for i, row in enumerate(batch))
+                "INSERT INTO rows VALUES (?,?,?,?,?,?,?)", ((start + i, *row) for i, row in enumerate(batch))
             )
             self.hashes.extend(xxhash.xxh3_64_intdigest(normalized(row.text).encode()) for row in batch)
-            self.codes.extend(self._code(row.answer) for row in batch)
+            codes = [self._code(row.answer) for row in batch]  # may find that there are many answers
+            if self._answers is None:
+                self.codes = array("i", bytes(4 * (len(self.codes) + len(codes))))
+            else:
+                self.codes.extend(codes)
         return len(self) - before
 
     def _code(self, answer: str) -> int:
@@ -69,7 +74,6 @@ class Store:
         code = self._answers.setdefault(answer, len(self._answers))
         if len(self._answers) > self.few_answers:
             self._answers = None
-            self.codes = array("i", bytes(4 * len(self.codes)))
             return 0
         return code
 
@@ -83,14 +87,16 @@ class Store:
 
     def row(self, number: int) -> Row:
         """One row by number."""
-        found = self.database.execute("SELECT file,line,prompt,answer,text FROM rows WHERE number=?", (int(number),))
+        found = self.database.execute(
+            "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number=?", (int(number),)
+        )
         return Row(*found.fetchone())
 
     def batches(self, size: int = 4096) -> Iterator[tuple[np.ndarray, list[Row]]]:
         """All rows in order, `size` at a time, with their numbers."""
         for start in range(0, len(self), size):
             found = self.database.execute(
-                "SELECT file,line,prompt,answer,text FROM rows WHERE number>=? AND number<? ORDER BY number",
+                "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number>=? AND number<? ORDER BY number",
                 (start, start + size),
             )
             rows = [Row(*values) for values in found]
