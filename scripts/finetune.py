@@ -347,8 +347,10 @@ class Trainer:
         fused = lora.fuse(self.peft)
         self.qat = None
         if section.qat != "none":
-            int8 = section.qat_int8_modules
-            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, int8, section.qat_rate, section.seed)
+            chosen, rate = section.qat_target_modules, section.qat_rate
+            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, chosen, rate, section.seed)
+            if not self.qat.layers:
+                raise UserError(f"finetune.qat_target_modules: {chosen} matches no layer that has an adapter.")
         self.job.log(f"{fused} LoRA layers fused, qat {section.qat}")
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -356,7 +358,7 @@ class Trainer:
             lr=section.learning_rate,
             betas=(section.adam_beta1, section.adam_beta2),
             weight_decay=section.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         self.step, self.bad_evaluations, self.best, self.stopped = 0, 0, None, False
         self.best_tensors: dict | None = None

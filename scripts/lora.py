@@ -112,23 +112,28 @@ class QuantizationAware:
     arXiv:2004.07320): the model then works both quantized and not.
     """
 
-    def __init__(self, peft, block_size: int, int8_modules: list[str], rate: float, seed: int):
-        """Four bits for every layer, eight for those whose last name is in `int8_modules`."""
+    def __init__(self, peft, block_size: int, target_modules: str | list[str], rate: float, seed: int):
+        """Choose the layers: `all-linear`, or those whose last name is in `target_modules`.
+
+        Layers that will keep 8 bits are best left out: their rounding is too small to be worth simulating.
+        """
         self.block_size, self.rate, self.seed = block_size, rate, seed
-        self.layers = lora_layers(peft)
-        self.bits = {name: 8 if name.rsplit(".", 1)[-1] in int8_modules else 4 for name in self.layers}
+        every = target_modules == "all-linear"
+        self.layers = {
+            n: module for n, module in lora_layers(peft).items() if every or n.rsplit(".", 1)[-1] in target_modules
+        }
 
     @torch.no_grad()
     def refresh(self, step: int | None) -> None:
-        """Quantize W + s B A anew, before optimizer step `step`; None quantizes every layer (to evaluate)."""
+        """Quantize W + s B A anew, before optimizer step `step`; None quantizes every one (to evaluate)."""
         chosen = np.ones(len(self.layers), dtype=bool)
         if step is not None and self.rate < 1:
             chosen = np.random.default_rng([self.seed, step]).random(len(self.layers)) < self.rate
-        for (name, module), quantize in zip(self.layers.items(), chosen, strict=True):
+        for module, quantize in zip(self.layers.values(), chosen, strict=True):
             module.fake_quantized = None
             if not quantize:
                 continue
             adapter, base = module.active_adapters[0], module.get_base_layer().weight
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             merged = torch.addmm(base.float(), b.float(), a.float(), alpha=module.scaling[adapter])
-            module.fake_quantized = round_to_nearest(merged, self.bits[name], self.block_size).to(base.dtype)
+            module.fake_quantized = round_to_nearest(merged, 4, self.block_size).to(base.dtype)

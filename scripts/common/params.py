@@ -247,8 +247,9 @@ class Finetune(Section):
     qat_block_size: Literal[16, 32, 64, 128, 256] = Field(
         32, description="qat: weights that share one scale, as in quantize.block_size."
     )
-    qat_int8_modules: list[str] = Field(
-        [], description="qat: modules that stay in 8 bits, such as `[down_proj]`, as in quantize.int8_nodes."
+    qat_target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="qat: modules that will have 4 bits, by name; leave out what quantize.int8_nodes keeps in 8.",
     )
     qat_rate: float = Field(
         1.0,

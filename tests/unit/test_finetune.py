@@ -42,6 +42,9 @@ SETTINGS = {
     "early_stopping_patience": 0,
     "early_stopping_threshold": 0.0,
     "qat": "none",
+    "qat_block_size": 32,
+    "qat_int8_modules": [],
+    "qat_rate": 1.0,
     "seed": 42,
     "data_seed": 42,
 }
@@ -369,7 +372,8 @@ def test_qlora_trains_as_lora_over_the_dequantized_base_does(tmp_path, base, dat
         assert float((one[name] - value).norm() / value.norm()) < 0.02, name
 
 
-def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(tmp_path, base, dataset):
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(tmp_path, base, dataset, rate):
     """Eval loss = loss of the merged weights after round-to-nearest, 8 bits where asked for."""
     import torch
     from peft import PeftModel
@@ -377,7 +381,7 @@ def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(
 
     import lora
 
-    changes = {"qat": "int4", "qat_block_size": 32, "qat_int8_modules": ["down_proj"]}
+    changes = {"qat": "int4", "qat_block_size": 32, "qat_int8_modules": ["down_proj"], "qat_rate": rate}
     folder = tune(tmp_path / "run", base, dataset, **changes)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()

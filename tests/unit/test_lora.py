@@ -11,6 +11,15 @@ from conftest import make_model
 import lora
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny products lose more by waiting for a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def layers(kind: torch.dtype, bias: bool, shape=(24, 16), rank: int = 4, alpha: int = 8):
     """PEFT's LoRA layer over a linear one with random A and B, and a fused twin with the same parameters."""
     from peft import LoraConfig, get_peft_model
@@ -271,12 +280,12 @@ def deep(tmp_path_factory):
 
 def test_refresh_quantizes_the_merged_weights(deep):
     """Four bits, and eight for the modules named; the model then answers as one whose weights were replaced."""
-    aware = lora.QuantizationAware(deep, 32, ["v_proj", "down_proj"])
+    aware = lora.QuantizationAware(deep, 32, ["v_proj", "down_proj"], 1.0, 42)
     assert len(aware.bits) == 14
     eight = {name.rsplit(".", 1)[-1] for name, bits in aware.bits.items() if bits == 8}
     assert eight == {"v_proj", "down_proj"}
     assert sorted(aware.bits.values()) == [4] * 10 + [8] * 4
-    aware.refresh()
+    aware.refresh(None)
     ids = torch.arange(2, 42).reshape(2, 20)
     with torch.no_grad():
         found = deep(input_ids=ids).logits
@@ -296,16 +305,39 @@ def test_refresh_quantizes_the_merged_weights(deep):
         module.fake_quantized = None
 
 
+def stand_ins(aware: lora.QuantizationAware) -> set[str]:
+    """Names of the layers that are quantized now."""
+    return {name for name, layer in aware.layers.items() if layer.fake_quantized is not None}
+
+
 def test_refresh_follows_the_adapter(deep):
-    aware = lora.QuantizationAware(deep, 32, [])
-    aware.refresh()
-    name, module = next(iter(aware.layers.items()))
+    aware = lora.QuantizationAware(deep, 32, [], 1.0, 42)
+    aware.refresh(None)
+    module = next(iter(aware.layers.values()))
     before = module.fake_quantized.clone()
-    aware.refresh()
-    assert torch.equal(module.fake_quantized, before), name
+    aware.refresh(None)
+    assert torch.equal(module.fake_quantized, before)
     with torch.no_grad():
         module.lora_B["default"].weight.mul_(2)
-    aware.refresh()
+    aware.refresh(None)
     assert not torch.equal(module.fake_quantized, before)
+
+
+def test_rate_draws_layers_by_seed_and_step_alone(deep):
+    """Half of 14 layers on average; all of them to evaluate, whatever the rate."""
+    aware = lora.QuantizationAware(deep, 32, [], 0.5, 42)
+    drawn = []
+    for step in range(40):
+        aware.refresh(step)
+        drawn.append(stand_ins(aware))
+    assert 0.4 < sum(map(len, drawn)) / (40 * 14) < 0.6
+    assert len({frozenset(names) for names in drawn}) > 30
+    again, other = (lora.QuantizationAware(deep, 32, [], 0.5, seed) for seed in (42, 43))
+    again.refresh(7)
+    assert stand_ins(again) == drawn[7]
+    other.refresh(7)
+    assert stand_ins(other) != drawn[7]
+    aware.refresh(None)
+    assert len(stand_ins(aware)) == 14
     for layer in aware.layers.values():
         layer.fake_quantized = None

@@ -1,0 +1,380 @@
+"""evaluate: hand-computed scores, the same answers from every runtime, the same bytes from every run."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_rows, write_params
+
+import evaluate
+import prepare
+import quantize
+from common import params, prompts
+
+TONES = ("sadness", "joy", "fear", "surprise")
+BENCHMARK = {"load_s", "score_s"}
+LATENCY = {"latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "generated_tokens_per_s"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny products lose more by waiting for a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_dataset(folder: Path, base: Path, rows: list[dict], **changes: object) -> Path:
+    """`prepare`'s output for other rows or parameters."""
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    file = write_params(folder / "params.yaml", prepare={"source": str(folder / "rows.json"), **changes})
+    arguments = ["--params", file, "--base", base, "--output", folder / "dataset", "--report", folder / "report.json"]
+    prepare.main([str(argument) for argument in arguments])
+    return folder / "dataset"
+
+
+def export(model: Path, folder: Path, precision: str) -> Path:
+    """The model as ONNX."""
+    section = params.Quantize(precision=precision, algo_config="rtn", matmul_mixed_precision=None)
+    folder.mkdir(parents=True)
+    quantize.export(section, model, folder, folder.parent / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, base, dataset) -> Path:
+    """The tiny base after full training on the train split: it answers the test rows, and knows when to stop."""
+    import pyarrow.parquet
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("taught") / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = pyarrow.parquet.read_table(dataset / "train.parquet").to_pylist()
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
+    labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(200):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    assert loss.item() < 0.05
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, taught) -> dict[str, Path]:
+    """The taught model as ONNX, in float32 and int4."""
+    folder = tmp_path_factory.mktemp("exported")
+    return {name: export(taught, folder / name, name) for name in ("fp32", "int4")}
+
+
+def run(folder: Path, dataset: Path, precision: str = "int4", models: dict | None = None, **section: object) -> Path:
+    """Run the script in this process; returns the folder of its outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"max_samples": None, "max_new_tokens": None, "batch_size": 32, **section}
+    quantization = {"precision": precision, "matmul_mixed_precision": None, "int8_nodes": []}
+    file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization)
+    arguments = ["--params", file, "--dataset", dataset]
+    for name, path in (models or {}).items():
+        arguments += [f"--{name}", path]
+    for name, file in (
+        ("metrics", "metrics.json"),
+        ("benchmark", "benchmark.json"),
+        ("predictions", "predictions.csv"),
+    ):
+        arguments += [f"--{name}", folder / file]
+    evaluate.main([str(argument) for argument in arguments])
+    return folder
+
+
+def refused(folder: Path, capsys, *arguments: object, **options: object) -> str:
+    """The script's error; it exits with 1 and leaves nothing but the parameter file."""
+    with pytest.raises(SystemExit) as caught:
+        run(folder, *arguments, **options)
+    assert caught.value.code == 1
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+    message = capsys.readouterr().err
+    return message[message.index("evaluate: error: ") :]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def test_macro_f1_of_a_small_example():
+    """a: 1 hit, 1 missed: 2/3. b: 2 hits, 1 wrong: 4/5. c: 1 missed: 0. Mean: 22/45."""
+    expected, answers = ["a", "a", "b", "b", "c"], ["a", "b", "b", "b", "x"]
+    assert evaluate.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
+
+
+def test_macro_f1_counts_every_label_the_same():
+    """Ninety right of one label and ten wrong of another: accuracy 0.9, but F1 of 90/95 and 0."""
+    expected, answers = ["a"] * 90 + ["b"] * 10, ["a"] * 100
+    assert evaluate.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("answers", "value"),
+    [(["a", "b"], 1.0), (["b", "a"], 0.0), (["", ""], 0.0), (["a", "x"], 0.5)],
+    ids=["right", "swapped", "empty", "half"],
+)
+def test_macro_f1_at_its_ends(answers, value):
+    assert evaluate.macro_f1(["a", "b"], answers, ["a", "b"]) == value
+
+
+def test_score_of_a_classification(dataset):
+    questions = evaluate.Questions(dataset, None)
+    count = len(questions.expected)
+    assert evaluate.score(questions, questions.expected) == {"accuracy": 1.0, "macro_f1": 1.0, "outside_labels": 0.0}
+    share = questions.expected.count("joy") / count
+    found = evaluate.score(questions, ["joy"] * count)
+    assert found["accuracy"] == round(share, 6)
+    assert found["macro_f1"] == pytest.approx(2 * share / (1 + share) / 4, abs=1e-6)
+    assert found["outside_labels"] == 0.0
+    answers = ["delight", "Joy", *questions.expected[2:]]
+    found = evaluate.score(questions, answers)
+    assert found["accuracy"] == round((count - 2) / count, 6)
+    assert found["outside_labels"] == round(2 / count, 6)
+
+
+def test_score_of_free_text_is_exact_match_alone(tmp_path, base):
+    """Every row has an answer of its own, so there are no labels."""
+    rows = [{"text": f"Say {i}", "reply": f"number {i * 37} it is"} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
+    questions = evaluate.Questions(folder, None)
+    assert questions.form["labels"] is None
+    answers = [questions.expected[0] + "!", *questions.expected[1:]]
+    assert evaluate.score(questions, answers) == {"accuracy": round(1 - 1 / len(answers), 6)}
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "answer"),
+    [
+        ("joy", 1, "joy"),
+        (" joy \n", 1, "joy"),
+        ("\n\njoy\nfear", 1, "joy"),
+        ("joy\nfear", 2, "joy\nfear"),
+        ("one\ntwo\nthree", 2, "one\ntwo"),
+        ("", 1, ""),
+        ("  \n ", 3, ""),
+    ],
+)
+def test_first_answer(text, lines, answer):
+    assert prompts.first_answer(text, lines) == answer
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def test_questions_are_the_prompt_tokens_of_training(base, dataset):
+    """Decoded, they are the prompt; with the answer's tokens behind them, they are the sequence trained on."""
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    questions = evaluate.Questions(dataset, None)
+    rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()
+    assert len(rows) == len(questions.prompts) > 15
+    for row, ids, text, expected in zip(rows, questions.prompts, questions.texts, questions.expected, strict=True):
+        assert tokenizer.decode(ids) == text == row["prompt"]
+        assert text.endswith("### The tone is:\n")
+        assert expected == row["answer"].strip()
+        assert expected in TONES
+        answer = [label for label in row["labels"] if label != -100]
+        assert row["input_ids"] == [*ids, *answer]
+        assert answer[-1] == questions.end == 0
+
+
+def test_questions_of_a_padded_dataset_are_the_same(tmp_path, base, dataset):
+    padded = make_dataset(tmp_path / "data", base, make_rows(96), pad_to_max_len=True, max_seq_len=80)
+    plain, found = evaluate.Questions(dataset, None), evaluate.Questions(padded, None)
+    assert [ids.tolist() for ids in found.prompts] == [ids.tolist() for ids in plain.prompts]
+    assert found.expected == plain.expected
+
+
+def test_max_samples_takes_the_first_rows(dataset):
+    whole, some = evaluate.Questions(dataset, None), evaluate.Questions(dataset, 5)
+    assert some.rows == whole.rows[:5]
+    assert some.expected == whole.expected[:5]
+    assert evaluate.Questions(dataset, 10_000).rows == whole.rows
+
+
+def test_as_many_lines_are_read_as_the_answer_has(tmp_path, base):
+    rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
+    questions = evaluate.Questions(folder, None)
+    assert questions.read(f"{questions.expected[0]}\nthird", 0) == questions.expected[0]
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, base, taught, exported, dataset) -> Path:
+    """Random base, taught model and its int4 export, scored once; do not write into it."""
+    models = {"base": base, "merged": taught, "onnx": exported["int4"]}
+    return run(tmp_path_factory.mktemp("scored") / "run", dataset, models=models)
+
+
+def test_metrics_have_the_documented_fields_and_nothing_that_varies(scored, base, taught, exported, dataset):
+    metrics = read_json(scored / "metrics.json")
+    assert list(metrics) == ["test_rows", "base", "merged", "int4"]
+    assert metrics["test_rows"] == len(evaluate.Questions(dataset, None).rows)
+    for name, folder in (("base", base), ("merged", taught), ("int4", exported["int4"])):
+        assert list(metrics[name]) == ["accuracy", "macro_f1", "outside_labels", "size_bytes"]
+        assert metrics[name]["size_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert metrics["base"]["accuracy"] == 0.0
+    assert metrics["base"]["outside_labels"] == 1.0
+    assert metrics["merged"]["accuracy"] >= 0.9
+    assert metrics["merged"]["macro_f1"] >= 0.9
+    assert metrics["int4"]["accuracy"] >= 0.9
+
+
+def test_benchmark_has_timings_of_every_model(scored):
+    benchmark = read_json(scored / "benchmark.json")
+    assert list(benchmark) == ["base", "merged", "int4"]
+    assert set(benchmark["base"]) == set(benchmark["merged"]) == BENCHMARK
+    assert set(benchmark["int4"]) == BENCHMARK | LATENCY
+    times = benchmark["int4"]
+    assert 0 < times["latency_ms_p50"] <= times["latency_ms_p95"] <= times["latency_ms_p99"]
+    assert times["generated_tokens_per_s"] > 1
+
+
+def test_predictions_are_every_answer_and_give_the_metrics(scored, dataset):
+    metrics, rows = read_json(scored / "metrics.json"), read_rows(scored / "predictions.csv")
+    questions = evaluate.Questions(dataset, None)
+    assert list(rows[0]) == ["row", "expected", "base", "merged", "int4", "prompt"]
+    assert [int(row["row"]) for row in rows] == questions.rows
+    assert [row["expected"] for row in rows] == questions.expected
+    assert [row["prompt"] for row in rows] == questions.texts
+    for name in ("base", "merged", "int4"):
+        right = sum(row[name] == row["expected"] for row in rows)
+        assert metrics[name]["accuracy"] == round(right / len(rows), 6)
+        labels = set(questions.form["labels"])
+        assert metrics[name]["outside_labels"] == round(sum(row[name] not in labels for row in rows) / len(rows), 6)
+
+
+def test_two_runs_give_the_same_metrics_and_predictions(tmp_path, scored, base, taught, exported, dataset):
+    models = {"base": base, "merged": taught, "onnx": exported["int4"]}
+    again = run(tmp_path / "run", dataset, models=models)
+    for name in ("metrics.json", "predictions.csv"):
+        assert (again / name).read_bytes() == (scored / name).read_bytes(), name
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in scored.iterdir())
+
+
+def test_transformers_and_onnx_give_the_same_answers(tmp_path, base, taught, exported, dataset):
+    """Batched with left padding there, row by row here: every answer of the float32 models is the same."""
+    folder = run(tmp_path / "taught", dataset, "fp32", {"merged": taught, "onnx": exported["fp32"]})
+    for row in read_rows(folder / "predictions.csv"):
+        assert row["fp32"] == row["merged"]
+    random = export(base, tmp_path / "random", "fp32")
+    folder = run(tmp_path / "babble", dataset, "fp32", {"base": base, "onnx": random}, max_new_tokens=6)
+    rows = read_rows(folder / "predictions.csv")
+    assert sum(row["fp32"] == row["base"] for row in rows) >= 0.9 * len(rows)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_batch_size_changes_no_answer(tmp_path, scored, taught, dataset, size):
+    folder = run(tmp_path / "run", dataset, models={"merged": taught}, batch_size=size)
+    assert [row["merged"] for row in read_rows(folder / "predictions.csv")] == [
+        row["merged"] for row in read_rows(scored / "predictions.csv")
+    ]
+
+
+def test_max_samples_scores_so_many_rows(tmp_path, taught, dataset):
+    folder = run(tmp_path / "five", dataset, models={"merged": taught}, max_samples=5)
+    assert read_json(folder / "metrics.json")["test_rows"] == 5
+    assert len(read_rows(folder / "predictions.csv")) == 5
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_max_new_tokens_bounds_the_answers_of_both_runtimes(tmp_path, base, exported, dataset, count):
+    """The random model never stops by itself; the longest answer of the data is the bound otherwise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models = {"base": base, "onnx": exported["int4"]}
+    folder = run(tmp_path / "run", dataset, models=models, max_new_tokens=count)
+    for row in read_rows(folder / "predictions.csv"):
+        for name in ("base", "int4"):
+            assert len(tokenizer(row[name])["input_ids"]) <= count, (name, row)
+
+
+def test_message_shows_every_accuracy(tmp_path, taught, dataset, capsys):
+    run(tmp_path / "run", dataset, models={"merged": taught}, max_samples=4)
+    assert "evaluate: accuracy on 4 test rows: merged " in capsys.readouterr().err
+
+
+def test_bfloat16_model_is_scored_in_its_own_type(tmp_path, taught, dataset):
+    from transformers import AutoModelForCausalLM
+
+    half = Path(shutil.copytree(taught, tmp_path / "half"))
+    AutoModelForCausalLM.from_pretrained(taught, dtype=torch.bfloat16).save_pretrained(half)
+    metrics = read_json(run(tmp_path / "run", dataset, models={"merged": half}) / "metrics.json")
+    assert metrics["merged"]["accuracy"] >= 0.9
+    assert metrics["merged"]["size_bytes"] < sum(path.stat().st_size for path in taught.iterdir())
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_empty_test_split(tmp_path, base, taught, capsys):
+    folder = make_dataset(tmp_path / "data", base, make_rows(40), test_fraction=0.0)
+    message = refused(tmp_path / "run", capsys, folder, models={"merged": taught})
+    assert f"{folder}: the test split is empty, so nothing can be scored." in message
+    assert "Raise prepare.test_fraction, or name a test file." in message
+
+
+def test_no_model_to_score(tmp_path, dataset, capsys):
+    message = refused(tmp_path / "run", capsys, dataset)
+    assert "nothing to score: give --base, --merged or --onnx." in message
+
+
+def test_missing_dataset_names_the_command_that_makes_it(tmp_path, taught, capsys):
+    message = refused(tmp_path / "run", capsys, tmp_path / "no", models={"merged": taught})
+    assert f"{tmp_path}/no/prompt.json: no such file. Build it with `snakemake --cores all {tmp_path}/no`." in message
+
+
+@pytest.mark.parametrize("name", ["base", "merged", "onnx"])
+def test_missing_model_is_named(tmp_path, dataset, capsys, name):
+    message = refused(tmp_path / "run", capsys, dataset, models={name: tmp_path / "no"})
+    assert f"{tmp_path}/no" in message
+    assert "snakemake" in message
+
+
+def test_damaged_export_is_named(tmp_path, exported, dataset, capsys):
+    damaged = Path(shutil.copytree(exported["int4"], tmp_path / "damaged"))
+    (damaged / "model.onnx.data").write_bytes(b"")
+    message = refused(tmp_path / "run", capsys, dataset, models={"onnx": damaged})
+    assert f"{damaged}: ONNX Runtime cannot load this model: " in message
+    assert "Build it again: remove the folder and run snakemake." in message
+
+
+def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys):
+    folder = Path(shutil.copytree(scored, tmp_path / "run"))
+    (folder / "metrics.json").unlink()
+    before = (folder / "predictions.csv").read_bytes()
+    with pytest.raises(SystemExit):
+        run(folder, dataset, models={"merged": taught})
+    assert "already exists" in capsys.readouterr().err
+    assert not (folder / "metrics.json").exists()
+    assert (folder / "predictions.csv").read_bytes() == before
