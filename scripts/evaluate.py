@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
             ):
                 if folder is None:
                     continue
+                if not folder.is_dir():
+                    raise UserError(f"{folder}: no model here. Build it with `snakemake --cores all {folder}`.")
                 if folder is args.onnx:
                     texts, benchmark[name] = answer_with_onnx(folder, questions, new_tokens, job, name)
                 else:

@@ -101,6 +101,13 @@ def from_hub(source: str, folder: Path) -> tuple[Path, str]:
         raise UserError(f"fetch_model.source: `{source}` is not of the form hf:ORG/NAME@REVISION.")
     wanted = [f"*{ending}" for ending in KEPT] + ["*.safetensors"]
     try:
+        if re.fullmatch("[0-9a-f]{40}", revision):
+            try:
+                snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True))
+                weight_files(snapshot)
+                return snapshot, snapshot.name
+            except (LocalEntryNotFoundError, UserError):
+                pass
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RevisionNotFoundError:
         raise UserError(
@@ -130,6 +137,8 @@ def check_safetensors(path: Path) -> dict[str, str]:
             if length > min(size - 8, 100_000_000):
                 raise ValueError("the header is longer than the file")
             header = json.loads(handle.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is not a JSON object")
         tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
         end = max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
         if 8 + length + end != size:
@@ -147,7 +156,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: damaged: no weight_map in it. Download the folder again.") from None
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise UserError(
@@ -230,7 +242,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
         with parsed_once():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=wanted)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, EOFError, IndexError) as error:
+    except (ValueError, KeyError, EOFError, IndexError, struct.error) as error:
         raise UserError(f"{file}: transformers cannot read this GGUF file: {error}") from None
     # The weights are dequantized now; these marks of the source format would make save_pretrained refuse.
     for mark in ("quantization_config", "_name_or_path"):

@@ -199,13 +199,23 @@ def load_model(section: params.Finetune, base: Path, device):
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         if "SafetensorError" in type(error).__name__ or "safetensors" in str(error).lower():
             raise UserError(
                 f"{base}: truncated or corrupt weights: {error}. Fetch the model again: remove {base} and run snakemake."
             ) from None
         raise
     model.requires_grad_(False)
+    for module in model.modules():
+        # bitsandbytes' inference kernel repacks 4-bit weights in eval() for good and has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if isinstance(section.target_modules, list):
+        # PEFT only complains if none of the names matches.
+        names = [f".{name}" for name, _ in model.named_modules()]
+        lost = [target for target in section.target_modules if not any(name.endswith(f".{target}") for name in names)]
+        if lost and len(lost) < len(section.target_modules):
+            raise UserError(f"finetune.target_modules: {lost} matches no module of this model.")
     torch.manual_seed(section.seed)
     config = LoraConfig(
         r=section.lora_r,
@@ -505,6 +515,12 @@ class Trainer:
                 if self.step % section.save_steps == 0 and not last:
                     self._save()
                 bar.update(1, loss=f"{loss:.3f}", **{"tokens/s": f"{tokens / (time.monotonic() - began):.0f}"})
+        if self.window[1]:
+            rate = self.schedule.learning_rate(self.step - 1)
+            mean = self.window[0] / self.window[1]
+            self.train_curve.append(
+                [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
+            )
         if self.best_tensors is not None:
             import torch
 

@@ -34,7 +34,11 @@ def judge(section: params.Gates, metrics: dict) -> list[dict]:
                 "passed": value >= section.min_accuracy,
             }
         )
-    if section.max_accuracy_drop is not None and len(models) > 1:
+    if section.max_accuracy_drop is not None and len(models) < 2:
+        raise UserError(
+            "gates.max_accuracy_drop: only one model was scored; add another to evaluate.models, or set it to null."
+        )
+    if section.max_accuracy_drop is not None:
         against = models[-2]
         value = round(metrics[against]["accuracy"] - metrics[last]["accuracy"], 6)
         passed = value <= section.max_accuracy_drop

@@ -98,10 +98,10 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> torch.
     out, width = weight.shape
     padding = -width % block_size
     padded = torch.nn.functional.pad(weight, (0, padding)) if padding else weight
-    blocks = padded.reshape(-1, block_size).float()
-    scale = blocks.abs().amax(dim=1, keepdim=True).mul_(1 / (top - 0.5))
+    blocks = padded.reshape(-1, block_size).double()
+    scale = blocks.abs().amax(dim=1, keepdim=True).mul_(2).div_(2 * top - 1)
     scale.masked_fill_(scale == 0, 1.0)
-    rounded = torch.div(blocks, scale).round_().clamp_(-top, top - 1).mul_(scale)
+    rounded = torch.div(blocks, scale).round_().clamp_(-top, top - 1).mul_(scale.float())
     return rounded.reshape(out, width + padding)[:, :width].to(weight.dtype)
 
 

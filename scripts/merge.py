@@ -65,9 +65,13 @@ class Adapter:
         """PEFT's factor before B A: alpha / r, or alpha / sqrt(r) with rank stabilization (arXiv:2312.03732)."""
         rank, alpha = self.config["r"], self.config["lora_alpha"]
         for pattern, value in (self.config.get("rank_pattern") or {}).items():
-            rank = value if re.fullmatch(rf"(.*\.)?({pattern})", module) else rank
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                rank = value
+                break
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", module) else alpha
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def delta(self, target: str):
@@ -92,7 +96,9 @@ def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
     return dequantize_4bit(packed, state).float()
 
 
-def merge_shard(source: Path, target: Path, adapter: Adapter, dtype: str, rebuild, where: dict[str, str], bar) -> None:
+def merge_shard(
+    source: Path, target: Path, adapter: Adapter, dtype: str, rebuild, where: dict[str, str], linear: set[str], bar
+) -> None:
     """Stream one shard: the header first, then each tensor, merged where the adapter has a pair for it.
 
     Raises:
@@ -117,7 +123,8 @@ def merge_shard(source: Path, target: Path, adapter: Adapter, dtype: str, rebuil
         text += b" " * (-len(text) % 8)
         out.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            tensor = shard.get_tensor(name)
+            with safe_open(source, "pt") as again:  # mapped pages go with the mapping
+                tensor = again.get_tensor(name).clone()
             if name in where:
                 base = rebuild(tensor) if rebuild else tensor.float()
                 update = adapter.delta(where[name])
@@ -125,7 +132,9 @@ def merge_shard(source: Path, target: Path, adapter: Adapter, dtype: str, rebuil
                     raise UserError(
                         f"the adapter's update of {name} is {tuple(update.shape)}, the weight is {tuple(base.shape)}: it belongs to another base model."
                     )
-                tensor = (base + update).to(tensor.dtype)
+                tensor = base + update
+            elif name in linear:
+                tensor = rebuild(tensor)
             if tensor.is_floating_point():
                 tensor = tensor.to(getattr(torch, DTYPES[written[name]]))
                 if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
@@ -163,10 +172,11 @@ def merge(
     files = weight_files(base)
     adapter = Adapter(adapter_folder)
     where = match_weights(adapter, files)
-    rebuild = None
+    rebuild, linear = None, set()
     if section.onto == "dequantized":
         from finetune import pick_device, pick_dtype
 
+        linear = linear_weights(base)
         compute_dtype = pick_dtype(finetune.compute_dtype, pick_device())
 
         def rebuild(tensor):
@@ -178,12 +188,36 @@ def merge(
     total = sum(len(check_safetensors(file)) for file in files)
     with job.progress(total, "tensors") as bar:
         for file in files:
-            merge_shard(file, target / file.name, adapter, section.dtype, rebuild, where, bar)
+            merge_shard(file, target / file.name, adapter, section.dtype, rebuild, where, linear, bar)
     if section.dtype != "auto":
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         config["dtype"] = section.dtype
         outputs.write_json(target / "config.json", config)
+        index = target / "model.safetensors.index.json"
+        if index.exists():
+            content = json.loads(index.read_text(encoding="utf-8"))
+            content["metadata"]["total_size"] = sum(tensor_bytes(target / file.name) for file in files)
+            outputs.write_json(index, content)
+
+
+def linear_weights(base: Path) -> set[str]:
+    """Names of the weights that QLoRA holds in 4 bits: every linear layer's but the output head's."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
+    head = empty.get_output_embeddings()
+    modules = empty.named_modules()
+    return {f"{name}.weight" for name, one in modules if type(one) is torch.nn.Linear and one is not head}
+
+
+def tensor_bytes(file: Path) -> int:
+    """Size of a safetensors file without its header."""
+    with open(file, "rb") as handle:
+        (header,) = struct.unpack("<Q", handle.read(8))
+    return file.stat().st_size - 8 - header
 
 
 def main(argv: list[str] | None = None) -> None:

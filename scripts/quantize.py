@@ -64,7 +64,8 @@ def int8_overrides(section: params.Quantize, model: Path, parts: tuple[str, ...]
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in section.int8_nodes)]
     presets = [part.strip().split(":") for part in (section.matmul_mixed_precision or "").split(",") if part.strip()]
     overrides = [{"match": {"preset": where}, "type": what} for where, what in presets]
-    return overrides + [{"match": {"name": name}, "type": "int8"} for name in chosen]
+    out = [{"match": {"name": name}, "exclude": True} for name in section.nodes_to_exclude]
+    return out + overrides + [{"match": {"name": name}, "type": "int8"} for name in chosen]
 
 
 def shares_embeddings(section: params.Quantize, model: Path) -> bool:
@@ -235,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("quantize", args.log) as job:
         section = params.section(args.params, "quantize")
+        if not (args.model / "config.json").exists():
+            raise UserError(f"{args.model}: no model here. Build it with `snakemake --cores all {args.model}`.")
         weight_files(args.model)
         with outputs.written(args.output) as (folder,):
             scratch = folder.parent / f".{args.output.name}.cache"

@@ -42,9 +42,6 @@ SETTINGS = {
     "early_stopping_patience": 0,
     "early_stopping_threshold": 0.0,
     "qat": "none",
-    "qat_block_size": 32,
-    "qat_int8_modules": [],
-    "qat_rate": 1.0,
     "seed": 42,
     "data_seed": 42,
 }
@@ -373,27 +370,31 @@ def test_qlora_trains_as_lora_over_the_dequantized_base_does(tmp_path, base, dat
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(tmp_path, base, dataset, rate):
-    """Eval loss = loss of the merged weights after round-to-nearest, 8 bits where asked for."""
+@pytest.mark.parametrize("modules", ["all-linear", ["gate_proj", "up_proj"]], ids=["all", "two"])
+def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(tmp_path, base, dataset, rate, modules):
+    """Eval loss = loss of the merged weights after round-to-nearest, whatever share of the layers each step quantizes."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     import lora
 
-    changes = {"qat": "int4", "qat_block_size": 32, "qat_int8_modules": ["down_proj"], "qat_rate": rate}
+    changes = {"qat": "int4", "qat_block_size": 32, "qat_target_modules": modules, "qat_rate": rate}
     folder = tune(tmp_path / "run", base, dataset, **changes)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
-    unquantized = plain_loss(model, dataset)
     for name, module in model.named_modules():
-        if name.endswith("_proj"):
-            module.weight.data = lora.round_to_nearest(module.weight.data, 8 if name.endswith("down_proj") else 4, 32)
+        if name.endswith("_proj") and (modules == "all-linear" or name.rsplit(".", 1)[-1] in modules):
+            module.weight.data = lora.round_to_nearest(module.weight.data, 4, 32)
     expected = curve(folder / "eval_loss.csv")[-1]["loss"]
     assert plain_loss(model, dataset) == pytest.approx(expected, abs=1e-4)
-    assert unquantized != pytest.approx(expected, abs=1e-4)
     losses = [line["loss"] for line in curve(folder / "train_loss.csv")]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_qat_modules_that_match_nothing(tmp_path, base, dataset, capsys):
+    message = refused(capsys, tmp_path / "run", base, dataset, qat="int4", qat_target_modules=["gate"])
+    assert "finetune.qat_target_modules: ['gate'] matches no layer that has an adapter." in message
 
 
 # -- killed and started again ------------------------------------------------------------------------------------------

@@ -278,13 +278,11 @@ def deep(tmp_path_factory):
     return peft
 
 
-def test_refresh_quantizes_the_merged_weights(deep):
-    """Four bits, and eight for the modules named; the model then answers as one whose weights were replaced."""
-    aware = lora.QuantizationAware(deep, 32, ["v_proj", "down_proj"], 1.0, 42)
-    assert len(aware.bits) == 14
-    eight = {name.rsplit(".", 1)[-1] for name, bits in aware.bits.items() if bits == 8}
-    assert eight == {"v_proj", "down_proj"}
-    assert sorted(aware.bits.values()) == [4] * 10 + [8] * 4
+@pytest.mark.parametrize("modules", ["all-linear", ["gate_proj", "up_proj"]], ids=["all", "two"])
+def test_refresh_quantizes_the_merged_weights(deep, modules):
+    """The layers named answer with W + s B A in four bits, the model as one whose weights were replaced."""
+    aware = lora.QuantizationAware(deep, 32, modules, 1.0, 42)
+    assert len(aware.layers) == (14 if modules == "all-linear" else 4)
     aware.refresh(None)
     ids = torch.arange(2, 42).reshape(2, 20)
     with torch.no_grad():
@@ -292,9 +290,8 @@ def test_refresh_quantizes_the_merged_weights(deep):
         plain = copy.deepcopy(deep).merge_and_unload()
         merged = plain(input_ids=ids).logits
         for name, module in plain.named_modules():
-            if name.rsplit(".", 1)[-1].endswith("_proj"):
-                bits = 8 if name.endswith(("v_proj", "down_proj")) else 4
-                expected = lora.round_to_nearest(module.weight, bits, 32)
+            if f"base_model.model.{name}" in aware.layers:
+                expected = lora.round_to_nearest(module.weight, 4, 32)
                 stand_in = deep.get_submodule(f"base_model.model.{name}").fake_quantized
                 torch.testing.assert_close(stand_in, expected, rtol=0, atol=1e-6, msg=name)
                 module.weight.data = expected
@@ -311,7 +308,7 @@ def stand_ins(aware: lora.QuantizationAware) -> set[str]:
 
 
 def test_refresh_follows_the_adapter(deep):
-    aware = lora.QuantizationAware(deep, 32, [], 1.0, 42)
+    aware = lora.QuantizationAware(deep, 32, "all-linear", 1.0, 42)
     aware.refresh(None)
     module = next(iter(aware.layers.values()))
     before = module.fake_quantized.clone()
@@ -325,14 +322,14 @@ def test_refresh_follows_the_adapter(deep):
 
 def test_rate_draws_layers_by_seed_and_step_alone(deep):
     """Half of 14 layers on average; all of them to evaluate, whatever the rate."""
-    aware = lora.QuantizationAware(deep, 32, [], 0.5, 42)
+    aware = lora.QuantizationAware(deep, 32, "all-linear", 0.5, 42)
     drawn = []
     for step in range(40):
         aware.refresh(step)
         drawn.append(stand_ins(aware))
     assert 0.4 < sum(map(len, drawn)) / (40 * 14) < 0.6
     assert len({frozenset(names) for names in drawn}) > 30
-    again, other = (lora.QuantizationAware(deep, 32, [], 0.5, seed) for seed in (42, 43))
+    again, other = (lora.QuantizationAware(deep, 32, "all-linear", 0.5, seed) for seed in (42, 43))
     again.refresh(7)
     assert stand_ins(again) == drawn[7]
     other.refresh(7)
