@@ -214,7 +214,7 @@ def test_every_allowed_combination_works_or_is_refused_clearly(
     model, code = base if tied else untied, 0
     try:
         folder = run(tmp_path, model, **changes)
-    except SystemExit as stop:  # noqa: PT017 (both ends are right)
+    except SystemExit as stop:
         code = stop.code
     if code == 0:
         assert divergence(torch_logits(load(model)), onnx_logits(folder)) < 0.02
