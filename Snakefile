@@ -27,13 +27,16 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 # The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported
 ONNX = f"build/onnx-{PARAMS.quantize.precision}"
 SOURCE = PARAMS.prepare.source
 DATA = [SOURCE] if isinstance(SOURCE, str) else [file for file in (SOURCE.train, SOURCE.eval, SOURCE.test) if file]
+for file in DATA:
+    if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
+        raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
 MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), "onnx": ONNX * ("quantize" in STAGES)}
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
