@@ -56,7 +56,7 @@ format: setup ## format code and Snakefile
 	$(BIN)/snakefmt Snakefile
 
 docs: setup ## regenerate docs/params.md, docs/params.schema.json and dvc.yaml
-	PYTHONPATH=scripts $(BIN)/python -m common.params --docs docs
+	PYTHONPATH=scripts $(BIN)/python -m common.params_docs --output docs
 	$(BIN)/python scripts/dvc_yaml.py --output dvc.yaml
 
 reproduce: setup ## build twice, in two folders, and compare the bytes

@@ -1,16 +1,13 @@
 """params.yaml: every knob that can change a result, one section per rule.
 
     PYTHONPATH=scripts python -m common.params params.yaml    # check the file
-    PYTHONPATH=scripts python -m common.params --docs docs    # rewrite the schema and the reference page
 
 `load` reads and validates the whole file and reports every error in it at once; `section` gives one rule its own
 part. The models below are the single source of names, bounds, defaults and descriptions: the JSON Schema
-(docs/params.schema.json) and the reference page (docs/params.md) are generated from them.
+(docs/params.schema.json) and the reference page (docs/params.md) are generated from them (common/params_docs.py).
 """
 
-import difflib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +16,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import UserError
+from common.params_errors import Loader, lines
 
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -390,34 +388,6 @@ class Params(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: `2e-4` is a number, and a key given twice is an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _mapping(loader, node, deep=False):
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, (list, dict)):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a list or mapping cannot be a name", key_node.start_mark
-            )
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node, deep=True))
-
-
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml.
 
@@ -426,7 +396,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`."
@@ -442,8 +412,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     try:
         return Params.model_validate(data)
     except ValidationError as error:
-        lines = _lines(error.errors(), data)
-        unique = list(dict.fromkeys(lines))
+        unique = list(dict.fromkeys(lines(error.errors(), data, Params)))
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(
             f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
@@ -460,145 +429,13 @@ def as_json(value: Section) -> str:
     return json.dumps(value.model_dump(mode="json"), sort_keys=True)
 
 
-def _lines(errors: list[dict], data: dict) -> list[str]:
-    """One line per mistake: pydantic tells one error per alternative of a field that takes several types."""
-    places = [_place(item, data) for item in errors]
-    lines: dict[tuple, list[str]] = {}
-    for place, item in zip(places, errors, strict=True):
-        if any(other[: len(place)] == place and len(other) > len(place) for other in places):
-            continue  # another alternative fits better: its own errors lie deeper
-        lines.setdefault(place, []).append(_explain({**item, "loc": place}, data, item["loc"]))
-    told = []
-    for same in lines.values():
-        first, *others = dict.fromkeys(same)
-        rest = [line.partition(" is not allowed: ")[2].rstrip(".") for line in others]
-        told.append(first + "".join(f" Or {line}." for line in rest if line))
-    return told
-
-
-def _place(error: dict, data: dict) -> tuple:
-    """Where the error is in the file: pydantic's location without the names of a union's alternatives."""
-    kept, here = [], data
-    for number, part in enumerate(error["loc"]):
-        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
-            kept.append(part)
-            here = here[part]
-        elif error["type"] == "missing" and number == len(error["loc"]) - 1:
-            kept.append(part)
-    return tuple(kept)
-
-
-def _model_at(location: tuple) -> type[Section] | None:
-    """The section model that holds the last element of a pydantic error location."""
-    model: type[Section] | None = Params
-    for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        named = re.sub(r"^list\[(.*)\]$", r"\1", part)
-        if named in _ALTERNATIVES:
-            model = _ALTERNATIVES[named]
-            continue
-        field = model.model_fields.get(part) if model else None
-        annotation = field.annotation if field else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-    return model
-
-
-_ALTERNATIVES = {"Files": Files, "Message": Message}
-
-
-def _explain(error: dict, data: dict, full: tuple) -> str:
-    """One line for one pydantic error: field, value, what is allowed, and the nearest known name."""
-    location = tuple(part for part in error["loc"])
-    where = ".".join(str(part) for part in location) or "params"
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        model = _model_at(full)
-        names = list(model.model_fields) if model else []
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-        hint = f" Did you mean `{near[0]}`?" if near else f" Known here: {', '.join(names)}." if names else ""
-        return f"{where}: unknown name.{hint}"
-    if kind == "missing":
-        return f"{where}: missing. Add it."
-    if kind == "value_error":
-        return f"{where}: {context['error']}."
-    value = json.dumps(error["input"], default=str)
-    if kind == "literal_error":
-        near = difflib.get_close_matches(
-            str(error["input"]), [p.strip("'") for p in context["expected"].replace(" or ", ", ").split(", ")], n=1
-        )
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        return f"{where}: {value} is not allowed: choose {context['expected']}.{hint}"
-    message = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    return (
-        f"{where}: {value} is not allowed: it should {'' if message.startswith(('match', 'have')) else 'be '}{message}."
-    )
-
-
-def reference() -> str:
-    """docs/params.md: every section and field with type, default and meaning."""
-    lines = [
-        "# params.yaml",
-        "",
-        "Generated from `scripts/common/params.py` by `make docs`; do not edit. One section per rule; a rule runs again when its own",
-        "section changes. Unknown names, wrong types and values out of range are refused before anything runs.",
-    ]
-    schema = Params.model_json_schema(by_alias=False)
-
-    def allowed(spec: dict) -> str:
-        if "$ref" in spec:
-            name = spec["$ref"].rsplit("/", 1)[1]
-            return {"Files": "mapping of train, eval, test", "Message": "{role, content}"}[name]
-        if "anyOf" in spec:
-            return " or ".join(allowed(option) for option in spec["anyOf"])
-        if "const" in spec:
-            return json.dumps(spec["const"])
-        if "enum" in spec:
-            return ", ".join(str(value) for value in spec["enum"])
-        if spec.get("type") == "array":
-            return f"list of ({allowed(spec['items'])})"
-        bounds = [f"{sign} {spec[key]:g}" for key, sign in _BOUNDS.items() if key in spec]
-        return " ".join([spec.get("type", "any"), *bounds])
-
-    for name, field in Params.model_fields.items():
-        model = field.annotation
-        lines += [
-            "",
-            f"## `{name}`",
-            "",
-            model.__doc__.strip(),
-            "",
-            "| field | default | allowed | meaning |",
-            "|---|---|---|---|",
-        ]
-        spec = schema["$defs"][model.__name__]["properties"]
-        for key, info in model.model_fields.items():
-            default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
-            text = (info.description or "").replace("|", "\\|")
-            lines.append(f"| `{key}` | {default} | {allowed(spec[key])} | {text} |")
-    return "\n".join(lines) + "\n"
-
-
-_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-
-
-def write_docs(folder: Path) -> None:
-    """Write the JSON Schema and the reference page into `folder`."""
-    schema = json.dumps(Params.model_json_schema(), indent=2, ensure_ascii=False)
-    (folder / "params.schema.json").write_text(schema + "\n", encoding="utf-8")
-    (folder / "params.md").write_text(reference(), encoding="utf-8")
-
-
 if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="params.yaml", help="the file to check (default: params.yaml)")
-    parser.add_argument("--docs", type=Path, help="write params.schema.json and params.md into this folder instead")
     arguments = parser.parse_args()
     try:
-        write_docs(arguments.docs) if arguments.docs else print(
-            f"{arguments.file}: {len(load(arguments.file).model_fields_set)} sections, valid"
-        )
+        print(f"{arguments.file}: {len(load(arguments.file).model_fields_set)} sections, valid")
     except UserError as problem:
         sys.exit(f"error: {problem}")

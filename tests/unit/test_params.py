@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from common import params
+from common import params, params_docs
 from common.errors import UserError
 
 SMALLEST = {
@@ -458,15 +458,15 @@ def test_the_projects_file_hides_no_default():
 
 def test_generated_pages_are_up_to_date(tmp_path):
     """`make docs` would change nothing."""
-    params.write_docs(tmp_path)
+    params_docs.write_docs(tmp_path)
     for name in ("params.md", "params.schema.json"):
         assert (ROOT / "docs" / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name}: run `make docs`"
-    assert (tmp_path / "params.md").read_text(encoding="utf-8") == params.reference()
+    assert (tmp_path / "params.md").read_text(encoding="utf-8") == params_docs.reference()
 
 
 def test_reference_has_every_field():
     """A heading per section and a row per field, with default, bounds and meaning."""
-    page = params.reference()
+    page = params_docs.reference()
     assert [line[4:-1] for line in page.splitlines() if line.startswith("## ")] == SECTIONS
     assert "| `lora_r` | `16` | integer ≥ 1 ≤ 1024 | Rank of the update. |" in page
     assert "| `source` | required | string or mapping of train, eval, test |" in page
@@ -545,7 +545,7 @@ def test_check_a_wrong_file(write):
 
 
 def test_write_the_pages(tmp_path):
-    assert run("-m", "common.params", "--docs", tmp_path, cwd=tmp_path).returncode == 0
+    assert run("-m", "common.params_docs", "--output", tmp_path, cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["params.md", "params.schema.json"]
 
 

@@ -1,0 +1,72 @@
+"""The pages generated from the parameter models: docs/params.schema.json and docs/params.md.
+
+PYTHONPATH=scripts python -m common.params_docs --output docs
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from common.params import Params
+
+
+def reference() -> str:
+    """docs/params.md: every section and field with type, default and meaning."""
+    lines = [
+        "# params.yaml",
+        "",
+        "Generated from `scripts/common/params.py` by `make docs`; do not edit. One section per rule; a rule runs again when its own",
+        "section changes. Unknown names, wrong types and values out of range are refused before anything runs.",
+    ]
+    schema = Params.model_json_schema(by_alias=False)
+
+    def allowed(spec: dict) -> str:
+        if "$ref" in spec:
+            name = spec["$ref"].rsplit("/", 1)[1]
+            return {"Files": "mapping of train, eval, test", "Message": "{role, content}"}[name]
+        if "anyOf" in spec:
+            return " or ".join(allowed(option) for option in spec["anyOf"])
+        if "const" in spec:
+            return json.dumps(spec["const"])
+        if "enum" in spec:
+            return ", ".join(str(value) for value in spec["enum"])
+        if spec.get("type") == "array":
+            return f"list of ({allowed(spec['items'])})"
+        bounds = [f"{sign} {spec[key]:g}" for key, sign in _BOUNDS.items() if key in spec]
+        return " ".join([spec.get("type", "any"), *bounds])
+
+    for name, field in Params.model_fields.items():
+        model = field.annotation
+        lines += [
+            "",
+            f"## `{name}`",
+            "",
+            model.__doc__.strip(),
+            "",
+            "| field | default | allowed | meaning |",
+            "|---|---|---|---|",
+        ]
+        spec = schema["$defs"][model.__name__]["properties"]
+        for key, info in model.model_fields.items():
+            default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
+            text = (info.description or "").replace("|", "\\|")
+            lines.append(f"| `{key}` | {default} | {allowed(spec[key])} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def write_docs(folder: Path) -> None:
+    """Write the JSON Schema and the reference page into `folder`."""
+    schema = json.dumps(Params.model_json_schema(), indent=2, ensure_ascii=False)
+    (folder / "params.schema.json").write_text(schema + "\n", encoding="utf-8")
+    (folder / "params.md").write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs"), help="folder to write both pages to (default: docs)"
+    )
+    write_docs(parser.parse_args().output)
