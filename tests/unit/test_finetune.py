@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_model, make_rows, write_params
 
+import batches
 import finetune
 import prepare
 from common import params
@@ -232,7 +233,7 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
     folder = request.getfixturevalue(kind)
     section = params.Finetune(**SETTINGS)
     device = torch.device("cpu")
-    data = finetune.Data(folder / "train.parquet")
+    data = batches.Data(folder / "train.parquet")
     batch = data.batch(np.array([5, 0, 2, 9]), device)
     if kind == "padded":
         assert batch["input_ids"].shape == (4, 64)
@@ -265,7 +266,7 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
 def test_loss_does_not_depend_on_padding(tmp_path, base, dataset, padded):
     """The same rows padded to 64 tokens give the same curve."""
     train = "train.parquet"
-    assert len(finetune.Data(padded / train)) == len(finetune.Data(dataset / train))
+    assert len(batches.Data(padded / train)) == len(batches.Data(dataset / train))
     same = {"group_by_length": False, "max_steps": 4}
     short = curve(tune(tmp_path / "short", base, dataset, **same) / "train_loss.csv")
     long = curve(tune(tmp_path / "long", base, padded, **same) / "train_loss.csv")
@@ -543,7 +544,7 @@ def test_early_stop_before_the_first_line_of_the_curve(tmp_path, base, dataset, 
 
 def test_fraction_of_an_epoch(tmp_path, base, dataset):
     folder = tune(tmp_path / "run", base, dataset, num_train_epochs=0.5)
-    per_epoch = math.ceil(len(finetune.Data(dataset / "train.parquet")) / 8)
+    per_epoch = math.ceil(len(batches.Data(dataset / "train.parquet")) / 8)
     train = curve(folder / "train_loss.csv")
     assert len(train) == math.ceil(per_epoch / 2)
     assert train[-1]["epoch"] == pytest.approx(math.ceil(per_epoch / 2) / per_epoch, abs=1e-4)
@@ -558,7 +559,7 @@ def test_max_steps_overrides_epochs(tmp_path, base, dataset):
 def test_empty_eval_split(tmp_path, base, capsys):
     """No eval loss, and no trouble."""
     dataset = make_dataset(tmp_path / "data", base, eval_fraction=0.0)
-    assert len(finetune.Data(dataset / "eval.parquet")) == 0
+    assert len(batches.Data(dataset / "eval.parquet")) == 0
     capsys.readouterr()
     folder = tune(tmp_path / "run", base, dataset, max_steps=4)
     assert (folder / "eval_loss.csv").read_text() == "step,epoch,loss\n"
@@ -567,88 +568,8 @@ def test_empty_eval_split(tmp_path, base, capsys):
     assert "eval loss" not in message
 
 
-# -- the order of rows and the learning rate ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-def test_epoch_order_visits_every_row_once_and_depends_on_seed_and_epoch_alone(grouped):
-    lengths = np.random.default_rng(0).integers(5, 90, size=333)
-    batches = finetune.epoch_order(lengths, 8, 3, 42, grouped)
-    assert sorted(np.concatenate(batches)) == list(range(333))
-    assert sorted(len(batch) for batch in batches) == [5] + [8] * 41
-    np.random.seed(1)  # noqa: NPY002 (a global state that must not matter)
-    again = finetune.epoch_order(lengths, 8, 3, 42, grouped)
-    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in batches]
-    for epoch, seed in ((4, 42), (3, 43)):
-        other = finetune.epoch_order(lengths, 8, epoch, seed, grouped)
-        assert [batch.tolist() for batch in other] != [batch.tolist() for batch in batches]
-
-
-def test_grouping_by_length_saves_padding():
-    lengths = np.random.default_rng(0).integers(5, 90, size=512)
-
-    def waste(grouped: bool) -> int:
-        batches = finetune.epoch_order(lengths, 8, 0, 42, grouped)
-        return sum(int(lengths[batch].max()) * len(batch) for batch in batches) - int(lengths.sum())
-
-    assert waste(True) < 0.1 * waste(False)
-    firsts = [lengths[batch].max() for batch in finetune.epoch_order(lengths, 8, 0, 42, True)]
-    assert firsts != sorted(firsts, reverse=True)  # batches are shuffled again
-
-
-def test_steps_of_every_epoch_cover_all_rows():
-    section = params.Finetune(**{**SETTINGS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
-    lengths = np.full(40, 10)
-    schedule = finetune.Schedule(section, lengths)
-    assert schedule.per_epoch == 10
-    assert schedule.steps == 10
-    for epoch in range(2):
-        passes = [batch for step in range(5 * epoch, 5 * epoch + 5) for batch in schedule.batches(step)]
-        assert len(passes) == 10
-        assert sorted(np.concatenate(passes)) == list(range(40))
-    jumped = finetune.Schedule(section, lengths).batches(7)
-    assert [batch.tolist() for batch in jumped] == [batch.tolist() for batch in schedule.batches(7)]
-
-
-def schedule(**changes: object) -> finetune.Schedule:
-    """A schedule of 20 steps with the peak 0.01."""
-    settings = {**SETTINGS, "learning_rate": 0.01, "max_steps": 20, "warmup_ratio": 0.25, **changes}
-    return finetune.Schedule(params.Finetune(**settings), np.full(96, 10))
-
-
-def test_cosine_learning_rate_rises_from_above_zero_to_its_peak_and_falls():
-    rates = [schedule().learning_rate(step) for step in range(20)]
-    assert rates[:6] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01])
-    assert rates[10] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 5 / 15)))
-    assert rates[19] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 14 / 15)))
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0 < rates[19] < 0.0002
-
-
-def test_linear_learning_rate_without_warmup():
-    rates = [schedule(lr_scheduler_type="linear", warmup_ratio=0.0).learning_rate(step) for step in range(20)]
-    assert rates == pytest.approx([0.01 * (20 - step) / 20 for step in range(20)])
-
-
-@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "linear", "cosine"])
-def test_every_schedule_is_positive_and_at_most_the_peak(name):
-    rates = [schedule(lr_scheduler_type=name).learning_rate(step) for step in range(20)]
-    assert all(0 < rate <= 0.01 * (1 + 1e-9) for rate in rates)
-    assert max(rates) == pytest.approx(0.01)
-    assert rates[0] == pytest.approx(0.01 if name == "constant" else 0.002)
-
-
-@pytest.mark.parametrize("ratio", [0.03, 0.07, 0.26, 0.99, 1.0])
-def test_warmup_of_any_length_starts_above_zero_and_reaches_the_peak(ratio):
-    rates = [schedule(warmup_ratio=ratio).learning_rate(step) for step in range(20)]
-    warmup = math.ceil(20 * ratio)
-    assert rates[0] == pytest.approx(0.01 / warmup)
-    assert max(rates) == pytest.approx(0.01)
-    assert all(rate > 0 for rate in rates)
-
-
 def test_learning_rate_of_the_curve_is_the_schedules(tuned, dataset):
-    plan = finetune.Schedule(params.Finetune(**SETTINGS), finetune.Data(dataset / "train.parquet").lengths)
+    plan = batches.Schedule(params.Finetune(**SETTINGS), batches.Data(dataset / "train.parquet").lengths)
     for line in curve(tuned / "train_loss.csv"):
         assert line["learning_rate"] == pytest.approx(plan.learning_rate(int(line["step"]) - 1), rel=1e-5)
 
@@ -686,8 +607,8 @@ def test_poisoned_weights_stop_at_the_first_step(tmp_path, base, dataset, capsys
     tensors = load_file(poisoned / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, poisoned / "model.safetensors", metadata={"format": "pt"})
-    data = finetune.Data(dataset / "train.parquet")
-    plan = finetune.Schedule(params.Finetune(**SETTINGS), data.lengths)
+    data = batches.Data(dataset / "train.parquet")
+    plan = batches.Schedule(params.Finetune(**SETTINGS), data.lengths)
     rows = ", ".join(map(str, sorted(data.rows[plan.batches(0)[0]])))
     message = refused(capsys, tmp_path / "run", poisoned, dataset)
     assert f"the loss is nan at step 1 (rows {rows} of the dataset)." in message
@@ -700,9 +621,9 @@ def test_row_that_breaks_the_loss_is_named(tmp_path, dataset, capsys):
     from safetensors.torch import load_file, save_file
 
     base = make_model(tmp_path / "base", tie_word_embeddings=False)
-    data = finetune.Data(dataset / "train.parquet")
+    data = batches.Data(dataset / "train.parquet")
     settings = {"per_device_train_batch_size": 1, "group_by_length": False, "max_steps": 40, "eval_steps": 0}
-    plan = finetune.Schedule(params.Finetune(**{**SETTINGS, **settings}), data.lengths)
+    plan = batches.Schedule(params.Finetune(**{**SETTINGS, **settings}), data.lengths)
     order = [int(plan.batches(step)[0][0]) for step in range(40)]
     tokens = [set(data.ids[data.offsets[i] : data.offsets[i + 1]].tolist()) for i in range(len(data))]
     # The first row from step 4 on with a token that no row before it has.
