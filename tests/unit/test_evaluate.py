@@ -19,15 +19,6 @@ BENCHMARK = {"load_s", "score_s"}
 LATENCY = {"latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "generated_tokens_per_s"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny products lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_dataset(folder: Path, base: Path, rows: list[dict], **changes: object) -> Path:
     """`prepare`'s output for other rows or parameters."""
     folder.mkdir(parents=True)

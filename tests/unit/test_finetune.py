@@ -49,17 +49,6 @@ SETTINGS = {
 FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "train_loss.csv", "eval_loss.csv")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny products lose more by waiting for a second thread than they gain."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def command(folder: Path, base: Path, dataset: Path, checkpoints: Path | None = None, **changes: object) -> list[str]:
     """Arguments of the script, with its parameter file written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,6 @@ from conftest import make_model
 import lora
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny products lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def layers(kind: torch.dtype, bias: bool, shape=(24, 16), rank: int = 4, alpha: int = 8):
     """PEFT's LoRA layer over a linear one with random A and B, and a fused twin with the same parameters."""
     from peft import LoraConfig, get_peft_model

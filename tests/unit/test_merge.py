@@ -18,15 +18,6 @@ import merge
 IDS = torch.arange(2, 42).reshape(2, 20)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny products lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def load(folder: Path, dtype=torch.float32):
     """A model of transformers; missing or unexpected tensors fail the test."""
     from transformers import AutoModelForCausalLM

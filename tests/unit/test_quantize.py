@@ -39,15 +39,6 @@ PLAIN = {
 IDS = np.arange(2, 22, dtype=np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny products lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
     """A tiny Llama whose output head is a matrix of its own."""
