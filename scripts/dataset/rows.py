@@ -58,14 +58,6 @@ def _json_array(path: Path) -> Iterator[dict]:
         raise UserError(f"{path}: row {done + 1}: malformed JSON: {str(error).splitlines()[0]}.") from None
 
 
-def _streamed(path: Path, kind: str, **options) -> Iterator[dict]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    stream = datasets.load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **options)
-    yield from stream
-
-
 def _json_lines(path: Path) -> Iterator[dict]:
     # Not through `datasets`: its reader takes text that looks like a date for a date.
     with open(path, "rb") as handle:
@@ -110,8 +102,11 @@ def _csv(path: Path) -> Iterator[dict]:
 
 
 def _parquet(path: Path) -> Iterator[dict]:
+    import datasets
+
+    datasets.disable_progress_bars()
     try:
-        yield from _streamed(path, "parquet")
+        yield from datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train", streaming=True)
     except Exception as error:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
