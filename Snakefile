@@ -113,7 +113,7 @@ rule prepare:
 rule finetune:
     input:
         script="scripts/finetune.py",
-        modules=["scripts/batches.py", "scripts/lora.py"],
+        modules=["scripts/batches.py", "scripts/fused.py", "scripts/lora.py"],
         environment=ENVIRONMENT,
         base="build/base",
         dataset="build/dataset",

@@ -205,7 +205,7 @@ class Finetune(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Data type of the frozen base and of the matrix products; adapters and optimizer stay in float32. `auto`: "
-        "bfloat16 on CUDA and on CPUs with AMX, else float32 (measured faster there).",
+        "bfloat16 on CUDA, on CPUs with AMX and on AMD's with AVX-512 bf16, else float32 (measured faster there).",
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (

@@ -1,0 +1,182 @@
+"""A decoder layer's small operations with their gradients written out: attention, rotary embedding, RMSNorm.
+
+On a CPU a training step spends as long between the matrix products as in them: autograd records every factor and sum of
+these operations and walks back through a full activation for each. Here each is one node. Nothing is assumed about the
+model: a module or function is replaced only where the replacement gives its result on a probe.
+"""
+
+import sys
+import types
+
+import torch
+
+SHORT = 256  # tokens; longer sequences go to the library's kernel, which does not hold the matrix of all pairs
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = w * x / sqrt(mean(x²) + eps), the root taken in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Shapes: x [..., width], weight [width]; weight is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, weight)
+        return torch.mul(wide, inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inverse, weight = ctx.saved_tensors
+        grad_hat, wide = torch.mul(grad, weight).float(), x.float()
+        along = torch.linalg.vecdot(grad_hat, wide).unsqueeze(-1).mul_(inverse**3).div_(-x.shape[-1])
+        return grad_hat.mul_(inverse).addcmul_(wide, along).to(x.dtype), None, None
+
+
+class Rotary(torch.autograd.Function):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated against each other as in Llama.
+
+    Shapes: x [batch, heads, time, width], cos and sin [batch or 1, 1, time, width].
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotated(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(x, cos, sin, sign: int):
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x[..., :half], cos, out=out[..., :half]).addcmul_(x[..., half:], sin, value=-sign)
+    torch.mul(x[..., half:], cos, out=out[..., half:]).addcmul_(x[..., :half], sin, value=sign)
+    return out
+
+
+class Attention(torch.autograd.Function):
+    """softmax(q k' s + mask) v with grouped key and value heads, which are not copied for each query head.
+
+    Shapes: q [batch, heads, time, width], k and v [batch, kv_heads, time, width], mask [batch or 1, 1, time, time] of
+    the same type, 0 or -inf. Returns [batch, time, heads, width].
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scaling):
+        batch, heads, time, width = q.shape
+        groups = batch * k.shape[1]
+        q = q.reshape(groups, -1, width)
+        k, v = k.reshape(groups, time, width), v.reshape(groups, time, width)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, time, time).mul_(scaling).add_(mask)
+        weights = torch.softmax(scores, -1).view(groups, -1, time)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scaling, ctx.shape = scaling, (batch, heads, time, width)
+        return torch.bmm(weights, v).view(ctx.shape).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, weights = ctx.saved_tensors
+        batch, _, time, width = ctx.shape
+        grad = grad.transpose(1, 2).reshape(q.shape)
+        grad_v = torch.bmm(weights.transpose(1, 2), grad)
+        grad_weights = torch.bmm(grad, v.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
+        keys = (batch, -1, time, width)
+        return grad_q.view(ctx.shape), grad_k.view(keys), grad_v.view(keys), None, None
+
+
+def short_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """An attention function for transformers: `Attention` for short sequences on a CPU, else the library's own."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    time = query.shape[2]
+    causal = attention_mask is None and getattr(module, "is_causal", True)
+    if (
+        dropout
+        or time > SHORT
+        or key.shape[2] != time
+        or query.device.type != "cpu"
+        or not (causal or attention_mask is not None)
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if causal:
+        mask = torch.full((1, 1, time, time), -torch.inf, dtype=query.dtype).triu_(1)
+    elif attention_mask.dtype == torch.bool:
+        mask = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
+    else:
+        mask = attention_mask
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Attention.apply(query, key, value, mask, scaling), None
+
+
+def fuse(model) -> dict[str, int]:
+    """Replace attention, rotary embedding and RMSNorm of a transformers model on the CPU, in place.
+
+    Returns:
+        How many of each were replaced: {"attention": 0 or 1, "rotary": modules, "norm": modules}.
+    """
+    count = {"attention": 0, "rotary": 0, "norm": 0}
+    if next(model.parameters()).device.type != "cpu":
+        return count
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            count["norm"] += _fuse_norm(module)
+    for source in {type(module).__module__ for module in model.modules() if hasattr(module, "q_proj")}:
+        count["rotary"] += _fuse_rotary(sys.modules[source])
+    if model.config._attn_implementation == "sdpa":
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register("slmake_short", short_attention)
+        AttentionMaskInterface.register("slmake_short", sdpa_mask)
+        model.set_attn_implementation("slmake_short")
+        count["attention"] = 1
+    return count
+
+
+def _norm_forward(self, x):
+    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+@torch.no_grad()
+def _fuse_norm(module) -> int:
+    if not (hasattr(module, "weight") and hasattr(module, "variance_epsilon")) or module.weight.requires_grad:
+        return 0
+    probe = torch.linspace(-2, 3, 4 * len(module.weight)).view(4, -1).to(module.weight.dtype)
+    if not torch.allclose(module(probe), _norm_forward(module, probe), rtol=0.01, atol=1e-5):
+        return 0
+    module.forward = types.MethodType(_norm_forward, module)
+    return 1
+
+
+@torch.no_grad()
+def _fuse_rotary(source) -> int:
+    original = getattr(source, "apply_rotary_pos_emb", None)
+    if original is None or hasattr(original, "original"):
+        return int(original is not None)
+    angles = torch.linspace(0, 3, 12).view(1, 3, 4).repeat(1, 1, 2)
+    q, k = torch.linspace(-1, 1, 48).view(1, 2, 3, 8), torch.linspace(2, -1, 24).view(1, 1, 3, 8)
+
+    def rotary(q, k, cos, sin, *args, **kwargs):
+        if args or kwargs or cos.shape[-1] != q.shape[-1] or q.device.type != "cpu":
+            return original(q, k, cos, sin, *args, **kwargs)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+
+    try:
+        wanted = original(q, k, angles.cos(), angles.sin())
+    except (TypeError, RuntimeError):
+        return 0
+    if not all(map(torch.allclose, wanted, rotary(q, k, angles.cos(), angles.sin()))):
+        return 0
+    rotary.original = original
+    source.apply_rotary_pos_emb = rotary
+    return 1

@@ -1,0 +1,100 @@
+"""fused: attention, rotary embedding and RMSNorm are the library's own arithmetic, gradients included."""
+
+import pytest
+import torch
+from tiny import make_model
+
+import fused
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+
+
+def outcome(model, ids, mask):
+    """Logits at real tokens, and the gradient of a fixed loss with respect to the embeddings."""
+    embeddings = model.get_input_embeddings()(ids).requires_grad_()
+    logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+    real = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool()
+    torch.manual_seed(1)
+    (logits * torch.randn(logits.shape))[real].sum().backward()
+    return logits.detach()[real], embeddings.grad[real]
+
+
+def assert_equal(found, wanted):
+    """Equal up to the order of float32 sums, measured against the largest element."""
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()))
+
+
+@pytest.fixture(scope="module", params=["llama", "phi3", "qwen2"])
+def folder(request, tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_fused_model_gives_the_same_logits_and_gradients(folder, padded):
+    model = load(folder)
+    torch.manual_seed(2)
+    ids = torch.randint(5, 500, (3, 19))
+    mask = None
+    if padded:
+        mask = (torch.arange(19) < torch.tensor([[19], [7], [12]])).long()
+    expected = outcome(model, ids, mask)
+    count = fused.fuse(model)
+    assert count["attention"] == 1
+    assert count["norm"] == 5  # two in each of two layers, one at the end
+    assert_equal(outcome(model, ids, mask), expected)
+
+
+def test_rotary_embedding_is_fused_where_it_is_llamas_own(tmp_path):
+    assert fused.fuse(load(make_model(tmp_path / "llama", "llama")))["rotary"] == 1
+    # Phi-3 has one projection for q, k and v; its rotary embedding may be partial and is left alone.
+    assert fused.fuse(load(make_model(tmp_path / "phi3", "phi3")))["rotary"] == 0
+
+
+def test_long_sequences_go_to_the_librarys_attention(tmp_path, monkeypatch):
+    model = load(make_model(tmp_path / "llama"))
+    ids = torch.randint(5, 500, (1, 40))
+    expected = outcome(model, ids, None)
+    fused.fuse(model)
+    monkeypatch.setattr(fused, "SHORT", 39)
+    monkeypatch.setattr(fused.Attention, "apply", lambda *_: pytest.fail("40 tokens are too long"))
+    assert_equal(outcome(model, ids, None), expected)
+
+
+def test_a_norm_that_means_something_else_is_left_alone():
+    class OnePlusRMSNorm(torch.nn.Module):
+        """Gemma's: the weight is an offset from one."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((8,), 0.5), requires_grad=False)
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x):
+            wide = x.float()
+            return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)) * (1 + self.weight)
+
+    assert fused._fuse_norm(OnePlusRMSNorm()) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
+@pytest.mark.parametrize("shape", [(2, 5, 8), (3, 8)])
+def test_gradient_of_the_norm_by_finite_differences(shape):
+    torch.manual_seed(3)
+    x = torch.randn(shape, dtype=torch.float32, requires_grad=True)
+    weight = torch.rand(8) + 0.5
+    assert torch.autograd.gradcheck(lambda x: fused.RMSNorm.apply(x, weight, 1e-5), x, eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
+def test_gradients_of_attention_and_rotary_embedding_by_finite_differences():
+    torch.manual_seed(4)
+    q = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.full((1, 1, 5, 5), -torch.inf, dtype=torch.float64).triu(1)
+    angles = torch.rand(1, 1, 5, 3, dtype=torch.float64).repeat(1, 1, 1, 2)
+    assert torch.autograd.gradcheck(lambda q, k, v: fused.Attention.apply(q, k, v, mask, 0.4), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q: fused.Rotary.apply(q, angles.cos(), angles.sin()), q)
