@@ -5,6 +5,7 @@ signatures (Broder 1997, "On the resemblance and containment of documents") cut 
 candidate is then checked exactly. With 16 bands of 4 hashes, a pair at similarity 0.8 is missed once in 5,000.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -57,13 +58,18 @@ def band_keys(texts: list[str]) -> np.ndarray:
 
 def jaccard(left: str, right: str) -> float:
     """Exact Jaccard similarity of two texts' shingle sets, 0 to 1."""
-    a, b = shingles(left), shingles(right)
+    return _similarity(shingles(left), shingles(right))
+
+
+def _similarity(a: np.ndarray, b: np.ndarray) -> float:
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
 
 def copies_of_held_out(store, split: np.ndarray, threshold: float) -> list[tuple[int, int]]:
     """Rows that repeat a row of a later split: train rows of eval or test, eval rows of test.
+
+    Held in memory: 128 bytes for each held-out row, and the rows of one batch.
 
     Args:
         store: the rows.
@@ -73,40 +79,76 @@ def copies_of_held_out(store, split: np.ndarray, threshold: float) -> list[tuple
     Returns:
         (number of the row, number of the held-out row it repeats), in order of the first.
     """
-    keys, owners = [], []
-    for numbers, rows in store.batches():
-        held = split[numbers] >= 1
-        if held.any():
-            keys.append(band_keys([row.text for row, keep in zip(rows, held, strict=True) if keep]))
-            owners.append(numbers[held])
-    if not keys:
+    held = np.flatnonzero(split >= 1)
+    if not len(held):
         return []
-    owner = np.concatenate(owners)
-    later = np.argsort(-split[owner], kind="stable")  # test first, so that equal eval rows do not crowd it out
-    owner, index = owner[later], np.concatenate(keys)[later]
-    order = np.argsort(index, axis=0, kind="stable")
-    table = np.take_along_axis(index, order, axis=0)
+    held = held[np.argsort(-split[held], kind="stable")]  # test first, so that equal eval rows do not crowd it out
+    repeated = _exact(store.text_hashes(), split, held)
+    near = _NearCopies(store, split, held, threshold) if threshold < 1 else None
     found = []
     for numbers, rows in store.batches():
-        wanted = (split[numbers] == 0) | (split[numbers] == 1)
-        chosen = [(number, row) for number, row, keep in zip(numbers, rows, wanted, strict=True) if keep]
-        if not chosen:
-            continue
-        batch = band_keys([row.text for _, row in chosen])
-        first = np.stack([np.searchsorted(table[:, b], batch[:, b], "left") for b in range(BANDS)], axis=1)
-        last = np.stack([np.searchsorted(table[:, b], batch[:, b], "right") for b in range(BANDS)], axis=1)
-        for i in np.flatnonzero((last > first).any(axis=1)):
-            number, row = chosen[i]
-            candidates = {
-                int(owner[order[k, b]])
-                for b in range(BANDS)
-                for k in range(first[i, b], min(last[i, b], first[i, b] + 50))
-            }
-            for other in sorted(candidates):
-                if split[other] <= split[number]:
-                    continue
-                text = store.row(other).text
-                if normalized(text) == normalized(row.text) or (threshold < 1 and jaccard(text, row.text) >= threshold):
-                    found.append((int(number), other))
-                    break
+        others = repeated[numbers]
+        if near:
+            rest = np.flatnonzero((others < 0) & ((split[numbers] == 0) | (split[numbers] == 1)))
+            others[rest] = near.find(numbers[rest], [rows[i].text for i in rest])
+        found += [(int(number), int(other)) for number, other in zip(numbers, others, strict=True) if other >= 0]
     return found
+
+
+def _exact(hashes: np.ndarray, split: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """int64 [rows]: the held-out row with the same normalized text in a later split, or -1."""
+    held = held[np.argsort(hashes[held], kind="stable")]
+    at = np.searchsorted(hashes[held], hashes)
+    other = held[np.minimum(at, len(held) - 1)]
+    return np.where((hashes[other] == hashes) & (split >= 0) & (split[other] > split), other, -1)
+
+
+class _NearCopies:
+    """The band keys of the held-out rows, sorted, and the search in them."""
+
+    MOST = 50  # candidates of one band
+
+    def __init__(self, store, split: np.ndarray, held: np.ndarray, threshold: float):
+        self.store, self.split, self.threshold = store, split, threshold
+        # Half of each key is enough: every candidate is checked, and a false one is rare.
+        self.keys = np.empty((BANDS, len(held)), dtype=np.uint32)
+        self.owners = np.empty((BANDS, len(held)), dtype=np.int32)
+        place = np.empty(len(split), dtype=np.int32)
+        place[held] = np.arange(len(held), dtype=np.int32)
+        for numbers, rows in store.batches():
+            chosen = np.flatnonzero(split[numbers] >= 1)
+            if len(chosen):
+                self.keys[:, place[numbers[chosen]]] = self._keys([rows[i].text for i in chosen])
+        for band, keys in enumerate(self.keys):
+            order = np.argsort(keys, kind="stable")
+            self.keys[band], self.owners[band] = keys[order], held[order]
+        self._held_shingles = functools.lru_cache(maxsize=1024)(lambda number: shingles(store.row(number).text))
+
+    @staticmethod
+    def _keys(texts: list[str]) -> np.ndarray:
+        return (band_keys(texts).T >> np.uint64(32)).astype(np.uint32)
+
+    def find(self, numbers: np.ndarray, texts: list[str]) -> np.ndarray:
+        """int64 [rows]: a near copy of each row in a later split, or -1."""
+        result = np.full(len(texts), -1)
+        if not texts:
+            return result
+        keys = self._keys(texts)
+        first, last = np.empty(keys.shape, np.int64), np.empty(keys.shape, np.int64)
+        for band in range(BANDS):
+            first[band] = np.searchsorted(self.keys[band], keys[band], "left")
+            last[band] = np.searchsorted(self.keys[band], keys[band], "right")
+        last = np.minimum(last, first + self.MOST)
+        for i in np.flatnonzero((last > first).any(axis=0)):
+            same = np.concatenate(
+                [self.owners[b, first[b, i] : last[b, i]] for b in np.flatnonzero(last[:, i] > first[:, i])]
+            )
+            others, bands = np.unique(same[self.split[same] > self.split[numbers[i]]], return_counts=True)
+            if not len(others):
+                continue
+            own = shingles(texts[i])
+            for other in others[np.argsort(-bands, kind="stable")]:  # likely ones first
+                if _similarity(own, self._held_shingles(int(other))) >= self.threshold:
+                    result[i] = other
+                    break
+        return result

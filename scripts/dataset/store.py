@@ -102,7 +102,11 @@ class Store:
             rows = [Row(*values) for values in found]
             yield np.arange(start, start + len(rows)), rows
 
+    def text_hashes(self) -> np.ndarray:
+        """uint64 [rows]: equal for rows whose texts are exact copies."""
+        return np.frombuffer(self.hashes, dtype=np.uint64) if self.hashes else np.zeros(0, np.uint64)
+
     def exact_duplicates(self, chosen: np.ndarray) -> int:
         """How many of the chosen rows (bool [rows]) repeat the text of another chosen row."""
-        hashes = np.frombuffer(self.hashes, dtype=np.uint64)[chosen]
+        hashes = self.text_hashes()[chosen]
         return int(len(hashes) - len(np.unique(hashes)))

@@ -234,6 +234,15 @@ def test_many_equal_rows_hide_nothing(copies):
     assert copies(rows) == [(i, 60) for i in range(60)]
 
 
+@pytest.mark.parametrize("threshold", [0.99, 1.0])
+def test_look_alikes_hide_no_exact_copy(copies, threshold):
+    """Rows made from one frame share their band keys by the hundred; every exact copy is found all the same."""
+    frame = " ".join(words(random.Random(4), 60))
+    texts = [f"{frame} {i}" for i in range(300)]
+    rows = [(TRAIN, text) for text in texts] + [(TEST, text) for text in texts]
+    assert copies(rows, threshold) == [(i, 300 + i) for i in range(300)]
+
+
 def test_rows_in_more_than_one_batch(copies):
     """A row is compared with held-out rows of every batch of 4,096."""
     rows = [(TRAIN, f"text number {i}") for i in range(5000)]
