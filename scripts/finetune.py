@@ -102,6 +102,8 @@ def load_model(section: params.Finetune, base: Path, device):
         lost = [target for target in section.target_modules if not any(name.endswith(f".{target}") for name in names)]
         if lost and len(lost) < len(section.target_modules):
             raise UserError(f"finetune.target_modules: {lost} matches no module of this model.")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
     torch.manual_seed(section.seed)
     config = LoraConfig(
         r=section.lora_r,
@@ -119,6 +121,12 @@ def load_model(section: params.Finetune, base: Path, device):
         raise UserError(
             f"finetune.target_modules: {section.target_modules} matches no module of this model. Linear modules there: {', '.join(linear)}."
         ) from error
+    adapted = [module.get_base_layer() for module in peft.modules() if hasattr(module, "get_base_layer")]
+    if any(layer is embedding or (tied and layer is head) for layer in adapted):
+        raise UserError(
+            "finetune.target_modules: an adapter on the input embedding, or on an output head that shares its weights, cannot be "
+            "merged. Leave it out."
+        )
     if section.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -238,6 +246,11 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
+        if section.early_stopping_patience and not len(self.eval):
+            raise UserError(
+                "finetune.early_stopping_patience: the eval split is empty, so nothing says when to stop. Raise "
+                "prepare.eval_fraction, or set early_stopping_patience to 0."
+            )
         self.schedule = Schedule(section, self.train.lengths)
         self.checkpoints = Checkpoints(
             checkpoints, fingerprint(section, base, dataset, pick_dtype(section.compute_dtype, self.device))
@@ -249,8 +262,10 @@ class Trainer:
         if section.qat != "none":
             chosen, rate = section.qat_target_modules, section.qat_rate
             self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, chosen, rate, section.seed)
-            if not self.qat.layers:
-                raise UserError(f"finetune.qat_target_modules: {chosen} matches no layer that has an adapter.")
+            names = {name.rsplit(".", 1)[-1] for name in self.qat.layers}
+            lost = [] if isinstance(chosen, str) else [name for name in chosen if name not in names]
+            if lost or not names:
+                raise UserError(f"finetune.qat_target_modules: {lost or chosen} matches no layer that has an adapter.")
         self.job.log(f"fused: {replaced}, qat {section.qat}")
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(

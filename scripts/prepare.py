@@ -382,13 +382,22 @@ def split_rows(section: params.Prepare, store: Store, sizes: dict[str, int]) -> 
     return split
 
 
-def check_labels(store: Store, split: np.ndarray) -> list[str] | None:
+def check_labels(store: Store, split: np.ndarray, before: np.ndarray) -> list[str] | None:
     """The labels of a classification, sorted; None for free text.
+
+    Args:
+        split: int8 [rows], as `split_rows` gives it, without duplicates.
+        before: the same with duplicates, to tell when their removal is the reason.
 
     Raises:
         UserError: no row to train on, or a label that only held-out rows have: the model could not learn it.
     """
     if not (split == 0).any():
+        if (before == 0).any():
+            raise UserError(
+                f"prepare: all {(before == 0).sum()} training rows repeat eval or test rows and were left out as duplicates. Add other "
+                "rows, or mend the data: the same few texts again and again teach nothing that held-out rows could measure."
+            )
         raise UserError("prepare: no row is left for training. Lower eval_fraction and test_fraction, or add rows.")
     answers, codes = store.answers(), store.answer_codes()
     trained = set(np.unique(codes[split == 0]))
@@ -397,9 +406,11 @@ def check_labels(store: Store, split: np.ndarray) -> list[str] | None:
     for number in np.flatnonzero(split > 0):
         if codes[number] not in trained:
             row = store.row(number)
+            gone = int(((before == 0) & (codes == codes[number])).sum())
+            why = f" (the {gone} it had repeat held-out rows and were left out as duplicates)" if gone else ""
             raise UserError(
                 f"{row.file}: row {row.line}: the answer {json.dumps(row.answer, ensure_ascii=False)} is in {SPLITS[split[number]]} but in no "
-                "training row, so the model cannot learn it. Mend the label, or add training rows with it."
+                f"training row{why}, so the model cannot learn it. Mend the label, or add training rows with it."
             )
     return sorted(answers[code] for code in trained)
 
@@ -437,7 +448,7 @@ def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> 
         before = split.copy()
         drop_duplicates(section, store, split)
         gone = {name: int(((before == i) & (split < 0)).sum()) for i, name in enumerate(SPLITS)}
-        labels = check_labels(store, split)
+        labels = check_labels(store, split, before)
         within = store.exact_duplicates(split == 0)
 
         tokenize = Tokenize(section, tokenizer, form.special_tokens)

@@ -381,11 +381,26 @@ class Params(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     gates: Gates = Field(default_factory=Gates)
 
-    @model_validator(mode="after")
-    def _merge_fits_finetune(self):
-        if self.merge.onto == "dequantized" and self.finetune.method != "qlora":
-            raise ValueError("merge.onto: dequantized goes with finetune.method: qlora")
-        return self
+
+def between_sections(data: dict) -> list[str]:
+    """Mistakes between sections, one line each, in a file whose other fields may be wrong too."""
+
+    def value(section: str, field: str) -> object:
+        given = data.get(section)
+        default = Params.model_fields[section].annotation.model_fields[field].default
+        return given.get(field, default) if isinstance(given, dict) else default
+
+    found = []
+    if value("merge", "onto") == "dequantized" and value("finetune", "method") == "lora":
+        found.append("merge.onto: dequantized goes with finetune.method: qlora.")
+    source = value("prepare", "source")
+    eval_rows = (isinstance(source, dict) and source.get("eval")) or value("prepare", "eval_fraction") != 0
+    if value("finetune", "early_stopping_patience") and not eval_rows:
+        found.append(
+            "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
+            "name a file in prepare.source.eval, or set early_stopping_patience to 0."
+        )
+    return found
 
 
 def load(path: str | Path = "params.yaml") -> Params:
@@ -409,14 +424,18 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {type(data).__name__}.")
+    checked, errors = None, []
     try:
-        return Params.model_validate(data)
+        checked = Params.model_validate(data)
     except ValidationError as error:
-        unique = list(dict.fromkeys(lines(error.errors(), data, Params)))
+        errors = lines(error.errors(), data, Params)
+    unique = list(dict.fromkeys(errors + between_sections(data)))
+    if unique or checked is None:
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(
             f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
-        ) from None
+        )
+    return checked
 
 
 def section(path: str | Path, name: str) -> Section:

@@ -383,8 +383,9 @@ def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(
 
 
 def test_qat_modules_that_match_nothing(tmp_path, base, dataset, capsys):
-    message = refused(capsys, tmp_path / "run", base, dataset, qat="int4", qat_target_modules=["gate"])
-    assert "finetune.qat_target_modules: ['gate'] matches no layer that has an adapter." in message
+    for modules in (["gate"], ["up_proj", "gate"]):
+        message = refused(capsys, tmp_path / "run", base, dataset, qat="int4", qat_target_modules=modules)
+        assert "finetune.qat_target_modules: ['gate'] matches no layer that has an adapter." in message
 
 
 # -- killed and started again ------------------------------------------------------------------------------------------
@@ -577,6 +578,28 @@ def test_one_target_module_that_matches_nothing(tmp_path, base, dataset, capsys)
     """A name with a slip in it must not be left out in silence."""
     message = refused(capsys, tmp_path / "run", base, dataset, target_modules=["q_proj", "v_porj"], max_steps=1)
     assert "v_porj" in message
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_adapter_on_tied_weights_is_refused_before_training(tmp_path, base, dataset, capsys, module):
+    """merge could not add it to one of two uses of the same matrix."""
+    message = refused(capsys, tmp_path / "run", base, dataset, target_modules=["q_proj", module], max_steps=1)
+    assert "finetune.target_modules: an adapter on the input embedding, or on an output head that shares its" in message
+
+
+def test_adapter_on_an_output_head_of_its_own(tmp_path, dataset):
+    from fetch_model import check_safetensors
+
+    base = make_model(tmp_path / "base", tie_word_embeddings=False)
+    folder = tune(tmp_path / "run", base, dataset, target_modules=["lm_head"], max_steps=1)
+    names = set(check_safetensors(folder / "adapter/adapter_model.safetensors"))
+    assert names == {f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"}
+
+
+def test_early_stopping_without_eval_rows(tmp_path, base, capsys):
+    dataset = make_dataset(tmp_path / "data", base, eval_fraction=0.0)
+    message = refused(capsys, tmp_path / "run", base, dataset, early_stopping_patience=2)
+    assert "finetune.early_stopping_patience: the eval split is empty" in message
 
 
 def test_target_modules_by_name(tmp_path, base, dataset):

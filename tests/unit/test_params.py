@@ -344,11 +344,35 @@ DIGEST = "0" * 64
         ({"quantize": {"algo_config": "default"}}, "quantize: matmul_mixed_precision with algo_config `default` writes a model that ONNX Runtime refuses to load: use k_quant or rtn, or set matmul_mixed_precision to null."),
         ({"quantize": {"precision": "fp16"}}, "quantize: the builder has no fp16 for cpu: choose int4, int8, fp32."),
         ({"quantize": {"int8_nodes": ["*/attn/*"], "precision": "int8"}}, "quantize: int8_nodes goes with precision int4 and algo_config rtn or k_quant."),
-        ({"merge": {"onto": "dequantized"}}, "params: merge.onto: dequantized goes with finetune.method: qlora."),
+        ({"merge": {"onto": "dequantized"}}, "merge.onto: dequantized goes with finetune.method: qlora."),
+        (
+            {"prepare": {"eval_fraction": 0.0}, "finetune": {"early_stopping_patience": 2}},
+            "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
+            "name a file in prepare.source.eval, or set early_stopping_patience to 0.",
+        ),
     ],
 )  # fmt: skip
 def test_rule_between_fields(told, sections, line):
     assert told(**sections) == [line]
+
+
+def test_rules_between_sections_are_told_with_the_other_errors(told):
+    assert told(merge={"onto": "dequantized"}, finetune={"lora_r": 0}, gates={"min_acuracy": 1}) == [
+        "finetune.lora_r: 0 is not allowed: it should be greater than or equal to 1.",
+        "gates.min_acuracy: unknown name. Did you mean `min_accuracy`?",
+        "merge.onto: dequantized goes with finetune.method: qlora.",
+    ]
+
+
+def test_a_wrong_method_is_told_once(told):
+    (line,) = told(merge={"onto": "dequantized"}, finetune={"method": "qlor"})
+    assert line.startswith('finetune.method: "qlor" is not allowed')
+
+
+def test_early_stopping_with_eval_rows_of_their_own(write):
+    source = {"train": "train.json", "eval": "eval.json", "test": "test.json"}
+    sections = {"prepare": {"source": source, "eval_fraction": 0.0}, "finetune": {"early_stopping_patience": 2}}
+    assert params.load(write(**sections)).finetune.early_stopping_patience == 2
 
 
 def test_pypi_source_needs_its_digest(told):

@@ -291,7 +291,20 @@ def test_nothing_left_to_train_on(refused, tmp_path):
     """The same file for train and test: every training row repeats a test row."""
     source = write_rows(tmp_path / "rows.json", make_rows(24))
     told = refused({"train": source, "test": source}, eval_fraction=0.0)
-    assert told.startswith("prepare: no row is left for training.")
+    assert told.startswith("prepare: all 24 training rows repeat eval or test rows and were left out as duplicates.")
+
+
+def test_label_whose_training_rows_were_all_duplicates(refused, tmp_path):
+    """The error says that the label was there, and why its rows are gone."""
+    held = {"phrase": "Not one of us saw the second moon coming", "tone": "awe"}
+    source = {
+        "train": write_rows(tmp_path / "train.json", [*make_rows(24), held, held]),
+        "test": write_rows(tmp_path / "test.json", [held]),
+    }
+    assert (
+        'row 1: the answer "awe" is in test but in no training row (the 2 it had repeat held-out rows and were left out as duplicates)'
+        in refused(source, eval_fraction=0.0)
+    )
 
 
 def test_one_file_per_split(build, tmp_path):
