@@ -37,8 +37,15 @@ DATA = [SOURCE] if isinstance(SOURCE, str) else [file for file in (SOURCE.train,
 for file in DATA:
     if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
         raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
-MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), "onnx": ONNX * ("quantize" in STAGES)}
+MODELS = {
+    "base": "build/base",
+    "adapter": "build/adapter" * ("finetune" in STAGES),
+    "merged": "build/merged" * ("merge" in STAGES),
+    "onnx": ONNX * ("quantize" in STAGES),
+}
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
+if "adapter" in SCORED:
+    SCORED["adapter-base"] = "build/base"
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
 ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
 
@@ -168,7 +175,7 @@ rule merge:
 rule quantize:
     input:
         script="scripts/quantize.py",
-        modules=["scripts/fetch_model.py"],
+        modules=["scripts/common/generation.py", "scripts/fetch_model.py"],
         environment=ENVIRONMENT,
         model=TUNED,
     output:
@@ -191,10 +198,16 @@ rule quantize:
 rule evaluate:
     input:
         script="scripts/evaluate.py",
-        modules=["scripts/common/prompts.py"],
+        modules=[
+            "scripts/common/generation.py",
+            "scripts/common/prompts.py",
+            "scripts/scoring/questions.py",
+            "scripts/scoring/runtimes.py",
+            "scripts/scoring/scores.py",
+        ],
         environment=ENVIRONMENT,
         dataset="build/dataset",
-        models=list(SCORED.values()),
+        models=sorted(set(SCORED.values())),
     output:
         metrics="results/metrics.json",
         benchmark="results/benchmark.json",
@@ -223,6 +236,8 @@ rule gates:
         script="scripts/gates.py",
         environment=ENVIRONMENT,
         metrics="results/metrics.json",
+        benchmark="results/benchmark.json",
+        published=[PARAMS.gates.published] * (PARAMS.gates.published is not None),
     output:
         "results/gates.json",
     log:
@@ -232,4 +247,9 @@ rule gates:
     params:
         section=lambda wildcards: as_json(PARAMS.gates),
     shell:
-        "python {input.script}" " --params params.yaml" " --metrics {input.metrics}" " --output {output}" " --log {log}"
+        "python {input.script}"
+        " --params params.yaml"
+        " --metrics {input.metrics}"
+        " --benchmark {input.benchmark}"
+        " --output {output}"
+        " --log {log}"

@@ -108,7 +108,12 @@ def scored_models() -> list[str]:
     from common.params import load
 
     everything = load("params.yaml")
-    built = {"base": True, "merged": "merge" in everything.all.stages, "onnx": "quantize" in everything.all.stages}
+    built = {
+        "base": True,
+        "adapter": "finetune" in everything.all.stages,
+        "merged": "merge" in everything.all.stages,
+        "onnx": "quantize" in everything.all.stages,
+    }
     names = {"onnx": everything.quantize.precision}
     return [names.get(name, name) for name in everything.evaluate.models if built[name]]
 

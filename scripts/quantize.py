@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from common.generation import greedy
 from fetch_model import weight_files
 
 
@@ -213,14 +214,7 @@ def check_generates(folder: Path, tokens: int = 4) -> list[int]:
 
     try:
         model = og.Model(str(folder))
-        prompt = og.Tokenizer(model).encode("The quick brown fox")
-        settings = og.GeneratorParams(model)
-        settings.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
-        generator = og.Generator(model, settings)
-        generator.append_tokens(prompt)
-        while not generator.is_done():
-            generator.generate_next_token()
-        return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+        return greedy(model, og.Tokenizer(model).encode("The quick brown fox"), tokens)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(
