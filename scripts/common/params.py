@@ -23,7 +23,7 @@ from common.params_errors import Loader, lines
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "eval", "test"]
-Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates"]
+Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
 
 
 class Section(BaseModel):
@@ -36,7 +36,7 @@ class All(Section):
     """What `snakemake --cores all` builds."""
 
     stages: list[Stage] = Field(
-        ["finetune", "merge", "quantize", "evaluate", "gates"],
+        ["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"],
         description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
         "leave out all but finetune to stop after the adapter.",
     )
@@ -52,6 +52,10 @@ class All(Section):
             raise ValueError("quantize after finetune needs merge: list merge too")
         if "gates" in chosen and "evaluate" not in chosen:
             raise ValueError("gates needs evaluate: list evaluate too, or leave gates out")
+        if "report" in chosen and "evaluate" not in chosen:
+            raise ValueError("report needs evaluate: list evaluate too, or leave report out")
+        if "package" in chosen and not {"quantize", "gates"} <= chosen:
+            raise ValueError("package needs quantize and gates: list both, or leave package out")
         return self
 
 
@@ -283,6 +287,32 @@ class Merge(Section):
     )
 
 
+class Search(Section):
+    """Values to try for options of `quantize`; an empty list keeps the section's own. All combinations are tried if they fit the
+    budget, else Optuna's multi-objective TPE sampler (Ozaki et al. 2022) proposes them, a batch at a time."""
+
+    algo_config: list[Literal["default", "rtn", "k_quant"]] = Field([], description="Algorithms.")
+    block_size: list[Literal[16, 32, 64, 128, 256]] = Field([], description="Block sizes.")
+    is_symmetric: list[bool] = Field([], description="With and without zero points.")
+    accuracy_level: list[Annotated[int, Field(ge=0, le=4)]] = Field([], description="Accuracy levels.")
+    matmul_mixed_precision: list[str | None] = Field([], description="Mixed precisions; null for none.")
+    int8_nodes: list[list[str]] = Field([], description="Lists of patterns.")
+    nodes_to_exclude: list[list[str]] = Field([], description="Lists of node names.")
+    budget: int = Field(12, ge=1, le=1000, description="Candidates to build at most.")
+    batch: int = Field(4, ge=1, le=1000, description="Optuna: candidates that are proposed, and may run, together.")
+    objective: Literal["size", "latency"] = Field(
+        "size",
+        description="Of the candidates that pass the gates on the tuning rows, take the smallest or the fastest.",
+    )
+    rows: int = Field(
+        200,
+        ge=8,
+        le=1_000_000,
+        description="Tuning rows: the eval split, and as many training rows as are missing. Never test rows.",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of Optuna's sampler.")
+
+
 class Quantize(Section):
     """Options of the ONNX Runtime GenAI model builder, under the names that builder reads today."""
 
@@ -314,6 +344,10 @@ class Quantize(Section):
     shared_embeddings: bool | None = Field(
         None,
         description="Share the quantized embedding with the output head where the model ties them; the builder's choice if absent.",
+    )
+    search: Search | None = Field(
+        None,
+        description="Build several candidates, measure them on tuning rows and take the best that passes the gates.",
     )
 
     @model_validator(mode="after")
@@ -499,6 +533,38 @@ class Gates(Section):
         return found | {f"checks[{i}]": gate for i, gate in enumerate(self.checks)}
 
 
+class Package(Section):
+    """What a user ships: build/package."""
+
+    name: str = Field("slmake-model", min_length=1, pattern=r"^[\w.-]+$", description="The model's name.")
+    license: str = Field("Apache-2.0", min_length=1, description="SPDX identifier of the model's licence.")
+    license_files: list[str] = Field(["LICENSE"], min_length=1, description="Licence texts to ship.")
+    language: list[str] = Field(["en"], description="Languages, as ISO 639 codes.")
+    tags: list[str] = Field([], description="More tags for a model hub.")
+    intended_use: str = Field(
+        "Not described yet: say in package.intended_use what the model is for.",
+        min_length=1,
+        description="What the model is for.",
+    )
+    limitations: str = Field(
+        "Scores hold for texts like those it was tested on. It was not tested for bias or misuse.",
+        min_length=1,
+        description="What a user must know before relying on it.",
+    )
+    signing_key: str | None = Field(
+        None,
+        description="File with an elliptic-curve private key (PEM, no password) to sign the package with; keep it out of the repository.",
+    )
+
+
+class Report(Section):
+    """Figures and tables of build/report.html."""
+
+    wrong_answers: int = Field(
+        10, ge=0, le=1000, description="Wrong answers to show, with every model's answer beside."
+    )
+
+
 class Params(Section):
     """The whole file."""
 
@@ -510,6 +576,8 @@ class Params(Section):
     quantize: Quantize = Field(default_factory=Quantize)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     gates: Gates = Field(default_factory=Gates)
+    package: Package = Field(default_factory=Package)
+    report: Report = Field(default_factory=Report)
 
     @model_validator(mode="after")
     def _merge_fits_finetune(self):
