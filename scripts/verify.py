@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from common import cli, params
+from common import cli, outputs, params
 from common.errors import UserError
 from quantize import check_generates
 from shipping import records
@@ -54,7 +54,7 @@ def changed_inputs(statement: dict) -> list[str]:
     found = []
     for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
         path = Path(one["name"])
-        if path.is_file() and not path.is_absolute() and records.outputs.sha256(path) != one["digest"]["sha256"]:
+        if path.is_file() and not path.is_absolute() and outputs.sha256(path) != one["digest"]["sha256"]:
             found.append(f"{one['name']}: changed since the package was made; build again")
     return found
 
