@@ -18,6 +18,8 @@ from common.errors import UserError
 from gates import MODELS, table
 from shipping import card, records
 
+SECTIONS = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package")
+
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
@@ -42,6 +44,12 @@ def copy_licences(files: list[str], target: Path) -> list[str]:
         shutil.copyfile(source, target / source.name)
         names.append(source.name)
     return names
+
+
+def sections(everything: params.Params) -> dict[str, str]:
+    """Every section that can change a package, as canonical JSON. The signing key's path changes nothing, and is nobody's business."""
+    package = everything.package.model_copy(update={"signing_key": None})
+    return {name: params.as_json(package if name == "package" else getattr(everything, name)) for name in SECTIONS}
 
 
 def pack(everything: params.Params, args, folder: Path) -> dict:
@@ -80,14 +88,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     (folder / records.BOM).write_text(records.canonical(bom), encoding="utf-8")
     records.check_bom((folder / records.BOM).read_text(encoding="utf-8"))
 
-    # The key's path changes nothing in the package, and is nobody's business.
-    sections = {
-        name: params.as_json(
-            getattr(everything, name).model_copy(update={"signing_key": None} if name == "package" else {})
-        )
-        for name in type(everything).model_fields
-    }
-    statement = records.provenance(records.digests(folder, ()), args.materials, sections, facts)
+    statement = records.provenance(records.digests(folder, ()), args.materials, sections(everything), facts)
     (folder / records.PROVENANCE).write_text(records.canonical(statement), encoding="utf-8")
     records.check_statement((folder / records.PROVENANCE).read_text(encoding="utf-8"))
     (folder / records.SUMS).write_text(records.sums_text(records.digests(folder, ())), encoding="utf-8")

@@ -9,10 +9,12 @@ that the provenance names (data, scripts, locks) are compared with what is here 
 
 import json
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from package import sections
 from quantize import check_generates
 from shipping import records
 
@@ -26,7 +28,7 @@ def changed_files(folder: Path) -> list[str]:
     text = (folder / records.SUMS).read_text(encoding="utf-8", errors="replace")
     if text == records.sums_text(actual):
         return []
-    listed = dict(reversed(line.split("  ", 1)) for line in text.splitlines() if "  " in line)
+    listed = dict(reversed(line.split("  ", 1)) for line in text.split("\n") if "  " in line)
     try:
         statement = json.loads((folder / records.PROVENANCE).read_text(encoding="utf-8", errors="replace"))
         subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
@@ -34,9 +36,10 @@ def changed_files(folder: Path) -> list[str]:
         subjects = {}
     found = []
     for name in sorted(actual.keys() | listed.keys() | subjects.keys()):
-        if name not in actual:
-            where = "SHA256SUMS" if name in listed else "the provenance"
-            found.append(f"{name}: listed in {where}, but not there")
+        if name not in actual and name not in subjects and subjects and name != records.PROVENANCE:
+            found.append(f"{records.SUMS}: names {name!r}, which is no file of the package")
+        elif name not in actual:
+            found.append(f"{name}: missing")
         elif name not in listed and name not in subjects and name != records.PROVENANCE:
             found.append(f"{name}: not part of the package")
         elif actual[name] != listed.get(name):
@@ -46,15 +49,21 @@ def changed_files(folder: Path) -> list[str]:
                 found.append(f"{name}: changed (or its line in {records.SUMS} is)")
             else:
                 found.append(f"{name}: changed")
-    return found or [f"{records.SUMS}: changed"]
+    return list(dict.fromkeys(found)) or [f"{records.SUMS}: changed"]
 
 
-def changed_inputs(statement: dict) -> list[str]:
-    """Inputs that are here, but no longer what the package was made from. Sections of params.yaml are compared by content."""
+def changed_inputs(statement: dict, params_file: Path) -> list[str]:
+    """Inputs that are here, but no longer what the package was made from: files, and sections of the parameter file."""
+    now = {}
+    if params_file.is_file():
+        texts = sections(params.load(params_file))
+        now = {f"params.yaml#{name}": sha256(text.encode()).hexdigest() for name, text in texts.items()}
     found = []
     for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
         path = Path(one["name"])
-        if path.is_file() and not path.is_absolute() and outputs.sha256(path) != one["digest"]["sha256"]:
+        if path.is_file() and not path.is_absolute():
+            now[one["name"]] = outputs.sha256(path)
+        if now.get(one["name"], one["digest"]["sha256"]) != one["digest"]["sha256"]:
             found.append(f"{one['name']}: changed since the package was made; build again")
     return found
 
@@ -114,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         if subjects != records.digests(args.package, own):
             raise UserError(f"{records.PROVENANCE}: its subjects are not the files of this package.")
         records.check_bom((args.package / records.BOM).read_text(encoding="utf-8"))
-        wrong = [] if args.package_only else changed_inputs(statement)
+        wrong = [] if args.package_only else changed_inputs(statement, Path(args.params))
         if wrong:
             raise UserError(f"{args.package} is whole, but not of this folder's inputs:\n  " + "\n  ".join(wrong))
         check_generates(args.package)
