@@ -152,7 +152,8 @@ def _with_interval(name, gate, value, low, high) -> tuple[float, float | None, f
     return value, low, high
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A figure as a person reads it: four digits behind the point, none for large ones."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
@@ -164,11 +165,11 @@ def table(found: list[dict]) -> str:
             one["gate"] if not one["gate"].startswith("checks") else f"{one['gate']} {one['kind']} of {one['metric']}"
         )
         models = one["model"] + (f" against {one['against']}" if "against" in one else "")
-        ends = f"[{_number(one['low'])}, {_number(one['high'])}]" if "low" in one else ""
+        ends = f"[{number(one['low'])}, {number(one['high'])}]" if "low" in one else ""
         asked = f" ({one['interval']} end)" if one.get("interval", "ignore") != "ignore" else ""
         verdict = "passed" if one["passed"] else "MISSED"
         rows.append(
-            (verdict, gate, models, _number(one["value"]), ends, f"{SIGNS[one['kind']]} {_number(one['bound'])}{asked}")
+            (verdict, gate, models, number(one["value"]), ends, f"{SIGNS[one['kind']]} {number(one['bound'])}{asked}")
         )
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
     return "\n".join(
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             missed = [one for one in found if not one["passed"]]
             if missed:
                 advice = "".join(
-                    f"\n  {one['gate']} is missed by {_number(one['missed_by'])}"
+                    f"\n  {one['gate']} is missed by {number(one['missed_by'])}"
                     + (f": {ADVICE[one['kind']]}." if one["kind"] in ADVICE else ".")
                     for one in missed
                 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
-from gates import MODELS, SIGNS, judge, read_published
+from gates import MODELS, SIGNS, judge, number, read_published
 
 COLOURS = {
     "base": "#9aa0a6",
@@ -181,8 +181,8 @@ def gates_page(found: list[dict]) -> str:
             one["metric"],
             one["model"] + (f" against {one['against']}" if "against" in one else ""),
             one["kind"].replace("_", " "),
-            f"{one['value']:,.4g}" + (f" ({one['low']:.4g} to {one['high']:.4g})" if "low" in one else ""),
-            f"{SIGNS[one['kind']]} {one['bound']:,.4g}"
+            number(one["value"]) + (f" ({number(one['low'])} to {number(one['high'])})" if "low" in one else ""),
+            f"{SIGNS[one['kind']]} {number(one['bound'])}"
             + (f", {one['interval']} end" if one.get("interval", "ignore") != "ignore" else ""),
         ]
         for one in found
