@@ -239,7 +239,7 @@ rule candidate:
         candidate=r"merged|\d+",
     threads: 2
     params:
-        section=lambda wildcards: as_json(PARAMS.quantize),
+        section=lambda wildcards: search.depends_on(PARAMS.quantize, wildcards.candidate) + as_json(PARAMS.evaluate),
         reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
     shell:
         "python {input.script}"

@@ -19,7 +19,7 @@ HEADER = """\
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
 SECTIONS = {
-    "search": ["quantize", "gates"],
+    "search": ["quantize", "evaluate", "gates"],
     "report": ["report", "gates"],
 }  # where it is not the rule's own section alone
 METRICS = {"results/metrics.json"}  # small and the same in every run: kept in Git

@@ -111,6 +111,18 @@ def proposal(section: params.Quantize, number: int, measured: list[tuple[float, 
     return made[number]
 
 
+def depends_on(section: params.Quantize, candidate: str) -> str:
+    """What a candidate must be built again for, as text: its own options in a grid, so that a longer list builds only what is new."""
+    own = section.model_dump(mode="json", exclude={"search"})
+    if candidate == "merged":
+        own = {}
+    elif len(grid(section)) <= section.search.budget:
+        own |= proposal(section, int(candidate), [])
+    else:
+        own["search"] = section.search.model_dump(mode="json")
+    return json.dumps({**own, "rows": section.search.rows}, sort_keys=True)
+
+
 def tuning_gates(section: params.Gates) -> params.Gates:
     """The gates that the tuning rows can judge: of the exported model by itself or against merged."""
     checks = [

@@ -49,9 +49,12 @@ class Questions:
             start = end
             while start and row["labels"][start - 1] != IGNORED:
                 start -= 1
+            begin = start  # of this row, where several are joined in one sequence
+            while begin and row["labels"][begin - 1] == IGNORED:
+                begin -= 1
             self.rows.append(row["row"])
             self.texts.append(row["prompt"])
-            self.prompts.append(np.array(row["input_ids"][:start], dtype=np.int64))
+            self.prompts.append(np.array(row["input_ids"][begin:start], dtype=np.int64))
             self.answers.append(row["input_ids"][start:end])
             self.expected.append(row["answer"].strip())
 

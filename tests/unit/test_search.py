@@ -73,6 +73,15 @@ def test_grid_is_every_possible_combination():
     assert search.earlier(section(algo_config=["default", "rtn"]), 1) == 0
 
 
+def test_a_longer_list_builds_only_what_is_new():
+    before, after = section(block_size=[16, 32]), section(block_size=[16, 32, 64], budget=20, objective="latency")
+    for name in ("merged", "0", "1"):
+        assert search.depends_on(before, name) == search.depends_on(after, name)
+    assert search.depends_on(before, "0") != search.depends_on(before, "1")
+    assert search.depends_on(section(block_size=[16, 32], rows=50), "0") != search.depends_on(before, "0")
+    assert search.depends_on(section(**MANY), "0") != search.depends_on(section(**MANY, seed=1), "0")
+
+
 def test_impossible_search_is_refused():
     with pytest.raises(UserError, match="none of the combinations is possible"):
         search.count(section(algo_config=["default"], int8_nodes=[["*/attn/*"]]))
