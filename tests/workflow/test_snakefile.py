@@ -28,7 +28,7 @@ def test_one_name_everywhere():
         *("evaluate", "gates", "package", "report"),
     ]
     parts = {
-        "candidate": ("candidate-{candidate}", "quantize"),
+        "candidate": ("candidate-{candidate}", "evaluate"),
         "search": ("search", "quantize"),
     }  # of the search in quantize
     for name in rules:
