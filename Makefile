@@ -16,10 +16,11 @@ export DO_NOT_TRACK = 1
 export TEXT
 
 .DEFAULT_GOAL := build
-.PHONY: build setup test test-fast lint format docs lock ask reproduce clean help
+.PHONY: build setup test test-fast lint format docs lock ask report verify reproduce clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
+	@if [ -e build/report/overview.html ]; then $(BIN)/snakemake --quiet all --report build/report.html; fi
 	@$(BIN)/dvc commit --force --quiet
 
 setup: $(READY) ## create .venv from the locked environment
@@ -38,6 +39,13 @@ $(READY): envs/uv.lock envs/$(MACHINE).lock envs/dev.lock
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
 	@$(BIN)/python scripts/ask.py "$$TEXT"
+
+report: setup ## put figures and tables on one page, build/report.html (missed gates included)
+	$(BIN)/snakemake --cores all --quiet progress build/report/overview.html
+	@$(BIN)/snakemake --quiet all --report build/report.html
+
+verify: $(READY) ## check build/package: sums, signature, provenance, inputs, and that it generates
+	@$(BIN)/python scripts/verify.py
 
 test: setup ## run the whole test suite
 	$(BIN)/python -m pytest

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from common.errors import UserError
 from common.params import as_json, load
+import search
 
 if config:
     raise WorkflowError(f"--config and --configfile are not used here (got {', '.join(config)}): edit params.yaml.")
@@ -37,14 +38,63 @@ DATA = [SOURCE] if isinstance(SOURCE, str) else [file for file in (SOURCE.train,
 for file in DATA:
     if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
         raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
-MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), "onnx": ONNX * ("quantize" in STAGES)}
+MODELS = {
+    "base": "build/base",
+    "adapter": "build/adapter" * ("finetune" in STAGES),
+    "merged": "build/merged" * ("merge" in STAGES),
+    "onnx": ONNX * ("quantize" in STAGES),
+}
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
+if "adapter" in SCORED:
+    SCORED["adapter-base"] = "build/base"
+OUTSIDE = ("ask", "dvc_yaml", "params_docs", "publish", "reproduce", "verify")  # scripts that cannot change a package
+SEARCH = PARAMS.quantize.search if "quantize" in STAGES else None
+try:
+    CANDIDATES = [f"build/search/{number}" for number in range(search.count(PARAMS.quantize))] if SEARCH else []
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+SCORING = [
+    "scripts/common/generation.py",
+    "scripts/common/prompts.py",
+    "scripts/scoring/questions.py",
+    "scripts/scoring/runtimes.py",
+    "scripts/scoring/scores.py",
+]
+# What the provenance of a package names: data, commands, scripts, environments, container recipes.
+MATERIALS = [
+    *DATA,
+    "Snakefile",
+    *sorted(str(path) for path in Path("scripts").rglob("*.py") if path.stem not in OUTSIDE),
+    *("envs/cpu.lock", "envs/cuda.lock"),
+    *sorted(str(path) for path in Path("containers").glob("*") if path.is_file()),
+]
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
 ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
 
 
+report: "report/workflow.rst"
+
+
 localrules:
     all,
+
+
+mark = report  # at the start of a line Snakemake would take `report` for a keyword
+FIGURES = [
+    mark(f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title})
+    for file, category, title in [
+        ("overview.html", "1. Overview", "What was built from what"),
+        ("scores.svg", "2. Quality", "Accuracy"),
+        ("scores.html", "2. Quality", "All scores, parity and drops"),
+        ("confusion.svg", "2. Quality", "Confusion matrices"),
+        ("gates.html", "2. Quality", "Gates"),
+        ("wrong_answers.html", "2. Quality", "Wrong answers"),
+        ("loss.svg", "3. Training", "Loss"),
+        ("data.svg", "3. Training", "Lengths and labels"),
+        ("cost.html", "4. Cost", "Time and memory"),
+        *[("candidates.svg", "4. Cost", "Quantization candidates")] * bool(SEARCH),
+    ]
+]
 
 
 rule all:
@@ -56,6 +106,8 @@ rule all:
         [ONNX] * ("quantize" in STAGES),
         ["results/metrics.json"] * ("evaluate" in STAGES),
         ["results/gates.json"] * ("gates" in STAGES),
+        ["build/package"] * ("package" in STAGES),
+        ["build/report/overview.html"] * ("report" in STAGES),
 
 
 rule fetch_model:
@@ -165,12 +217,74 @@ rule merge:
         " --log {log}"
 
 
+# Only where quantize.search is set: candidates are jobs of their own, and `search` chooses among them.
+rule candidate:
+    input:
+        script="scripts/candidate.py",
+        modules=["scripts/evaluate.py", "scripts/fetch_model.py", "scripts/quantize.py", "scripts/search.py", *SCORING],
+        environment=ENVIRONMENT,
+        model=TUNED,
+        dataset="build/dataset",
+        reference=lambda wildcards: ["build/search/merged"] * (wildcards.candidate != "merged"),
+        earlier=lambda wildcards: (
+            CANDIDATES[: search.earlier(PARAMS.quantize, int(wildcards.candidate))] * (wildcards.candidate != "merged")
+        ),
+    output:
+        directory("build/search/{candidate}"),
+    log:
+        "logs/candidate-{candidate}.log",
+    benchmark:
+        "benchmarks/candidate-{candidate}.tsv"
+    wildcard_constraints:
+        candidate=r"merged|\d+",
+    threads: 2
+    params:
+        section=lambda wildcards: search.depends_on(PARAMS.quantize, wildcards.candidate) + as_json(PARAMS.evaluate),
+        reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
+    shell:
+        "python {input.script}"
+        " --params params.yaml"
+        " --candidate {wildcards.candidate}"
+        " --model {input.model}"
+        " --dataset {input.dataset}"
+        " {params.reference}"
+        " --earlier {input.earlier}"
+        " --output {output}"
+        " --log {log}"
+
+
+rule search:
+    input:
+        script="scripts/search.py",
+        modules=["scripts/gates.py"],
+        environment=ENVIRONMENT,
+        reference="build/search/merged",
+        candidates=CANDIDATES,
+    output:
+        "results/search.json",
+    log:
+        "logs/search.log",
+    benchmark:
+        "benchmarks/search.tsv"
+    params:
+        section=lambda wildcards: as_json(PARAMS.quantize) + as_json(PARAMS.gates),
+    shell:
+        "python {input.script}"
+        " --params params.yaml"
+        " --reference {input.reference}"
+        " --candidates {input.candidates}"
+        " --output {output}"
+        " --log {log}"
+
+
 rule quantize:
     input:
         script="scripts/quantize.py",
-        modules=["scripts/fetch_model.py"],
+        modules=["scripts/common/generation.py", "scripts/fetch_model.py"],
         environment=ENVIRONMENT,
         model=TUNED,
+        search=["results/search.json"] * bool(SEARCH),
+        candidates=CANDIDATES,
     output:
         model=directory(ONNX),
     log:
@@ -180,10 +294,12 @@ rule quantize:
     threads: 8
     params:
         section=lambda wildcards: as_json(PARAMS.quantize),
+        search="--search results/search.json --candidates build/search" * bool(SEARCH),
     shell:
         "python {input.script}"
         " --params params.yaml"
         " --model {input.model}"
+        " {params.search}"
         " --output {output.model}"
         " --log {log}"
 
@@ -191,10 +307,10 @@ rule quantize:
 rule evaluate:
     input:
         script="scripts/evaluate.py",
-        modules=["scripts/common/prompts.py"],
+        modules=SCORING,
         environment=ENVIRONMENT,
         dataset="build/dataset",
-        models=list(SCORED.values()),
+        models=sorted(set(SCORED.values())),
     output:
         metrics="results/metrics.json",
         benchmark="results/benchmark.json",
@@ -223,6 +339,8 @@ rule gates:
         script="scripts/gates.py",
         environment=ENVIRONMENT,
         metrics="results/metrics.json",
+        benchmark="results/benchmark.json",
+        published=[PARAMS.gates.published] * (PARAMS.gates.published is not None),
     output:
         "results/gates.json",
     log:
@@ -232,4 +350,81 @@ rule gates:
     params:
         section=lambda wildcards: as_json(PARAMS.gates),
     shell:
-        "python {input.script}" " --params params.yaml" " --metrics {input.metrics}" " --output {output}" " --log {log}"
+        "python {input.script}"
+        " --params params.yaml"
+        " --metrics {input.metrics}"
+        " --benchmark {input.benchmark}"
+        " --output {output}"
+        " --log {log}"
+
+
+rule package:
+    input:
+        script="scripts/package.py",
+        environment=ENVIRONMENT,
+        materials=MATERIALS,
+        licences=PARAMS.package.license_files,
+        model=ONNX,
+        dataset="build/dataset",
+        base_report="results/base.json",
+        dataset_report="results/dataset.json",
+        metrics="results/metrics.json",
+        gates="results/gates.json",
+    output:
+        package=directory("build/package"),
+    log:
+        "logs/package.log",
+    benchmark:
+        "benchmarks/package.tsv"
+    params:
+        section=lambda wildcards: as_json(PARAMS.package),
+        lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
+    shell:
+        "python {input.script}"
+        " --params params.yaml"
+        " --model {input.model}"
+        " --dataset {input.dataset}"
+        " --base-report {input.base_report}"
+        " --dataset-report {input.dataset_report}"
+        " --metrics {input.metrics}"
+        " --gates {input.gates}"
+        " --lock {params.lock}"
+        " --materials {input.materials}"
+        " --output {output.package}"
+        " --log {log}"
+
+
+rule report:
+    input:
+        script="scripts/report.py",
+        modules=["scripts/gates.py"],
+        environment=ENVIRONMENT,
+        base_report="results/base.json",
+        dataset_report="results/dataset.json",
+        metrics="results/metrics.json",
+        timings="results/benchmark.json",
+        predictions="results/predictions.csv",
+        losses=["results/train_loss.csv", "results/eval_loss.csv"] * ("finetune" in STAGES),
+        search=["results/search.json"] * bool(SEARCH),
+        published=[PARAMS.gates.published] * (PARAMS.gates.published is not None),
+    output:
+        FIGURES,
+    log:
+        "logs/report.log",
+    benchmark:
+        "benchmarks/report.tsv"
+    params:
+        section=lambda wildcards: as_json(PARAMS.report) + as_json(PARAMS.gates),
+        search="--search results/search.json" * bool(SEARCH),
+    shell:
+        "python {input.script}"
+        " --params params.yaml"
+        " --base-report {input.base_report}"
+        " --dataset-report {input.dataset_report}"
+        " --metrics {input.metrics}"
+        " --timings {input.timings}"
+        " --predictions {input.predictions}"
+        " --losses {input.losses}"
+        " {params.search}"
+        " --output build/report"
+        " --log {log}"

@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from common import cli, prompts
+from common import cli, generation, prompts
 from common.errors import UserError
 
 
@@ -24,20 +24,11 @@ def ask(model_folder: Path, form: dict, values: dict[str, str], new_tokens: int)
     import numpy as np
     import onnxruntime_genai as og
 
-    try:
-        model = og.Model(str(model_folder))
-    except Exception as error:
-        raise UserError(f"{model_folder}: ONNX Runtime cannot load this model: {str(error).splitlines()[0]}") from None
+    model = generation.load(model_folder)
     tokenizer = og.Tokenizer(model)
     ids = tokenizer.encode(form["prompt"].format(**values))
     start = time.perf_counter()
-    settings = og.GeneratorParams(model)
-    settings.set_search_options(max_length=len(ids) + new_tokens, do_sample=False)
-    generator = og.Generator(model, settings)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-    made = [token for token in generator.get_sequence(0)[len(ids) :] if token != form["end_token_id"]]
+    made = [token for token in generation.greedy(model, ids, new_tokens) if token != form["end_token_id"]]
     milliseconds = 1000 * (time.perf_counter() - start)
     return tokenizer.decode(np.array(made, dtype=np.int32)).strip(), milliseconds
 

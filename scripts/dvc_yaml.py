@@ -17,6 +17,11 @@ HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
 # out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
 """
+MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
+SECTIONS = {
+    "search": ["quantize", "evaluate", "gates"],
+    "report": ["report", "gates"],
+}  # where it is not the rule's own section alone
 METRICS = {"results/metrics.json"}  # small and the same in every run: kept in Git
 TIMINGS = ["results/benchmark.json"]
 CURVES = ["results/train_loss.csv", "results/eval_loss.csv"]
@@ -39,13 +44,16 @@ def rules() -> dict[str, dict[str, list[str]]]:
     for line in text.splitlines():
         if line.startswith(("rule ", "localrule ")) and line.endswith(":"):
             name = line.split()[1].rstrip(":")
+            name = MEMBERS.get(name, name)
             found.setdefault(name, {"input": [], "output": []})
         elif name and line.startswith(("    input: ", "    output: ")):
             key, _, value = line.strip().partition(": ")
-            found[name][key] = value.split(", ")
+            found[name][key] = list(dict.fromkeys(found[name][key] + value.split(", ")))
         elif not line.startswith("    "):
             name = None
     found.pop("all", None)
+    for rule in found.values():  # what the members of a stage make for each other
+        rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
     return found
 
 
@@ -77,11 +85,13 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
     for name in in_order(found):
         rule = found[name]
         outputs |= set(rule["output"])
+        allowed = " ".join([name, *(member for member, stage in MEMBERS.items() if stage == name)])
+        target = "results/search.json" if name == "search" else rule["output"][0]
         stages[name] = {
             # The environment's own programs first, whether or not it is activated.
-            "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet host progress --allowed-rules {name} -- {rule["output"][0]}',
+            "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet host progress --allowed-rules {allowed} -- {target}',
             "deps": sorted(rule["input"]),
-            "params": [name],
+            "params": SECTIONS.get(name, [name]),
             "outs": [{path: {"cache": False}} if path in METRICS else path for path in rule["output"]],
         }
     plots: list[dict] = []
@@ -108,7 +118,12 @@ def scored_models() -> list[str]:
     from common.params import load
 
     everything = load("params.yaml")
-    built = {"base": True, "merged": "merge" in everything.all.stages, "onnx": "quantize" in everything.all.stages}
+    built = {
+        "base": True,
+        "adapter": "finetune" in everything.all.stages,
+        "merged": "merge" in everything.all.stages,
+        "onnx": "quantize" in everything.all.stages,
+    }
     names = {"onnx": everything.quantize.precision}
     return [names.get(name, name) for name in everything.evaluate.models if built[name]]
 

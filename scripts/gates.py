@@ -1,9 +1,9 @@
 """Judge the last model built against the gates; a missed gate fails the build.
 
-    python scripts/gates.py --params params.yaml --metrics results/metrics.json --output results/gates.json
+    python scripts/gates.py --params params.yaml --metrics results/metrics.json --benchmark results/benchmark.json --output results/gates.json
 
-Reads the section `gates` and the metrics that evaluate wrote. Every gate is judged and shown before the build fails, and
-the metrics stay where they are: a gate can be changed and judged again without scoring anything twice.
+Reads the section `gates` and what evaluate wrote. Every gate is judged and shown before the build fails, and the metrics
+stay where they are: a gate can be changed and judged again without scoring anything twice.
 """
 
 import json
@@ -12,74 +12,212 @@ from pathlib import Path
 from common import cli, outputs, params
 from common.errors import UserError
 
+MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
+SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ratio": "≤", "maximum_drop": "≤"}
 ADVICE = {
-    "min_accuracy": "train longer (finetune.num_train_epochs), raise finetune.lora_r, or add training rows",
-    "max_accuracy_drop": "choose a milder quantization (quantize.algo_config k_quant, matmul_mixed_precision, or precision int8)",
+    "minimum": "train longer (finetune.num_train_epochs), raise finetune.lora_r, or add training rows",
+    "maximum_drop": "choose a milder quantization (quantize.algo_config k_quant, matmul_mixed_precision, int8_nodes, or precision int8), or "
+    "let quantize.search find one",
 }
 
 
-def judge(section: params.Gates, metrics: dict) -> list[dict]:
-    """One entry per gate that is set: its name, the models compared, bound, value, and whether it passed."""
-    models = [name for name, value in metrics.items() if isinstance(value, dict)]
-    last = models[-1]
+def judge(
+    section: params.Gates, metrics: dict, benchmark: dict | None = None, published: dict | None = None
+) -> list[dict]:
+    """One entry per gate: its name, figure, models, bound, value (with its interval where there is one), and whether it passed.
+
+    Raises:
+        UserError: a gate that cannot be judged: its figure or model is not there, or the test split is too small for it.
+    """
+    names = [name for name in MODELS if name in metrics]
     found = []
-    if section.min_accuracy is not None:
-        value = metrics[last]["accuracy"]
-        found.append(
-            {
-                "gate": "min_accuracy",
-                "model": last,
-                "bound": section.min_accuracy,
-                "value": value,
-                "passed": value >= section.min_accuracy,
-            }
-        )
-    if section.max_accuracy_drop is not None and len(models) < 2:
-        raise UserError(
-            "gates.max_accuracy_drop: only one model was scored; add another to evaluate.models, or set it to null."
-        )
-    if section.max_accuracy_drop is not None:
-        against = models[-2]
-        value = round(metrics[against]["accuracy"] - metrics[last]["accuracy"], 6)
-        passed = value <= section.max_accuracy_drop
-        found.append(
-            {
-                "gate": "max_accuracy_drop",
-                "model": last,
-                "against": against,
-                "bound": section.max_accuracy_drop,
-                "value": value,
-                "passed": passed,
-            }
-        )
+    for name, gate in section.every().items():
+        model = _model(name, gate, names)
+        rows = _rows(name, gate, metrics, model)
+        if rows < gate.rows_needed():
+            raise UserError(
+                f"gates.{name}: {gate.kind} {gate.bound:g} of {gate.metric} needs at least {gate.rows_needed()} test rows; there are {rows}. "
+                "Add rows, raise prepare.test_fraction, or set a wider bound."
+            )
+        entry = {"gate": name, "metric": gate.metric, "kind": gate.kind, "model": model}
+        value, low, high = _value(name, gate, model, names, metrics, benchmark or {}, published, entry)
+        upward = gate.kind.startswith("minimum")
+        decisive = value
+        if gate.interval != "ignore":
+            decisive = low if upward == (gate.interval == "worst") else high
+        passed = decisive >= gate.bound if upward else decisive <= gate.bound
+        entry |= {"bound": gate.bound, "value": value}
+        if low is not None:
+            entry |= {"low": low, "high": high, "interval": gate.interval}
+        entry["passed"] = bool(passed)
+        found.append(entry if passed else entry | {"missed_by": round(abs(decisive - gate.bound), 6)})
     return found
 
 
-def table(found: list[dict]) -> str:
-    """The judged gates as lines of text."""
-    lines = []
-    for one in found:
-        sign = "≥" if one["gate"].startswith("min") else "≤"
-        against = f" against {one['against']}" if "against" in one else ""
-        lines.append(
-            f"  {'passed' if one['passed'] else 'MISSED'}  {one['gate']}: {one['model']}{against} {one['value']:.4f} {sign} {one['bound']:.4f}"
+def _model(name: str, gate: params.Gate, names: list[str]) -> str:
+    if gate.model == "last":
+        return names[-1]
+    wanted = (
+        next((one for one in names if one not in ("base", "adapter", "merged")), "onnx")
+        if gate.model == "onnx"
+        else gate.model
+    )
+    if wanted not in names:
+        raise UserError(
+            f"gates.{name}: {gate.model} was not scored. Add it to evaluate.models, or change the gate's model."
         )
-    return "\n".join(lines)
+    return wanted
+
+
+def _rows(name: str, gate: params.Gate, metrics: dict, model: str) -> int:
+    """Rows behind the figure: those of the class for a class's figure, the compared prompts for a parity."""
+    if gate.metric in params.PARITY:
+        return max((entry["prompts"] for entry in metrics.get("parity", {}).values()), default=0)
+    if gate.metric.startswith("per_class."):
+        return _figure(name, gate.metric.rpartition(".")[0] + ".rows", metrics[model], model)
+    return metrics["test_rows"]
+
+
+def _figure(name: str, metric: str, figures: dict, model: str) -> float:
+    """A figure by its dotted name (a label may have dots in it itself).
+
+    Raises:
+        UserError: this model has no such figure.
+    """
+    first, _, rest = metric.partition(".")
+    if first == "per_class" and first in figures:
+        label, _, what = rest.rpartition(".")
+        if label in figures[first]:
+            return figures[first][label][what]
+        raise UserError(f"gates.{name}: no label `{label}`. Labels: {', '.join(figures[first])}.")
+    if metric not in figures:
+        there = [key for key in figures if isinstance(figures[key], (int, float))]
+        raise UserError(f"gates.{name}: {model} has no figure `{metric}` on this task. It has: {', '.join(there)}.")
+    return figures[metric]
+
+
+def _value(name, gate, model, names, metrics, benchmark, published, entry) -> tuple[float, float | None, float | None]:
+    """The gated value, and the ends of its interval (None where there is none). Adds `against` to the entry."""
+    if gate.metric in params.PARITY:
+        pair = next((key for key in metrics.get("parity", {}) if key.startswith(f"{model}_vs_")), None)
+        if pair is None:
+            raise UserError(
+                f"gates.{name}: {model} was compared with no model. Score the one before it too (evaluate.models)."
+            )
+        entry["against"] = pair.partition("_vs_")[2]
+        return metrics["parity"][pair][gate.metric], None, None
+
+    def figures(one: str) -> dict:
+        return metrics[one] | benchmark.get(one, {})
+
+    value = _figure(name, gate.metric, figures(model), model)
+    ends = figures(model).get(f"{gate.metric}_low"), figures(model).get(f"{gate.metric}_high")
+    if gate.kind in ("minimum", "maximum"):
+        return _with_interval(name, gate, value, *ends)
+    if gate.against == "published":
+        other, before = "published", published[[one for one in MODELS if one in published][-1]]
+    else:
+        wanted = [one for one in names[: names.index(model)] if one != "adapter"]
+        wanted = wanted[-1:] if gate.against == "previous" else [one for one in wanted if one == gate.against]
+        if not wanted:
+            raise UserError(
+                f"gates.{name}: no model {'before ' + model if gate.against == 'previous' else gate.against} was scored to compare with; "
+                "add it to evaluate.models, or take the gate out."
+            )
+        other, before = wanted[0], figures(wanted[0])
+    entry["against"] = other
+    was = _figure(name, gate.metric, before, other)
+    if gate.kind.endswith("ratio"):
+        if not was:
+            raise UserError(f"gates.{name}: {gate.metric} of {other} is 0, so there is no ratio to it.")
+        return round(value / was, 6), None, None
+    drop = round(was - value, 6)
+    paired = metrics.get("drop", {}).get(f"{model}_vs_{other}", {})
+    if f"{gate.metric}_low" in paired:
+        return _with_interval(name, gate, drop, paired[f"{gate.metric}_low"], paired[f"{gate.metric}_high"])
+    if (
+        None not in ends and f"{gate.metric}_low" in before
+    ):  # another test set, perhaps: independent, so the variances add up
+        halves = ((ends[1] - ends[0]) / 2, (before[f"{gate.metric}_high"] - before[f"{gate.metric}_low"]) / 2)
+        wide = (halves[0] ** 2 + halves[1] ** 2) ** 0.5
+        return _with_interval(name, gate, drop, round(drop - wide, 6), round(drop + wide, 6))
+    return _with_interval(name, gate, drop, None, None)
+
+
+def _with_interval(name, gate, value, low, high) -> tuple[float, float | None, float | None]:
+    if gate.interval != "ignore" and low is None:
+        raise UserError(
+            f"gates.{name}: there is no interval for {gate.metric} here. Run evaluate again, or set interval: ignore."
+        )
+    return value, low, high
+
+
+def number(value: float) -> str:
+    """A figure as a person reads it: four digits behind the point, none for large ones."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def table(found: list[dict]) -> str:
+    """The judged gates as aligned lines of text."""
+    rows = []
+    for one in found:
+        gate = (
+            one["gate"] if not one["gate"].startswith("checks") else f"{one['gate']} {one['kind']} of {one['metric']}"
+        )
+        models = one["model"] + (f" against {one['against']}" if "against" in one else "")
+        ends = f"[{number(one['low'])}, {number(one['high'])}]" if "low" in one else ""
+        asked = f" ({one['interval']} end)" if one.get("interval", "ignore") != "ignore" else ""
+        verdict = "passed" if one["passed"] else "MISSED"
+        rows.append(
+            (verdict, gate, models, number(one["value"]), ends, f"{SIGNS[one['kind']]} {number(one['bound'])}{asked}")
+        )
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def read_published(section: params.Gates) -> dict | None:
+    """The last published model's metrics, from a metrics.json or a file that has it under `metrics`.
+
+    Raises:
+        UserError: the file is not there or holds no model's metrics.
+    """
+    if section.published is None:
+        return None
+    path = Path(section.published)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content = content.get("metrics", content)
+        if not any(name in content for name in MODELS):
+            raise ValueError("no model's metrics in it")
+    except FileNotFoundError:
+        raise UserError(
+            f"gates.published: {path}: no such file. Save the published model's metrics.json there; nothing published yet: set it to null."
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"gates.published: {path}: {error}") from None
+    return content
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of evaluate")
+    parser.add_argument("--benchmark", type=Path, help="benchmark.json of evaluate, for gates on time and memory")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the judgement")
     args = parser.parse_args(argv)
     with cli.job("gates", args.log) as job:
         section = params.section(args.params, "gates")
         with outputs.written(files=[args.output]) as (target,):
-            found = judge(section, json.loads(args.metrics.read_text(encoding="utf-8")))
+            metrics = json.loads(args.metrics.read_text(encoding="utf-8"))
+            benchmark = json.loads(args.benchmark.read_text(encoding="utf-8")) if args.benchmark else None
+            found = judge(section, metrics, benchmark, read_published(section))
             missed = [one for one in found if not one["passed"]]
             if missed:
                 advice = "".join(
-                    f"\n  {one['gate']} is missed by {abs(one['value'] - one['bound']):.4f}: {ADVICE[one['gate']]}."
+                    f"\n  {one['gate']} is missed by {number(one['missed_by'])}"
+                    + (f": {ADVICE[one['kind']]}." if one["kind"] in ADVICE else ".")
                     for one in missed
                 )
                 raise UserError(

@@ -362,11 +362,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, required=True, help="JSON file to write statistics to")
     args = parser.parse_args(argv)
     with cli.job("prepare", args.log) as job:
-        section = params.section(args.params, "prepare")
+        everything = params.load(args.params)
+        section = everything.prepare
         with outputs.written(args.output, [args.report]) as (folder, report):
             statistics = prepare(section, args.base, folder, job)
             outputs.write_json(report, statistics)
         counts = statistics["rows"]
+        for name, gate in everything.gates.every().items() if "gates" in everything.all.stages else ():
+            if counts["test"] < gate.rows_needed():  # said now, before hours of training
+                job.say(
+                    f"gates.{name} needs {gate.rows_needed()} test rows; there are {counts['test']}: the build will fail at gates"
+                )
         job.say(
             f"{counts['train']} train, {counts['eval']} eval and {counts['test']} test rows in {args.output} "
             f"({statistics['duplicates']['removed_from_train']} duplicates removed, {statistics['truncated']} prompts truncated, {job.seconds():.0f} s)"

@@ -10,11 +10,13 @@ loaded and made to generate before the output counts as built.
 
 import fnmatch
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from common.generation import greedy
 from fetch_model import weight_files
 
 
@@ -213,14 +215,7 @@ def check_generates(folder: Path, tokens: int = 4) -> list[int]:
 
     try:
         model = og.Model(str(folder))
-        prompt = og.Tokenizer(model).encode("The quick brown fox")
-        settings = og.GeneratorParams(model)
-        settings.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
-        generator = og.Generator(model, settings)
-        generator.append_tokens(prompt)
-        while not generator.is_done():
-            generator.generate_next_token()
-        return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+        return greedy(model, og.Tokenizer(model).encode("The quick brown fox"), tokens)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -229,25 +224,57 @@ def check_generates(folder: Path, tokens: int = 4) -> list[int]:
         ) from error
 
 
+def build(section: params.Quantize, model: Path, folder: Path, scratch: Path) -> dict:
+    """Export into an empty folder and prove that it is what was asked for, loads and generates.
+
+    Returns:
+        What is in the graph, as `check_graph` counts it.
+
+    Raises:
+        UserError: no model there, or an export that is refused, is not what was asked for, or does not run.
+    """
+    if not (model / "config.json").exists():
+        raise UserError(f"{model}: no model here. Build it with `snakemake --cores all {model}`.")
+    weight_files(model)
+    try:
+        export(section, model, folder, scratch)
+    finally:
+        outputs.remove(scratch)
+    found = check_graph(section, folder)
+    check_generates(folder)
+    return found
+
+
+def take_over(search: Path, candidates: Path, folder: Path) -> dict:
+    """Copy the winner of a search into an empty folder; returns its options."""
+    result = json.loads(search.read_text(encoding="utf-8"))
+    source = candidates / str(result["winner"]) / "model"
+    if not source.is_dir():
+        raise UserError(
+            f"{source}: the winner of {search} is not there. Build it with `snakemake --cores all {search}`."
+        )
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    return result["options"]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the model's folder in Hugging Face layout")
+    parser.add_argument("--search", type=Path, help="search.json: take over its winner instead of building")
+    parser.add_argument("--candidates", type=Path, help="folder of the search's candidates")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the ONNX model to")
     args = parser.parse_args(argv)
     with cli.job("quantize", args.log) as job:
         section = params.section(args.params, "quantize")
-        if not (args.model / "config.json").exists():
-            raise UserError(f"{args.model}: no model here. Build it with `snakemake --cores all {args.model}`.")
-        weight_files(args.model)
         with outputs.written(args.output) as (folder,):
-            scratch = folder.parent / f".{args.output.name}.cache"
-            try:
-                export(section, args.model, folder, scratch)
-            finally:
-                outputs.remove(scratch)
-            found = check_graph(section, folder)
+            if args.search:
+                options = take_over(args.search, args.candidates, folder)
+                section = type(section).model_validate(section.model_dump(exclude={"search"}) | options)
+                found = check_graph(section, folder)
+                check_generates(folder)
+            else:
+                found = build(section, args.model, folder, folder.parent / f".{args.output.name}.cache")
             job.log(f"graph: {json.dumps(found)}")
-            check_generates(folder)
         bits = (
             ", ".join(f"{count} products in {key} bits" for key, count in found["quantized_matmuls_by_bits"].items())
             or "not quantized"

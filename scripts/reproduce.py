@@ -16,7 +16,7 @@ from pathlib import Path
 from common.outputs import sha256
 
 COMPARED = ("build", "results")
-DIFFER = {"results/benchmark.json"}  # timings
+DIFFER = {"results/benchmark.json", "results/search.json", "build/report/cost.html", "build/report.html"}  # timings
 
 
 def built_files(root: Path) -> dict[str, str]:

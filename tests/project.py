@@ -12,7 +12,8 @@ from tiny import ROOT, make_rows, write_params
 TINY = {
     "prepare": {"source": "data/dataset.json", "eval_fraction": 0.1, "test_fraction": 0.25},
     "finetune": {"num_train_epochs": 1.0, "eval_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01},
-    "gates": {"min_accuracy": 0.0, "max_accuracy_drop": 1.0},
+    "evaluate": {"bootstrap_samples": 200, "latency_rows": 2},
+    "gates": {"min_accuracy": 0.0, "max_accuracy_drop": 1.0, "checks": []},
 }
 
 
@@ -62,7 +63,10 @@ def change(project: Path, section: str, **fields: object) -> None:
 def new_project(folder: Path, base: Path) -> Path:
     """The pipeline's own files with tiny data and a tiny base model; nothing built."""
     folder.mkdir()
-    for name in ("Snakefile", "dvc.yaml", "scripts", "envs", "profiles", ".dvcignore", ".gitignore", "pyproject.toml"):
+    for name in (
+        *("Snakefile", "dvc.yaml", "scripts", "envs", "profiles", "report", "LICENSE"),
+        *(".dvcignore", ".gitignore", "pyproject.toml"),
+    ):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

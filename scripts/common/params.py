@@ -13,28 +13,26 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from common.errors import UserError
 from common.params_errors import Loader, lines
+from common.params_gates import PARITY, TIMINGS, Gate, Gates
+from common.params_section import Section
+
+__all__ = ["PARITY", "TIMINGS", "Gate", "Gates", "Section"]
 
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "eval", "test"]
-Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates"]
-
-
-class Section(BaseModel):
-    """A strict section: no unknown field, no silent conversion between types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
 
 
 class All(Section):
     """What `snakemake --cores all` builds."""
 
     stages: list[Stage] = Field(
-        ["finetune", "merge", "quantize", "evaluate", "gates"],
+        ["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"],
         description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
         "leave out all but finetune to stop after the adapter.",
     )
@@ -50,6 +48,10 @@ class All(Section):
             raise ValueError("quantize after finetune needs merge: list merge too")
         if "gates" in chosen and "evaluate" not in chosen:
             raise ValueError("gates needs evaluate: list evaluate too, or leave gates out")
+        if "report" in chosen and "evaluate" not in chosen:
+            raise ValueError("report needs evaluate: list evaluate too, or leave report out")
+        if "package" in chosen and not {"quantize", "gates"} <= chosen:
+            raise ValueError("package needs quantize and gates: list both, or leave package out")
         return self
 
 
@@ -281,6 +283,32 @@ class Merge(Section):
     )
 
 
+class Search(Section):
+    """Values to try for options of `quantize`; an empty list keeps the section's own. All combinations are tried if they fit the
+    budget, else Optuna's multi-objective TPE sampler (Ozaki et al. 2022) proposes them, a batch at a time."""
+
+    algo_config: list[Literal["default", "rtn", "k_quant"]] = Field([], description="Algorithms.")
+    block_size: list[Literal[16, 32, 64, 128, 256]] = Field([], description="Block sizes.")
+    is_symmetric: list[bool] = Field([], description="With and without zero points.")
+    accuracy_level: list[Annotated[int, Field(ge=0, le=4)]] = Field([], description="Accuracy levels.")
+    matmul_mixed_precision: list[str | None] = Field([], description="Mixed precisions; null for none.")
+    int8_nodes: list[list[str]] = Field([], description="Lists of patterns.")
+    nodes_to_exclude: list[list[str]] = Field([], description="Lists of node names.")
+    budget: int = Field(12, ge=1, le=1000, description="Candidates to build at most.")
+    batch: int = Field(4, ge=1, le=1000, description="Optuna: candidates that are proposed, and may run, together.")
+    objective: Literal["size", "latency"] = Field(
+        "size",
+        description="Of the candidates that pass the gates on the tuning rows, take the smallest or the fastest.",
+    )
+    rows: int = Field(
+        200,
+        ge=8,
+        le=1_000_000,
+        description="Tuning rows: the eval split, and as many training rows as are missing. Never test rows.",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of Optuna's sampler.")
+
+
 class Quantize(Section):
     """Options of the ONNX Runtime GenAI model builder, under the names that builder reads today."""
 
@@ -313,6 +341,10 @@ class Quantize(Section):
         None,
         description="Share the quantized embedding with the output head where the model ties them; the builder's choice if absent.",
     )
+    search: Search | None = Field(
+        None,
+        description="Build several candidates, measure them on tuning rows and take the best that passes the gates.",
+    )
 
     @model_validator(mode="after")
     def _options_fit_together(self):
@@ -342,8 +374,8 @@ class Quantize(Section):
 class Evaluate(Section):
     """Scores on the held-out test split."""
 
-    models: list[Literal["base", "merged", "onnx"]] = Field(
-        ["base", "merged", "onnx"],
+    models: list[Literal["base", "adapter", "merged", "onnx"]] = Field(
+        ["base", "adapter", "merged", "onnx"],
         min_length=1,
         description="What to score. `onnx` appears in the results under the name of its precision (int4, int8, fp16, fp32).",
     )
@@ -354,18 +386,54 @@ class Evaluate(Section):
         le=4096,
         description="Generation length in tokens; the longest answer of the dataset (with its end token) if absent.",
     )
-    batch_size: int = Field(32, ge=1, le=4096, description="Rows per batch for base and merged.")
+    batch_size: int = Field(32, ge=1, le=4096, description="Rows per batch for base, adapter and merged.")
+    parity_prompts: int = Field(
+        64,
+        ge=1,
+        le=100_000,
+        description="Compare logits over at least this many prompts: where the test split is smaller, prompts of eval and train are added.",
+    )
+    latency_rows: int = Field(
+        16, ge=0, le=10_000, description="Test rows that merged (or base) answers one by one to measure its latency."
+    )
+    bootstrap_samples: int = Field(
+        2000,
+        ge=100,
+        le=100_000,
+        description="Bootstrap resamples behind the 95% intervals of accuracy, macro-F1 and drops.",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the resamples.")
 
 
-class Gates(Section):
-    """What the last model built must reach; a missed gate fails the build."""
+class Package(Section):
+    """What a user ships: build/package."""
 
-    min_accuracy: float | None = Field(None, ge=0, le=1, description="Lowest accuracy on the test split.")
-    max_accuracy_drop: float | None = Field(
+    name: str = Field("slmake-model", min_length=1, pattern=r"^[\w.-]+$", description="The model's name.")
+    license: str = Field("Apache-2.0", min_length=1, description="SPDX identifier of the model's licence.")
+    license_files: list[str] = Field(["LICENSE"], min_length=1, description="Licence texts to ship.")
+    language: list[str] = Field(["en"], description="Languages, as ISO 639 codes.")
+    tags: list[str] = Field([], description="More tags for a model hub.")
+    intended_use: str = Field(
+        "Not described yet: say in package.intended_use what the model is for.",
+        min_length=1,
+        description="What the model is for.",
+    )
+    limitations: str = Field(
+        "Scores hold for texts like those it was tested on. It was not tested for bias or misuse.",
+        min_length=1,
+        description="What a user must know before relying on it.",
+    )
+    signing_key: str | None = Field(
         None,
-        ge=0,
-        le=1,
-        description="Largest loss of accuracy from merged (or base, without finetune) to the exported model.",
+        description="File with an elliptic-curve private key (PEM, no password) to sign the package with; keep it out of the repository.",
+    )
+
+
+class Report(Section):
+    """Figures and tables of build/report.html."""
+
+    wrong_answers: int = Field(
+        10, ge=0, le=1000, description="Wrong answers to show, with every model's answer beside."
     )
 
 
@@ -380,6 +448,8 @@ class Params(Section):
     quantize: Quantize = Field(default_factory=Quantize)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     gates: Gates = Field(default_factory=Gates)
+    package: Package = Field(default_factory=Package)
+    report: Report = Field(default_factory=Report)
 
 
 def between_sections(data: dict) -> list[str]:

@@ -7,7 +7,10 @@ import argparse
 import json
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from common.params import Params
+from common.params_errors import models_in
 
 
 def reference() -> str:
@@ -22,8 +25,7 @@ def reference() -> str:
 
     def allowed(spec: dict) -> str:
         if "$ref" in spec:
-            name = spec["$ref"].rsplit("/", 1)[1]
-            return {"Files": "mapping of train, eval, test", "Message": "{role, content}"}[name]
+            return f"`{spec['$ref'].rsplit('/', 1)[1]}`"
         if "anyOf" in spec:
             return " or ".join(allowed(option) for option in spec["anyOf"])
         if "const" in spec:
@@ -35,22 +37,20 @@ def reference() -> str:
         bounds = [f"{sign} {spec[key]:g}" for key, sign in _BOUNDS.items() if key in spec]
         return " ".join([spec.get("type", "any"), *bounds])
 
-    for name, field in Params.model_fields.items():
-        model = field.annotation
-        lines += [
-            "",
-            f"## `{name}`",
-            "",
-            model.__doc__.strip(),
-            "",
-            "| field | default | allowed | meaning |",
-            "|---|---|---|---|",
-        ]
+    def table(title: str, model: type[BaseModel]) -> None:
+        lines.extend(
+            ["", title, "", model.__doc__.strip(), "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+        )
         spec = schema["$defs"][model.__name__]["properties"]
         for key, info in model.model_fields.items():
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
             text = (info.description or "").replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {allowed(spec[key])} | {text} |")
+        for inner in dict.fromkeys(one for info in model.model_fields.values() for one in models_in(info.annotation)):
+            table(f"### `{inner.__name__}`", inner)
+
+    for name, field in Params.model_fields.items():
+        table(f"## `{name}`", field.annotation)
     return "\n".join(lines) + "\n"
 
 

@@ -72,16 +72,16 @@ def _model_at(location: tuple, root: type[BaseModel]) -> type[BaseModel] | None:
         if isinstance(part, int):
             continue
         if model and part in model.model_fields:
-            inner = _models_in(model.model_fields[part].annotation)
+            inner = models_in(model.model_fields[part].annotation)
             model = inner[0] if len(inner) == 1 else None
     return model
 
 
-def _models_in(annotation) -> list[type[BaseModel]]:
+def models_in(annotation) -> list[type[BaseModel]]:
     """The models that a field's annotation (a union, a list of …) names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def _explain(error: dict, full: tuple, root: type[BaseModel]) -> str:

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_rows, write_params
@@ -12,11 +13,17 @@ from conftest import make_rows, write_params
 import evaluate
 import prepare
 import quantize
-from common import params, prompts
+from common import cli, params, prompts
+from scoring import runtimes, scores
+from scoring.questions import Questions
 
 TONES = ("sadness", "joy", "fear", "surprise")
-BENCHMARK = {"load_s", "score_s"}
-LATENCY = {"latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "generated_tokens_per_s"}
+BENCHMARK = {"load_s", "score_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"}
+LATENCY = {"latency_ms_p50", "latency_ms_p95", "latency_ms_p99"}
+METRICS = [
+    *("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high", "outside_labels"),
+    *("per_class", "confusion", "restricted_accuracy", "restricted_macro_f1", "answer_perplexity", "size_bytes"),
+]
 
 
 def make_dataset(folder: Path, base: Path, rows: list[dict], **changes: object) -> Path:
@@ -73,7 +80,14 @@ def exported(tmp_path_factory, taught) -> dict[str, Path]:
 def run(folder: Path, dataset: Path, precision: str = "int4", models: dict | None = None, **section: object) -> Path:
     """Run the script in this process; returns the folder of its outputs."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"max_samples": None, "max_new_tokens": None, "batch_size": 32, **section}
+    settings = {
+        "max_samples": None,
+        "max_new_tokens": None,
+        "batch_size": 32,
+        "latency_rows": 2,
+        "bootstrap_samples": 200,
+        **section,
+    }
     quantization = {"precision": precision, "matmul_mixed_precision": None, "int8_nodes": []}
     file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization)
     arguments = ["--params", file, "--dataset", dataset]
@@ -114,13 +128,13 @@ def read_rows(path: Path) -> list[dict]:
 def test_macro_f1_of_a_small_example():
     """a: 1 hit, 1 missed: 2/3. b: 2 hits, 1 wrong: 4/5. c: 1 missed: 0. Mean: 22/45."""
     expected, answers = ["a", "a", "b", "b", "c"], ["a", "b", "b", "b", "x"]
-    assert evaluate.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
+    assert scores.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
 
 
 def test_macro_f1_counts_every_label_the_same():
     """Ninety right of one label and ten wrong of another: accuracy 0.9, but F1 of 90/95 and 0."""
     expected, answers = ["a"] * 90 + ["b"] * 10, ["a"] * 100
-    assert evaluate.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
+    assert scores.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
 
 
 @pytest.mark.parametrize(
@@ -129,32 +143,94 @@ def test_macro_f1_counts_every_label_the_same():
     ids=["right", "swapped", "empty", "half"],
 )
 def test_macro_f1_at_its_ends(answers, value):
-    assert evaluate.macro_f1(["a", "b"], answers, ["a", "b"]) == value
+    assert scores.macro_f1(["a", "b"], answers, ["a", "b"]) == value
+
+
+def score(questions: Questions, answers: list[str]) -> dict:
+    weights = scores.resamples(questions.scored, 200, 1)
+    return scores.score(questions.expected, answers, questions.form["labels"], weights)
 
 
 def test_score_of_a_classification(dataset):
-    questions = evaluate.Questions(dataset, None)
+    questions = Questions(dataset)
     count = len(questions.expected)
-    assert evaluate.score(questions, questions.expected) == {"accuracy": 1.0, "macro_f1": 1.0, "outside_labels": 0.0}
+    found = score(questions, questions.expected)
+    assert [found[name] for name in ("accuracy", "accuracy_low", "macro_f1", "macro_f1_low")] == [1.0] * 4
+    assert found["outside_labels"] == 0.0
+    assert [sum(row) for row in found["confusion"]] == [questions.expected.count(label) for label in sorted(TONES)]
     share = questions.expected.count("joy") / count
-    found = evaluate.score(questions, ["joy"] * count)
+    found = score(questions, ["joy"] * count)
     assert found["accuracy"] == round(share, 6)
     assert found["macro_f1"] == pytest.approx(2 * share / (1 + share) / 4, abs=1e-6)
     assert found["outside_labels"] == 0.0
     answers = ["delight", "Joy", *questions.expected[2:]]
-    found = evaluate.score(questions, answers)
+    found = score(questions, answers)
     assert found["accuracy"] == round((count - 2) / count, 6)
     assert found["outside_labels"] == round(2 / count, 6)
+    assert sum(row[-1] for row in found["confusion"]) == 2
 
 
-def test_score_of_free_text_is_exact_match_alone(tmp_path, base):
-    """Every row has an answer of its own, so there are no labels."""
+def test_per_class_scores_and_confusion_of_a_small_example():
+    expected, answers, labels = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "?"], ["a", "b", "c"]
+    found = scores.per_class(expected, answers, labels)
+    assert found["a"] == {"precision": 1.0, "recall": 0.666667, "f1": 0.8, "rows": 3}
+    assert found["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 2}
+    assert found["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
+    assert scores.confusion(expected, answers, labels) == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+
+
+def test_interval_of_accuracy_is_that_of_the_binomial():
+    """80 of 100 right: the normal approximation gives 0.8 ± 1.96 √(0.8 · 0.2 / 100) = 0.7216 to 0.8784."""
+    expected, answers = ["a"] * 100, ["a"] * 80 + ["b"] * 20
+    found = scores.score(expected, answers, ["a", "b"], scores.resamples(100, 4000, 7))
+    assert found["accuracy_low"] == pytest.approx(0.7216, abs=0.015)
+    assert found["accuracy_high"] == pytest.approx(0.8784, abs=0.015)
+    assert found == scores.score(expected, answers, ["a", "b"], scores.resamples(100, 4000, 7))
+    assert not np.array_equal(scores.resamples(100, 50, 7), scores.resamples(100, 50, 8))
+
+
+def test_drop_is_resampled_in_pairs():
+    """Both models err on the same rows but for 4 of 100: the drop's interval is that of the 4, far narrower than of accuracy."""
+    expected = ["a"] * 100
+    before, after = ["a"] * 80 + ["b"] * 20, ["a"] * 76 + ["b"] * 24
+    found = scores.drop(expected, before, after, None, scores.resamples(100, 4000, 7))
+    assert found["accuracy"] == 0.04
+    assert 0.0 <= found["accuracy_low"] <= 0.01
+    assert 0.07 <= found["accuracy_high"] <= 0.09
+
+
+def test_parity_of_a_small_example():
+    """KL((1/2, 1/2) || (1/4, 3/4)) = ln 2 - ln(3) / 2; the second prompt is the same in both."""
+    p, q = np.log([[0.5, 0.5], [0.9, 0.1]]).astype(np.float32), np.log([[0.25, 0.75], [0.9, 0.1]]).astype(np.float32)
+    found = scores.parity(p, q)
+    kl = np.log(2) - np.log(3) / 2
+    assert found["kl_max"] == pytest.approx(kl, abs=1e-6)
+    assert found["kl_mean"] == pytest.approx(kl / 2, abs=1e-6)
+    assert found["prompts"] == 2
+    assert found["logit_diff_max"] == pytest.approx(np.log(2), abs=1e-4)
+    assert scores.parity(p, p + 3) == {
+        "prompts": 2,
+        "kl_mean": 0.0,
+        "kl_max": 0.0,
+        "top1_agreement": 1.0,
+        "logit_diff_max": 3.0,
+    }
+
+
+def test_score_of_open_text(tmp_path, base):
+    """Every row has an answer of its own, so there are no labels: exact match and ROUGE-L."""
     rows = [{"text": f"Say {i}", "reply": f"number {i * 37} it is"} for i in range(40)]
     folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
-    questions = evaluate.Questions(folder, None)
-    assert questions.form["labels"] is None
-    answers = [questions.expected[0] + "!", *questions.expected[1:]]
-    assert evaluate.score(questions, answers) == {"accuracy": round(1 - 1 / len(answers), 6)}
+    questions = Questions(folder)
+    assert questions.label_tokens is None
+    answers = [questions.expected[0] + " so", *questions.expected[1:]]
+    found = score(questions, answers)
+    count = len(answers)
+    assert found["accuracy"] == round(1 - 1 / count, 6)
+    assert found["rouge_l"] == pytest.approx((count - 1 + 2 * 0.8 / 1.8) / count, abs=1e-5)  # 4 of 5 words, 4 of 4
+    assert set(found) == {"accuracy", "accuracy_low", "accuracy_high", "rouge_l"}
+    empty = score(questions, [""] * count)  # an empty answer is wrong, and no error
+    assert (empty["accuracy"], empty["rouge_l"]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +258,7 @@ def test_questions_are_the_prompt_tokens_of_training(base, dataset):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    questions = evaluate.Questions(dataset, None)
+    questions = Questions(dataset)
     rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()
     assert len(rows) == len(questions.prompts) > 15
     for row, ids, text, expected in zip(rows, questions.prompts, questions.texts, questions.expected, strict=True):
@@ -197,22 +273,22 @@ def test_questions_are_the_prompt_tokens_of_training(base, dataset):
 
 def test_questions_of_a_padded_dataset_are_the_same(tmp_path, base, dataset):
     padded = make_dataset(tmp_path / "data", base, make_rows(96), pad_to_max_len=True, max_seq_len=80)
-    plain, found = evaluate.Questions(dataset, None), evaluate.Questions(padded, None)
+    plain, found = Questions(dataset), Questions(padded, None)
     assert [ids.tolist() for ids in found.prompts] == [ids.tolist() for ids in plain.prompts]
     assert found.expected == plain.expected
 
 
 def test_max_samples_takes_the_first_rows(dataset):
-    whole, some = evaluate.Questions(dataset, None), evaluate.Questions(dataset, 5)
+    whole, some = Questions(dataset), Questions(dataset, 5)
     assert some.rows == whole.rows[:5]
     assert some.expected == whole.expected[:5]
-    assert evaluate.Questions(dataset, 10_000).rows == whole.rows
+    assert Questions(dataset, 10_000).rows == whole.rows
 
 
 def test_as_many_lines_are_read_as_the_answer_has(tmp_path, base):
     rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
     folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
-    questions = evaluate.Questions(folder, None)
+    questions = Questions(folder, None)
     assert questions.read(f"{questions.expected[0]}\nthird", 0) == questions.expected[0]
 
 
@@ -228,23 +304,125 @@ def scored(tmp_path_factory, base, taught, exported, dataset) -> Path:
 
 def test_metrics_have_the_documented_fields_and_nothing_that_varies(scored, base, taught, exported, dataset):
     metrics = read_json(scored / "metrics.json")
-    assert list(metrics) == ["test_rows", "base", "merged", "int4"]
-    assert metrics["test_rows"] == len(evaluate.Questions(dataset, None).rows)
+    assert list(metrics) == ["test_rows", "base", "merged", "int4", "parity", "drop"]
+    assert metrics["test_rows"] == len(Questions(dataset).rows)
     for name, folder in (("base", base), ("merged", taught), ("int4", exported["int4"])):
-        assert list(metrics[name]) == ["accuracy", "macro_f1", "outside_labels", "size_bytes"]
+        assert list(metrics[name]) == METRICS
         assert metrics[name]["size_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert metrics[name]["accuracy_low"] <= metrics[name]["accuracy"] <= metrics[name]["accuracy_high"]
     assert metrics["base"]["accuracy"] == 0.0
     assert metrics["base"]["outside_labels"] == 1.0
-    assert metrics["merged"]["accuracy"] >= 0.9
-    assert metrics["merged"]["macro_f1"] >= 0.9
-    assert metrics["int4"]["accuracy"] >= 0.9
+    assert 0.0 < metrics["base"]["restricted_accuracy"] < 0.7  # one of four labels, by chance
+    assert metrics["base"]["answer_perplexity"] > 50
+    for name in ("merged", "int4"):
+        assert metrics[name]["accuracy"] >= 0.9
+        assert metrics[name]["restricted_accuracy"] >= 0.9
+        assert metrics[name]["macro_f1"] >= 0.9
+        assert 1.0 < metrics[name]["answer_perplexity"] < 2
+    assert set(metrics["parity"]) == {"int4_vs_merged"}
+    parity = metrics["parity"]["int4_vs_merged"]
+    assert parity["prompts"] == 64  # 24 test rows and 40 of eval and train
+    assert 0 < parity["kl_mean"] < parity["kl_max"]
+    assert parity["top1_agreement"] >= 0.8
+    assert set(metrics["drop"]) == {"merged_vs_base", "int4_vs_merged", "int4_vs_base"}
+    drop = metrics["drop"]["int4_vs_base"]
+    assert drop["accuracy"] == pytest.approx(-metrics["int4"]["accuracy"])
+
+
+def test_label_choice_and_likelihoods_are_those_of_whole_sequences(taught, exported, dataset):
+    """The lazy search against brute force: the loss of transformers over every row with every label."""
+    from transformers import AutoModelForCausalLM
+
+    questions = Questions(dataset, 12)
+    model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32)
+    scale = 0.3  # flatter, so that labels compete
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= scale
+        brute = np.array(
+            [
+                [_log_likelihood(model, prompt, label) for label in questions.label_tokens]
+                for prompt in questions.prompts
+            ]
+        )
+    asked = runtimes.Transformers(taught)
+    asked.model = model
+    with cli.job("test") as job:
+        run = asked.ask(questions, 4, 5, 0, job, "flat")
+    assert run.choices == brute.argmax(axis=1).tolist()
+    expected = [questions.form["labels"].index(label) for label in questions.expected]
+    assert run.choices != expected
+    np.testing.assert_allclose(run.answer_nll, -brute[np.arange(12), expected], rtol=1e-4)
+
+
+def _log_likelihood(model, prompt: np.ndarray, answer: list[int]) -> float:
+    ids = torch.tensor([[*prompt, *answer]])
+    logs = model(ids).logits[0].log_softmax(-1)
+    return sum(float(logs[len(prompt) - 1 + k, token]) for k, token in enumerate(answer))
+
+
+@pytest.mark.parametrize("model", ["base", "taught"])
+def test_both_runtimes_give_the_same_scores(tmp_path, base, taught, exported, dataset, model):
+    """float32 in both: logits, label choices and likelihoods agree, for a random model too."""
+    folder = {"base": base, "taught": taught}[model]
+    onnx = export(base, tmp_path / "random", "fp32") if model == "base" else exported["fp32"]
+    questions = Questions(dataset, 16)
+    with cli.job("test") as job:
+        one = runtimes.Transformers(folder).ask(questions, 4, 5, 4, job, "merged")
+        two = runtimes.ask_onnx(onnx, questions, 4, job, "fp32")
+    np.testing.assert_allclose(np.stack(one.logits), np.stack(two.logits), atol=2e-3)
+    np.testing.assert_allclose(one.answer_nll, two.answer_nll, atol=5e-3)
+    assert one.choices == two.choices
+    assert scores.parity(np.stack(one.logits), np.stack(two.logits))["kl_max"] < 1e-4
+
+
+def test_labels_that_share_their_first_tokens(tmp_path, base):
+    """`sad` and `sadly` start with the same token: whole sequences decide, in both runtimes alike."""
+    names = ["tone one", "tone two", "tone one more"]
+    rows = [{"phrase": row["phrase"], "tone": names[i % 3]} for i, row in enumerate(make_rows(96))]
+    folder = make_dataset(tmp_path / "data", base, rows)
+    questions = Questions(folder)
+    first = {ids[0] for ids in questions.label_tokens}
+    assert len(first) == 1
+    onnx = export(base, tmp_path / "random", "fp32")
+    with cli.job("test") as job:
+        one = runtimes.Transformers(base).ask(questions, 6, 32, 0, job, "base")
+        two = runtimes.ask_onnx(onnx, questions, 6, job, "fp32")
+    assert one.choices == two.choices
+    assert set(one.choices) <= {0, 1, 2}
+
+
+def test_adapter_is_scored_on_its_base_and_compared_with_merged(tmp_path, base, dataset):
+    """An adapter and the merge of it differ by rounding only."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(base, tmp_path / "merged")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    models = {"base": base, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}
+    metrics = read_json(run(tmp_path / "run", dataset, models=models, max_new_tokens=2) / "metrics.json")
+    assert list(metrics) == ["test_rows", "base", "adapter", "merged", "parity", "drop"]
+    found = metrics["parity"]["merged_vs_adapter"]
+    assert found["top1_agreement"] == 1.0
+    assert found["kl_max"] < 1e-5
+    assert found["logit_diff_max"] < 1e-2
+    assert metrics["adapter"]["answer_perplexity"] == pytest.approx(metrics["merged"]["answer_perplexity"], rel=1e-3)
+    assert metrics["adapter"]["answer_perplexity"] != metrics["base"]["answer_perplexity"]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "alone", dataset, models={"adapter": tmp_path / "adapter"})
 
 
 def test_benchmark_has_timings_of_every_model(scored):
     benchmark = read_json(scored / "benchmark.json")
     assert list(benchmark) == ["base", "merged", "int4"]
-    assert set(benchmark["base"]) == set(benchmark["merged"]) == BENCHMARK
-    assert set(benchmark["int4"]) == BENCHMARK | LATENCY
+    assert set(benchmark["base"]) == BENCHMARK
+    assert set(benchmark["merged"]) == BENCHMARK | LATENCY
+    assert set(benchmark["int4"]) == BENCHMARK | LATENCY | {"generated_tokens_per_s"}
+    assert all(value > 0 for values in benchmark.values() for value in values.values())
     times = benchmark["int4"]
     assert 0 < times["latency_ms_p50"] <= times["latency_ms_p95"] <= times["latency_ms_p99"]
     assert times["generated_tokens_per_s"] > 1
@@ -252,7 +430,7 @@ def test_benchmark_has_timings_of_every_model(scored):
 
 def test_predictions_are_every_answer_and_give_the_metrics(scored, dataset):
     metrics, rows = read_json(scored / "metrics.json"), read_rows(scored / "predictions.csv")
-    questions = evaluate.Questions(dataset, None)
+    questions = Questions(dataset)
     assert list(rows[0]) == ["row", "expected", "base", "merged", "int4", "prompt"]
     assert [int(row["row"]) for row in rows] == questions.rows
     assert [row["expected"] for row in rows] == questions.expected
@@ -337,7 +515,7 @@ def test_empty_test_split(tmp_path, base, taught, capsys):
 
 def test_no_model_to_score(tmp_path, dataset, capsys):
     message = refused(tmp_path / "run", capsys, dataset)
-    assert "nothing to score: give --base, --merged or --onnx." in message
+    assert "nothing to score: give --base, --adapter, --merged or --onnx." in message
 
 
 def test_missing_dataset_names_the_command_that_makes_it(tmp_path, taught, capsys):

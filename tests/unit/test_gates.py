@@ -8,22 +8,43 @@ from conftest import write_params
 
 import gates
 from common import params
+from common.errors import UserError
 
 METRICS = {
     "test_rows": 240,
-    "base": {"accuracy": 0.25, "macro_f1": 0.2, "outside_labels": 0.1, "size_bytes": 538},
-    "merged": {"accuracy": 0.82, "macro_f1": 0.8, "outside_labels": 0.0, "size_bytes": 538},
-    "int4": {"accuracy": 0.8, "macro_f1": 0.78, "outside_labels": 0.0, "size_bytes": 100},
+    "base": {"accuracy": 0.25, "macro_f1": 0.2, "outside_labels": 0.1, "size_bytes": 5380},
+    "adapter": {"accuracy": 0.82, "macro_f1": 0.8, "size_bytes": 20},
+    "merged": {
+        "accuracy": 0.82,
+        "accuracy_low": 0.77,
+        "accuracy_high": 0.87,
+        "macro_f1": 0.8,
+        "outside_labels": 0.0,
+        "size_bytes": 5380,
+    },
+    "int4": {
+        "accuracy": 0.8,
+        "accuracy_low": 0.75,
+        "accuracy_high": 0.85,
+        "macro_f1": 0.78,
+        "outside_labels": 0.0,
+        "size_bytes": 1000,
+        "per_class": {"joy": {"precision": 0.9, "recall": 0.7, "f1": 0.79, "rows": 60}},
+    },
+    "parity": {"int4_vs_merged": {"prompts": 240, "kl_mean": 0.02, "kl_max": 0.3, "top1_agreement": 0.95}},
+    "drop": {"int4_vs_merged": {"accuracy": 0.02, "accuracy_low": -0.01, "accuracy_high": 0.045}},
 }
+TIMES = {"int4": {"latency_ms_p95": 120.0}}
 
 
 def run(folder: Path, metrics: dict = METRICS, **section: object) -> Path:
     """Run the script in this process; returns the judgement's file."""
-    settings = {"min_accuracy": None, "max_accuracy_drop": None, **section}
+    settings = {"min_accuracy": None, "max_accuracy_drop": None, "checks": [], **section}
     file = write_params(folder / "params.yaml", gates=settings)
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    arguments = ["--params", file, "--metrics", folder / "metrics.json", "--output", folder / "gates.json"]
-    gates.main([str(argument) for argument in arguments])
+    (folder / "benchmark.json").write_text(json.dumps(TIMES), encoding="utf-8")
+    arguments = ["--params", file, "--metrics", folder / "metrics.json", "--benchmark", folder / "benchmark.json"]
+    gates.main([str(argument) for argument in [*arguments, "--output", folder / "gates.json"]])
     return folder / "gates.json"
 
 
@@ -32,31 +53,51 @@ def missed(folder: Path, capsys, metrics: dict = METRICS, **section: object) -> 
     with pytest.raises(SystemExit) as caught:
         run(folder, metrics, **section)
     assert caught.value.code == 1
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "params.yaml"]
+    assert not (folder / "gates.json").exists()
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == metrics
     message = capsys.readouterr().err
     return message[message.index("gates: error: ") :]
 
 
-def test_both_gates_pass_and_are_written(tmp_path, capsys):
+def verdict(published: dict | None = None, **gate: object) -> dict:
+    """One gate judged on the metrics above."""
+    section = params.Gates(checks=[params.Gate(**gate)], published="last.json" if published else None)
+    (found,) = gates.judge(section, METRICS, TIMES, published)
+    return found
+
+
+def test_both_short_gates_pass_and_are_written(tmp_path, capsys):
     file = run(tmp_path, min_accuracy=0.75, max_accuracy_drop=0.05)
-    assert json.loads(file.read_text(encoding="utf-8")) == {
-        "gates": [
-            {"gate": "min_accuracy", "model": "int4", "bound": 0.75, "value": 0.8, "passed": True},
-            {
-                "gate": "max_accuracy_drop",
-                "model": "int4",
-                "against": "merged",
-                "bound": 0.05,
-                "value": 0.02,
-                "passed": True,
-            },
-        ]
+    first, second = json.loads(file.read_text(encoding="utf-8"))["gates"]
+    assert first == {
+        "gate": "min_accuracy",
+        "metric": "accuracy",
+        "kind": "minimum",
+        "model": "int4",
+        "bound": 0.75,
+        "value": 0.8,
+        "low": 0.75,
+        "high": 0.85,
+        "interval": "ignore",
+        "passed": True,
+    }
+    assert second == {
+        "gate": "max_accuracy_drop",
+        "metric": "accuracy",
+        "kind": "maximum_drop",
+        "model": "int4",
+        "against": "merged",
+        "bound": 0.05,
+        "value": 0.02,
+        "low": -0.01,
+        "high": 0.045,
+        "interval": "ignore",
+        "passed": True,
     }
     message = capsys.readouterr().err
     assert "gates: all 2 gates passed" in message
-    assert "  passed  min_accuracy: int4 0.8000 ≥ 0.7500" in message
-    assert "  passed  max_accuracy_drop: int4 against merged 0.0200 ≤ 0.0500" in message
+    assert "  passed  min_accuracy       int4                 0.8000  [0.7500, 0.8500]   ≥ 0.7500" in message
+    assert "  passed  max_accuracy_drop  int4 against merged  0.0200  [-0.0100, 0.0450]  ≤ 0.0500" in message
 
 
 def test_bounds_themselves_pass(tmp_path):
@@ -65,26 +106,15 @@ def test_bounds_themselves_pass(tmp_path):
     assert [one["passed"] for one in found["gates"]] == [True, True]
 
 
-def test_missed_accuracy_shows_figures_and_advice(tmp_path, capsys):
-    message = missed(tmp_path, capsys, min_accuracy=0.85)
-    assert "gates: error: 1 of 1 gates missed.\n  MISSED  min_accuracy: int4 0.8000 ≥ 0.8500\n" in message
+def test_missed_gates_show_figures_and_advice_all_at_once(tmp_path, capsys):
+    message = missed(
+        tmp_path, capsys, min_accuracy=0.85, max_accuracy_drop=0.01, checks=[{"metric": "macro_f1", "minimum": 0.7}]
+    )
+    assert "gates: error: 2 of 3 gates missed.\n  MISSED  min_accuracy " in message
+    assert "  passed  checks[0] minimum of macro_f1 " in message
     assert "  min_accuracy is missed by 0.0500: train longer (finetune.num_train_epochs)" in message
-    assert f"{tmp_path}/metrics.json stays as it is." in message
-
-
-def test_missed_drop_shows_figures_and_advice(tmp_path, capsys):
-    message = missed(tmp_path, capsys, min_accuracy=0.8, max_accuracy_drop=0.01)
-    assert "gates: error: 1 of 2 gates missed.\n" in message
-    assert "  passed  min_accuracy: int4 0.8000 ≥ 0.8000\n" in message
-    assert "  MISSED  max_accuracy_drop: int4 against merged 0.0200 ≤ 0.0100\n" in message
     assert "  max_accuracy_drop is missed by 0.0100: choose a milder quantization" in message
-
-
-def test_all_misses_are_told_at_once(tmp_path, capsys):
-    message = missed(tmp_path, capsys, min_accuracy=0.9, max_accuracy_drop=0.0)
-    assert "2 of 2 gates missed." in message
-    assert message.count("MISSED") == 2
-    assert message.count(" is missed by ") == 2
+    assert f"{tmp_path}/metrics.json stays as it is." in message
 
 
 def test_missed_gate_can_be_lowered_and_judged_again(tmp_path, capsys):
@@ -98,28 +128,138 @@ def test_no_gate_is_set(tmp_path, capsys):
     assert capsys.readouterr().err == "gates: no gate is set\n"
 
 
+@pytest.mark.parametrize(
+    ("gate", "value", "passed"),
+    [
+        ({"metric": "macro_f1", "minimum": 0.78}, 0.78, True),
+        ({"metric": "outside_labels", "maximum": 0.05, "model": "base"}, 0.1, False),
+        ({"metric": "per_class.joy.recall", "minimum": 0.75}, 0.7, False),
+        ({"metric": "latency_ms_p95", "maximum": 150, "model": "onnx"}, 120.0, True),
+        ({"metric": "top1_agreement", "minimum": 0.96}, 0.95, False),
+        ({"metric": "kl_mean", "maximum": 0.05}, 0.02, True),
+        ({"metric": "macro_f1", "maximum_drop": 0.01}, 0.02, False),
+        ({"metric": "accuracy", "maximum_drop": 0.01, "against": "base"}, -0.55, True),
+        ({"metric": "accuracy", "minimum_ratio": 0.99, "against": "merged"}, 0.97561, False),
+        ({"metric": "size_bytes", "maximum_ratio": 0.25, "against": "merged"}, 0.185874, True),
+    ],
+)
+def test_any_figure_can_be_gated(gate, value, passed):
+    found = verdict(**gate)
+    assert (found["value"], found["passed"]) == (value, passed)
+
+
+@pytest.mark.parametrize(
+    ("gate", "ignore", "worst", "best"),
+    [
+        ({"metric": "accuracy", "minimum": 0.78}, True, False, True),  # 0.8, 0.75 to 0.85
+        ({"metric": "accuracy", "minimum": 0.74}, True, True, True),
+        ({"metric": "accuracy", "minimum": 0.84}, False, False, True),
+        ({"metric": "accuracy", "minimum": 0.86}, False, False, False),
+        ({"metric": "accuracy", "maximum_drop": 0.03}, True, False, True),  # 0.02, -0.01 to 0.045
+        ({"metric": "accuracy", "maximum_drop": 0.05}, True, True, True),
+    ],
+)
+def test_the_interval_counts_when_asked(gate, ignore, worst, best):
+    found = {kind: verdict(**gate, interval=kind)["passed"] for kind in ("ignore", "worst", "best")}
+    assert found == {"ignore": ignore, "worst": worst, "best": best}
+
+
+def test_drop_against_the_published_model():
+    """Two test sets are independent: the half-widths 0.05 and 0.03 add up to the root of the sum of their squares."""
+    published = {"test_rows": 500, "int4": {"accuracy": 0.83, "accuracy_low": 0.8, "accuracy_high": 0.86}}
+    found = verdict(published, metric="accuracy", maximum_drop=0.02, against="published")
+    assert (found["against"], found["value"], found["passed"]) == ("published", 0.03, False)
+    assert found["high"] == pytest.approx(0.03 + (0.05**2 + 0.03**2) ** 0.5, abs=1e-6)
+    assert verdict(published, metric="accuracy", maximum_drop=0.02, against="published", interval="best")["passed"]
+
+
+def test_published_metrics_are_read_as_they_come(tmp_path):
+    metrics = {"int4": {"accuracy": 0.9}}
+    section = params.Gates(published=str(tmp_path / "last.json"))
+    with pytest.raises(UserError, match=r"gates.published: .*last.json: no such file"):
+        gates.read_published(section)
+    for content in (metrics, {"digest": "x", "metrics": metrics}):
+        (tmp_path / "last.json").write_text(json.dumps(content), encoding="utf-8")
+        assert gates.read_published(section) == metrics
+    for content in ("[]", "{", '{"metrics": {}}'):
+        (tmp_path / "last.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"gates.published: .*last.json"):
+            gates.read_published(section)
+
+
+@pytest.mark.parametrize(
+    ("gate", "rows"),
+    [
+        ({"metric": "accuracy", "minimum": 0.75}, 4),
+        ({"metric": "accuracy", "minimum": 0.99}, 100),
+        ({"metric": "accuracy", "minimum": 0.95, "interval": "worst"}, 73),  # 1.96² · 0.95 / 0.05
+        ({"metric": "accuracy", "maximum_drop": 0.01}, 100),
+        ({"metric": "accuracy", "maximum_drop": 0.01, "interval": "worst"}, 381),
+        ({"metric": "accuracy", "minimum": 1.0}, 1),
+        ({"metric": "accuracy", "maximum_drop": 0.0}, 1),
+        ({"metric": "latency_ms_p50", "maximum": 0.5}, 1),
+    ],
+)
+def test_rows_that_a_gate_needs(gate, rows):
+    assert params.Gate(**gate).rows_needed() == rows
+
+
+def test_test_split_too_small_for_the_gate(tmp_path, capsys):
+    message = missed(
+        tmp_path, capsys, METRICS | {"test_rows": 240}, checks=[{"metric": "accuracy", "maximum_drop": 0.001}]
+    )
+    assert "gates.checks[0]: maximum_drop 0.001 of accuracy needs at least 1000 test rows; there are 240." in message
+    assert "raise prepare.test_fraction" in message
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ({"metric": "acuracy", "minimum": 0.5}, "unknown metric `acuracy`; did you mean `accuracy`?"),
+        ({"metric": "accuracy"}, "give exactly one of minimum, maximum"),
+        ({"metric": "accuracy", "minimum": 0.5, "maximum": 0.9}, "give exactly one of minimum, maximum"),
+        ({"metric": "latency_ms_p50", "maximum_drop": 0.5}, "more is not better"),
+        ({"metric": "outside_labels", "maximum": 0.5, "interval": "worst"}, "intervals for minimum, maximum"),
+        ({"metric": "kl_mean", "maximum_drop": 0.5, "against": "base"}, "more is not better"),
+        (
+            {"metric": "accuracy", "maximum_drop": 0.1, "against": "published"},
+            "name the last published model's metrics.json",
+        ),
+    ],
+)
+def test_impossible_gates_are_refused_with_params_yaml(tmp_path, capsys, gate, told):
+    assert told in missed(tmp_path, capsys, checks=[gate])
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ({"metric": "rouge_l", "minimum": 0.5}, "int4 has no figure `rouge_l` on this task. It has: accuracy, "),
+        ({"metric": "per_class.joie.f1", "minimum": 0.5}, "no label `joie`. Labels: joy."),
+        ({"metric": "load_s", "maximum": 5.0}, "int4 has no figure `load_s`"),
+        ({"metric": "macro_f1", "minimum": 0.5, "interval": "worst"}, "there is no interval for macro_f1 here"),
+        ({"metric": "kl_mean", "maximum": 0.5, "model": "base"}, "base was compared with no model"),
+    ],
+)
+def test_figures_that_are_not_there(tmp_path, capsys, gate, told):
+    assert told in missed(tmp_path, capsys, checks=[gate])
+
+
 def test_last_model_is_judged_against_the_one_before():
-    """Without the exported model: merged against base; without finetune: the export against base."""
+    """Without the exported model: merged against base, and never against adapter; without finetune: the export against base."""
     section = params.Gates(min_accuracy=0.5, max_accuracy_drop=0.1)
-    first, second = gates.judge(section, {name: METRICS[name] for name in ("test_rows", "base", "merged")})
+    first, second = gates.judge(section, {name: METRICS[name] for name in ("test_rows", "base", "adapter", "merged")})
     assert (first["model"], first["value"], first["passed"]) == ("merged", 0.82, True)
     assert (second["against"], second["value"], second["passed"]) == ("base", -0.57, True)
-    first, second = gates.judge(section, {"test_rows": 9, "base": {"accuracy": 0.7}, "fp32": {"accuracy": 0.55}})
+    first, second = gates.judge(section, {"test_rows": 90, "base": {"accuracy": 0.7}, "fp32": {"accuracy": 0.55}})
     assert (first["model"], first["passed"]) == ("fp32", True)
     assert (second["against"], second["value"], second["passed"]) == ("base", 0.15, False)
 
 
-def test_one_model_is_judged_by_its_accuracy_alone():
-    section = params.Gates(min_accuracy=0.5, max_accuracy_drop=None)
-    (one,) = gates.judge(section, {"test_rows": 9, "int4": {"accuracy": 0.4}})
-    assert one == {"gate": "min_accuracy", "model": "int4", "bound": 0.5, "value": 0.4, "passed": False}
-
-
 def test_drop_without_a_model_to_compare_with_does_not_pass_in_silence(tmp_path, capsys):
     """A gate that is set and cannot be judged is not a passed gate."""
-    metrics = {"test_rows": 9, "int4": {"accuracy": 0.9}}
-    message = missed(tmp_path, capsys, metrics, max_accuracy_drop=0.02)
-    assert "max_accuracy_drop" in message
+    message = missed(tmp_path, capsys, {"test_rows": 90, "int4": {"accuracy": 0.9}}, max_accuracy_drop=0.02)
+    assert "gates.max_accuracy_drop: no model before int4 was scored to compare with" in message
 
 
 def test_missing_metrics_are_named(tmp_path, capsys):

@@ -7,7 +7,9 @@ import pytest
 from project import change, new_project, planned, run, snakemake
 from tiny import make_rows
 
-EVERYTHING = {"fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates"}
+SHOWN = {"gates", "package", "report"}  # what follows evaluate
+EVERYTHING = {"fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate"} | SHOWN
+VARYING = {"benchmark.json", "cost.html"}  # timings
 AFTER_PREPARE = EVERYTHING - {"fetch_model"}
 
 
@@ -16,7 +18,7 @@ def digests(project) -> dict[str, str]:
     found = {}
     for folder in ("build", "results"):
         for path in sorted((project / folder).rglob("*")):
-            if path.is_file() and not path.name.startswith(".") and path.name != "benchmark.json":
+            if path.is_file() and not path.name.startswith(".") and path.name not in VARYING:
                 found[path.relative_to(project).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -24,7 +26,10 @@ def digests(project) -> dict[str, str]:
 def test_builds_every_output(built):
     """The documented files are there, and nothing temporary is left."""
     names = {path.relative_to(built).as_posix() for path in (built / "build").iterdir()}
-    assert names == {"build/base", "build/dataset", "build/adapter", "build/merged", "build/onnx-int4"}
+    assert names == {
+        *("build/base", "build/dataset", "build/adapter", "build/merged", "build/onnx-int4"),
+        *("build/package", "build/report"),
+    }
     results = {path.name for path in (built / "results").iterdir()}
     assert results == {
         "base.json",
@@ -38,9 +43,10 @@ def test_builds_every_output(built):
     }
     assert not list(built.rglob("*.partial"))
     metrics = json.loads((built / "results" / "metrics.json").read_text())
-    assert list(metrics) == ["test_rows", "base", "merged", "int4"]
+    assert list(metrics) == ["test_rows", "base", "adapter", "merged", "int4", "parity", "drop"]
     assert metrics["test_rows"] == 24
-    assert {"accuracy", "macro_f1", "outside_labels", "size_bytes"} == set(metrics["int4"])
+    assert {"accuracy", "macro_f1", "outside_labels", "size_bytes"} < set(metrics["int4"])
+    assert metrics["parity"]["merged_vs_adapter"]["kl_max"] < 1e-4
     benchmark = json.loads((built / "results" / "benchmark.json").read_text())
     assert benchmark["int4"]["latency_ms_p50"] > 0
 
@@ -54,10 +60,12 @@ def test_nothing_to_do_after_a_build(built):
     [
         ("prepare", {"seed": 1}, AFTER_PREPARE),
         ("finetune", {"learning_rate": 0.02}, EVERYTHING - {"fetch_model", "prepare"}),
-        ("merge", {"dtype": "bfloat16"}, {"merge", "quantize", "evaluate", "gates"}),
-        ("quantize", {"accuracy_level": 0}, {"quantize", "evaluate", "gates"}),
-        ("evaluate", {"batch_size": 8}, {"evaluate", "gates"}),
-        ("gates", {"min_accuracy": 0.01}, {"gates"}),
+        ("merge", {"dtype": "bfloat16"}, {"merge", "quantize", "evaluate"} | SHOWN),
+        ("quantize", {"accuracy_level": 0}, {"quantize", "evaluate"} | SHOWN),
+        ("evaluate", {"batch_size": 8}, {"evaluate"} | SHOWN),
+        ("gates", {"min_accuracy": 0.01}, SHOWN),
+        ("package", {"language": ["de"]}, {"package"}),
+        ("report", {"wrong_answers": 3}, {"report"}),
         ("fetch_model", {"dtype": "bfloat16"}, EVERYTHING),
     ],
 )
@@ -75,7 +83,7 @@ def test_a_changed_row_rebuilds_from_prepare_on(copy_of_built):
 def test_a_changed_script_reruns_its_rule(copy_of_built):
     script = copy_of_built / "scripts" / "gates.py"
     script.write_text(script.read_text() + "\n# changed\n", encoding="utf-8")
-    assert planned(copy_of_built) == {"gates"}
+    assert planned(copy_of_built) == SHOWN
 
 
 def test_a_build_in_another_folder_gives_the_same_bytes(built, base, tmp_path):
@@ -92,7 +100,7 @@ def test_quantize_the_base_model_without_fine_tuning(copy_of_built):
     done = snakemake(copy_of_built)
     assert done.returncode == 0, done.stdout
     metrics = json.loads((copy_of_built / "results" / "metrics.json").read_text())
-    assert list(metrics) == ["test_rows", "base", "int4"]
+    assert list(metrics) == ["test_rows", "base", "int4", "parity", "drop"]
 
 
 def test_stop_after_the_adapter(base, tmp_path):
@@ -106,10 +114,11 @@ def test_a_missed_gate_fails_and_keeps_the_metrics(copy_of_built):
     change(copy_of_built, "gates", min_accuracy=1.0)
     done = snakemake(copy_of_built)
     assert done.returncode != 0
-    assert "MISSED  min_accuracy: int4" in done.stdout
+    assert "MISSED  min_accuracy " in done.stdout
     assert "min_accuracy is missed by" in done.stdout
     assert (copy_of_built / "results" / "metrics.json").read_bytes() == before
     assert not (copy_of_built / "results" / "gates.json").exists()
+    assert (copy_of_built / "build" / "package" / "model.onnx").exists()
     assert (copy_of_built / "build" / "onnx-int4" / "model.onnx").exists()
 
 

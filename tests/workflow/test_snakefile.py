@@ -23,20 +23,42 @@ def test_one_name_everywhere():
     """rule = script = params section = log file = benchmark file, and every rule uses `shell:`."""
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
     rules = [name for name in re.findall(r"^rule (\w+):", text, re.M) if name != "all"]
-    assert rules == ["fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates"]
+    assert rules == [
+        *("fetch_model", "prepare", "finetune", "merge", "candidate", "search", "quantize"),
+        *("evaluate", "gates", "package", "report"),
+    ]
+    parts = {
+        "candidate": ("candidate-{candidate}", "evaluate"),
+        "search": ("search", "quantize"),
+    }  # of the search in quantize
     for name in rules:
         body = text.split(f"rule {name}:")[1].split("\nrule ")[0]
         assert f'script="scripts/{name}.py"' in body
-        assert f'"logs/{name}.log"' in body
-        assert f'"benchmarks/{name}.tsv"' in body
-        assert f"as_json(PARAMS.{name})" in body
+        file, section = parts.get(name, (name, name))
+        assert f'"logs/{file}.log"' in body
+        assert f'"benchmarks/{file}.tsv"' in body
+        assert f"as_json(PARAMS.{section})" in body
         assert (ROOT / "scripts" / f"{name}.py").exists()
     assert not re.search(r"^\s+(script|run|notebook):\s*$", text, re.M)
 
 
 def test_help_loads_no_heavy_library():
     """`--help` of every rule's script is quick and never imports torch."""
-    for name in ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "ask"):
+    for name in (
+        "fetch_model",
+        "prepare",
+        "finetune",
+        "merge",
+        "quantize",
+        "evaluate",
+        "gates",
+        "candidate",
+        "search",
+        "package",
+        "verify",
+        "report",
+        "ask",
+    ):
         code = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_path('scripts/{name}.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
         done = run(ROOT, "python", "-c", f"import sys; sys.path.insert(0, 'scripts')\n{code}")
         assert done.returncode == 0, f"{name}: {done.stdout}"

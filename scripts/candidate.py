@@ -1,0 +1,102 @@
+"""Build and measure one candidate of a quantization search, or measure the merged model that all are compared with.
+
+    python scripts/candidate.py --params params.yaml --candidate merged --model build/merged --dataset build/dataset --output build/search/merged
+    python scripts/candidate.py --params params.yaml --candidate 0 --model build/merged --dataset build/dataset \\
+        --reference build/search/merged --output build/search/0
+
+Reads the section `quantize`. Writes measured.json (options, scores on the tuning rows, parity with merged, cost) and the
+exported model in model/. A candidate that the builder refuses, or that does not load, is a finding and no failure: measured.json
+says why. The tuning rows are those of eval, and of train where these are too few; never those of test.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import search
+from common import cli, outputs, params
+from common.errors import UserError
+from evaluate import measure
+from quantize import build
+from scoring import runtimes, scores
+from scoring.questions import Questions
+
+SPLITS = ("eval", "train")
+
+
+def as_section(section: params.Quantize, options: dict) -> params.Quantize:
+    """The section with a candidate's options in place of its own."""
+    return type(section).model_validate(section.model_dump(exclude={"search"}) | options)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--candidate", required=True, help="number of the candidate, or `merged`")
+    parser.add_argument("--model", type=Path, required=True, help="the folder of the model to export")
+    parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
+    parser.add_argument("--reference", type=Path, help="what was measured of the merged model")
+    parser.add_argument(
+        "--earlier", type=Path, nargs="*", default=[], help="folders of the candidates of former batches"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    args = parser.parse_args(argv)
+    with cli.job("candidate", args.log) as job:
+        everything = params.load(args.params)
+        section, scoring = everything.quantize, everything.evaluate
+        if section.search is None:
+            raise UserError("quantize.search is not set, so there are no candidates.")
+        questions = Questions(args.dataset, section.search.rows, SPLITS)
+        new_tokens = scoring.max_new_tokens or questions.form["longest_answer_tokens"]
+        weights = scores.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
+        with outputs.written(args.output) as (folder,):
+            if args.candidate == "merged":
+                run = runtimes.Transformers(args.model).ask(
+                    questions, new_tokens, scoring.batch_size, scoring.latency_rows, job, "merged"
+                )
+                answers, found = measure(questions, run, weights)
+                found["size_bytes"] = outputs.folder_size(args.model)
+                np.save(folder / "logits.npy", np.stack(run.logits))
+                result = {"rows": questions.scored, "metrics": found, "benchmark": run.timings, "answers": answers}
+            else:
+                result = one_candidate(section, int(args.candidate), args, questions, new_tokens, weights, folder, job)
+            outputs.write_json(folder / "measured.json", result)
+        if "failed" in result:
+            job.say(f"candidate {args.candidate} could not be built: {result['failed'].splitlines()[0]}")
+        else:
+            job.say(
+                f"{args.output}: accuracy {result['metrics']['accuracy']:.1%} on {questions.scored} tuning rows ({job.seconds():.0f} s)"
+            )
+
+
+def one_candidate(section, number: int, args, questions, new_tokens: int, weights, folder: Path, job: cli.Job) -> dict:
+    """Propose, build and measure candidate `number`; the exported model is left in `folder`/model."""
+    if args.reference is None:
+        raise UserError("a candidate is compared with merged: give --reference.")
+    measured = search.measured_figures(args.earlier, section.search.objective)
+    options = search.proposal(section, number, measured)
+    result: dict = {"candidate": number, "options": options}
+    job.log(f"candidate {number}: {json.dumps(options)}")
+    model = folder / "model"
+    model.mkdir()
+    try:
+        build(as_section(section, options), args.model, model, folder / ".cache")
+        run = runtimes.ask_onnx(model, questions, new_tokens, job, f"candidate {number}")
+    except UserError as error:
+        outputs.remove(model)
+        return result | {"failed": str(error)}
+    answers, found = measure(questions, run, weights)
+    found["size_bytes"] = outputs.folder_size(model)
+    reference = json.loads((args.reference / "measured.json").read_text(encoding="utf-8"))
+    logits = np.load(args.reference / "logits.npy")
+    labels = questions.form["labels"]
+    return result | {
+        "metrics": found,
+        "benchmark": run.timings,
+        "parity": scores.parity(logits, np.stack(run.logits)),
+        "drop": scores.drop(questions.expected, reference["answers"], answers, labels, weights),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""Draw the figures and tables of build/report.html.
+
+    python scripts/report.py --params params.yaml --base-report results/base.json --dataset-report results/dataset.json \\
+        --metrics results/metrics.json --timings results/benchmark.json --predictions results/predictions.csv \\
+        --losses results/train_loss.csv results/eval_loss.csv --benchmarks benchmarks --output build/report
+
+Reads what the other rules wrote and nothing else; `snakemake --report build/report.html` (`make report`) then puts all of it on
+one page. Missed gates are shown here too. The same inputs give the same bytes (SVG without dates, ids from a fixed salt).
+"""
+
+import csv
+import json
+from html import escape
+from pathlib import Path
+
+from common import cli, outputs, params
+from common.errors import UserError
+from gates import MODELS, SIGNS, judge, number, read_published
+
+COLOURS = {
+    "base": "#9aa0a6",
+    "adapter": "#56b4e9",
+    "merged": "#0072b2",
+    "last": "#d55e00",
+}  # told apart by the colour-blind
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
+h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
+table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top }
+th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td.ok { color: #116329; font-weight: 600 } td.bad { color: #a40e26; font-weight: 600 } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+"""
+
+
+def page(title: str, *parts: str) -> str:
+    """A small self-contained HTML page."""
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n{body}\n</html>\n'
+
+
+def html_table(head: list[str], rows: list[list[object]], classes: list[str] | None = None) -> str:
+    """A table; numbers stand right, `classes` adds a class to the first cell of each row."""
+    numbers = [
+        all(isinstance(row[i], (int, float)) or _looks_numeric(str(row[i])) for row in rows) for i in range(len(head))
+    ]
+    mark = [' class="n"' if number and rows else "" for number in numbers]
+    lines = [
+        "<table>",
+        "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>",
+    ]
+    for k, row in enumerate(rows):
+        own = [f' class="{classes[k]}"' if classes and i == 0 else mark[i] for i in range(len(row))]
+        lines.append(
+            "<tr>" + "".join(f"<td{m}>{escape(str(cell))}</td>" for m, cell in zip(own, row, strict=True)) + "</tr>"
+        )
+    return "\n".join([*lines, "</table>"])
+
+
+def _looks_numeric(text: str) -> bool:
+    return (
+        text.replace(",", "").replace(".", "", 1).replace("-", "", 1).replace("%", "", 1).replace(" MB", "").isdigit()
+        or text == "–"
+    )
+
+
+def models_of(metrics: dict) -> list[str]:
+    return [name for name in MODELS if name in metrics]
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name, COLOURS["last"])
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------
+
+
+def overview(everything: params.Params, base: dict, dataset: dict, metrics: dict) -> str:
+    """What was built from what, with digests, and the settings that matter most."""
+    made = [["base model", base.get("source", base.get("uri", "")), base.get("sha256") or "–"]]
+    for split, source in dataset["source"].items():
+        made.append([f"data ({split})", source.get("path", source.get("uri", "")), source.get("sha256", "–")])
+    rows = dataset["rows"]
+    sizes = [
+        [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
+        for name in models_of(metrics)
+    ]
+    settings = []
+    if "finetune" in everything.all.stages:
+        tune = everything.finetune
+        settings = [["method", f"{tune.method}, r {tune.lora_r}, alpha {tune.lora_alpha}, {tune.target_modules}"]]
+        settings += [["learning rate", f"{tune.learning_rate:g}, {tune.lr_scheduler_type}"]]
+        settings += [["length", f"{tune.max_steps} steps" if tune.max_steps else f"{tune.num_train_epochs:g} epochs"]]
+        settings += [["batch", tune.per_device_train_batch_size * tune.gradient_accumulation_steps]]
+    quantize = everything.quantize
+    settings += [
+        [
+            "export",
+            f"{quantize.precision} for {quantize.execution_provider}, {quantize.algo_config}, block {quantize.block_size}",
+        ]
+    ]
+    settings += [
+        [
+            "kept in 8 bits",
+            ", ".join(filter(None, [quantize.matmul_mixed_precision, *quantize.int8_nodes])) or "nothing",
+        ]
+    ]
+    return page(
+        "What was built from what",
+        "<h2>Inputs</h2>",
+        html_table(["", "source", "SHA-256"], made),
+        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
+        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of held-out rows left out.</p>",
+        "<h2>Models</h2>",
+        html_table(["model", "size", "accuracy"], sizes),
+        "<h2>Settings</h2>",
+        html_table(["", ""], settings),
+    )
+
+
+def scores_page(metrics: dict) -> str:
+    """All scores of all models, and the parity of each step."""
+    names = models_of(metrics)
+    keys = [
+        key
+        for key, value in metrics[names[-1]].items()
+        if isinstance(value, (int, float)) and not key.endswith(("_low", "_high"))
+    ]
+    rows = []
+    for key in keys:
+        cells: list[object] = [key]
+        for name in names:
+            one = metrics[name]
+            if key == "size_bytes":
+                cells.append(megabytes(one[key]))
+            else:
+                ends = f" ({one[f'{key}_low']:.3f} to {one[f'{key}_high']:.3f})" if f"{key}_low" in one else ""
+                cells.append(f"{one[key]:,.3f}{ends}" if key in one else "–")
+        rows.append(cells)
+    parts = [
+        f"<p>{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets.</p>",
+        html_table(["", *names], rows),
+    ]
+    if metrics.get("parity"):
+        parts.append("<h2>Parity of the first answer token, step by step</h2>")
+        fields = ("prompts", "kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
+        head = ["step", "prompts", "mean KL (nats)", "largest KL", "same first token", "largest logit difference"]
+        parts.append(
+            html_table(
+                head,
+                [
+                    [" against ".join(key.split("_vs_")), *(one[field] for field in fields)]
+                    for key, one in metrics["parity"].items()
+                ],
+            )
+        )
+    if metrics.get("drop"):
+        parts.append("<h2>Accuracy lost, in points</h2>")
+        lost = [
+            [
+                " against ".join(key.split("_vs_")),
+                f"{100 * one['accuracy']:.1f}",
+                f"{100 * one['accuracy_low']:.1f} to {100 * one['accuracy_high']:.1f}",
+            ]
+            for key, one in metrics["drop"].items()
+        ]
+        parts.append(html_table(["step", "points", "95% interval (paired)"], lost))
+    return page("Scores", *parts)
+
+
+def gates_page(found: list[dict]) -> str:
+    """The judged gates."""
+    if not found:
+        return page("Gates", "<p>No gate is set. docs/quality.md tells how to choose some.</p>")
+    rows = [
+        [
+            "passed" if one["passed"] else "missed",
+            one["metric"],
+            one["model"] + (f" against {one['against']}" if "against" in one else ""),
+            one["kind"].replace("_", " "),
+            number(one["value"]) + (f" ({number(one['low'])} to {number(one['high'])})" if "low" in one else ""),
+            f"{SIGNS[one['kind']]} {number(one['bound'])}"
+            + (f", {one['interval']} end" if one.get("interval", "ignore") != "ignore" else ""),
+        ]
+        for one in found
+    ]
+    classes = ["ok" if one["passed"] else "bad" for one in found]
+    return page(
+        "Gates", html_table(["verdict", "figure", "model", "kind", "value (95% interval)", "bound"], rows, classes)
+    )
+
+
+def cost_page(timings: dict, benchmarks: Path) -> str:
+    """Seconds and memory of every rule, and what each model costs to run."""
+    rules = []
+    for file in sorted(benchmarks.glob("*.tsv"), key=lambda path: path.stat().st_mtime):
+        with open(file, encoding="utf-8") as handle:
+            runs = list(csv.DictReader(handle, delimiter="\t"))
+        if runs:
+            last = runs[-1]
+            rss = last["max_rss"]
+            rules.append(
+                [file.stem, f"{float(last['s']):,.1f}", f"{float(rss):,.0f}" if rss not in ("-", "NA") else "–"]
+            )
+    fields = {
+        "load_s": "load s",
+        "latency_ms_p50": "p50 ms",
+        "latency_ms_p95": "p95 ms",
+        "latency_ms_p99": "p99 ms",
+        "prefill_tokens_per_s": "prefill tokens/s",
+        "decode_tokens_per_s": "decode tokens/s",
+        "peak_memory_bytes": "peak MB",
+    }
+    models = []
+    for name in [name for name in MODELS if name in timings]:
+        values = [timings[name].get(field) for field in fields]
+        cells = [
+            "–"
+            if value is None
+            else f"{value / (1e6 if field == 'peak_memory_bytes' else 1):,.{0 if value > 1000 else 1}f}"
+            for field, value in zip(fields, values, strict=True)
+        ]
+        models.append([name, *cells])
+    return page(
+        "Time and memory",
+        "<h2>Per rule</h2>",
+        html_table(["rule", "seconds", "peak MB"], rules) if rules else "<p>Nothing recorded.</p>",
+        "<h2>Per model</h2>",
+        html_table(["model", *fields.values()], models),
+        "<p>Latency is from the prompt to the end of the answer, one row at a time. base, adapter and merged read prompts in batches.</p>",
+    )
+
+
+def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
+    """The first wrong answers of the last model, with every model's answer beside."""
+    last = models[-1]
+    wrong = [row for row in predictions if row[last] != row["expected"]]
+    head = ["row", "prompt", "expected", *models]
+    rows = [
+        [row["row"], row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
+        for row in wrong[:limit]
+    ]
+    said = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
+    return page("Wrong answers", said, html_table(head, rows) if rows else "")
+
+
+# -- figures -------------------------------------------------------------------------------------------------------------
+
+
+def plain_plots():
+    """matplotlib without a screen, with SVG that is the same in every run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "slmake",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save(plt, figure, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_loss(plt, losses: list[Path], path: Path) -> None:
+    """Training and eval loss over the steps, in nats per answer token."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    drawn = False
+    for file, name, look in zip(
+        losses,
+        ("train", "eval"),
+        ({"color": COLOURS["merged"]}, {"color": COLOURS["last"], "marker": "o"}),
+        strict=False,
+    ):
+        with open(file, encoding="utf-8") as handle:
+            points = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(handle)]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **look)
+            drawn = True
+    if drawn:
+        axes.set(xlabel="optimizer step", ylabel="cross entropy per answer token (nats)", title="Loss", ylim=(0, None))
+        axes.legend()
+    else:
+        nothing(axes, "Nothing was fine-tuned.")
+    save(plt, figure, path)
+
+
+def nothing(axes, text: str) -> None:
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center", color="#57606a")
+
+
+def draw_data(plt, dataset: dict, path: Path) -> None:
+    """Histogram of sequence lengths, and rows per label and split."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    lengths = {int(key): count for key, count in dataset["length"]["histogram"].items()}
+    left.bar(list(lengths), list(lengths.values()), width=1.0, color=COLOURS["merged"])
+    left.axvline(dataset["length"]["p95"], color="#57606a", linestyle="--", linewidth=1)
+    left.set(xlabel="tokens (dashed: 95th percentile)", ylabel="sequences", title="Length")
+    labels = sorted(dataset["labels"]["train"], key=lambda label: -dataset["labels"]["train"][label])[:30]
+    if labels:
+        start = [0] * len(labels)
+        for split, shade in (("train", COLOURS["merged"]), ("eval", COLOURS["adapter"]), ("test", COLOURS["last"])):
+            counts = [dataset["labels"][split].get(label, 0) for label in labels]
+            right.barh(labels, counts, left=start, color=shade, label=split)
+            start = [a + b for a, b in zip(start, counts, strict=True)]
+        right.invert_yaxis()
+        right.set(xlabel="rows", title="Labels")
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    else:
+        nothing(right, "Open text: no labels.")
+    save(plt, figure, path)
+
+
+def draw_scores(plt, metrics: dict, path: Path) -> None:
+    """Accuracy of every model with its 95% interval."""
+    names = models_of(metrics)
+    figure, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.6))
+    for place, name in enumerate(names):
+        one = metrics[name]
+        ends = [[max(0, one["accuracy"] - one["accuracy_low"])], [max(0, one["accuracy_high"] - one["accuracy"])]]
+        axes.barh(place, one["accuracy"], xerr=ends, color=colour(name), height=0.6, capsize=4, ecolor="#1f2328")
+        axes.text(min(one["accuracy_high"] + 0.015, 1.02), place, f"{one['accuracy']:.1%}", va="center")
+        if "restricted_accuracy" in one:
+            axes.plot(one["restricted_accuracy"], place, marker="D", color="#1f2328", markersize=5, linestyle="none")
+    axes.set(
+        xlim=(0, 1.1),
+        xlabel="accuracy with 95% interval (diamond: choosing among the labels only)",
+        title="Accuracy on the test split",
+    )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    save(plt, figure, path)
+
+
+def draw_confusion(plt, metrics: dict, path: Path) -> None:
+    """A confusion matrix per model: a row per expected label, a column per answer, shares of the row as shades."""
+    names = [name for name in models_of(metrics) if "confusion" in metrics[name]]
+    if not names:
+        figure, axes = plt.subplots(figsize=(8, 2))
+        nothing(axes, "Open text: no labels to confuse.")
+        save(plt, figure, path)
+        return
+    labels = list(metrics[names[0]]["per_class"])
+    columns = min(2, len(names))
+    lines = -(-len(names) // columns)
+    side = max(3.4, 0.62 * len(labels) + 1.4)
+    figure, grid = plt.subplots(lines, columns, figsize=(columns * side * 1.25, lines * side), squeeze=False)
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names, strict=False):
+        counts = metrics[name]["confusion"]
+        shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        if len(labels) <= 12:
+            for i, row in enumerate(counts):
+                for k, count in enumerate(row):
+                    axes.text(
+                        k, i, count, ha="center", va="center", color="white" if shares[i][k] > 0.55 else "#1f2328"
+                    )
+        axes.set_xticks(range(len(labels) + 1), [*labels, "(other)"], rotation=35, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(title=name, xlabel="answer", ylabel="expected")
+        axes.spines[:].set_visible(False)
+    save(plt, figure, path)
+
+
+def draw_candidates(plt, result: dict, path: Path) -> None:
+    """Accuracy on the tuning rows over size, latency as colour; the Pareto front as a line."""
+    built = [one for one in result["candidates"] if "failed" not in one]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    sizes = [one["metrics"]["size_bytes"] / 1e6 for one in built]
+    values = [one["metrics"]["accuracy"] for one in built]
+    dots = axes.scatter(
+        sizes, values, c=[one["benchmark"]["latency_ms_p50"] for one in built], cmap="viridis", s=60, zorder=3
+    )
+    figure.colorbar(dots, ax=axes, label="latency p50 (ms)")
+    front = sorted((size, value) for size, value, one in zip(sizes, values, built, strict=True) if one["pareto"])
+    axes.plot(*zip(*front, strict=True), color="#57606a", linewidth=1, zorder=2, label="Pareto front")
+    for size, value, one in zip(sizes, values, built, strict=True):
+        axes.annotate(str(one["candidate"]), (size, value), textcoords="offset points", xytext=(6, 5))
+    winner = next(one for one in built if one["candidate"] == result["winner"])
+    axes.scatter(
+        [winner["metrics"]["size_bytes"] / 1e6],
+        [winner["metrics"]["accuracy"]],
+        s=220,
+        facecolors="none",
+        edgecolors=COLOURS["last"],
+        linewidths=2,
+        zorder=4,
+        label="chosen",
+    )
+    axes.axhline(
+        result["merged"]["accuracy"],
+        color=COLOURS["merged"],
+        linestyle="--",
+        linewidth=1,
+        label="merged, not quantized",
+    )
+    axes.set(
+        xlabel="size (MB)", ylabel=f"accuracy on {result['tuning_rows']} tuning rows", title="Quantization candidates"
+    )
+    axes.legend()
+    save(plt, figure, path)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:
+    """The gates' verdicts; where they cannot be judged, the reason."""
+    try:
+        return judge(section, metrics, timings, read_published(section)), ""
+    except UserError as error:
+        return [], str(error)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--base-report", type=Path, required=True, help="what fetch_model read (base.json)")
+    parser.add_argument("--dataset-report", type=Path, required=True, help="what prepare read (dataset.json)")
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of evaluate")
+    parser.add_argument("--timings", type=Path, required=True, help="benchmark.json of evaluate")
+    parser.add_argument("--predictions", type=Path, required=True, help="predictions.csv of evaluate")
+    parser.add_argument("--losses", type=Path, nargs="*", default=[], help="loss curves: train, then eval")
+    parser.add_argument("--search", type=Path, help="search.json of search")
+    parser.add_argument(
+        "--benchmarks", type=Path, default=Path("benchmarks"), help="folder of Snakemake's benchmark files"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    args = parser.parse_args(argv)
+    with cli.job("report", args.log) as job:
+        everything = params.load(args.params)
+        metrics, timings = read_json(args.metrics), read_json(args.timings)
+        base, dataset = read_json(args.base_report), read_json(args.dataset_report)
+        with open(args.predictions, newline="", encoding="utf-8") as handle:
+            predictions = list(csv.DictReader(handle))
+        found, problem = judged(everything.gates, metrics, timings)
+        names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
+        names += ["gates.html", "cost.html", "wrong_answers.html", *(["candidates.svg"] if args.search else [])]
+        with outputs.written(files=[args.output / name for name in names]) as files:
+            file = dict(zip(names, files, strict=True))
+            pages = {
+                "overview.html": overview(everything, base, dataset, metrics),
+                "scores.html": scores_page(metrics),
+                "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(found),
+                "cost.html": cost_page(timings, args.benchmarks),
+                "wrong_answers.html": wrong_page(predictions, models_of(metrics), everything.report.wrong_answers),
+            }
+            for name, text in pages.items():
+                file[name].write_text(text, encoding="utf-8")
+            plt = plain_plots()
+            draw_loss(plt, args.losses, file["loss.svg"])
+            draw_data(plt, dataset, file["data.svg"])
+            draw_scores(plt, metrics, file["scores.svg"])
+            draw_confusion(plt, metrics, file["confusion.svg"])
+            if args.search:
+                draw_candidates(plt, read_json(args.search), file["candidates.svg"])
+        job.say(
+            f"{len(names)} figures and tables in {args.output} ({job.seconds():.0f} s). One page of them: make report"
+        )
+
+
+if __name__ == "__main__":
+    main()

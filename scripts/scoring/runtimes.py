@@ -1,0 +1,332 @@
+"""Every model asked through the runtime it ships on: transformers in batches, onnxruntime-genai row by row.
+
+One forward pass over each prompt gives the logits for parity, the start of the free answer and the start of the label
+scores. A label's score is the log probability of all its tokens, the end token included; the search for the best label
+is exact but lazy: a label is followed further only while its first token alone scores better than the best whole label.
+"""
+
+import copy
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common import cli, generation
+from scoring.questions import Questions
+from scoring.scores import log_softmax
+
+CHUNK = 2**26  # logits (rows x tokens x vocabulary) that may be held at once
+WARM_UP = 3
+
+
+@dataclass
+class Run:
+    """What one model made of the questions.
+
+    Attributes:
+        texts: generated text of every prompt.
+        choices: index of the most likely label of every prompt; empty for open text.
+        answer_nll: negative log likelihood in nats of every expected answer (all its tokens).
+        logits: float32 [prompts, vocabulary], for the first answer token of the prompts that parity compares.
+        timings: seconds, milliseconds, tokens per second and bytes, for benchmark.json.
+    """
+
+    texts: list[str]
+    choices: list[int]
+    answer_nll: np.ndarray
+    logits: list[np.ndarray]
+    timings: dict = field(default_factory=dict)
+
+
+def empty_run(questions: Questions) -> Run:
+    count = len(questions.prompts)
+    return Run([""] * count, [-1] * count if questions.label_tokens else [], np.zeros(count), [None] * count)
+
+
+def reset_peak() -> None:
+    """Forget the process's peak memory (Linux; elsewhere the peak is that of the whole run)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since `reset_peak`, in bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def percentiles(milliseconds: list[float]) -> dict:
+    """Latency p50, p95 and p99 in milliseconds."""
+    p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
+    return {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+class Transformers:
+    """A Hugging Face model, with or without an adapter on it."""
+
+    def __init__(self, folder: Path):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        reset_peak()
+        began = time.monotonic()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
+        ).to(self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model.eval()
+        self.load_s = time.monotonic() - began
+
+    def add_adapter(self, folder: Path) -> None:
+        """Put a LoRA adapter on the model, unmerged."""
+        from peft import PeftModel
+
+        began = time.monotonic()
+        self.model = PeftModel.from_pretrained(self.model, folder).to(self.device).eval()
+        self.load_s += time.monotonic() - began
+
+    def ask(
+        self, questions: Questions, new_tokens: int, batch_size: int, latency_rows: int, job: cli.Job, name: str
+    ) -> Run:
+        """Greedy answers, label choices and answer likelihoods, in batches of similar length, in the model's own data type.
+
+        Args:
+            latency_rows: so many rows are asked again one by one, to time what a user waits for; 0 for none.
+        """
+        import torch
+
+        run, began = empty_run(questions), time.monotonic()
+        order = sorted(range(len(run.texts)), key=lambda i: -len(questions.prompts[i]))
+        seconds = {"prefill": 0.0, "decode": 0.0}
+        tokens = {"prefill": 0, "decode": 0}
+        with job.progress(len(order), f"rows of {name}") as bar, torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                self._batch(questions, order[start : start + batch_size], new_tokens, run, seconds, tokens)
+                bar.update(min(batch_size, len(order) - start))
+            run.timings = {"load_s": self.load_s, "score_s": time.monotonic() - began}
+            run.timings |= {f"{key}_tokens_per_s": tokens[key] / max(seconds[key], 1e-9) for key in seconds}
+            chosen = [int(i) for i in np.linspace(0, questions.scored - 1, min(latency_rows, questions.scored))]
+            if chosen:
+                waits = []
+                for i in [chosen[0]] * WARM_UP + chosen:
+                    start = time.perf_counter()
+                    self._greedy(*self._prefill([questions.prompts[i]])[:3], new_tokens, questions.end)
+                    waits.append(1000 * (time.perf_counter() - start))
+                run.timings |= percentiles(waits[WARM_UP:])
+        run.timings["peak_memory_bytes"] = peak_bytes()
+        return run
+
+    def _prefill(self, rows: list[np.ndarray]):
+        """Logits [rows, vocabulary] behind the prompts, the cache, the mask of real tokens, and seconds taken."""
+        import torch
+
+        longest = max(len(row) for row in rows)
+        ids = torch.zeros((len(rows), longest), dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for k, row in enumerate(rows):  # left padding: generation goes on at the right end
+            ids[k, longest - len(row) :] = torch.from_numpy(row)
+            mask[k, longest - len(row) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        start = time.perf_counter()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float(), out.past_key_values, mask, time.perf_counter() - start
+
+    def _batch(
+        self, questions: Questions, chosen: list[int], new_tokens: int, run: Run, seconds: dict, tokens: dict
+    ) -> None:
+        first, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen])
+        seconds["prefill"] += taken
+        tokens["prefill"] += int(mask.sum())
+        log_first = first.log_softmax(-1)
+        scores = self._score(log_first, cache, mask, list(range(len(chosen))), [questions.answers[i] for i in chosen])
+        run.answer_nll[chosen] = -scores
+        if questions.label_tokens:
+            picked = self._best_labels(questions, chosen, scores, log_first, cache, mask)
+            for i, label in zip(chosen, picked, strict=True):
+                run.choices[i] = label
+        start = time.perf_counter()
+        made = self._greedy(first, cache, mask, new_tokens, questions.end)
+        seconds["decode"] += time.perf_counter() - start
+        tokens["decode"] += sum(len(one) for one in made)
+        logits = first.cpu().numpy()
+        for k, i in enumerate(chosen):
+            run.texts[i] = self.tokenizer.decode(made[k], skip_special_tokens=True)
+            run.logits[i] = logits[k]
+
+    def _best_labels(self, questions, chosen, scores, log_first, cache, mask) -> list[int]:
+        """Index of the most likely label of each row; the expected label's score is known already."""
+        labels = questions.label_tokens
+        bounds = log_first[:, [ids[0] for ids in labels]].double().cpu().numpy()
+        names = {name: index for index, name in enumerate(questions.form["labels"])}
+        picked = [names[questions.expected[i]] for i in chosen]
+        best = scores.copy()
+        for k, label in enumerate(picked):
+            bounds[k, label] = -np.inf
+        while True:
+            following = bounds.argmax(axis=1)
+            rows = [k for k in range(len(chosen)) if bounds[k, following[k]] > best[k]]
+            if not rows:
+                return picked
+            found = self._score(log_first, cache, mask, rows, [labels[following[k]] for k in rows])
+            for k, value in zip(rows, found, strict=True):
+                bounds[k, following[k]] = -np.inf
+                if value > best[k]:
+                    best[k], picked[k] = value, int(following[k])
+
+    def _score(self, log_first, cache, mask, rows: list[int], answers: list[list[int]]) -> np.ndarray:
+        """Log probability, float64 [rows], of an answer's tokens behind each chosen row's prompt; the cache stays as it is."""
+        import torch
+
+        longest = max(len(answer) for answer in answers) - 1
+        total = np.array([float(log_first[row, answer[0]]) for row, answer in zip(rows, answers, strict=True)])
+        if not longest:
+            return total
+        step = max(1, CHUNK // (longest * log_first.shape[-1]))
+        for start in range(0, len(rows), step):
+            some, wanted = rows[start : start + step], answers[start : start + step]
+            ids = torch.zeros((len(some), longest), dtype=torch.long)
+            for k, answer in enumerate(wanted):  # right padding: what stands behind an answer is not looked at
+                ids[k, : len(answer) - 1] = torch.tensor(answer[:-1])
+            own = copy.deepcopy(cache)
+            own.batch_select_indices(torch.tensor(some, device=self.device))
+            before = mask[some]
+            out = self.model(
+                input_ids=ids.to(self.device),
+                attention_mask=torch.cat([before, torch.ones_like(ids, device=self.device)], dim=1),
+                position_ids=before.sum(-1, keepdim=True) + torch.arange(longest, device=self.device),
+                past_key_values=own,
+                use_cache=True,
+            )
+            logs = out.logits.float().log_softmax(-1)
+            for k, answer in enumerate(wanted):
+                at = torch.arange(len(answer) - 1)
+                total[start + k] += float(logs[k, at, torch.tensor(answer[1:])].double().sum())
+        return total
+
+    def _greedy(self, logits, cache, mask, new_tokens: int, end: int) -> list[list[int]]:
+        """The most likely tokens of each row, up to its end token (which is left out); the cache grows."""
+        import torch
+
+        made: list[list[int]] = [[] for _ in range(len(mask))]
+        alive = [True] * len(mask)
+        for step in range(new_tokens):
+            token = logits.argmax(-1)
+            for k, one in enumerate(token.tolist()):
+                alive[k] = alive[k] and one != end
+                if alive[k]:
+                    made[k].append(one)
+            if step == new_tokens - 1 or not any(alive):
+                break
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            out = self.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1].float()
+        return made
+
+
+# -- onnxruntime-genai -------------------------------------------------------------------------------------------------
+
+
+def ask_onnx(folder: Path, questions: Questions, new_tokens: int, job: cli.Job, name: str) -> Run:
+    """Answers of an exported model, one row at a time, as a user would ask it.
+
+    The clock runs from the prompt to the end of the answer; what is read for labels and likelihoods comes after it.
+    """
+    import onnxruntime_genai as og
+
+    reset_peak()
+    began = time.monotonic()
+    model = generation.load(folder)
+    tokenizer = og.Tokenizer(model)
+    loaded = time.monotonic()
+    run = empty_run(questions)
+    names = {label: index for index, label in enumerate(questions.form["labels"] or [])}
+    room = max(map(len, questions.label_tokens or [[]]))
+    for prompt in questions.prompts[:WARM_UP]:
+        generation.greedy(model, prompt, new_tokens)
+    waits, prefill, generated, prompt_tokens = [], 0.0, 0, 0
+    with job.progress(len(questions.prompts), f"rows of {name}") as bar:
+        for i, prompt in enumerate(questions.prompts):
+            row = _OnnxRow(len(prompt))
+            answer = questions.answers[i]
+            made = generation.greedy(model, prompt, new_tokens, row.look, max(room, len(answer)))
+            waits.append(row.elapsed())
+            prefill += row.prefill
+            generated += len(made)
+            prompt_tokens += len(prompt)
+            run.texts[i] = tokenizer.decode(np.array([t for t in made if t != questions.end], dtype=np.int32))
+            run.logits[i] = row.steps[0].astype(np.float32)
+            best = row.score(answer, made)
+            run.answer_nll[i] = -best
+            if questions.label_tokens:
+                picked = names[questions.expected[i]]
+                first = log_softmax(row.steps[0])
+                bounds = sorted(((first[ids[0]], k) for k, ids in enumerate(questions.label_tokens)), reverse=True)
+                for bound, k in bounds:
+                    if bound <= best:
+                        break
+                    if k != names[questions.expected[i]]:
+                        value = row.score(questions.label_tokens[k], made)
+                        if value > best:
+                            best, picked = value, k
+                run.choices[i] = picked
+            bar.update(1)
+    total = sum(waits)
+    run.timings = percentiles([1000 * wait for wait in waits]) | {
+        "load_s": loaded - began,
+        "score_s": total,
+        "generated_tokens_per_s": generated / total,
+        "prefill_tokens_per_s": prompt_tokens / prefill,
+        "decode_tokens_per_s": generated / max(total - prefill, 1e-9),
+        "peak_memory_bytes": peak_bytes(),
+    }
+    return run
+
+
+class _OnnxRow:
+    """One row's generator: logits of the steps taken, time, and likelihoods of other answers."""
+
+    def __init__(self, prompt_tokens: int):
+        self.prompt_tokens = prompt_tokens
+        self.steps: list[np.ndarray] = []
+        self.prefill = 0.0
+        self.start = time.perf_counter()
+
+    def look(self, generator) -> None:
+        self.generator = generator
+        if not self.steps:
+            self.prefill = time.perf_counter() - self.start
+        self.steps.append(np.array(generator.get_logits()).reshape(-1))
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def score(self, answer: list[int], made: list[int]) -> float:
+        """Log probability of an answer's tokens behind the prompt."""
+        if made[: len(answer)] == answer:  # the free answer went the same way
+            logits = self.steps[: len(answer)]
+        elif len(answer) == 1:
+            logits = self.steps[:1]
+        else:
+            self.generator.rewind_to(self.prompt_tokens)
+            self.generator.append_tokens(np.array(answer[:-1], dtype=np.int32))
+            logits = [self.steps[0], *np.array(self.generator.get_output("logits"))[0]]
+        return float(sum(log_softmax(step)[token] for step, token in zip(logits, answer, strict=True)))

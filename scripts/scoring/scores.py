@@ -1,0 +1,138 @@
+"""Scores of answers, seeded bootstrap intervals, and the distance between two models' logits. NumPy only."""
+
+import numpy as np
+
+PERCENTILES = (2.5, 97.5)  # of a 95% interval
+BLOCK = 64  # rows of logits that are compared at once
+
+
+def macro_f1(expected: list[str], answers: list[str], labels: list[str]) -> float:
+    """Unweighted mean over labels of F1 = 2 TP / (2 TP + FP + FN); an answer outside the labels is wrong for its own."""
+    return float(_macro_f1(*_indicators(expected, answers, labels), np.ones((1, len(expected))))[0])
+
+
+def per_class(expected: list[str], answers: list[str], labels: list[str]) -> dict[str, dict]:
+    """Precision, recall, F1 and the number of rows of every label; 0 where a ratio has no denominator."""
+    found = {}
+    for label in labels:
+        hits = sum(e == label and a == label for e, a in zip(expected, answers, strict=True))
+        given, there = answers.count(label), expected.count(label)
+        found[label] = {
+            "precision": round(hits / given, 6) if given else 0.0,
+            "recall": round(hits / there, 6) if there else 0.0,
+            "f1": round(2 * hits / (given + there), 6) if given + there else 0.0,
+            "rows": there,
+        }
+    return found
+
+
+def confusion(expected: list[str], answers: list[str], labels: list[str]) -> list[list[int]]:
+    """Counts [labels, labels + 1]: a row per expected label, a column per answer, the last for any other answer."""
+    column = {label: i for i, label in enumerate(labels)}
+    counts = [[0] * (len(labels) + 1) for _ in labels]
+    for e, a in zip(expected, answers, strict=True):
+        counts[column[e]][column.get(a, len(labels))] += 1
+    return counts
+
+
+def resamples(rows: int, samples: int, seed: int) -> np.ndarray:
+    """Weights [samples, rows] of bootstrap resamples: how often each row was drawn (Efron 1979)."""
+    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% percentile interval of bootstrapped values."""
+    low, high = np.percentile(values, PERCENTILES)
+    return round(float(low), 6), round(float(high), 6)
+
+
+def bootstrapped(expected: list[str], answers: list[str], labels: list[str] | None, weights: np.ndarray) -> dict:
+    """Accuracy (and macro-F1 for a classification) of every resample, float64 [samples] each."""
+    right = np.array([e == a for e, a in zip(expected, answers, strict=True)], dtype=np.float64)
+    found = {"accuracy": weights @ right / weights.sum(axis=1)}
+    if labels:
+        found["macro_f1"] = _macro_f1(*_indicators(expected, answers, labels), weights)
+    return found
+
+
+def _indicators(expected: list[str], answers: list[str], labels: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hits and errors of every row for every label, float64 [rows, labels] each."""
+    wanted = np.array([[e == label for label in labels] for e in expected])
+    given = np.array([[a == label for label in labels] for a in answers])
+    return (wanted & given).astype(np.float64), (wanted != given).astype(np.float64)
+
+
+def _macro_f1(hits: np.ndarray, errors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    twice, wrong = 2 * (weights @ hits), weights @ errors
+    total = twice + wrong
+    return np.divide(twice, total, out=np.zeros_like(total), where=total > 0).mean(axis=1)
+
+
+def rouge_l(expected: list[str], answers: list[str]) -> float:
+    """Mean ROUGE-L F-measure (Lin 2004), as torchmetrics computes it: words in lower case, without punctuation."""
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    return float(rouge_score(answers, expected, rouge_keys="rougeL")["rougeL_fmeasure"])
+
+
+def parity(reference: np.ndarray, other: np.ndarray) -> dict:
+    """How far two models' distributions of the first answer token lie apart.
+
+    Args:
+        reference: logits float32 [prompts, vocabulary] of the model that came first.
+        other: the same of the model made from it.
+
+    Returns:
+        Mean and maximum Kullback-Leibler divergence KL(reference || other) in nats, share of prompts with the same most likely
+        token, and the largest absolute difference of two logits.
+    """
+    divergences, largest = [], 0.0
+    for start in range(0, len(reference), BLOCK):
+        p, q = (x[start : start + BLOCK].astype(np.float64) for x in (reference, other))
+        largest = max(largest, float(np.abs(p - q).max()))
+        p, q = log_softmax(p), log_softmax(q)
+        divergences.append((np.exp(p) * (p - q)).sum(axis=-1))
+    kl = np.maximum(np.concatenate(divergences), 0)
+    return {
+        "prompts": len(reference),
+        "kl_mean": round(float(kl.mean()), 6),
+        "kl_max": round(float(kl.max()), 6),
+        "top1_agreement": round(float((reference.argmax(-1) == other.argmax(-1)).mean()), 6),
+        "logit_diff_max": round(largest, 4),
+    }
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities along the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def score(expected: list[str], answers: list[str], labels: list[str] | None, weights: np.ndarray) -> dict:
+    """Accuracy with its interval; for a classification macro-F1, share of answers outside the labels, and what is confused
+    with what; for open text ROUGE-L. (Accuracy is exact match: the whole answer, without outer white space.)"""
+    drawn = bootstrapped(expected, answers, labels, weights)
+    right = sum(e == a for e, a in zip(expected, answers, strict=True))
+    found: dict = {"accuracy": round(right / len(expected), 6)}
+    found["accuracy_low"], found["accuracy_high"] = interval(drawn["accuracy"])
+    if not labels:
+        return found | {"rouge_l": round(rouge_l(expected, answers), 6)}
+    found["macro_f1"] = round(macro_f1(expected, answers, labels), 6)
+    found["macro_f1_low"], found["macro_f1_high"] = interval(drawn["macro_f1"])
+    found["outside_labels"] = round(sum(answer not in labels for answer in answers) / len(answers), 6)
+    found["per_class"] = per_class(expected, answers, labels)
+    return found | {"confusion": confusion(expected, answers, labels)}
+
+
+def drop(
+    expected: list[str], before: list[str], after: list[str], labels: list[str] | None, weights: np.ndarray
+) -> dict:
+    """What accuracy (and macro-F1) lose from one model to the next, with intervals of paired resamples."""
+    old, new = (bootstrapped(expected, answers, labels, weights) for answers in (before, after))
+    once = np.ones((1, len(expected)))
+    was, is_ = (bootstrapped(expected, answers, labels, once) for answers in (before, after))
+    found = {}
+    for name in old:
+        found[name] = round(float(was[name][0] - is_[name][0]), 6)
+        found[f"{name}_low"], found[f"{name}_high"] = interval(old[name] - new[name])
+    return found

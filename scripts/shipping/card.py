@@ -1,0 +1,163 @@
+"""The model card: README.md with Hugging Face metadata (https://huggingface.co/docs/hub/model-cards)."""
+
+import json
+
+import yaml
+
+NAMES = {"base": "base", "adapter": "base with adapter", "merged": "fine-tuned and merged"}
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def metrics_table(metrics: dict, models: list[str]) -> list[str]:
+    """One row per model, with 95% intervals."""
+    classes = "macro_f1" in metrics[models[-1]]
+    second = "macro-F1 (95% interval) | outside the labels" if classes else "ROUGE-L"
+    lines = [
+        f"| model | accuracy (95% interval) | {second} | answer perplexity | size |",
+        "|---|---|---|---|---|" + "---|" * classes,
+    ]
+    for name in models:
+        one = metrics[name]
+        cells = [NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)]
+        cells.append(f"{percent(one['accuracy'])} ({percent(one['accuracy_low'])} to {percent(one['accuracy_high'])})")
+        if classes:
+            cells.append(f"{one['macro_f1']:.3f} ({one['macro_f1_low']:.3f} to {one['macro_f1_high']:.3f})")
+            cells.append(percent(one["outside_labels"]))
+        else:
+            cells.append(f"{one['rouge_l']:.3f}")
+        cells += [f"{one['answer_perplexity']:,.3f}", f"{one['size_bytes'] / 1e6:,.1f} MB"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def class_table(one: dict) -> list[str]:
+    """Precision, recall and F1 of every label."""
+    lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
+    for label, found in one["per_class"].items():
+        lines.append(
+            f"| {label} | {found['precision']:.3f} | {found['recall']:.3f} | {found['f1']:.3f} | {found['rows']} |"
+        )
+    return lines
+
+
+def parity_table(parity: dict) -> list[str]:
+    """How far each model's answers lie from those of the one it was made from."""
+    lines = [
+        "| step | prompts | mean KL | largest KL | same first token | largest logit difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, one in parity.items():
+        after, _, before = key.partition("_vs_")
+        lines.append(
+            f"| {before} to {after} | {one['prompts']} | {one['kl_mean']:.4f} | {one['kl_max']:.4f} | "
+            f"{percent(one['top1_agreement'])} | {one['logit_diff_max']:.3f} |"
+        )
+    return lines
+
+
+def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
+    """The YAML head that model hubs read."""
+    source = str(base.get("source", ""))
+    found: dict = {
+        "license": section.license.lower(),
+        "language": list(section.language),
+        "library_name": "onnxruntime-genai",
+        "pipeline_tag": "text-classification" if labels else "text-generation",
+        "tags": ["onnx", "onnxruntime-genai", last, *section.tags],
+    }
+    if source.startswith("hf:"):
+        found["base_model"] = source.removeprefix("hf:").partition("@")[0]
+    kinds = [("accuracy", "accuracy")] + ([("f1", "macro_f1")] if labels else [("rouge", "rouge_l")])
+    results = [{"type": kind, "value": metrics[last][key], "name": key} for kind, key in kinds]
+    task = {"type": found["pipeline_tag"]}
+    data = {"name": section.name, "type": "held-out test split"}
+    found["model-index"] = [{"name": section.name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
+    return found
+
+
+def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict], table: str) -> str:
+    """The whole card.
+
+    Args:
+        section: the section `package` of params.yaml.
+        facts: `base`, `dataset`, `metrics`, `last`, `models`, `quantize` (the section as a dictionary).
+        form: prompt.json.
+        training: the section `finetune` as a dictionary; None without fine-tuning.
+        gates: the judged gates, and `table` their text.
+    """
+    metrics, last, dataset, base = facts["metrics"], facts["last"], facts["dataset"], facts["base"]
+    head = yaml.safe_dump(metadata(section, base, metrics, last, form["labels"]), sort_keys=False, allow_unicode=True)
+    rows = dataset["rows"]
+    arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
+    lines = ["---", head.rstrip(), "---", "", f"# {section.name}", "", section.intended_use, ""]
+    lines += ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
+    if form["prompt"] is not None:
+        lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
+        lines += [f"    {line}" for line in form["prompt"].split("\n")] + [""]
+    if form["labels"]:
+        lines += [f"It answers with one of: {', '.join(form['labels'])}.", ""]
+    lines += ["## What it was made from", ""]
+    lines.append(
+        f"- Base model: `{base.get('source', base.get('uri'))}`"
+        + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
+    )
+    for split, source in dataset["source"].items():
+        name = source.get("path") or source.get("uri")
+        lines.append(
+            f"- Data ({split}): `{name}`" + (f", SHA-256 `{source['sha256']}`." if "sha256" in source else ".")
+        )
+    lines.append(
+        f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out for the scores below."
+    )
+    lines += [
+        "",
+        "provenance.intoto.json has the digest of every input, script, parameter and environment; bom.cdx.json is the bill of materials.",
+        "",
+    ]
+    if training:
+        keys = (
+            "method",
+            "lora_r",
+            "lora_alpha",
+            "target_modules",
+            "learning_rate",
+            "lr_scheduler_type",
+            "num_train_epochs",
+        )
+        keys += ("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "qat", "seed")
+        lines += ["## Training", "", "| setting | value |", "|---|---|"]
+        lines += [f"| `{key}` | {json.dumps(training[key])} |" for key in keys] + [""]
+    lines += ["## Quantization", "", "| setting | value |", "|---|---|"]
+    lines += [f"| `{key}` | {json.dumps(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [
+        ""
+    ]
+    lines += [
+        "## Scores",
+        "",
+        f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter.",
+        "",
+    ]
+    lines += [*metrics_table(metrics, facts["models"]), ""]
+    if form["labels"]:
+        one = metrics[last]
+        lines += [
+            f"This package by label (choosing among the labels only, accuracy is {percent(one['restricted_accuracy'])}):",
+            "",
+        ]
+        lines += [*class_table(one), ""]
+    if metrics.get("parity"):
+        lines += [
+            "Step by step, over the distribution of the first answer token:",
+            "",
+            *parity_table(metrics["parity"]),
+            "",
+        ]
+    lines += ["Gates that this model passed:" if gates else "No gate was set for this model.", ""]
+    lines += [*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else []
+    lines += ["## Limits", "", section.limitations, "", "## Licence", ""]
+    lines += [f"{section.license}. The texts are in licenses/: {', '.join(sorted(set(facts['licences'])))}.", ""]
+    lines += ["## Check what you have", "", "    sha256sum --check SHA256SUMS", ""]
+    return "\n".join(lines)
