@@ -221,7 +221,16 @@ rule merge:
 rule candidate:
     input:
         script="scripts/candidate.py",
-        modules=["scripts/evaluate.py", "scripts/fetch_model.py", "scripts/quantize.py", "scripts/search.py", *SCORING],
+        modules=[
+            "scripts/batches.py",
+            "scripts/evaluate.py",
+            "scripts/fetch_model.py",
+            "scripts/gptq.py",
+            "scripts/lora.py",
+            "scripts/quantize.py",
+            "scripts/search.py",
+            *SCORING,
+        ],
         environment=ENVIRONMENT,
         model=TUNED,
         dataset="build/dataset",
@@ -280,9 +289,16 @@ rule search:
 rule quantize:
     input:
         script="scripts/quantize.py",
-        modules=["scripts/common/generation.py", "scripts/fetch_model.py"],
+        modules=[
+            "scripts/batches.py",
+            "scripts/common/generation.py",
+            "scripts/fetch_model.py",
+            "scripts/gptq.py",
+            "scripts/lora.py",
+        ],
         environment=ENVIRONMENT,
         model=TUNED,
+        dataset=["build/dataset"] * (PARAMS.quantize.calibration == "gptq"),
         search=["results/search.json"] * bool(SEARCH),
         candidates=CANDIDATES,
     output:
@@ -294,11 +310,13 @@ rule quantize:
     threads: 8
     params:
         section=lambda wildcards: as_json(PARAMS.quantize),
+        dataset="--dataset build/dataset" * (PARAMS.quantize.calibration == "gptq"),
         search="--search results/search.json --candidates build/search" * bool(SEARCH),
     shell:
         "python {input.script}"
         " --params params.yaml"
         " --model {input.model}"
+        " {params.dataset}"
         " {params.search}"
         " --output {output.model}"
         " --log {log}"

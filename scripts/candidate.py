@@ -80,7 +80,7 @@ def one_candidate(section, number: int, args, questions, new_tokens: int, weight
     model = folder / "model"
     model.mkdir()
     try:
-        build(as_section(section, options), args.model, model, folder / ".cache")
+        build(as_section(section, options), args.model, args.dataset, model, folder / ".cache", job)
         run = runtimes.ask_onnx(model, questions, new_tokens, job, f"candidate {number}")
     except UserError as error:
         outputs.remove(model)

@@ -6,20 +6,26 @@ builder has no such method; but it rounds to nearest, so weights that already li
 rounding unchanged. Those are what `calibrate` writes: an ordinary model folder for the ordinary exporter.
 """
 
-import math
+import fnmatch
+import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from batches import Data
+from common import cli, outputs, params
+from common.errors import UserError
+from fetch_model import weight_files
 from lora import round_to_nearest
 
 LEVELS = 8  # symmetric 4 bits: -8 to 7
+BATCH = 32  # rows in one forward pass
 
 
-def round_with_inputs(
-    weight: torch.Tensor, gram: torch.Tensor, block_size: int, damping: float = 0.01
-) -> torch.Tensor:
+def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int, damping: float = 0.01) -> torch.Tensor:
     """Weights that round-to-nearest leaves where GPTQ wants them.
 
     Args:
@@ -63,46 +69,157 @@ def round_with_inputs(
     return result.float()
 
 
-def gram_matrices(model, names: list[str], batches) -> dict[str, torch.Tensor]:
-    """Sum of x x' over all real tokens for the inputs x of some linear modules, in one pass over the prompts.
+class Grams:
+    """Sums of x x' over all real tokens, for the inputs x of some linear modules, while a model runs.
 
     Modules that read the same tensor (q, k and v; gate and up) share one matrix.
-
-    Args:
-        model: a transformers causal language model.
-        batches: dicts with input_ids int64 [batch, time] and lengths int64 [batch], padded on the right.
-
-    Returns:
-        float32 [in, in] by module name.
     """
-    sums: dict[str, torch.Tensor] = {}
-    owner: dict[str, str] = {}
-    seen: dict[str, object] = {"input": None, "name": ""}
-    real = None
 
-    def watch(name: str):
+    def __init__(self, modules: dict[str, torch.nn.Linear]):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.owner: dict[str, str] = {}
+        self.real: torch.Tensor | None = None  # bool [batch, time]: which tokens are no padding
+        self.last: tuple[object, str] = (None, "")
+        self.handles = [module.register_forward_pre_hook(self._watch(name)) for name, module in modules.items()]
+
+    def _watch(self, name: str):
         def before(_module, arguments):
-            if arguments[0] is seen["input"]:
-                owner[name] = seen["name"]
-                return
-            seen["input"], seen["name"] = arguments[0], name
-            owner[name] = name
-            x = arguments[0][real].float()
-            product = x.t() @ x
-            sums[name] = sums[name].add_(product) if name in sums else product
+            if arguments[0] is not self.last[0]:
+                self.last = (arguments[0], name)
+                x = arguments[0][self.real].float()
+                self.sums[name] = self.sums.get(name, 0) + x.t() @ x
+            self.owner[name] = self.last[1]
 
         return before
 
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                ids = batch["input_ids"]
-                real = torch.arange(ids.shape[1])[None, :] < batch["lengths"][:, None]
-                seen["input"] = None
-                model(input_ids=ids, attention_mask=real.long(), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """float32 [in, in]."""
+        return self.sums[self.owner[name]]
+
+    def close(self) -> None:
+        for handle in self.handles:
             handle.remove()
-    return {name: sums[owner[name]] for name in names}
+        self.last = (None, "")
+
+
+def node_names(module: str) -> list[str]:
+    """What the model builder may call the product of a decoder layer's linear module; none for other modules."""
+    found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(self_attn|mlp)\.(\w+)", module)
+    if not found:
+        return []
+    layer, part, name = found.groups()
+    part = "attn" if part == "self_attn" else part
+    names = [name, "qkv_proj"] if name in ("q_proj", "k_proj", "v_proj") else [name]
+    return [f"/model/layers.{layer}/{part}/{one}/MatMul" for one in names]
+
+
+def in_four_bits(section: params.Quantize, model) -> dict[str, torch.nn.Linear]:
+    """The decoder layers' linear modules that the export will have in 4 bits, by name."""
+    kept = [*section.int8_nodes, *section.nodes_to_exclude]
+    found = {}
+    for name, module in model.named_modules():
+        nodes = node_names(name) if isinstance(module, torch.nn.Linear) else []
+        if nodes and not any(fnmatch.fnmatchcase(node, pattern) for node in nodes for pattern in kept):
+            found[name] = module
+    return found
+
+
+def calibrate(
+    section: params.Quantize, model: Path, dataset: Path, target: Path, job: cli.Job
+) -> dict[str, np.ndarray]:
+    """Write a float32 copy of a model folder whose 4-bit weights GPTQ has placed, using prompts of the training split.
+
+    All matrices of inputs come from one pass of the unquantized model.
+
+    Returns:
+        What the export must hold after rounding, float32 [out, in], by module name.
+
+    Raises:
+        UserError: no training rows, or nothing that will have 4 bits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    rows = Data(dataset / "train.parquet")
+    if not len(rows):
+        raise UserError("quantize.calibration: gptq needs training prompts, and the train split is empty.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+    ).to(device)
+    network.eval()
+    modules = in_four_bits(section, network)
+    if not modules:
+        raise UserError("quantize.calibration: gptq places 4-bit weights, but int8_nodes leaves none. Set it to none.")
+    chosen = np.random.default_rng(0).permutation(len(rows))[: section.calibration_rows]
+    chosen = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
+    grams = Grams(modules)
+    with job.progress(len(chosen), "calibration rows") as bar, torch.inference_mode():
+        for start in range(0, len(chosen), BATCH):
+            part = chosen[start : start + BATCH]
+            ids = rows.batch(part, device)["input_ids"]
+            grams.real = (
+                torch.arange(ids.shape[1], device=device) < torch.from_numpy(rows.real[part]).to(device)[:, None]
+            )
+            network(input_ids=ids, attention_mask=grams.real.long(), use_cache=False, logits_to_keep=1)
+            bar.update(len(part))
+    grams.close()
+    placed: dict[str, torch.Tensor] = {}
+    with job.progress(len(modules), "products") as bar, torch.inference_mode():
+        for name, module in modules.items():
+            weight = round_with_inputs(module.weight, grams[name], section.block_size)
+            placed[f"{name}.weight"] = weight.cpu()
+            bar.update(1)
+    _write(model, target, placed)
+    return {name: round_to_nearest(weight, 4, section.block_size).numpy() for name, weight in placed.items()}
+
+
+def _write(model: Path, target: Path, placed: dict[str, torch.Tensor]) -> None:
+    """Copy a model folder in float32 with some weights replaced."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    weights = weight_files(model)
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path not in weights:
+            shutil.copyfile(path, target / path.name)
+    for path in weights:
+        with safe_open(path, "pt") as shard:
+            tensors = {name: placed.get(name, shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    outputs.write_json(target / "config.json", {**config, "dtype": "float32"})
+
+
+def check_placed(folder: Path, wanted: dict[str, np.ndarray]) -> None:
+    """Compare the exported 4-bit weights with those that GPTQ chose.
+
+    Raises:
+        UserError: a product is missing from the graph, or the exporter rounded it elsewhere.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(folder / "model.onnx").graph
+    tensors = {one.name: one for one in graph.initializer}
+    nodes = {node.name.removesuffix("_Q4"): node for node in graph.node if node.op_type == "MatMulNBits"}
+    fused: dict[str, list[np.ndarray]] = {}
+    for name, weight in wanted.items():
+        node = next((one for one in reversed(node_names(name.removesuffix(".weight"))) if one in nodes), None)
+        if node is None:
+            raise UserError(f"the export has no 4-bit product for {name}: set quantize.calibration to none.")
+        fused.setdefault(node, []).append(weight)
+    for name, parts in fused.items():
+        expected = np.concatenate(parts)
+        values = {a.name: a.i for a in nodes[name].attribute}
+        packed, scales = (numpy_helper.to_array(tensors[one]) for one in nodes[name].input[1:3])
+        out, width, block = values["N"], values["K"], values["block_size"]
+        packed = packed.reshape(out, -1)
+        levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out, -1, block).astype(np.float32) - 8
+        found = (levels * scales.reshape(out, -1, 1)).reshape(out, -1)[:, :width]
+        wrong = np.abs(found - expected) > 1e-5 * np.abs(expected).max()
+        if expected.shape != found.shape or wrong.any():
+            raise UserError(
+                f"the exporter moved {int(wrong.sum())} weights of {name} from where GPTQ put them: set quantize.calibration to none."
+            )

@@ -224,7 +224,9 @@ def check_generates(folder: Path, tokens: int = 4) -> list[int]:
         ) from error
 
 
-def build(section: params.Quantize, model: Path, folder: Path, scratch: Path) -> dict:
+def build(
+    section: params.Quantize, model: Path, dataset: Path | None, folder: Path, scratch: Path, job: cli.Job
+) -> dict:
     """Export into an empty folder and prove that it is what was asked for, loads and generates.
 
     Returns:
@@ -236,11 +238,23 @@ def build(section: params.Quantize, model: Path, folder: Path, scratch: Path) ->
     if not (model / "config.json").exists():
         raise UserError(f"{model}: no model here. Build it with `snakemake --cores all {model}`.")
     weight_files(model)
+    placed = None
     try:
+        if section.calibration == "gptq":
+            import gptq
+
+            if dataset is None:
+                raise UserError("quantize.calibration: gptq needs training prompts: give --dataset.")
+            calibrated = scratch / "calibrated"
+            calibrated.mkdir(parents=True)
+            placed = gptq.calibrate(section, model, dataset, calibrated, job)
+            model = calibrated
         export(section, model, folder, scratch)
     finally:
         outputs.remove(scratch)
     found = check_graph(section, folder)
+    if placed is not None:
+        gptq.check_placed(folder, placed)
     check_generates(folder)
     return found
 
@@ -260,6 +274,7 @@ def take_over(search: Path, candidates: Path, folder: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the model's folder in Hugging Face layout")
+    parser.add_argument("--dataset", type=Path, help="the tokenized dataset's folder (for calibration)")
     parser.add_argument("--search", type=Path, help="search.json: take over its winner instead of building")
     parser.add_argument("--candidates", type=Path, help="folder of the search's candidates")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the ONNX model to")
@@ -273,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
                 found = check_graph(section, folder)
                 check_generates(folder)
             else:
-                found = build(section, args.model, folder, folder.parent / f".{args.output.name}.cache")
+                found = build(
+                    section, args.model, args.dataset, folder, folder.parent / f".{args.output.name}.cache", job
+                )
             job.log(f"graph: {json.dumps(found)}")
         bits = (
             ", ".join(f"{count} products in {key} bits" for key, count in found["quantized_matmuls_by_bits"].items())

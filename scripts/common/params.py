@@ -288,6 +288,7 @@ class Search(Section):
     budget, else Optuna's multi-objective TPE sampler (Ozaki et al. 2022) proposes them, a batch at a time."""
 
     algo_config: list[Literal["default", "rtn", "k_quant"]] = Field([], description="Algorithms.")
+    calibration: list[Literal["none", "gptq"]] = Field([], description="Calibrations.")
     block_size: list[Literal[16, 32, 64, 128, 256]] = Field([], description="Block sizes.")
     is_symmetric: list[bool] = Field([], description="With and without zero points.")
     accuracy_level: list[Annotated[int, Field(ge=0, le=4)]] = Field([], description="Accuracy levels.")
@@ -315,6 +316,12 @@ class Quantize(Section):
     precision: Literal["int4", "int8", "fp16", "fp32"] = Field("int4", description="Precision of the exported weights.")
     execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = Field("cpu", description="Where the model will run.")
     algo_config: Literal["default", "rtn", "k_quant"] = Field("k_quant", description="int4: quantization algorithm.")
+    calibration: Literal["none", "gptq"] = Field(
+        "none",
+        description="int4: `gptq` places the 4-bit weights so that the outputs on training prompts change least (Frantar et al. 2022, "
+        "arXiv:2210.17323), then lets the builder round to nearest. Needs algo_config rtn, is_symmetric true.",
+    )
+    calibration_rows: int = Field(256, ge=1, le=1_000_000, description="gptq: training rows to run.")
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="int4 and int8: weights that share one scale.")
     is_symmetric: bool = Field(True, description="int4 and int8: no zero points.")
     accuracy_level: int = Field(
@@ -368,6 +375,11 @@ class Quantize(Section):
             )
         if self.int8_nodes and (self.precision != "int4" or self.algo_config == "default"):
             raise ValueError("int8_nodes goes with precision int4 and algo_config rtn or k_quant")
+        if self.calibration == "gptq":
+            if (self.precision, self.algo_config, self.is_symmetric) != ("int4", "rtn", True):
+                raise ValueError("calibration gptq goes with precision int4, algo_config rtn and is_symmetric true")
+            if "mixed_layers" in (self.matmul_mixed_precision or ""):
+                raise ValueError("calibration gptq: say which layers keep 8 bits by int8_nodes, not by mixed_layers")
         return self
 
 
