@@ -26,7 +26,7 @@ COLOURS = {
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
 h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
-table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top }
+table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
 th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 td.ok { color: #116329; font-weight: 600 } td.bad { color: #a40e26; font-weight: 600 } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 """
@@ -268,6 +268,8 @@ def plain_plots():
             "axes.titleweight": "bold",
             "legend.frameon": False,
             "figure.constrained_layout.use": True,
+            "figure.constrained_layout.h_pad": 0.12,
+            "figure.constrained_layout.w_pad": 0.12,
         }
     )
     import matplotlib.pyplot
