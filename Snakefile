@@ -236,7 +236,9 @@ rule candidate:
         dataset="build/dataset",
         reference=lambda wildcards: ["build/search/merged"] * (wildcards.candidate != "merged"),
         earlier=lambda wildcards: (
-            CANDIDATES[: search.earlier(PARAMS.quantize, int(wildcards.candidate))] * (wildcards.candidate != "merged")
+            []
+            if wildcards.candidate == "merged"
+            else CANDIDATES[: search.earlier(PARAMS.quantize, int(wildcards.candidate))]
         ),
     output:
         directory("build/search/{candidate}"),

@@ -7,6 +7,7 @@ inputs and outputs are read from `snakemake -n -F`, so that nothing is written t
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ PREDICTIONS = "results/predictions.csv"
 
 
 def rules() -> dict[str, dict[str, list[str]]]:
-    """Rule name to its inputs and outputs, in the order of execution, as a forced dry run of Snakemake prints them.
+    """Rule name to its inputs and outputs, in the Snakefile's order, as a forced dry run of Snakemake prints them.
 
     Raises:
         SystemExit: Snakemake refuses the Snakefile or params.yaml.
@@ -54,7 +55,8 @@ def rules() -> dict[str, dict[str, list[str]]]:
     found.pop("all", None)
     for rule in found.values():  # what the members of a stage make for each other
         rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
-    return found
+    written = re.findall(r"^rule (\w+):", Path("Snakefile").read_text(encoding="utf-8"), re.M)
+    return {name: found[name] for name in written if name in found}  # independent jobs are printed in any order
 
 
 def in_order(found: dict[str, dict[str, list[str]]]) -> list[str]:

@@ -26,7 +26,7 @@ COLOURS = {
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
 h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
-table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top }
+table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
 th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 td.ok { color: #116329; font-weight: 600 } td.bad { color: #a40e26; font-weight: 600 } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 """
@@ -78,7 +78,7 @@ def megabytes(size: float) -> str:
 # -- tables --------------------------------------------------------------------------------------------------------------
 
 
-def overview(everything: params.Params, base: dict, dataset: dict, metrics: dict) -> str:
+def overview(everything: params.Params, base: dict, dataset: dict, metrics: dict, found: dict | None = None) -> str:
     """What was built from what, with digests, and the settings that matter most."""
     made = [["base model", base.get("source", base.get("uri", "")), base.get("sha256") or "–"]]
     for split, source in dataset["source"].items():
@@ -96,6 +96,9 @@ def overview(everything: params.Params, base: dict, dataset: dict, metrics: dict
         settings += [["length", f"{tune.max_steps} steps" if tune.max_steps else f"{tune.num_train_epochs:g} epochs"]]
         settings += [["batch", tune.per_device_train_batch_size * tune.gradient_accumulation_steps]]
     quantize = everything.quantize
+    if found:
+        quantize = quantize.model_copy(update=found["options"])
+        settings += [["search", f"candidate {found['winner']} of {len(found['candidates'])}, by {found['objective']}"]]
     settings += [
         [
             "export",
@@ -146,17 +149,18 @@ def scores_page(metrics: dict) -> str:
     ]
     if metrics.get("parity"):
         parts.append("<h2>Parity of the first answer token, step by step</h2>")
-        fields = ("prompts", "kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
         head = ["step", "prompts", "mean KL (nats)", "largest KL", "same first token", "largest logit difference"]
-        parts.append(
-            html_table(
-                head,
-                [
-                    [" against ".join(key.split("_vs_")), *(one[field] for field in fields)]
-                    for key, one in metrics["parity"].items()
-                ],
-            )
-        )
+        rows = [
+            [
+                " against ".join(key.split("_vs_")),
+                one["prompts"],
+                *(f"{one[field]:.4f}" for field in ("kl_mean", "kl_max")),
+                f"{one['top1_agreement']:.1%}",
+                f"{one['logit_diff_max']:.4f}",
+            ]
+            for key, one in metrics["parity"].items()
+        ]
+        parts.append(html_table(head, rows))
     if metrics.get("drop"):
         parts.append("<h2>Accuracy lost, in points</h2>")
         lost = [
@@ -268,6 +272,8 @@ def plain_plots():
             "axes.titleweight": "bold",
             "legend.frameon": False,
             "figure.constrained_layout.use": True,
+            "figure.constrained_layout.h_pad": 0.12,
+            "figure.constrained_layout.w_pad": 0.12,
         }
     )
     import matplotlib.pyplot
@@ -296,7 +302,7 @@ def draw_loss(plt, losses: list[Path], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, **look)
             drawn = True
     if drawn:
-        axes.set(xlabel="optimizer step", ylabel="cross entropy per answer token (nats)", title="Loss", ylim=(0, None))
+        axes.set(xlabel="optimizer step", ylabel="cross entropy per answer token (nats)", title="Loss", yscale="log")
         axes.legend()
     else:
         nothing(axes, "Nothing was fine-tuned.")
@@ -454,13 +460,14 @@ def main(argv: list[str] | None = None) -> None:
         base, dataset = read_json(args.base_report), read_json(args.dataset_report)
         with open(args.predictions, newline="", encoding="utf-8") as handle:
             predictions = list(csv.DictReader(handle))
+        result = read_json(args.search) if args.search else None
         found, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
         names += ["gates.html", "cost.html", "wrong_answers.html", *(["candidates.svg"] if args.search else [])]
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
             pages = {
-                "overview.html": overview(everything, base, dataset, metrics),
+                "overview.html": overview(everything, base, dataset, metrics, result),
                 "scores.html": scores_page(metrics),
                 "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(found),
                 "cost.html": cost_page(timings, args.benchmarks),
@@ -473,8 +480,8 @@ def main(argv: list[str] | None = None) -> None:
             draw_data(plt, dataset, file["data.svg"])
             draw_scores(plt, metrics, file["scores.svg"])
             draw_confusion(plt, metrics, file["confusion.svg"])
-            if args.search:
-                draw_candidates(plt, read_json(args.search), file["candidates.svg"])
+            if result:
+                draw_candidates(plt, result, file["candidates.svg"])
         job.say(
             f"{len(names)} figures and tables in {args.output} ({job.seconds():.0f} s). One page of them: make report"
         )

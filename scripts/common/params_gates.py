@@ -81,7 +81,7 @@ class Gate(Section):
         parts = self.metric.split(".")
         if self.metric not in FIGURES and not (len(parts) >= 3 and parts[0] == "per_class" and parts[-1] in PER_CLASS):
             near = difflib.get_close_matches(self.metric, FIGURES, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(FIGURES)}, per_class.LABEL.f1"
+            hint = f"did you mean `{near[0]}`" if near else f"known: {', '.join(FIGURES)}, per_class.LABEL.f1"
             raise ValueError(f"unknown metric `{self.metric}`; {hint}")
         if self.interval != "ignore" and (self.metric not in WITH_INTERVAL or self.kind.endswith("ratio")):
             raise ValueError(

@@ -8,6 +8,7 @@ from common import prompts
 from common.errors import UserError
 
 IGNORED = -100
+COMPARED = 512  # prompts whose logits are kept for parity, so that a large test split does not fill the memory
 
 
 class Questions:
@@ -19,6 +20,7 @@ class Questions:
         expected: one text per row.
         label_tokens: for a classification, token ids of every label, the end token included; else None.
         scored: how many rows, from the first, are scored; rows behind them are asked for parity only.
+        compared: how many rows, from the first, are compared in parity.
     """
 
     def __init__(self, dataset: Path, limit: int | None = None, splits: tuple[str, ...] = ("test",)):
@@ -37,6 +39,7 @@ class Questions:
                 "Raise prepare.test_fraction, or name a test file."
             )
         self.scored = len(self.rows)
+        self.compared = min(self.scored, COMPARED)
         self.label_tokens = self._label_tokens() if self.form["labels"] else None
 
     def _add(self, split: str, limit: int | None) -> None:
@@ -63,6 +66,7 @@ class Questions:
         for split in ("eval", "train"):
             if len(self.rows) < count:
                 self._add(split, count - len(self.rows))
+        self.compared = min(len(self.rows), max(count, COMPARED))
 
     def _label_tokens(self) -> list[list[int]]:
         """Token ids of every label, as the rows have them.

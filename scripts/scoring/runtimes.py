@@ -29,7 +29,7 @@ class Run:
         texts: generated text of every prompt.
         choices: index of the most likely label of every prompt; empty for open text.
         answer_nll: negative log likelihood in nats of every expected answer (all its tokens).
-        logits: float32 [prompts, vocabulary], for the first answer token of the prompts that parity compares.
+        logits: one float32 array [vocabulary] per prompt that parity compares, for the first answer token.
         timings: seconds, milliseconds, tokens per second and bytes, for benchmark.json.
     """
 
@@ -42,7 +42,9 @@ class Run:
 
 def empty_run(questions: Questions) -> Run:
     count = len(questions.prompts)
-    return Run([""] * count, [-1] * count if questions.label_tokens else [], np.zeros(count), [None] * count)
+    return Run(
+        [""] * count, [-1] * count if questions.label_tokens else [], np.zeros(count), [None] * questions.compared
+    )
 
 
 def reset_peak() -> None:
@@ -164,7 +166,8 @@ class Transformers:
         logits = first.cpu().numpy()
         for k, i in enumerate(chosen):
             run.texts[i] = self.tokenizer.decode(made[k], skip_special_tokens=True)
-            run.logits[i] = logits[k]
+            if i < questions.compared:
+                run.logits[i] = logits[k].copy()
 
     def _best_labels(self, questions, chosen, scores, log_first, cache, mask) -> list[int]:
         """Index of the most likely label of each row; the expected label's score is known already."""
@@ -273,7 +276,8 @@ def ask_onnx(folder: Path, questions: Questions, new_tokens: int, job: cli.Job, 
             generated += len(made)
             prompt_tokens += len(prompt)
             run.texts[i] = tokenizer.decode(np.array([t for t in made if t != questions.end], dtype=np.int32))
-            run.logits[i] = row.steps[0].astype(np.float32)
+            if i < questions.compared:
+                run.logits[i] = row.steps[0].astype(np.float32)
             best = row.score(answer, made)
             run.answer_nll[i] = -best
             if questions.label_tokens:

@@ -215,7 +215,7 @@ def test_test_split_too_small_for_the_gate(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("gate", "told"),
     [
-        ({"metric": "acuracy", "minimum": 0.5}, "unknown metric `acuracy`; did you mean `accuracy`?"),
+        ({"metric": "acuracy", "minimum": 0.5}, "unknown metric `acuracy`; did you mean `accuracy`"),
         ({"metric": "accuracy"}, "give exactly one of minimum, maximum"),
         ({"metric": "accuracy", "minimum": 0.5, "maximum": 0.9}, "give exactly one of minimum, maximum"),
         ({"metric": "latency_ms_p50", "maximum_drop": 0.5}, "more is not better"),

@@ -20,7 +20,7 @@ SMALLEST = {
     "fetch_model": {"source": "models/tiny"},
     "prepare": {"source": "data/rows.json", "text_template": "{phrase}\n{tone}"},
 }
-SECTIONS = ["all", "fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates"]
+SECTIONS = ["all", "fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_smallest_file(write):
     assert loaded.prepare.source == "data/rows.json"
     assert (loaded.prepare.max_seq_len, loaded.prepare.test_fraction) == (1024, 0.2)
     assert (loaded.finetune.lora_r, loaded.finetune.learning_rate) == (16, 2e-4)
-    assert loaded.all.stages == ["finetune", "merge", "quantize", "evaluate", "gates"]
+    assert loaded.all.stages == ["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
 
 
 def test_section_is_one_part(write):
@@ -204,7 +204,7 @@ def test_as_json_is_the_same_for_the_same_values(write):
         ("fetch_model", "trust_remote_code", True, "fetch_model.trust_remote_code: true is not allowed: choose False."),
         ("gates", "min_accuracy", 80, "gates.min_accuracy: 80 is not allowed: it should be less than or equal to 1."),
         ("all", "stages", "finetune", 'all.stages: "finetune" is not allowed: it should be a valid list.'),
-        ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate' or 'gates'. Did you mean `merge`?"),
+        ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package' or 'report'. Did you mean `merge`?"),
     ],
 )  # fmt: skip
 def test_wrong_value(told, section, field, value, line):
@@ -328,6 +328,9 @@ DIGEST = "0" * 64
         ({"all": {"stages": ["merge", "quantize"]}}, "all: merge needs finetune: list finetune too, or leave merge out."),
         ({"all": {"stages": ["finetune", "quantize"]}}, "all: quantize after finetune needs merge: list merge too."),
         ({"all": {"stages": ["quantize", "gates"]}}, "all: gates needs evaluate: list evaluate too, or leave gates out."),
+        ({"all": {"stages": ["report"]}}, "all: report needs evaluate: list evaluate too, or leave report out."),
+        ({"all": {"stages": ["quantize", "evaluate", "package"]}}, "all: package needs quantize and gates: list both, or leave package out."),
+        ({"gates": {"checks": [{"metric": "acuracy", "minimum": 0.5}]}}, "gates.checks.0: unknown metric `acuracy`; did you mean `accuracy`."),
         ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag)."),
         ({"prepare": {"messages": CHAT}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None}}, "prepare: give either text_template or messages."),
@@ -493,7 +496,7 @@ def test_reference_has_every_field():
     page = params_docs.reference()
     assert [line[4:-1] for line in page.splitlines() if line.startswith("## ")] == SECTIONS
     assert "| `lora_r` | `16` | integer ≥ 1 ≤ 1024 | Rank of the update. |" in page
-    assert "| `source` | required | string or mapping of train, eval, test |" in page
+    assert "| `source` | required | string or `Files` |" in page
     assert "| `learning_rate` | `0.0002` | number > 0 ≤ 1 |" in page
     for field in params.Params.model_fields.values():
         for name, info in field.annotation.model_fields.items():
@@ -510,7 +513,7 @@ def schema() -> dict:
 
 def test_schema_allows_no_other_names(schema):
     objects = [schema, *schema["$defs"].values()]
-    assert len(objects) == 11
+    assert len(objects) == 15
     for one in objects:
         assert one["type"] == "object"
         assert one["additionalProperties"] is False

@@ -104,7 +104,7 @@ def test_optuna_proposes_under_the_budget_and_every_job_agrees():
 
 def test_optuna_comes_down_to_the_better_region():
     """A made-up landscape where small blocks and kept attention are better: later proposals go there more often than chance."""
-    some = section(**MANY, budget=40, batch=4)
+    some = section(**MANY, budget=20, batch=4)
 
     def figures(options: dict) -> tuple[float, float]:
         return (
@@ -113,10 +113,10 @@ def test_optuna_comes_down_to_the_better_region():
         )
 
     measured: list = []
-    for batch in range(10):
+    for batch in range(5):
         options = [search.proposal(some, 4 * batch + k, measured) for k in range(4)]
         measured += [figures(one) for one in options]
-    early, late = measured[:12], measured[20:]
+    early, late = measured[:8], measured[12:]
     assert sum(kl for kl, _ in late) / len(late) < sum(kl for kl, _ in early) / len(early)
 
 
