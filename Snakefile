@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from common.errors import UserError
 from common.params import as_json, load
+from sources.syntax import is_remote, local_path
 
 if config:
     raise WorkflowError(f"--config and --configfile are not used here (got {', '.join(config)}): edit params.yaml.")
@@ -32,8 +33,7 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported
 ONNX = f"build/onnx-{PARAMS.quantize.precision}"
-SOURCE = PARAMS.prepare.source
-DATA = [SOURCE] if isinstance(SOURCE, str) else [file for file in (SOURCE.train, SOURCE.eval, SOURCE.test) if file]
+DATA = [local_path(source) for source in PARAMS.prepare.files.values() if not is_remote(source)]
 for file in DATA:
     if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
         raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
@@ -41,6 +41,8 @@ MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), 
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
 ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
+# What brings data and models here. A remote source is no input file: its text in the section, with the pin, stands for its content.
+SOURCES = [f"scripts/sources/{name}.py" for name in ("azureml", "blob", "download", "hub", "mlflow", "resolve", "syntax")]
 
 
 localrules:
@@ -61,6 +63,7 @@ rule all:
 rule fetch_model:
     input:
         script="scripts/fetch_model.py",
+        modules=SOURCES,
         environment=ENVIRONMENT,
     output:
         model=directory("build/base"),
@@ -76,6 +79,7 @@ rule fetch_model:
         " --params params.yaml"
         " --output {output.model}"
         " --report {output.report}"
+        " --downloads build/downloads/model"
         " --log {log}"
 
 
@@ -87,6 +91,7 @@ rule prepare:
             "scripts/dataset/duplicates.py",
             "scripts/dataset/rows.py",
             "scripts/dataset/store.py",
+            *SOURCES,
         ],
         environment=ENVIRONMENT,
         data=DATA,
@@ -107,6 +112,7 @@ rule prepare:
         " --base {input.base}"
         " --output {output.dataset}"
         " --report {output.report}"
+        " --downloads build/downloads/data"
         " --log {log}"
 
 

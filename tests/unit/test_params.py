@@ -305,7 +305,7 @@ def test_every_error_is_told_at_once(told):
     )
     assert lines == [
         "all: merge needs finetune: list finetune too, or leave merge out.",
-        "fetch_model: a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag).",
+        "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag).",
         'finetune.lora_r: "16" is not allowed: it should be a valid integer.',
         "finetune.learning_rate: 5 is not allowed: it should be less than or equal to 1.",
         "finetune.seed: true is not allowed: it should be a valid integer.",
@@ -328,7 +328,7 @@ DIGEST = "0" * 64
         ({"all": {"stages": ["merge", "quantize"]}}, "all: merge needs finetune: list finetune too, or leave merge out."),
         ({"all": {"stages": ["finetune", "quantize"]}}, "all: quantize after finetune needs merge: list merge too."),
         ({"all": {"stages": ["quantize", "gates"]}}, "all: gates needs evaluate: list evaluate too, or leave gates out."),
-        ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag)."),
+        ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag)."),
         ({"prepare": {"messages": CHAT}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None, "messages": CHAT, "answer": "tone"}}, "prepare: answer goes with text_template; with messages the last assistant turn is the answer."),
