@@ -17,6 +17,7 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from common.errors import UserError
+from common.outputs import own_copy
 from common.params import as_json, load
 from sources.syntax import is_remote, local_path
 
@@ -30,6 +31,10 @@ except UserError as error:
 # The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
+# DVC links small results read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
+for result in Path("results").glob("*"):
+    own_copy(result)
+
 STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported
 ONNX = f"build/onnx-{PARAMS.quantize.precision}"
@@ -37,6 +42,7 @@ DATA = [local_path(source) for source in PARAMS.prepare.files.values() if not is
 for file in DATA:
     if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
         raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
+PUBLISHED = ONNX  # what publish uploads
 MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), "onnx": ONNX * ("quantize" in STAGES)}
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
@@ -58,6 +64,7 @@ rule all:
         [ONNX] * ("quantize" in STAGES),
         ["results/metrics.json"] * ("evaluate" in STAGES),
         ["results/gates.json"] * ("gates" in STAGES),
+        ["results/published.json"] * ("publish" in STAGES),
 
 
 rule fetch_model:
@@ -79,7 +86,7 @@ rule fetch_model:
         " --params params.yaml"
         " --output {output.model}"
         " --report {output.report}"
-        " --downloads build/downloads/model"
+        " --downloads build/downloads-model"
         " --log {log}"
 
 
@@ -112,7 +119,7 @@ rule prepare:
         " --base {input.base}"
         " --output {output.dataset}"
         " --report {output.report}"
-        " --downloads build/downloads/data"
+        " --downloads build/downloads-data"
         " --log {log}"
 
 
@@ -239,3 +246,28 @@ rule gates:
         section=lambda wildcards: as_json(PARAMS.gates),
     shell:
         "python {input.script}" " --params params.yaml" " --metrics {input.metrics}" " --output {output}" " --log {log}"
+
+
+rule publish:
+    input:
+        script="scripts/publish.py",
+        modules=["scripts/sources/blob.py", "scripts/sources/download.py"],
+        model=PUBLISHED,
+        metrics=["results/metrics.json"] * ("evaluate" in STAGES),
+        gates=["results/gates.json"] * ("gates" in STAGES),  # a model that misses a gate is not published
+    output:
+        "results/published.json",
+    log:
+        "logs/publish.log",
+    benchmark:
+        "benchmarks/publish.tsv"
+    params:
+        section=lambda wildcards: as_json(PARAMS.publish),
+        metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
+    shell:
+        "python {input.script}"
+        " --params params.yaml"
+        " --model {input.model}"
+        " {params.metrics}"
+        " --output {output}"
+        " --log {log}"

@@ -22,7 +22,7 @@ from sources.syntax import KINDS, parse
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "eval", "test"]
-Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates"]
+Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "publish"]
 
 
 class Section(BaseModel):
@@ -49,6 +49,8 @@ class All(Section):
             raise ValueError("merge needs finetune: list finetune too, or leave merge out")
         if "quantize" in chosen and "finetune" in chosen and "merge" not in chosen:
             raise ValueError("quantize after finetune needs merge: list merge too")
+        if "publish" in chosen and "quantize" not in chosen:
+            raise ValueError("publish needs quantize: it uploads the exported model")
         if "gates" in chosen and "evaluate" not in chosen:
             raise ValueError("gates needs evaluate: list evaluate too, or leave gates out")
         return self
@@ -387,6 +389,24 @@ class Gates(Section):
     )
 
 
+class Publish(Section):
+    """Upload of the finished model; runs only where `all.stages` lists it."""
+
+    url: str | None = Field(
+        None,
+        description="Where to: az://container/prefix. The model goes to prefix/DIGEST/, then prefix/latest.json points to it. Credentials "
+        "come from the environment (docs/azure.md).",
+    )
+
+    @model_validator(mode="after")
+    def _place(self):
+        if self.url is not None:
+            source = parse(self.url, must_pin=False)
+            if source.kind != "az" or source.pin:
+                raise ValueError("url is not of the form az://container/prefix")
+        return self
+
+
 class Params(Section):
     """The whole file."""
 
@@ -398,6 +418,15 @@ class Params(Section):
     quantize: Quantize = Field(default_factory=Quantize)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     gates: Gates = Field(default_factory=Gates)
+    publish: Publish = Field(default_factory=Publish)
+
+    @model_validator(mode="after")
+    def _publish_has_a_place(self):
+        if "publish" in self.all.stages and not self.publish.url:
+            raise ValueError(
+                "publish.url is missing, and all.stages lists publish: say where to, az://container/prefix"
+            )
+        return self
 
     @model_validator(mode="after")
     def _merge_fits_finetune(self):

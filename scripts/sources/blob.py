@@ -8,19 +8,17 @@ identity, AZURE_CLIENT_ID and its like). Its client of the Azure SDK is used dir
 import logging
 import os
 import re
+import time
+from collections.abc import Callable, Coroutine
 from typing import NamedTuple
 
 from common.errors import UserError
 
-# The SDK's own policy waits up to two minutes and more; here a broken line is told after about half a minute.
 RETRIES = {
-    "retry_total": 4,
-    "retry_connect": 3,
-    "retry_read": 4,
-    "retry_status": 4,
-    "initial_backoff": 1,
-    "increment_base": 2,
-}
+    "retry_total": 0
+}  # the SDK waits 15 s and more before it tries again: `run` below and `download` do it sooner
+PASSING = (429, 500, 502, 503, 504)  # answers that another try may change
+ATTEMPTS = 5
 
 
 class Blob(NamedTuple):
@@ -65,11 +63,28 @@ def filesystem(account: str = "", credential: object | None = None):
         raise UserError(f"Azure Blob: the credentials of the environment cannot be used: {scrub(str(error))}") from None
 
 
-def run(fs, coroutine):
-    """Wait for a coroutine of `fs`'s clients, on the loop they live on."""
+def run(fs, request: Callable[[], Coroutine], attempts: int = ATTEMPTS):
+    """Wait for a request of `fs`'s clients, on the loop they live on; again, a bounded number of times, after what may pass."""
+    from azure.core import exceptions as azure
     from fsspec.asyn import sync
 
-    return sync(fs.loop, lambda: coroutine)
+    for attempt in range(1, attempts + 1):
+        try:
+            return sync(fs.loop, request)
+        except azure.ClientAuthenticationError:
+            raise
+        except (azure.HttpResponseError, azure.ServiceRequestError, azure.ServiceResponseError) as error:
+            passing = not isinstance(error, azure.HttpResponseError) or error.status_code in PASSING
+            if not passing or attempt == attempts:
+                raise
+            time.sleep(max(wait_asked(error), 0.5 * 2**attempt))
+    raise AssertionError
+
+
+def wait_asked(error: BaseException) -> float:
+    """Seconds that the server asked to wait (Retry-After), at most 30."""
+    after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(30.0, float(after)) if str(after).isdigit() else 0.0
 
 
 def listing(fs, container: str, path: str) -> list[Blob]:
@@ -89,7 +104,7 @@ def listing(fs, container: str, path: str) -> list[Blob]:
         return sorted(found)
 
     try:
-        found = run(fs, walk())
+        found = run(fs, walk)
     except Exception as error:
         raise explain(error, f"az://{container}/{path}") from None
     if exact := [blob for blob in found if blob.path == path]:
@@ -138,7 +153,7 @@ def explain(error: BaseException, what: str) -> UserError:
         why = "no such blob. Check the path; names are case-sensitive."
     elif isinstance(error, azure.ResourceModifiedError) or status == 412:
         why = "it was changed by someone else meanwhile. Run the same command again."
-    elif status in (429, 500, 502, 503, 504):
+    elif status in PASSING:
         why = f"the server answered {status} ({code or 'no reason given'}) again and again. Run the same command again later: it goes on where it stopped."
     elif isinstance(
         error, azure.ServiceRequestError | azure.ServiceResponseError | azure.IncompleteReadError | OSError

@@ -1,5 +1,6 @@
 """Files brought over a network: they resume where a connection broke, retries are bounded, and they appear only when whole."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ def from_web(url: str, target: Path, bar: cli.Progress) -> str | None:
         headers = {"Range": f"bytes={start}-", "If-Range": etag} if start else {}
         try:
             with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-                if answer.status_code in (429, 500, 502, 503, 504):
+                if answer.status_code in blob.PASSING:
                     after = answer.headers.get("Retry-After", "")
                     raise Broken(f"the server answered {answer.status_code}", float(after) if after.isdigit() else 0)
                 if answer.status_code == 416 or (start and answer.status_code == 200):
@@ -150,7 +151,7 @@ def from_blob(fs, container: str, entry: blob.Blob, target: Path, what: str, bar
 
     def read(start: int) -> Iterator[bytes]:
         while start < entry.size:
-            for came in blob.run(fs, blocks(start)):
+            for came in blob.run(fs, functools.partial(blocks, start)):
                 if isinstance(came, azure.ResourceModifiedError):
                     raise UserError(f"{what}: it was changed while it was read. Run the same command again.")
                 if isinstance(came, azure.HttpResponseError) and came.status_code not in (
@@ -164,7 +165,7 @@ def from_blob(fs, container: str, entry: blob.Blob, target: Path, what: str, bar
                 ):
                     raise blob.explain(came, what)
                 if isinstance(came, azure.AzureError | OSError):
-                    raise Broken(f"the connection broke ({type(came).__name__})")
+                    raise Broken(f"the connection broke ({type(came).__name__})", blob.wait_asked(came))
                 if isinstance(came, BaseException):
                     raise came
                 yield came

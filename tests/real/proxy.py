@@ -41,8 +41,12 @@ class Faulty:
         self.port = server.sockets[0].getsockname()[1]
         self.ready.set()
         self.loop.run_forever()
-        for task in asyncio.all_tasks(self.loop):
+        server.close()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
             task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
 
     def _strike(self) -> bool:
         if self.times is not None and self.times <= 0:
@@ -60,7 +64,9 @@ class Faulty:
             return
         ends = (writer, up_writer)
         try:
-            await asyncio.gather(self._up(reader, up_writer, writer, ends), self._pass(up_reader, writer, ends, "cut_down"))
+            await asyncio.gather(
+                self._up(reader, up_writer, writer, ends), self._pass(up_reader, writer, ends, "cut_down")
+            )
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from azurite import ACCOUNT
-from conftest import make_model, make_rows, run_script, write_params
+from tiny import make_model, make_rows, run_script, write_params
 
 from common.outputs import folder_digest
 from sources import blob, resolve
@@ -38,8 +38,17 @@ def fetch(tmp_path: Path, source: str, **fields: object):
     section = {"source": source, "sha256": None, "dtype": "auto", **fields}
     params = write_params(tmp_path / "params.yaml", fetch_model=section)
     out, report = tmp_path / "build" / "base", tmp_path / "results" / "base.json"
-    arguments = ["--params", params, "--output", out, "--report", report, "--log", tmp_path / "logs" / "fetch_model.log"]
-    done = run_script("fetch_model", *arguments, "--downloads", tmp_path / "build" / "downloads" / "model")
+    arguments = [
+        "--params",
+        params,
+        "--output",
+        out,
+        "--report",
+        report,
+        "--log",
+        tmp_path / "logs" / "fetch_model.log",
+    ]
+    done = run_script("fetch_model", *arguments, "--downloads", tmp_path / "build" / "downloads-model")
     return done, out, json.loads(report.read_text()) if report.exists() else None
 
 
@@ -62,7 +71,7 @@ def test_model_folder_in_azure_blob(tmp_path, blob_server, container, base):
     assert report["sha256"] == folder_digest(base)
     assert set(report["files"]) == {path.name for path in base.iterdir()}
     assert report["size_bytes"] == sum(path.stat().st_size for path in base.iterdir())
-    assert not (tmp_path / "build" / "downloads" / "model").exists()
+    assert not (tmp_path / "build" / "downloads-model").exists()
     assert blob_server.key.encode() not in written(tmp_path)
 
 
@@ -108,7 +117,9 @@ def test_mlflow_folder_of_a_registry(tmp_path, blob_server, container, base):
     for path in base.iterdir():
         place = "data/tokenizer" if "token" in path.name or path.name.endswith(".jinja") else "data/model"
         shutil.copyfile(path, root / place / path.name)
-    (root / "MLmodel").write_text("flavors:\n  hftransformersv2:\n    task_type: text-generation\n  python_function: {}\n")
+    (root / "MLmodel").write_text(
+        "flavors:\n  hftransformersv2:\n    task_type: text-generation\n  python_function: {}\n"
+    )
     upload(blob_server, container, tmp_path / "mlflow", "registry/tiny")
     done, out, report = fetch(tmp_path, pinned(f"az://{container}/registry/tiny"))
     assert done.returncode == 0, done.stderr
@@ -125,7 +136,9 @@ def test_dataset_in_azure_blob(tmp_path, blob_server, container, base):
     assert source == f"az://{container}/data/rows.jsonl#etag={etag}"
     params = write_params(tmp_path / "params.yaml", prepare={"source": source})
     report = tmp_path / "dataset.json"
-    done = run_script("prepare", "--params", params, "--base", base, "--output", tmp_path / "dataset", "--report", report)
+    done = run_script(
+        "prepare", "--params", params, "--base", base, "--output", tmp_path / "dataset", "--report", report
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(report.read_text())["source"]["train"] == {
         "source": f"az://{container}/data/rows.jsonl",
@@ -157,7 +170,10 @@ def test_what_is_wrong_with_the_account_is_told(tmp_path, blob_server, container
 
 def test_missing_container_and_missing_path_are_told(tmp_path, container):
     done, _, _ = fetch(tmp_path, "az://nowhere-at-all/tiny#etag=0x1")
-    assert "there is no container `nowhere-at-all`. Create it: `az storage container create --name nowhere-at-all`" in done.stderr
+    assert (
+        "there is no container `nowhere-at-all`. Create it: `az storage container create --name nowhere-at-all`"
+        in done.stderr
+    )
     done, _, _ = fetch(tmp_path, f"az://{container}/tiny#etag=0x1")
     assert f"az://{container}/tiny: no such file or folder there." in done.stderr
 
