@@ -1,6 +1,6 @@
 """Share data and everything that was built through Azure Blob, with DVC.
 
-    python scripts/remote.py add azure://container/path     make that the place to push to and pull from
+    python scripts/remote.py add azure://container/path     make that the place to push to and pull from (a missing container is created)
     python scripts/remote.py push                           upload what is recorded and not there yet
     python scripts/remote.py pull                           download what is recorded, prove it, and tell Snakemake
 
@@ -55,6 +55,32 @@ def add(url: str) -> None:
         done = dvc(*step, "--quiet")
         if done.returncode:
             raise UserError(f"dvc {' '.join(step)}: {done.stderr.strip() or 'failed'}")
+
+
+def ensure_container(url: str) -> str:
+    """Create the container where it is missing; says what was found.
+
+    Raises:
+        UserError: no access, or out of reach.
+    """
+    from sources import blob
+
+    if not account_name():
+        return "not checked, because the environment names no account (docs/azure.md)"
+    container = url.removeprefix("azure://").partition("/")[0]
+    fs = blob.filesystem()
+
+    async def create() -> str:
+        client = fs.service_client.get_container_client(container)
+        if await client.exists(**blob.RETRIES):
+            return f"the container {container} is there"
+        await client.create_container(**blob.RETRIES)
+        return f"the container {container} was created"
+
+    try:
+        return blob.run(fs, create)
+    except Exception as error:
+        raise blob.explain(error, url) from None
 
 
 def account_name() -> str | None:

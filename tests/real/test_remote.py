@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,9 +56,8 @@ def pushed(built, blob_server, tmp_path_factory):
         subprocess.run(["cp", "-a", built, project], check=True)
         initialise(project)
         container = blob_server.container()
-        for command in (["remote", "add"],):
-            done = remote(project, "add", f"azure://{container}/tones")
-            assert done.returncode == 0, done.stdout
+        done = remote(project, "add", f"azure://{container}/tones")
+        assert done.returncode == 0, done.stdout
         assert run(project, "dvc", "commit", "--force", "--quiet").returncode == 0
         git(project, "add", "-A")
         git(project, "commit", "-q", "-m", "build")
@@ -79,7 +79,7 @@ def test_after_a_build_there_is_no_second_copy_and_nothing_to_do(pushed):
     project, _ = pushed
     weights = project / "build" / "base" / "model.safetensors"
     assert weights.stat().st_nlink >= 2
-    assert not os.stat(weights).st_mode & 0o222
+    assert not weights.stat().st_mode & 0o222
     assert planned(project) == set()
     assert "up to date" in run(project, "dvc", "repro").stdout
 
@@ -221,8 +221,6 @@ def test_server_killed_in_the_middle_and_started_again(clone, tmp_path, pushed, 
             monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", server.connection(proxy.port))
             assert remote(clone, "add", f"azure://{name}/tones").returncode == 0
             environment = os.environ | {"PYTHONPATH": ""}
-            import sys
-
             pushing = subprocess.Popen(
                 [sys.executable, "scripts/remote.py", "push"],
                 cwd=clone,
@@ -308,7 +306,7 @@ def test_disk_full_on_pull(pushed, clone, tmp_path):
 def test_pull_says_what_is_wrong_before_anything_moves(clone, blob_server, monkeypatch, connection, url, told):
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection(blob_server))
     if url:
-        assert remote(clone, "add", url).returncode == 0
+        assert run(clone, "dvc", "remote", "modify", "storage", "url", url).returncode == 0
     done = remote(clone, "pull")
     assert done.returncode == 1
     assert told in done.stdout
