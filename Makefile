@@ -13,10 +13,10 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # The torch build that fits the machine (uv's name for it), unless a folder of wheels says which.
 TORCH_BACKEND ?= $(or $(UV_TORCH_BACKEND),$(if $(UV_FIND_LINKS),,$(if $(filter cuda,$(MACHINE)),auto,cpu)))
 export DO_NOT_TRACK = 1
-export TEXT
+export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup test test-fast lint format docs lock ask report verify reproduce clean help
+.PHONY: build setup test test-fast lint format docs lock ask report verify remote push pull azurite azureml reproduce clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
@@ -66,6 +66,21 @@ format: setup ## format code and Snakefile
 docs: setup ## regenerate docs/params.md, docs/params.schema.json and dvc.yaml
 	PYTHONPATH=scripts $(BIN)/python -m common.params_docs --output docs
 	$(BIN)/python scripts/dvc_yaml.py --output dvc.yaml
+
+remote: setup ## share through Azure Blob: make remote URL=azure://container/path
+	@$(BIN)/python scripts/remote.py add "$$URL"
+
+push: setup ## upload data and everything that was built
+	@$(BIN)/python scripts/remote.py push
+
+pull: setup ## download what was built elsewhere; then there is nothing to do
+	@$(BIN)/python scripts/remote.py pull
+
+azurite: ## install the blob server that the tests start (needs npm)
+	@npm ci --prefix tests/real/azurite --no-audit --no-fund --loglevel=error
+
+azureml: setup ## install azure-ai-ml, for azureml:// sources
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r envs/azureml.lock
 
 reproduce: setup ## build twice, in two folders, and compare the bytes
 	$(BIN)/python scripts/reproduce.py

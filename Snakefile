@@ -17,8 +17,10 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from common.errors import UserError
+from common.outputs import own_copy
 from common.params import as_json, load
 import search
+from sources.syntax import is_remote, local_path
 
 if config:
     raise WorkflowError(f"--config and --configfile are not used here (got {', '.join(config)}): edit params.yaml.")
@@ -30,14 +32,18 @@ except UserError as error:
 # The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
+# DVC links small results read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
+for result in Path("results").glob("*"):
+    own_copy(result)
+
 STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported
 ONNX = f"build/onnx-{PARAMS.quantize.precision}"
-SOURCE = PARAMS.prepare.source
-DATA = [SOURCE] if isinstance(SOURCE, str) else [file for file in (SOURCE.train, SOURCE.eval, SOURCE.test) if file]
+DATA = [local_path(source) for source in PARAMS.prepare.files.values() if not is_remote(source)]
 for file in DATA:
     if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
         raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
+PUBLISHED = "build/package" if "package" in STAGES else ONNX  # what publish uploads
 MODELS = {
     "base": "build/base",
     "adapter": "build/adapter" * ("finetune" in STAGES),
@@ -70,6 +76,10 @@ MATERIALS = [
 ]
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
 ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
+# What brings data and models here. A remote source is no input file: its text in the section, with the pin, stands for its content.
+SOURCES = [
+    f"scripts/sources/{name}.py" for name in ("azureml", "blob", "download", "hub", "mlflow", "resolve", "syntax")
+]
 
 
 report: "report/workflow.rst"
@@ -108,11 +118,13 @@ rule all:
         ["results/gates.json"] * ("gates" in STAGES),
         ["build/package"] * ("package" in STAGES),
         ["build/report/overview.html"] * ("report" in STAGES),
+        ["results/published.json"] * ("publish" in STAGES),
 
 
 rule fetch_model:
     input:
         script="scripts/fetch_model.py",
+        modules=SOURCES,
         environment=ENVIRONMENT,
     output:
         model=directory("build/base"),
@@ -128,6 +140,7 @@ rule fetch_model:
         " --params params.yaml"
         " --output {output.model}"
         " --report {output.report}"
+        " --downloads build/downloads-model"
         " --log {log}"
 
 
@@ -139,6 +152,7 @@ rule prepare:
             "scripts/dataset/duplicates.py",
             "scripts/dataset/rows.py",
             "scripts/dataset/store.py",
+            *SOURCES,
         ],
         environment=ENVIRONMENT,
         data=DATA,
@@ -159,6 +173,7 @@ rule prepare:
         " --base {input.base}"
         " --output {output.dataset}"
         " --report {output.report}"
+        " --downloads build/downloads-data"
         " --log {log}"
 
 
@@ -447,4 +462,29 @@ rule report:
         " --losses {input.losses}"
         " {params.search}"
         " --output build/report"
+        " --log {log}"
+
+
+rule publish:
+    input:
+        script="scripts/publish.py",
+        modules=["scripts/sources/blob.py", "scripts/sources/download.py"],
+        model=PUBLISHED,
+        metrics=["results/metrics.json"] * ("evaluate" in STAGES),
+        gates=["results/gates.json"] * ("gates" in STAGES),  # a model that misses a gate is not published
+    output:
+        "results/published.json",
+    log:
+        "logs/publish.log",
+    benchmark:
+        "benchmarks/publish.tsv"
+    params:
+        section=lambda wildcards: as_json(PARAMS.publish),
+        metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
+    shell:
+        "python {input.script}"
+        " --params params.yaml"
+        " --model {input.model}"
+        " {params.metrics}"
+        " --output {output}"
         " --log {log}"

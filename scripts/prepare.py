@@ -2,7 +2,7 @@
 
     python scripts/prepare.py --params params.yaml --base build/base --output build/dataset --report results/dataset.json
 
-Reads the section `prepare`, the dataset files it names and the tokenizer in the base model's folder. Checks every row
+Reads the section `prepare`, the dataset files it names (here or elsewhere: scripts/sources/syntax.py) and the tokenizer in the base model's folder. Checks every row
 first, then writes train.parquet, eval.parquet and test.parquet (row, prompt, answer, input_ids, labels) and
 prompt.json (the template for inference), and a report of rows, tokens, lengths, labels, truncation and duplicates.
 
@@ -22,6 +22,8 @@ from common.errors import UserError
 from dataset.duplicates import copies_of_held_out
 from dataset.rows import read_rows
 from dataset.store import Row, Store
+from sources.resolve import bring, downloading
+from sources.syntax import parse
 
 SPLITS = ("train", "eval", "test")
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -145,8 +147,12 @@ def _chat_problems(name: str, value: object) -> list[str]:
     return []
 
 
-def read_valid(file: str, form: Form) -> Iterator[Row]:
+def read_valid(file: str, form: Form, path: Path | None = None) -> Iterator[Row]:
     """Rows of one file, rendered; every bad row is collected and told at once.
+
+    Args:
+        file: the name by which errors call it.
+        path: where it lies, if that is another place.
 
     Raises:
         UserError: no rows, a field that no row has, or bad rows (file, row number and field of each).
@@ -154,7 +160,7 @@ def read_valid(file: str, form: Form) -> Iterator[Row]:
     bad, count, seen = [], 0, Counter()
     columns: dict[str, None] = {}
     number = 0
-    for number, raw in enumerate(read_rows(Path(file)), 1):
+    for number, raw in enumerate(read_rows(path or Path(file)), 1):
         if isinstance(raw, dict):
             seen.update(name for name in form.fields if raw.get(name) is not None)
             if number <= 1000:
@@ -360,12 +366,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model's folder (for its tokenizer)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the dataset to")
     parser.add_argument("--report", type=Path, required=True, help="JSON file to write statistics to")
+    parser.add_argument(
+        "--downloads", type=Path, help="folder where a broken download is kept and goes on (default: nothing is kept)"
+    )
     args = parser.parse_args(argv)
     with cli.job("prepare", args.log) as job:
         everything = params.load(args.params)
         section = everything.prepare
         with outputs.written(args.output, [args.report]) as (folder, report):
-            statistics = prepare(section, args.base, folder, job)
+            with downloading(args.downloads, folder.parent) as downloads:
+                statistics = prepare(section, args.base, folder, downloads, job)
             outputs.write_json(report, statistics)
         counts = statistics["rows"]
         for name, gate in everything.gates.every().items() if "gates" in everything.all.stages else ():
@@ -441,15 +451,14 @@ def drop_duplicates(section: params.Prepare, store: Store, split: np.ndarray) ->
     return len(copies)
 
 
-def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> dict:
-    """Run all of it: validate into a temporary store, split, drop duplicates, tokenize. Returns the statistics."""
+def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, job: cli.Job) -> dict:
+    """Run all of it: bring remote files here, validate into a temporary store, split, drop duplicates, tokenize. Returns the statistics."""
     tokenizer = load_tokenizer(base)
     form = Form(section, tokenizer)
-    files = section.source.model_dump() if isinstance(section.source, params.Files) else {"train": section.source}
-    files = {name: file for name, file in files.items() if file}
+    files = {name: bring(parse(text), "dataset", downloads / name, job) for name, text in section.files.items()}
 
     with Store(folder / ".rows.sqlite", FEW_ANSWERS) as store:
-        sizes = {name: store.add(read_valid(file, form)) for name, file in files.items()}
+        sizes = {name: store.add(read_valid(file.record["source"], form, file.path)) for name, file in files.items()}
         split = split_rows(section, store, sizes)
         before = split.copy()
         drop_duplicates(section, store, split)
@@ -494,10 +503,7 @@ def prepare(section: params.Prepare, base: Path, folder: Path, job: cli.Job) -> 
             {answers[code]: int(amount) for code, amount in zip(numbers, amounts, strict=True)} if labels else {}
         )
     return {
-        "source": {
-            name: {"path": file, "sha256": outputs.sha256(Path(file)), "size_bytes": Path(file).stat().st_size}
-            for name, file in files.items()
-        },
+        "source": {name: file.record for name, file in files.items()},
         "rows": {"read": len(split), **{name: int((split == index).sum()) for index, name in enumerate(SPLITS)}},
         "sequences": {name: sum(writer.lengths.values()) for name, writer in zip(SPLITS, writers, strict=True)},
         "tokens": {name: writer.tokens for name, writer in zip(SPLITS, writers, strict=True)},

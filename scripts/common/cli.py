@@ -20,6 +20,7 @@ from common.errors import UserError
 
 # No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -56,8 +57,11 @@ class Job:
         return time.monotonic() - self.started
 
     @contextlib.contextmanager
-    def progress(self, total: int, unit: str, initial: int = 0) -> Iterator["Progress"]:
-        """A tqdm bar on a terminal; plain lines in the log (and on a terminal that is a file) otherwise."""
+    def progress(self, total: int | None, unit: str, initial: int = 0) -> Iterator["Progress"]:
+        """A tqdm bar on a terminal; plain lines in the log (and on a terminal that is a file) otherwise.
+
+        `total` is None where it is not known; the unit "B" counts bytes and shows megabytes.
+        """
         bar = Progress(self, total, unit, initial)
         try:
             yield bar
@@ -68,7 +72,7 @@ class Job:
 class Progress:
     """Progress of long work, with optional figures such as the loss beside it."""
 
-    def __init__(self, job: Job, total: int, unit: str, initial: int):
+    def __init__(self, job: Job, total: int | None, unit: str, initial: int):
         from tqdm import tqdm
 
         self.job, self.total, self.unit, self.done = job, total, unit, initial
@@ -78,6 +82,7 @@ class Progress:
             total=total,
             initial=initial,
             unit=unit,
+            unit_scale=unit == "B",
             desc=job.name,
             file=job.terminal,
             disable=not self.live,
@@ -92,13 +97,18 @@ class Progress:
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update(count)
         now = time.monotonic()
-        if now - self.last_line >= 10 or self.done >= self.total:
+        if now - self.last_line >= 10 or self.done == self.total:
             self.last_line = now
             rate = self.bar.format_dict["elapsed"] / max(1, self.done - self.bar.initial) if self.live else None
-            left = f", {rate * (self.total - self.done):.0f} s left" if rate else ""
+            left = f", {rate * (self.total - self.done):.0f} s left" if rate and self.total else ""
             text = ", ".join(f"{key} {value}" for key, value in figures.items())
-            line = f"{self.done}/{self.total} {self.unit}{', ' + text if text else ''}{left}"
+            line = f"{self._counted()}{', ' + text if text else ''}{left}"
             (self.job.log if self.live or self.job.log_path is None else self.job.say)(line)
+
+    def _counted(self) -> str:
+        scale, digits, unit = (1e6, 1, "MB") if self.unit == "B" else (1, 0, self.unit)
+        total = "" if self.total is None else f"/{self.total / scale:.{digits}f}"
+        return f"{self.done / scale:.{digits}f}{total} {unit}"
 
     def close(self) -> None:
         self.bar.close()

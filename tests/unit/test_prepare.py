@@ -779,7 +779,7 @@ def test_rows_without_a_prompt_field_are_no_duplicates(build, tmp_path):
         ("rows.json", b" [ ]\n", ": no rows in it."),
         ("rows.jsonl", b"\n\n", ": no rows in it."),
         ("rows.csv", b"phrase,tone\n", ": no rows in it."),
-        ("rows.json", None, ": no such file. Check prepare.source."),
+        ("rows.json", None, ": no such file or folder. Correct the source in params.yaml"),
         ("rows.json", b'"text"', ": not JSON: expected an array of objects, or one object a line."),
         ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": "b" "tone": "y"}]', ": row 2: malformed JSON: "),
         ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": "b", ', ": row 2: malformed JSON: "),
@@ -908,7 +908,7 @@ def test_statistics_add_up(build, tmp_path, strategy):
         assert sum(report["labels"][name].values()) == rows[name]
     content = source.read_bytes()
     assert report["source"]["train"] == {
-        "path": str(source),
+        "source": str(source),
         "sha256": hashlib.sha256(content).hexdigest(),
         "size_bytes": len(content),
     }

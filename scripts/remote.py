@@ -1,0 +1,259 @@
+"""Share data and everything that was built through Azure Blob, with DVC.
+
+    python scripts/remote.py add azure://container/path     make that the place to push to and pull from (a missing container is created)
+    python scripts/remote.py push                           upload what is recorded and not there yet
+    python scripts/remote.py pull                           download what is recorded, prove it, and tell Snakemake
+
+`dvc push` and `dvc pull` do the same transfers. `push` and `pull` here say what is wrong with the account before anything moves, go on
+after a broken connection a bounded number of times, and check: `push`, that every file lies there in its full size; `pull`,
+by `dvc status`, that every hash matches, and only then it records the outputs in Snakemake's own books, so that
+`snakemake --cores all` has nothing to do and still notices every later change. Credentials come from the environment (docs/azure.md).
+"""
+
+import argparse
+import configparser
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import cli
+from common.errors import UserError
+
+NAME = "storage"  # what the remote is called in .dvc/config
+ATTEMPTS = 4
+# Measured with bench/transfer.py (docs/azure.md): more files at a time than the default of 4 x cores help nothing.
+SETTINGS = {"verify": "true", "jobs": "8"}
+
+
+def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
+    """Run DVC of this environment; its progress bars go to the terminal, its errors are kept."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE if capture else None, stderr=subprocess.PIPE, text=True)
+
+
+def add(url: str) -> None:
+    """Make `url` the default remote, in .dvc/config, which holds no credential and belongs into Git.
+
+    Raises:
+        UserError: not of the form azure://container/path, or with a credential in it.
+    """
+    if not re.fullmatch(r"azure://[a-z0-9](-?[a-z0-9]){2,62}(/[^\s?#@]+)?", url):
+        raise UserError(
+            "the remote is not of the form azure://container/path (lower-case letters, digits and `-` in the container's name; no "
+            "account, query or SAS). Example: make remote URL=azure://models/tones"
+        )
+    settings = dict(SETTINGS)
+    if account := account_name():
+        settings["account_name"] = account
+    steps = [["remote", "add", "--force", "--default", NAME, url]]
+    steps += [["remote", "modify", NAME, key, value] for key, value in settings.items()]
+    for step in steps:
+        done = dvc(*step, "--quiet")
+        if done.returncode:
+            raise UserError(f"dvc {' '.join(step)}: {done.stderr.strip() or 'failed'}")
+
+
+def ensure_container(url: str) -> str:
+    """Create the container where it is missing; says what was found.
+
+    Raises:
+        UserError: no access, or out of reach.
+    """
+    from sources import blob
+
+    if not account_name():
+        return "not checked, because the environment names no account (docs/azure.md)"
+    container = url.removeprefix("azure://").partition("/")[0]
+    fs = blob.filesystem()
+
+    async def create() -> str:
+        client = fs.service_client.get_container_client(container)
+        if await client.exists(**blob.RETRIES):
+            return f"the container {container} is there"
+        await client.create_container(**blob.RETRIES)
+        return f"the container {container} was created"
+
+    try:
+        return blob.run(fs, create)
+    except Exception as error:
+        raise blob.explain(error, url) from None
+
+
+def account_name() -> str | None:
+    """The account that the environment names."""
+    found = re.search(r"AccountName=([^;]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
+    return found[1] if found else os.environ.get("AZURE_STORAGE_ACCOUNT")
+
+
+def place() -> tuple[str, str, str]:
+    """Account (or ""), container and path of the default remote.
+
+    Raises:
+        UserError: there is none, or it is not in Azure Blob.
+    """
+    config = configparser.ConfigParser()
+    config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
+    name = config.get("core", "remote", fallback=None)
+    section = f"'remote \"{name}\"'"
+    if name is None or section not in config:
+        raise UserError("no remote is set up. Name one: `make remote URL=azure://container/path`.")
+    url = config[section].get("url", "")
+    if not url.startswith("azure://"):
+        raise UserError(f"the remote {name} is {url}, not in Azure Blob: use `dvc push` and `dvc pull`.")
+    container, _, path = url.removeprefix("azure://").partition("/")
+    return config[section].get("account_name", ""), container, path.strip("/")
+
+
+def stored() -> dict[str, int]:
+    """Bytes of every DVC object in the remote, by its MD5 (32 hex digits, `.dir` behind those of folders).
+
+    Raises:
+        UserError: no container, no access, or out of reach.
+    """
+    from sources import blob
+
+    account, container, path = place()
+    fs = blob.filesystem(account)
+    prefix = f"{path}/files/md5/" if path else "files/md5/"
+
+    async def walk() -> dict[str, int]:
+        client = fs.service_client.get_container_client(container)
+        return {
+            one.name[len(prefix) :].replace("/", ""): one.size
+            async for one in client.list_blobs(prefix, **blob.RETRIES)
+        }
+
+    try:
+        return blob.run(fs, walk)
+    except Exception as error:
+        raise blob.explain(error, f"azure://{container}/{path}") from None
+
+
+def cached() -> dict[str, int]:
+    """Bytes of every object in DVC's cache here, by MD5."""
+    root = Path(dvc("cache", "dir", capture=True).stdout.strip()) / "files" / "md5"
+    return {path.parent.name + path.name: path.stat().st_size for path in root.glob("??/*") if path.is_file()}
+
+
+def transfer(verb: str, job: cli.Job) -> None:
+    """`dvc push` or `dvc pull`, again after a failure that may pass.
+
+    Raises:
+        UserError: it failed ATTEMPTS times, or for a reason that stays.
+    """
+    from sources import blob
+
+    for attempt in range(1, ATTEMPTS + 1):
+        done = dvc(verb)
+        if done.returncode == 0:
+            return
+        text = blob.scrub(done.stderr)
+        print(text, file=sys.stderr)
+        if "No space left" in text or "Errno 28" in text:
+            raise UserError(
+                f"dvc {verb}: the disk is full. Free some space and run the same command again: what is here already is not moved again."
+            )
+        stored()  # says what is wrong with the account, the container or the network, if that is it
+        if attempt < ATTEMPTS:
+            job.say(f"dvc {verb} failed (attempt {attempt} of {ATTEMPTS}); going on with what is missing")
+            time.sleep(2**attempt)
+    reason = next((line for line in reversed(text.splitlines()) if line.startswith("ERROR")), "no reason given")
+    raise UserError(
+        f"dvc {verb} failed {ATTEMPTS} times: {reason} Nothing was lost: run the same command again, it moves only what is missing."
+    )
+
+
+def push(job: cli.Job) -> None:
+    """Upload, and check that what is there has the right size; a blob that was cut is taken away and uploaded again.
+
+    Raises:
+        UserError: see `transfer`.
+    """
+    here = cached()
+    cut = [name for name, size in stored().items() if here.get(name, size) != size]
+    if cut:
+        delete(cut)
+        job.say(f"{len(cut)} blobs there have the wrong size and are uploaded again")
+    transfer("push", job)
+    there = stored()
+    wrong = [name for name, size in there.items() if here.get(name, size) != size]
+    if wrong:
+        raise UserError(f"{len(wrong)} blobs do not have the size of what was uploaded. Run the same command again.")
+    _, container, path = place()
+    job.say(
+        f"azure://{container}/{path} holds {len(there)} files, {sum(there.values()) / 1e6:.0f} MB ({job.seconds():.0f} s)"
+    )
+
+
+def delete(names: list[str]) -> None:
+    """Delete objects of the remote, by MD5."""
+    from sources import blob
+
+    account, container, path = place()
+    fs = blob.filesystem(account)
+
+    async def remove() -> None:
+        client = fs.service_client.get_container_client(container)
+        for name in names:
+            await client.delete_blob("/".join(filter(None, [path, "files/md5", name[:2], name[2:]])), **blob.RETRIES)
+
+    try:
+        blob.run(fs, remove)
+    except Exception as error:
+        raise blob.explain(error, f"azure://{container}/{path}") from None
+
+
+def pull(job: cli.Job) -> None:
+    """Download, prove by content that everything is what was recorded, then record it as built in Snakemake's books.
+
+    Raises:
+        UserError: see `transfer`; or the receipts, the parameters and the files here do not agree.
+    """
+    there = stored()
+    if not there:
+        raise UserError("nothing is in the remote. Where it was built: `make push`.")
+    transfer("pull", job)
+    status = dvc("status", "--json", capture=True)
+    if status.returncode:
+        raise UserError(f"dvc status: {status.stderr.strip()}")
+    changed = json.loads(status.stdout or "{}")
+    if changed:
+        raise UserError(
+            f"what was pulled is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "
+            "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
+        )
+    record(job)
+
+
+def record(job: cli.Job) -> None:
+    """Let Snakemake note every output as made from the inputs and parameters of now. Only after the hashes were checked."""
+    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"snakemake --touch: {(done.stdout + done.stderr).strip()}")
+    job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="add|push|pull")
+    verbs.add_parser("add", help="set up the remote").add_argument("url", help="azure://container/path")
+    verbs.add_parser("push", help="upload")
+    verbs.add_parser("pull", help="download, prove, and tell Snakemake")
+    args = parser.parse_args(argv)
+    with cli.job("remote") as job:
+        if args.verb == "add":
+            add(args.url)
+            job.say(
+                f"{args.url} is the remote now, in .dvc/config: commit that file. Then `make push`; elsewhere `make pull`."
+            )
+        else:
+            {"push": push, "pull": pull}[args.verb](job)
+
+
+if __name__ == "__main__":
+    main()

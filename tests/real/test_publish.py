@@ -1,0 +1,165 @@
+"""publish on a real blob server: once, twice, two at a time, in the middle of faults; and --verify, which finds every changed byte."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, run_script, write_params
+
+from common.outputs import folder_digest
+
+pytestmark = pytest.mark.real
+
+
+def make_exported(folder: Path, text: str = "one") -> Path:
+    """A folder that stands for an exported model: 5 MB of weights, a configuration, a file in a sub-folder."""
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.onnx.data").write_bytes(text.encode() * (5_000_000 // len(text)))
+    (folder / "genai_config.json").write_text(json.dumps({"model": text}))
+    (folder / "sub" / "tokenizer.json").write_text("{}")
+    (folder / ".snakemake_timestamp").touch()
+    return folder
+
+
+def arguments(tmp_path: Path, container: str, model: Path, name: str = "published") -> list:
+    params = write_params(tmp_path / f"{name}.yaml", publish={"url": f"az://{container}/models/tones"})
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text('{"int4": {"accuracy": 0.75}}')
+    return ["--params", params, "--model", model, "--metrics", metrics, "--output", tmp_path / f"{name}.json"]
+
+
+def blobs(server, container: str) -> dict[str, tuple[str, object]]:
+    """ETag and time of every blob."""
+    found = server.client().get_container_client(container).list_blobs()
+    return {blob.name: (blob.etag, blob.last_modified) for blob in found}
+
+
+def pointer(server, container: str) -> dict:
+    return json.loads(server.client().get_blob_client(container, "models/tones/latest.json").download_blob().readall())
+
+
+def test_published_model_verifies_and_the_same_bytes_upload_nothing(tmp_path, blob_server, container):
+    model = make_exported(tmp_path / "model")
+    digest = folder_digest(model)
+    done = run_script("publish", *arguments(tmp_path, container, model))
+    assert done.returncode == 0, done.stderr
+    receipt = json.loads((tmp_path / "published.json").read_text())
+    assert receipt["url"] == f"az://{container}/models/tones/{digest}"
+    latest = pointer(blob_server, container)
+    assert latest["digest"] == digest
+    assert latest["previous"] is None
+    assert latest["metrics"] == {"int4": {"accuracy": 0.75}}
+    assert set(latest["files"]) == {"model.onnx.data", "genai_config.json", "sub/tokenizer.json"}
+    before = blobs(blob_server, container)
+    assert set(before) == {f"models/tones/{digest}/{name}" for name in [*latest["files"], "manifest.json"]} | {
+        "models/tones/latest.json"
+    }
+    again = run_script("publish", *arguments(tmp_path, container, model, "again"))
+    assert again.returncode == 0, again.stderr
+    assert blobs(blob_server, container) == before
+    for url in (f"az://{container}/models/tones", f"az://{container}/models/tones/latest.json", receipt["url"]):
+        verified = run_script("publish", "--verify", url)
+        assert verified.returncode == 0, verified.stderr
+        assert "3 files, 5 MB: every byte is right" in verified.stderr
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_verify_names_a_damaged_blob_and_publishing_again_mends_it(tmp_path, blob_server, container, damage):
+    model = make_exported(tmp_path / "model")
+    assert run_script("publish", *arguments(tmp_path, container, model)).returncode == 0
+    blob = blob_server.client().get_blob_client(container, f"models/tones/{folder_digest(model)}/model.onnx.data")
+    content = bytearray((model / "model.onnx.data").read_bytes())
+    content[3_000_000] ^= 1
+    if damage == "delete":
+        blob.delete_blob()
+    else:
+        blob.upload_blob(bytes(content) if damage == "flip" else bytes(content[:-1]), overwrite=True)
+    url = f"az://{container}/models/tones"
+    done = run_script("publish", "--verify", url)
+    assert done.returncode == 1
+    assert "1 of 3 files are not what was published; publish again." in done.stderr
+    assert "model.onnx.data" in done.stderr
+    assert run_script("publish", *arguments(tmp_path, container, model, "again")).returncode == 0
+    assert run_script("publish", "--verify", url).returncode == 0
+
+
+def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
+    """Both models are whole afterwards, the pointer names one, and the chain of `previous` leads to the other."""
+    models = [make_exported(tmp_path / name, name) for name in ("first", "other")]
+    running = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "scripts" / "publish.py"),
+                *map(str, arguments(tmp_path, container, model, model.name)),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for model in models
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    latest = pointer(blob_server, container)
+    digests = {folder_digest(model) for model in models}
+    assert {latest["digest"], latest["previous"]} == digests
+    for digest in digests:
+        assert run_script("publish", "--verify", f"az://{container}/models/tones/{digest}").returncode == 0
+
+
+def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, container, monkeypatch):
+    """Exactly between reading and writing, somebody else's pointer appears: the condition fails, and theirs becomes `previous`."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import publish
+    from common import cli
+    from sources.syntax import parse
+
+    model = make_exported(tmp_path / "model")
+    store = publish.Store(parse(f"az://{container}/models/tones", must_pin=False))
+    theirs, swaps = {"digest": "f" * 64}, []
+    original = store.swap
+
+    def swap(name, content, etag):
+        if name == publish.POINTER:
+            swaps.append(etag)
+            if len(swaps) == 1:
+                blob_server.client().get_blob_client(container, "models/tones/latest.json").upload_blob(
+                    json.dumps(theirs)
+                )
+        return original(name, content, etag)
+
+    monkeypatch.setattr(store, "swap", swap)
+    publish.publish(store, model, publish.describe(model, None), cli.Job("publish", sys.stderr, None))
+    assert swaps[0] is None
+    assert len(swaps) == 2
+    assert pointer(blob_server, container)["previous"] == "f" * 64
+
+
+def test_cut_in_the_middle_leaves_the_old_pointer_and_the_next_run_finishes(tmp_path, blob_server, container, proxy):
+    old, new = make_exported(tmp_path / "old", "old"), make_exported(tmp_path / "new", "new")
+    assert run_script("publish", *arguments(tmp_path, container, old)).returncode == 0
+    proxy.cut_up = 1_000_000
+    failed = run_script("publish", *arguments(tmp_path, container, new, "new"))
+    assert failed.returncode == 1
+    assert "it goes on where it stopped" in failed.stderr
+    assert proxy.hits == 5  # bounded
+    assert blob_server.key not in failed.stderr
+    assert not (tmp_path / "new.json").exists()
+    assert pointer(blob_server, container)["digest"] == folder_digest(old)
+    proxy.well()
+    done = run_script("publish", *arguments(tmp_path, container, new, "new"))
+    assert done.returncode == 0, done.stderr
+    assert pointer(blob_server, container)["digest"] == folder_digest(new)
+    assert pointer(blob_server, container)["previous"] == folder_digest(old)
+    assert run_script("publish", "--verify", f"az://{container}/models/tones").returncode == 0
+
+
+def test_publish_without_a_place_is_refused(tmp_path):
+    done = run_script(
+        "publish", "--params", write_params(tmp_path / "p.yaml"), "--model", tmp_path, "--output", tmp_path / "o.json"
+    )
+    assert done.returncode == 1
+    assert "publish.url in params.yaml says nowhere to publish to" in done.stderr
