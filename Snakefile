@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
+import container as containers
+import slurm
 from common.errors import UserError
 from common.params import as_json, load
 
@@ -29,6 +32,11 @@ except UserError as error:
 # The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
+# With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
+CONTAINER = PARAMS.all.container
+IMAGE = lambda wildcards: containers.image(CONTAINER)
+IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+
 STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported
 ONNX = f"build/onnx-{PARAMS.quantize.precision}"
@@ -41,6 +49,27 @@ MODELS = {"base": "build/base", "merged": "build/merged" * ("merge" in STAGES), 
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
 ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
+
+
+try:
+    if CONTAINER and IN_CONTAINERS:
+        containers.prepare(CONTAINER, [*DATA, PARAMS.fetch_model.source], online=["scripts/fetch_model.py"])
+    if not workflow.is_main_process:
+        slurm.refuse_missing_gpu(CONTAINER if IN_CONTAINERS else None)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+onstart:
+    if CONTAINER and IN_CONTAINERS:
+        try:
+            containers.check(CONTAINER)
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+    elif IN_CONTAINERS and workflow.local_exec:
+        raise WorkflowError("all.container in params.yaml names no image. `make image sif` builds one and prints the line.")
+    elif CONTAINER and "SLMAKE_MACHINE" not in os.environ:
+        print(f"note: not in {containers.image(CONTAINER)}: that takes --profile profiles/container.", file=sys.stderr)
 
 
 localrules:
@@ -69,8 +98,14 @@ rule fetch_model:
         "logs/fetch_model.log",
     benchmark:
         "benchmarks/fetch_model.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(8000),
+        runtime=120,
     params:
         section=lambda wildcards: as_json(PARAMS.fetch_model),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -98,9 +133,15 @@ rule prepare:
         "logs/prepare.log",
     benchmark:
         "benchmarks/prepare.tsv"
+    container:
+        IMAGE
     threads: 2
+    resources:
+        mem_mb=slurm.memory(4000),
+        runtime=60,
     params:
         section=lambda wildcards: as_json(PARAMS.prepare),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -125,9 +166,15 @@ rule finetune:
         "logs/finetune.log",
     benchmark:
         "benchmarks/finetune.tsv"
+    container:
+        IMAGE
     threads: 64
+    resources:
+        mem_mb=slurm.memory(6000, 4),
+        runtime=720,
     params:
         section=lambda wildcards: as_json(PARAMS.finetune),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -153,9 +200,15 @@ rule merge:
         "logs/merge.log",
     benchmark:
         "benchmarks/merge.tsv"
+    container:
+        IMAGE
     threads: 8
+    resources:
+        mem_mb=slurm.memory(4000, 2),
+        runtime=60,
     params:
         section=lambda wildcards: as_json(PARAMS.merge),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -177,9 +230,15 @@ rule quantize:
         "logs/quantize.log",
     benchmark:
         "benchmarks/quantize.tsv"
+    container:
+        IMAGE
     threads: 8
+    resources:
+        mem_mb=slurm.memory(6000, 4),
+        runtime=240,
     params:
         section=lambda wildcards: as_json(PARAMS.quantize),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -203,9 +262,15 @@ rule evaluate:
         "logs/evaluate.log",
     benchmark:
         "benchmarks/evaluate.tsv"
+    container:
+        IMAGE
     threads: 64
+    resources:
+        mem_mb=slurm.memory(6000, 3),
+        runtime=240,
     params:
         section=lambda wildcards: as_json(PARAMS.evaluate),
+        container=CONTAINER,
         models=" ".join(f"--{name} {folder}" for name, folder in SCORED.items()),
     shell:
         "python {input.script}"
@@ -229,7 +294,13 @@ rule gates:
         "logs/gates.log",
     benchmark:
         "benchmarks/gates.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(1000),
+        runtime=10,
     params:
         section=lambda wildcards: as_json(PARAMS.gates),
+        container=CONTAINER,
     shell:
         "python {input.script}" " --params params.yaml" " --metrics {input.metrics}" " --output {output}" " --log {log}"

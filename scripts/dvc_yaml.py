@@ -81,7 +81,7 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
             # The environment's own programs first, whether or not it is activated.
             "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet progress --allowed-rules {name} -- {rule["output"][0]}',
             "deps": sorted(rule["input"]),
-            "params": [name],
+            "params": [name, "all.container"],
             "outs": [{path: {"cache": False}} if path in METRICS else path for path in rule["output"]],
         }
     plots: list[dict] = []
