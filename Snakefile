@@ -67,9 +67,13 @@ onstart:
         except UserError as error:
             raise WorkflowError(str(error)) from None
     elif IN_CONTAINERS and workflow.local_exec:
-        raise WorkflowError("all.container in params.yaml names no image. `make image sif` builds one and prints the line.")
+        raise WorkflowError(
+            "all.container in params.yaml names no image. `make image sif` builds one and prints the line."
+        )
     elif CONTAINER and "SLMAKE_MACHINE" not in os.environ:
-        print(f"note: not in {containers.image(CONTAINER)}: that takes --profile profiles/container.", file=sys.stderr)
+        print(
+            f"note: not in {containers.image(CONTAINER)}: that takes --profile profiles/container.", file=sys.stderr
+        )
 
 
 localrules:

@@ -6,6 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 machine=$1 torch=$2 backend=${3:-}
+# The machine that builds the image need not have the GPU that will run it.
+if [ "$machine" = cuda ] && [ "$backend" = auto ]; then backend=cu130; fi
 
 engine=${ENGINE:-}
 for candidate in docker podman; do

@@ -48,7 +48,7 @@ def test_dvc_yaml_agrees_with_the_snakefile():
     stages = yaml.safe_load(done.stdout)["stages"]
     assert list(stages) == ["fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates"]
     for name, stage in stages.items():
-        assert stage["params"] == [name]
+        assert stage["params"] == [name, "all.container"]
         assert f"--allowed-rules {name} --" in stage["cmd"]
         assert f"scripts/{name}.py" in stage["deps"]
 
