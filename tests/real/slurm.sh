@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
 # A Slurm cluster of one node on the loopback interface, for the tests in this folder.
-#   tests/real/slurm.sh start FOLDER    configuration, state and logs go to FOLDER; then: export SLURM_CONF=FOLDER/slurm.conf
+#   tests/real/slurm.sh start FOLDER    configuration, state and logs go to FOLDER
 #   tests/real/slurm.sh stop FOLDER
+# /etc/slurm/slurm.conf becomes a link to it (needs root): Snakemake's job steps forget SLURM_CONF.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 command=$1
 mkdir -p "$2"
 folder=$(cd "$2" && pwd)
 export SLURM_CONF=$folder/slurm.conf
+system=/etc/slurm/slurm.conf
 
 stop() {
   scancel --full --user "$(id -un)" 2>/dev/null || true
   for name in slurmctld slurmd munged; do
     if [ -s "$folder/$name.pid" ]; then kill "$(cat "$folder/$name.pid")" 2>/dev/null || true; fi
   done
+  if [ "$(readlink $system)" = "$SLURM_CONF" ]; then rm $system; fi
 }
 
 start() {
+  if [ -e $system ]; then
+    echo "slurm: $system is there: this machine belongs to a cluster, or another test runs." >&2
+    exit 1
+  fi
+  mkdir -p /etc/slurm
+  ln -sfn "$SLURM_CONF" $system
   mkdir -p "$folder"/{state,spool,munge}
   chmod 755 "$folder"
   chmod 700 "$folder/munge"
