@@ -16,7 +16,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup test test-fast lint format docs lock ask report verify remote push pull azurite azureml reproduce clean help
+.PHONY: build setup image sif test test-fast lint format docs lock ask report verify remote push pull azurite azureml reproduce clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
@@ -36,6 +36,13 @@ $(READY): envs/uv.lock envs/$(MACHINE).lock envs/dev.lock
 	  || { echo "setup: torch backend '$(TORCH_BACKEND)' cannot be reached; taking the package index's own build (on Linux: CUDA, several GB)"; \
 	       env -u UV_TORCH_BACKEND $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(TORCH); }
 	@touch $@
+
+image: ## build the container image (docker or podman); MACHINE=cuda for NVIDIA GPUs
+	@scripts/image.sh $(MACHINE) $(TORCH) $(if $(UV_FIND_LINKS),,$(TORCH_BACKEND))
+
+sif: setup ## turn that image into an Apptainer image, check it, print the line for params.yaml
+	@scripts/sif.sh $(MACHINE)
+	@$(BIN)/python scripts/container.py containers/slmake-$(MACHINE).sif
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
 	@$(BIN)/python scripts/ask.py "$$TEXT"

@@ -13,13 +13,16 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
+import container as containers
+import search
+import slurm
 from common.errors import UserError
 from common.outputs import own_copy
 from common.params import as_json, load
-import search
 from sources.syntax import is_remote, local_path
 
 if config:
@@ -31,6 +34,11 @@ except UserError as error:
 
 # The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
+
+# With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
+CONTAINER = PARAMS.all.container
+IMAGE = lambda wildcards: containers.image(CONTAINER)
+IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 
 # DVC links small results read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
 for result in Path("results").glob("*"):
@@ -80,6 +88,36 @@ ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
 SOURCES = [
     f"scripts/sources/{name}.py" for name in ("azureml", "blob", "download", "hub", "mlflow", "resolve", "syntax")
 ]
+
+
+ONLINE = [
+    "scripts/fetch_model.py",
+    "scripts/publish.py",
+    *["scripts/prepare.py"] * (len(DATA) < len(PARAMS.prepare.files)),
+]
+try:
+    if CONTAINER and IN_CONTAINERS:
+        containers.prepare(CONTAINER, [*DATA, PARAMS.fetch_model.source], online=ONLINE)
+    if not workflow.is_main_process:
+        slurm.refuse_missing_gpu(CONTAINER if IN_CONTAINERS else None)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+onstart:
+    if CONTAINER and IN_CONTAINERS:
+        try:
+            containers.check(CONTAINER)
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+    elif IN_CONTAINERS and workflow.local_exec:
+        raise WorkflowError(
+            "all.container in params.yaml names no image. `make image sif` builds one and prints the line."
+        )
+    elif CONTAINER and "SLMAKE_MACHINE" not in os.environ:
+        print(
+            f"note: not in {containers.image(CONTAINER)}: that takes --profile profiles/container.", file=sys.stderr
+        )
 
 
 report: "report/workflow.rst"
@@ -133,8 +171,14 @@ rule fetch_model:
         "logs/fetch_model.log",
     benchmark:
         "benchmarks/fetch_model.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(8000),
+        runtime=120,
     params:
         section=lambda wildcards: as_json(PARAMS.fetch_model),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -164,9 +208,15 @@ rule prepare:
         "logs/prepare.log",
     benchmark:
         "benchmarks/prepare.tsv"
+    container:
+        IMAGE
     threads: 2
+    resources:
+        mem_mb=slurm.memory(4000),
+        runtime=60,
     params:
         section=lambda wildcards: as_json(PARAMS.prepare),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -192,9 +242,15 @@ rule finetune:
         "logs/finetune.log",
     benchmark:
         "benchmarks/finetune.tsv"
+    container:
+        IMAGE
     threads: 64
+    resources:
+        mem_mb=slurm.memory(6000, 4),
+        runtime=720,
     params:
         section=lambda wildcards: as_json(PARAMS.finetune),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -220,9 +276,15 @@ rule merge:
         "logs/merge.log",
     benchmark:
         "benchmarks/merge.tsv"
+    container:
+        IMAGE
     threads: 8
+    resources:
+        mem_mb=slurm.memory(4000, 2),
+        runtime=60,
     params:
         section=lambda wildcards: as_json(PARAMS.merge),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -263,9 +325,15 @@ rule candidate:
         "benchmarks/candidate-{candidate}.tsv"
     wildcard_constraints:
         candidate=r"merged|\d+",
+    container:
+        IMAGE
     threads: 2
+    resources:
+        mem_mb=slurm.memory(6000, 4),
+        runtime=240,
     params:
         section=lambda wildcards: search.depends_on(PARAMS.quantize, wildcards.candidate) + as_json(PARAMS.evaluate),
+        container=CONTAINER,
         reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
     shell:
         "python {input.script}"
@@ -292,8 +360,14 @@ rule search:
         "logs/search.log",
     benchmark:
         "benchmarks/search.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(1000),
+        runtime=10,
     params:
         section=lambda wildcards: as_json(PARAMS.quantize) + as_json(PARAMS.gates),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -324,9 +398,15 @@ rule quantize:
         "logs/quantize.log",
     benchmark:
         "benchmarks/quantize.tsv"
+    container:
+        IMAGE
     threads: 8
+    resources:
+        mem_mb=slurm.memory(6000, 4),
+        runtime=240,
     params:
         section=lambda wildcards: as_json(PARAMS.quantize),
+        container=CONTAINER,
         dataset="--dataset build/dataset" * (PARAMS.quantize.calibration == "gptq"),
         search="--search results/search.json --candidates build/search" * bool(SEARCH),
     shell:
@@ -354,9 +434,15 @@ rule evaluate:
         "logs/evaluate.log",
     benchmark:
         "benchmarks/evaluate.tsv"
+    container:
+        IMAGE
     threads: 64
+    resources:
+        mem_mb=slurm.memory(6000, 3),
+        runtime=240,
     params:
         section=lambda wildcards: as_json(PARAMS.evaluate),
+        container=CONTAINER,
         models=" ".join(f"--{name} {folder}" for name, folder in SCORED.items()),
     shell:
         "python {input.script}"
@@ -382,8 +468,14 @@ rule gates:
         "logs/gates.log",
     benchmark:
         "benchmarks/gates.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(1000),
+        runtime=10,
     params:
         section=lambda wildcards: as_json(PARAMS.gates),
+        container=CONTAINER,
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -411,8 +503,14 @@ rule package:
         "logs/package.log",
     benchmark:
         "benchmarks/package.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(2000),
+        runtime=30,
     params:
         section=lambda wildcards: as_json(PARAMS.package),
+        container=CONTAINER,
         lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
     shell:
         "python {input.script}"
@@ -448,8 +546,14 @@ rule report:
         "logs/report.log",
     benchmark:
         "benchmarks/report.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(2000),
+        runtime=30,
     params:
         section=lambda wildcards: as_json(PARAMS.report) + as_json(PARAMS.gates),
+        container=CONTAINER,
         search="--search results/search.json" * bool(SEARCH),
     shell:
         "python {input.script}"
@@ -478,8 +582,14 @@ rule publish:
         "logs/publish.log",
     benchmark:
         "benchmarks/publish.tsv"
+    container:
+        IMAGE
+    resources:
+        mem_mb=slurm.memory(2000),
+        runtime=120,
     params:
         section=lambda wildcards: as_json(PARAMS.publish),
+        container=CONTAINER,
         metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
     shell:
         "python {input.script}"

@@ -93,7 +93,7 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
             # The environment's own programs first, whether or not it is activated.
             "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet host progress --allowed-rules {allowed} -- {target}',
             "deps": sorted(rule["input"]),
-            "params": SECTIONS.get(name, [name]),
+            "params": [*SECTIONS.get(name, [name]), "all.container"],
             "outs": [{path: {"cache": False}} if path in METRICS else path for path in rule["output"]],
         }
     plots: list[dict] = []

@@ -1,5 +1,6 @@
 """A tiny project, and ways to run Snakemake and DVC in it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ TINY = {
     "evaluate": {"bootstrap_samples": 200, "latency_rows": 2},
     "gates": {"min_accuracy": 0.0, "max_accuracy_drop": 1.0, "checks": []},
 }
+
+
+RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates")
 
 
 def environment() -> dict[str, str]:
@@ -34,9 +38,22 @@ def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments)
 
 
-def planned(project: Path) -> set[str]:
+VARYING = {"benchmark.json", "cost.html"}  # timings
+
+
+def digests(project: Path) -> dict[str, str]:
+    """SHA-256 of every built file whose bytes must not differ between builds."""
+    found = {}
+    for folder in ("build", "results"):
+        for path in sorted((project / folder).rglob("*")):
+            if path.is_file() and not path.name.startswith(".") and path.name not in VARYING:
+                found[path.relative_to(project).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def planned(project: Path, *arguments: str) -> set[str]:
     """The rules that Snakemake would run now (without `all`)."""
-    done = snakemake(project, "--dry-run")
+    done = snakemake(project, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout
     if "Nothing to be done" in done.stdout:
         return set()

@@ -37,6 +37,13 @@ class All(Section):
         description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
         "leave out all but finetune to stop after the adapter.",
     )
+    container: str | None = Field(
+        None,
+        pattern=r"^(docker://[^@\s]+|oras://[^@\s]+|[^@:\s]+\.sif)@sha256:[0-9a-f]{64}$",
+        description="Image in which `snakemake --profile profiles/container` (or `profiles/slurm`) runs every rule, with its digest: "
+        "`containers/slmake-cpu.sif@sha256:…` (`make sif` prints it) or `docker://HOST/NAME@sha256:…`. Another image is another "
+        "environment: everything is built again. See docs/containers.md.",
+    )
 
     @model_validator(mode="after")
     def _stages_fit_together(self):

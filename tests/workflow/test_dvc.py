@@ -50,7 +50,7 @@ def test_dvc_yaml_agrees_with_the_snakefile():
         *("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"),
     ]
     for name, stage in stages.items():
-        assert stage["params"] == ([name, "gates"] if name == "report" else [name])
+        assert stage["params"] == [*([name, "gates"] if name == "report" else [name]), "all.container"]
         assert f"--allowed-rules {name} --" in stage["cmd"]
         assert f"scripts/{name}.py" in stage["deps"]
 

@@ -1,26 +1,14 @@
 """The whole chain on a tiny model: what is built, what is rebuilt, and what happens when something is wrong."""
 
-import hashlib
 import json
 
 import pytest
-from project import change, new_project, planned, run, snakemake
+from project import change, digests, new_project, planned, run, snakemake
 from tiny import make_rows
 
 SHOWN = {"gates", "package", "report"}  # what follows evaluate
 EVERYTHING = {"fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate"} | SHOWN
-VARYING = {"benchmark.json", "cost.html"}  # timings
 AFTER_PREPARE = EVERYTHING - {"fetch_model"}
-
-
-def digests(project) -> dict[str, str]:
-    """SHA-256 of every built file whose bytes must not differ between builds."""
-    found = {}
-    for folder in ("build", "results"):
-        for path in sorted((project / folder).rglob("*")):
-            if path.is_file() and not path.name.startswith(".") and path.name not in VARYING:
-                found[path.relative_to(project).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
 
 
 def test_builds_every_output(built):
