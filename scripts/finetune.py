@@ -437,7 +437,8 @@ class Trainer:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as PEFT does, without what differs between runs (order of sets, its model card)."""
-        self.peft.save_pretrained(folder, safe_serialization=True)
+        # An adapted output head is frozen like the rest: its weights are the base's.
+        self.peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -404,7 +404,9 @@ class Quantize(Section):
             raise ValueError("int8_nodes goes with precision int4 and algo_config rtn or k_quant")
         if self.calibration == "gptq":
             if (self.precision, self.algo_config, self.is_symmetric) != ("int4", "rtn", True):
-                raise ValueError("calibration gptq goes with precision int4, algo_config rtn and is_symmetric true")
+                raise ValueError(
+                    "calibration gptq goes with precision int4, algo_config rtn and is_symmetric true: set these, or calibration to none"
+                )
             if "mixed_layers" in (self.matmul_mixed_precision or ""):
                 raise ValueError("calibration gptq: say which layers keep 8 bits by int8_nodes, not by mixed_layers")
         return self

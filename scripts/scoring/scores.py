@@ -65,7 +65,9 @@ def _indicators(expected: list[str], answers: list[str], labels: list[str]) -> t
 def _macro_f1(hits: np.ndarray, errors: np.ndarray, weights: np.ndarray) -> np.ndarray:
     twice, wrong = 2 * (weights @ hits), weights @ errors
     total = twice + wrong
-    return np.divide(twice, total, out=np.zeros_like(total), where=total > 0).mean(axis=1)
+    # A label that a resample neither holds nor was answered has no F1: it is left out of that mean.
+    f1 = np.divide(twice, total, out=np.zeros_like(total), where=total > 0)
+    return f1.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
 
 
 def rouge_l(expected: list[str], answers: list[str]) -> float:

@@ -88,7 +88,7 @@ def run(folder: Path, dataset: Path, precision: str = "int4", models: dict | Non
         "bootstrap_samples": 200,
         **section,
     }
-    quantization = {"precision": precision, "matmul_mixed_precision": None, "int8_nodes": []}
+    quantization = {"precision": precision, "calibration": "none", "matmul_mixed_precision": None, "int8_nodes": []}
     file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization)
     arguments = ["--params", file, "--dataset", dataset]
     for name, path in (models or {}).items():

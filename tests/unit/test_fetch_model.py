@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -127,7 +128,7 @@ def refused(tmp_path: Path, capsys, source: object, **fields: object) -> str:
     assert caught.value.code == 1
     assert not (tmp_path / "build").exists() or list((tmp_path / "build").iterdir()) == []
     message = capsys.readouterr().err
-    assert message.splitlines()[-1].startswith("fetch_model: error: ") or "\nfetch_model: error: " in message
+    assert re.search(r"^fetch_model: error: ", message, re.M)
     return message[message.index("fetch_model: error: ") :]
 
 

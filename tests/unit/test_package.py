@@ -98,7 +98,11 @@ def pack(parts: Path, folder: Path, **section: object) -> Path:
     """Run the script in this process; returns the package's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"license_files": [str(ROOT / "LICENSE")], **section}
-    file = write_params(folder / "params.yaml", package=settings, quantize={"precision": "fp32", "int8_nodes": []})
+    file = write_params(
+        folder / "params.yaml",
+        package=settings,
+        quantize={"precision": "fp32", "calibration": "none", "int8_nodes": []},
+    )
     arguments = ["--params", file, "--model", parts / "model", "--dataset", parts / "dataset"]
     for name in ("base", "dataset"):
         arguments += [f"--{name}-report", parts / f"{name}.json"]

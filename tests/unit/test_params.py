@@ -20,7 +20,10 @@ SMALLEST = {
     "fetch_model": {"source": "models/tiny"},
     "prepare": {"source": "data/rows.json", "text_template": "{phrase}\n{tone}"},
 }
-SECTIONS = ["all", "fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
+SECTIONS = [
+    *("all", "fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"),
+    "publish",
+]
 
 
 @pytest.fixture
@@ -204,7 +207,7 @@ def test_as_json_is_the_same_for_the_same_values(write):
         ("fetch_model", "trust_remote_code", True, "fetch_model.trust_remote_code: true is not allowed: choose False."),
         ("gates", "min_accuracy", 80, "gates.min_accuracy: 80 is not allowed: it should be less than or equal to 1."),
         ("all", "stages", "finetune", 'all.stages: "finetune" is not allowed: it should be a valid list.'),
-        ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package' or 'report'. Did you mean `merge`?"),
+        ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package', 'report' or 'publish'. Did you mean `merge`?"),
     ],
 )  # fmt: skip
 def test_wrong_value(told, section, field, value, line):
@@ -513,7 +516,7 @@ def schema() -> dict:
 
 def test_schema_allows_no_other_names(schema):
     objects = [schema, *schema["$defs"].values()]
-    assert len(objects) == 15
+    assert len(objects) == 16
     for one in objects:
         assert one["type"] == "object"
         assert one["additionalProperties"] is False

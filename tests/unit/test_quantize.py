@@ -27,6 +27,7 @@ PLAIN = {
     "precision": "int4",
     "execution_provider": "cpu",
     "algo_config": "rtn",
+    "calibration": "none",
     "block_size": 32,
     "is_symmetric": True,
     "accuracy_level": 4,
