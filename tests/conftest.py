@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 from project import new_project, snakemake
-from tiny import ROOT, make_model, make_rows, make_tokenizer, run_script, write_params
+from tiny import ROOT, make_model, make_rows, run_script, write_params
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-__all__ = ["ROOT", "make_model", "make_rows", "make_tokenizer", "run_script", "write_params"]
 
 
 @pytest.fixture(scope="session")

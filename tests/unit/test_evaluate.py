@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, write_params
+from tiny import make_rows, write_params
 
 import evaluate
 import prepare

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_model, run_script, write_params
+from tiny import ROOT, make_model, run_script, write_params
 
 import fetch_model
 from common.outputs import folder_digest

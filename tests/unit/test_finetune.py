@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_model, make_rows, write_params
+from tiny import ROOT, make_model, make_rows, write_params
 
 import batches
 import finetune

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from tiny import make_model
 
 import lora
 

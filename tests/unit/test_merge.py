@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, write_params
 from safetensors.torch import load_file, save_file
+from tiny import ROOT, make_model, write_params
 
 import merge
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, write_params
+from tiny import ROOT, write_params
 
 import package
 import quantize

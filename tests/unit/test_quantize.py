@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_model, write_params
+from tiny import make_model, write_params
 
 import quantize
 from common import params

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import write_params
+from tiny import write_params
 
 import candidate
 import quantize
