@@ -10,6 +10,7 @@ SOURCE_DATE_EPOCH, and left out where it is not set. A signature (package.signin
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         one for one in read_json(args.gates)["gates"] if one["metric"] not in params.TIMINGS
     ]  # they differ from run to run
     models = [name for name in MODELS if name in metrics]
+    search = read_json(args.search) if args.search else None
     tuned = "finetune" in everything.all.stages
     form = read_json(args.dataset / "prompt.json")
     facts = {
@@ -74,7 +76,8 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         "metrics": metrics,
         "models": models,
         "last": models[-1],
-        "quantize": everything.quantize.model_dump(mode="json"),
+        "quantize": everything.quantize.model_dump(mode="json") | (search["options"] if search else {}),
+        "search": search,
         "licences": copy_licences(section.license_files, folder / "licenses"),
         "task": "text-classification" if form["labels"] else "text-generation",
         "architecture": read_json(folder / "genai_config.json")["model"]["type"],
@@ -88,7 +91,9 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     (folder / records.BOM).write_text(records.canonical(bom), encoding="utf-8")
     records.check_bom((folder / records.BOM).read_text(encoding="utf-8"))
 
-    statement = records.provenance(records.digests(folder, ()), args.materials, sections(everything), facts)
+    inside = "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
+    container = everything.all.container if inside else None
+    statement = records.provenance(records.digests(folder, ()), args.materials, sections(everything), facts, container)
     (folder / records.PROVENANCE).write_text(records.canonical(statement), encoding="utf-8")
     records.check_statement((folder / records.PROVENANCE).read_text(encoding="utf-8"))
     (folder / records.SUMS).write_text(records.sums_text(records.digests(folder, ())), encoding="utf-8")
@@ -103,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset-report", type=Path, required=True, help="what prepare read (dataset.json)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of evaluate")
     parser.add_argument("--gates", type=Path, required=True, help="gates.json of gates")
+    parser.add_argument("--search", type=Path, help="search.json of search, if the exported model is its winner")
     parser.add_argument("--lock", type=Path, required=True, help="the lock of the environment that built the model")
     parser.add_argument(
         "--materials", type=Path, nargs="*", default=[], help="files whose digests go into the provenance"

@@ -100,6 +100,8 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -
             create_model(*where, **parse_extra_options(*where, extra, **structured))
             return
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
+            if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+                raise
             # A name that this architecture does not emit: take what stands there instead, and try again.
             missing = {
                 part for part in parts if "did not match an emitted node" in str(error) and f"/{part}/" in str(error)
