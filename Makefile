@@ -45,7 +45,7 @@ sif: setup ## turn that image into an Apptainer image, check it, print the line 
 	@$(BIN)/python scripts/container.py containers/slmake-$(MACHINE).sif
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
-	@$(BIN)/python scripts/ask.py "$$TEXT"
+	@$(BIN)/python scripts/ask.py -- "$$TEXT"
 
 report: setup ## put figures and tables on one page, build/report.html (missed gates included)
 	$(BIN)/snakemake --cores all --quiet progress build/report/overview.html

@@ -9,21 +9,18 @@ SOURCE_DATE_EPOCH, and left out where it is not set. A signature (package.signin
 `make verify` checks a package.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from common.outputs import read_json
+from common.prompts import load_prompt
 from gates import MODELS, table
 from shipping import card, records
 
 SECTIONS = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package")
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def copy_licences(files: list[str], target: Path) -> list[str]:
@@ -62,17 +59,17 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
     shutil.copyfile(Path(__file__).parent / "shipping" / "run.py", folder / "run.py")
     shutil.copyfile(args.metrics, folder / "metrics.json")
-    metrics = read_json(args.metrics)
+    metrics = read_json(args.metrics, "test_rows")
     gates = [
-        one for one in read_json(args.gates)["gates"] if one["metric"] not in params.TIMINGS
+        one for one in read_json(args.gates, "gates")["gates"] if one["metric"] not in params.TIMINGS
     ]  # they differ from run to run
     models = [name for name in MODELS if name in metrics]
     search = read_json(args.search) if args.search else None
     tuned = "finetune" in everything.all.stages
-    form = read_json(args.dataset / "prompt.json")
+    form = load_prompt(args.dataset)
     facts = {
-        "base": read_json(args.base_report),
-        "dataset": read_json(args.dataset_report),
+        "base": read_json(args.base_report, "source"),
+        "dataset": read_json(args.dataset_report, "source", "rows"),
         "metrics": metrics,
         "models": models,
         "last": models[-1],
@@ -80,7 +77,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         "search": search,
         "licences": copy_licences(section.license_files, folder / "licenses"),
         "task": "text-classification" if form["labels"] else "text-generation",
-        "architecture": read_json(folder / "genai_config.json")["model"]["type"],
+        "architecture": read_json(args.model / "genai_config.json", "model", output=args.model)["model"]["type"],
     }
     training = everything.finetune.model_dump(mode="json") if tuned else None
     text = card.write(section, facts, form, training, gates, table(gates))

@@ -9,12 +9,12 @@ one page. Missed gates are shown here too. The same inputs give the same bytes (
 """
 
 import csv
-import json
 from html import escape
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from common.outputs import read_json
 from gates import MODELS, SIGNS, judge, number, read_published
 from search import described
 
@@ -46,10 +46,11 @@ def html_table(head: list[str], rows: list[list[object]], classes: list[str] | N
         all(isinstance(row[i], (int, float)) or _looks_numeric(str(row[i])) for row in rows) for i in range(len(head))
     ]
     mark = [' class="n"' if number and rows else "" for number in numbers]
-    lines = [
-        "<table>",
-        "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>",
-    ]
+    lines = ["<table>"]
+    if any(head):
+        lines.append(
+            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>"
+        )
     for k, row in enumerate(rows):
         own = [f' class="{classes[k]}"' if classes and i == 0 else mark[i] for i in range(len(row))]
         lines.append(
@@ -118,7 +119,7 @@ def overview(
         tune = everything.finetune
         settings = [["method", f"{tune.method}, r {tune.lora_r}, alpha {tune.lora_alpha}, {tune.target_modules}"]]
         settings += [["learning rate", f"{tune.learning_rate:g}, {tune.lr_scheduler_type}"]]
-        settings += [["length", f"{tune.max_steps} steps" if tune.max_steps else f"{tune.num_train_epochs:g} epochs"]]
+        settings += [["steps", tune.max_steps] if tune.max_steps else ["epochs", f"{tune.num_train_epochs:g}"]]
         settings += [["batch", tune.per_device_train_batch_size * tune.gradient_accumulation_steps]]
     quantize = everything.quantize
     if found:
@@ -228,7 +229,8 @@ def candidates_page(result: dict, section: params.Quantize) -> str:
     for one in result["candidates"]:
         options, chosen = described(one["options"], section), one["candidate"] == result["winner"]
         if "failed" in one:
-            cells = [*["–"] * 6, f"could not be built: {one['failed'].splitlines()[0]}"]
+            options += f"\ncould not be built: {one['failed'].splitlines()[0]}"
+            cells = ["–"] * 7
         else:
             cells = [
                 f"{one['metrics']['accuracy']:.1%}",
@@ -485,10 +487,6 @@ def draw_candidates(plt, result: dict, path: Path) -> None:
     save(plt, figure, path)
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:
     """The gates' verdicts; where they cannot be judged, the reason."""
     try:
@@ -513,8 +511,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("report", args.log) as job:
         everything = params.load(args.params)
-        metrics, timings = read_json(args.metrics), read_json(args.timings)
-        base, dataset = read_json(args.base_report), read_json(args.dataset_report)
+        metrics, timings = read_json(args.metrics, "test_rows"), read_json(args.timings)
+        base, dataset = read_json(args.base_report, "source"), read_json(args.dataset_report, "source", "rows")
         with open(args.predictions, newline="", encoding="utf-8") as handle:
             predictions = list(csv.DictReader(handle))
         result = read_json(args.search) if args.search else None

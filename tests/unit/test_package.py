@@ -171,10 +171,8 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    import onnxruntime_genai as og
 
-    model = generation.load(packed)
-    tokenizer = og.Tokenizer(model)
+    model, tokenizer = generation.load(packed)
     form = json.loads((packed / "prompt.json").read_text())
     ids = tokenizer.encode(form["prompt"].format(phrase="We buried the old dog"))
     made = [
