@@ -105,6 +105,12 @@ except UserError as error:
 
 
 onstart:
+    for folder in ("build", "results", "logs", "benchmarks"):
+        if Path(folder).exists() and not os.access(folder, os.W_OK):  # Snakemake would end in a traceback
+            raise WorkflowError(
+                f"cannot write to {folder}/: it is read-only here. Check its owner, its permissions and how it is mounted; "
+                "what was built is untouched."
+            )
     if CONTAINER and IN_CONTAINERS:
         try:
             containers.check(CONTAINER)

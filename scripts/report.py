@@ -28,7 +28,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
 h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
 table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
-th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 """
@@ -343,6 +343,8 @@ def save(plt, figure, path: Path) -> None:
 
 def draw_loss(plt, losses: list[Path], path: Path) -> None:
     """Training and eval loss over the steps, in nats per answer token."""
+    from matplotlib.ticker import LogFormatter
+
     figure, axes = plt.subplots(figsize=(8, 4.2))
     drawn = False
     for file, name, look in zip(
@@ -358,8 +360,8 @@ def draw_loss(plt, losses: list[Path], path: Path) -> None:
             drawn = True
     if drawn:
         axes.set(xlabel="optimizer step", ylabel="cross entropy per answer token (nats)", title="Loss", yscale="log")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks(lambda value, _: f"{value:g}")  # 0.5, not 5 × 10⁻¹
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10⁻¹
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # none where they would overlap
         axes.legend()
     else:
         nothing(axes, "Nothing was fine-tuned.")

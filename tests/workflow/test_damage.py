@@ -16,6 +16,7 @@ ARGUMENTS = {
         *("--dataset", "build/dataset", *MODELS, "--onnx", "build/onnx-int4"),
         *("--metrics", OUT / "metrics.json", "--benchmark", OUT / "benchmark.json", "--predictions", OUT / "p.csv"),
     ],
+    "merge": ["--base", "build/base", "--adapter", "build/adapter", "--output", OUT / "merged"],
     "quantize": ["--model", "build/merged", "--dataset", "build/dataset", "--output", OUT / "onnx"],
     "package": [
         *("--model", "build/onnx-int4", "--dataset", "build/dataset", "--lock", "envs/cpu.lock"),
@@ -48,6 +49,7 @@ AGAIN = "and run snakemake: it is built again"
         ("evaluate", "build/merged/model.safetensors", CUT, f"build/merged cannot be loaded: SafetensorError: .* Remove the folder {AGAIN}"),
         ("evaluate", "build/base/tokenizer.json", "{", "build/base cannot be loaded: "),
         ("evaluate", "build/onnx-int4/tokenizer.json", "{", "build/onnx-int4: ONNX Runtime cannot load this model: "),
+        ("merge", "build/adapter/adapter_config.json", "{", f"build/adapter/adapter_config.json is damaged: .* Remove build/adapter {AGAIN}"),
         ("quantize", "build/merged/tokenizer.json", "{", "the model builder refused build/merged: "),
         ("package", "results/gates.json", "{}", "results/gates.json is damaged: it has no `gates`"),
         ("package", "results/base.json", "nope", "results/base.json is damaged: "),

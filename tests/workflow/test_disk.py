@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from project import digests, run
+from project import digests, planned, run
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root"
@@ -89,10 +89,14 @@ def test_full_disk(small, rule):
         assert digests(small) == whole
 
 
-@pytest.mark.parametrize("rule", OUTPUTS)
-def test_read_only_folder(small, rule):
-    before = without_outputs(small, rule)
+def test_read_only_folder(small):
+    """Said before any job, so that not even an output that is to be replaced is removed."""
+    before = digests(small)
     subprocess.run(["mount", "-o", "remount,ro", small / "build"], check=True)
-    done = make(small, rule)
-    assert_failed_cleanly(small, rule, done, "cannot write here (build/", before)
-    assert "Read-only file system" in done.stdout
+    done = run(small, "snakemake", "--cores", "all", "--nocolor", "--quiet", "host", "--forceall")
+    assert done.returncode != 0
+    assert "cannot write to build/: it is read-only here. Check its owner" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "Shell command: python" not in done.stdout
+    assert digests(small) == before
+    planned(small)  # looking is allowed: it asserts success
