@@ -16,7 +16,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup image sif test test-fast lint format docs lock ask report verify remote push pull azurite azureml reproduce clean help
+.PHONY: build setup image sif test test-fast lint format docs lock ask report screenshots verify remote push pull azurite azureml reproduce clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
@@ -45,11 +45,14 @@ sif: setup ## turn that image into an Apptainer image, check it, print the line 
 	@$(BIN)/python scripts/container.py containers/slmake-$(MACHINE).sif
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
-	@$(BIN)/python scripts/ask.py "$$TEXT"
+	@$(BIN)/python scripts/ask.py -- "$$TEXT"
 
 report: setup ## put figures and tables on one page, build/report.html (missed gates included)
 	$(BIN)/snakemake --cores all --quiet progress build/report/overview.html
 	@$(BIN)/snakemake --quiet all --report build/report.html
+
+screenshots: report ## photograph the report for the README (needs chromium and chromedriver)
+	@$(BIN)/python tests/real/browser.py build/report.html docs
 
 verify: $(READY) ## check build/package: sums, signature, provenance, inputs, and that it generates
 	@$(BIN)/python scripts/verify.py

@@ -105,6 +105,12 @@ except UserError as error:
 
 
 onstart:
+    for folder in ("build", "results", "logs", "benchmarks"):
+        if Path(folder).exists() and not os.access(folder, os.W_OK):  # Snakemake would end in a traceback
+            raise WorkflowError(
+                f"cannot write to {folder}/: it is read-only here. Check its owner, its permissions and how it is mounted; "
+                "what was built is untouched."
+            )
     if CONTAINER and IN_CONTAINERS:
         try:
             containers.check(CONTAINER)
@@ -140,7 +146,11 @@ FIGURES = [
         ("loss.svg", "3. Training", "Loss"),
         ("data.svg", "3. Training", "Lengths and labels"),
         ("cost.html", "4. Cost", "Time and memory"),
-        *[("candidates.svg", "4. Cost", "Quantization candidates")] * bool(SEARCH),
+        *[
+            ("candidates.svg", "4. Cost", "Quantization candidates"),
+            ("candidates.html", "4. Cost", "Quantization candidates, all figures"),
+        ]
+        * bool(SEARCH),
     ]
 ]
 
@@ -497,6 +507,7 @@ rule package:
         dataset_report="results/dataset.json",
         metrics="results/metrics.json",
         gates="results/gates.json",
+        search=["results/search.json"] * bool(SEARCH),
     output:
         package=directory("build/package"),
     log:
@@ -512,6 +523,7 @@ rule package:
         section=lambda wildcards: as_json(PARAMS.package),
         container=CONTAINER,
         lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
+        search="--search results/search.json" * bool(SEARCH),
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -521,6 +533,7 @@ rule package:
         " --dataset-report {input.dataset_report}"
         " --metrics {input.metrics}"
         " --gates {input.gates}"
+        " {params.search}"
         " --lock {params.lock}"
         " --materials {input.materials}"
         " --output {output.package}"
@@ -530,7 +543,7 @@ rule package:
 rule report:
     input:
         script="scripts/report.py",
-        modules=["scripts/gates.py"],
+        modules=["scripts/gates.py", "scripts/search.py"],
         environment=ENVIRONMENT,
         base_report="results/base.json",
         dataset_report="results/dataset.json",

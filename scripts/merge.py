@@ -39,7 +39,7 @@ class Adapter:
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {folder}`.")
         check_safetensors(weights)
-        self.config = json.loads(config_path.read_text(encoding="utf-8"))
+        self.config = outputs.read_json(config_path, output=folder)
         if self.config.get("peft_type") != "LORA":
             raise UserError(
                 f"{config_path}: peft_type {self.config.get('peft_type')} cannot be merged here; only LORA can."
