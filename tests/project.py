@@ -18,7 +18,7 @@ TINY = {
 }
 
 
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates")
+RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
 
 
 def environment() -> dict[str, str]:
