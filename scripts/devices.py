@@ -13,6 +13,8 @@ optimizer are small and are held by all.
 import contextlib
 import hashlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -257,6 +259,8 @@ def _spawn(count: int, script: Path, arguments: list[str], log: Path | None) -> 
 def _process(rank: int, script: str, arguments: list[str]) -> None:
     import runpy
 
+    # How it learns that its parent is gone; what runs in the background of a shell ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
@@ -264,6 +268,11 @@ def _process(rank: int, script: str, arguments: list[str]) -> None:
 
 def _spread(nodes: int, count: int, command: list[str]) -> None:
     """One srun for all nodes of this Slurm job, in a step that shares the resources of the step we are in."""
+    if not shutil.which("srun"):
+        sys.exit(
+            f"{Path(command[1]).stem}: error: this job has {nodes} nodes, but srun cannot be reached, so only one of them could work. "
+            "Ask for one node, or run without a container (docs/slurm.md)."
+        )
     _threads(count)
     hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
     first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]

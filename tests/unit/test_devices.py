@@ -110,7 +110,7 @@ def test_one_adapter_one_voice_and_a_log_for_each(pair):
 def test_again_and_under_torchrun_the_same_bytes(tmp_path, base, dataset, pair):
     tune_by_two(tmp_path / "again", base, dataset)
     assert contents(tmp_path / "again") == contents(pair)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
     tune_by_two(tmp_path / "torchrun", base, dataset, torchrun)
     assert contents(tmp_path / "torchrun") == contents(pair)
 
