@@ -253,13 +253,17 @@ def full(pushed, blob_server, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ledger():
-    """What happened in each case; written to the file that SLMAKE_FAULTS names."""
+def ledger() -> Callable[[dict], None]:
+    """Notes what happened in a case; SLMAKE_FAULTS names a file for it."""
     lines: list[dict] = []
-    yield lines
-    if path := os.environ.get("SLMAKE_FAULTS"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+
+    def note(line: dict) -> None:
+        lines.append(line)
+        if path := os.environ.get("SLMAKE_FAULTS"):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+
+    return note
 
 
 @pytest.fixture
@@ -341,7 +345,7 @@ def test_nothing_is_lost(operation, fault, tmp_path, blob_server, container, pus
                 finished, _ = again.communicate(timeout=600)
                 assert again.returncode == 0, finished
             lost = case.lost()
-        ledger.append(
+        ledger(
             {
                 "operation": operation,
                 "fault": fault,
