@@ -16,7 +16,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup image sif test test-fast lint format docs lock ask report screenshots verify remote push pull azurite azureml reproduce clean help
+.PHONY: build setup image sif test test-fast faults lint format docs lock ask report screenshots verify remote push pull azurite azureml reproduce clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
@@ -62,6 +62,9 @@ test: setup ## run the whole test suite
 
 test-fast: setup ## the unit tests only
 	$(BIN)/python -m pytest tests/unit
+
+faults: setup azurite ## break networks, servers and disks under push, pull, publish and fetch_model; figures to docs/reliability.md
+	SLMAKE_FAULTS=build/faults.json $(BIN)/python -m pytest -q tests/real/test_faults.py; $(BIN)/python tests/real/faults_table.py build/faults.json
 
 lint: setup ## check code, Snakefile and generated files
 	$(BIN)/ruff check .
