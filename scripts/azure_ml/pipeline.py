@@ -25,7 +25,8 @@ HEADER = """\
 """
 SCHEMA = "https://azuremlschemas.azureedge.net/latest/pipelineJob.schema.json"
 CODE = Path("build/azureml/code")  # what the steps are sent, one folder per rule
-ALWAYS = ("Snakefile", "scripts", "profiles/default", "report")  # what Snakemake reads, whatever the rule
+# What Snakemake and the step's check of its image read, whatever the rule.
+ALWAYS = ("Snakefile", "scripts", "profiles/default", "report", "envs/cpu.in", "envs/cuda.in")
 LEFT_HERE = ("publish",)  # sends the model elsewhere: `register` is Azure ML's way
 RESUMES = "finetune"  # its checkpoints outlive a machine that is taken away
 
@@ -268,7 +269,9 @@ _Dumper.add_representer(
 
 def text(planned: Plan, settings: Settings, folder: Path) -> str:
     """pipeline.yml as it should be now."""
-    return HEADER + yaml.dump(job(planned, settings, folder), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return HEADER + yaml.dump(
+        job(planned, settings, folder), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
+    )
 
 
 def clusters(settings: Settings, planned: Plan) -> dict[str, Cluster]:

@@ -12,7 +12,9 @@ from common.params_errors import Loader, lines
 from common.params_section import Section
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
-RULES = Literal["fetch_model", "prepare", "finetune", "merge", "search", "quantize", "evaluate", "gates", "package", "report"]
+RULES = Literal[
+    "fetch_model", "prepare", "finetune", "merge", "search", "quantize", "evaluate", "gates", "package", "report"
+]
 # What Azure ML can mount: an asset of the workspace, a path in a datastore, a model of a registry.
 ASSET = r"azureml:[\w.-]+(:[\w.-]+|@[\w.-]+)"
 DATASTORE = r"azureml://((subscriptions|workspaces)/\S+/)?datastores/[\w-]+/paths/\S+"
@@ -45,7 +47,9 @@ class Environment(Section):
         if self.build and self.conda_file:
             raise ValueError("conda_file goes with image, not with build")
         if self.image and not self.conda_file and "@sha256:" not in self.image:
-            raise ValueError("image has no digest, so tomorrow it could be another: HOST/NAME@sha256:… (or add conda_file)")
+            raise ValueError(
+                "image has no digest, so tomorrow it could be another: HOST/NAME@sha256:… (or add conda_file)"
+            )
         for field, path in (("conda_file", self.conda_file), ("build.context", self.build and self.build.context)):
             if path and not Path(path).exists():
                 raise ValueError(f"{field}: {path}: no such file or folder")
@@ -59,7 +63,9 @@ class Cluster(Section):
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9-]{1,31}$", description="Its name in the workspace.")
     size: str | None = Field(
-        None, min_length=1, description="Size of a virtual machine, such as `Standard_NC4as_T4_v3`: `submit` creates a missing cluster of this size."
+        None,
+        min_length=1,
+        description="Size of a virtual machine, such as `Standard_NC4as_T4_v3`: `submit` creates a missing cluster of this size.",
     )
     max_nodes: int = Field(1, ge=1, le=1000, description="Created with: machines at most. None run while no step does.")
     tier: Literal["dedicated", "low_priority"] = Field(
@@ -67,7 +73,9 @@ class Cluster(Section):
         description="Created with: `low_priority` machines cost less and may be taken away; `finetune` then goes on from its last checkpoint.",
     )
     instance_type: str | None = Field(None, min_length=1, description="Kubernetes only: instance type of a step.")
-    environment: Environment | None = Field(None, description="Environment of the steps here, if another than the file's.")
+    environment: Environment | None = Field(
+        None, description="Environment of the steps here, if another than the file's."
+    )
 
     @model_validator(mode="after")
     def _one_kind(self):
@@ -79,10 +87,14 @@ class Cluster(Section):
 class Settings(Section):
     """The whole file."""
 
-    subscription_id: str = Field(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$", description="Subscription.")
+    subscription_id: str = Field(
+        pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$", description="Subscription."
+    )
     resource_group: str = Field(pattern=r"^[\w.()-]{1,90}$", description="Resource group of the workspace.")
     workspace_name: str = Field(pattern=r"^[A-Za-z0-9][\w-]{2,32}$", description="Workspace.")
-    experiment_name: str = Field("slmake", pattern=r"^[\w-]+$", max_length=255, description="Experiment under which runs are listed.")
+    experiment_name: str = Field(
+        "slmake", pattern=r"^[\w-]+$", max_length=255, description="Experiment under which runs are listed."
+    )
     data: str | dict[Literal["train", "eval", "test"], str] | None = Field(
         None,
         description="The data set on Azure in place of prepare.source: `azureml:NAME:VERSION` or `azureml://datastores/NAME/paths/PATH` "
@@ -98,7 +110,9 @@ class Settings(Section):
     )
     environment: Environment = Field(description="Where the steps run.")
     clusters: dict[str, Cluster] = Field(min_length=1, description="Computes, under names used below.")
-    compute: dict[Literal["default"] | RULES, str] = Field(description="Which of `clusters` runs a rule; `default` runs all others.")
+    compute: dict[Literal["default"] | RULES, str] = Field(
+        description="Which of `clusters` runs a rule; `default` runs all others."
+    )
 
     @model_validator(mode="after")
     def _names_are_known(self):
@@ -110,7 +124,9 @@ class Settings(Section):
         data = self.data.values() if isinstance(self.data, dict) else filter(None, [self.data])
         for text in data:
             if not re.fullmatch(f"{ASSET}|{DATASTORE}", text):
-                raise ValueError(f"data: `{text}` is neither azureml:NAME:VERSION nor azureml://datastores/NAME/paths/PATH")
+                raise ValueError(
+                    f"data: `{text}` is neither azureml:NAME:VERSION nor azureml://datastores/NAME/paths/PATH"
+                )
         if self.model and not re.fullmatch(rf"{ASSET}|{DATASTORE}|{REGISTRY}|hf:[^@\s]+@\S+", self.model):
             raise ValueError(
                 f"model: `{self.model}` is none of hf:ORG/NAME@REVISION, azureml://datastores/NAME/paths/PATH, azureml:NAME:VERSION, "
@@ -140,7 +156,9 @@ def load(path: Path) -> Settings:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Restore it with `git checkout {path}`, or name yours: --settings FILE.") from None
+        raise UserError(
+            f"{path}: no such file. Restore it with `git checkout {path}`, or name yours: --settings FILE."
+        ) from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

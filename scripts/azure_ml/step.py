@@ -55,7 +55,9 @@ def run(rule: str, targets: list[str]) -> None:
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "host", "progress"]
     done = subprocess.run([*command, "--allowed-rules", *allowed, "--", *targets])
     if done.returncode:
-        raise UserError(f"{rule} failed (exit code {done.returncode}). The reason stands above, details in logs/{rule}.log.")
+        raise UserError(
+            f"{rule} failed (exit code {done.returncode}). The reason stands above, details in logs/{rule}.log."
+        )
 
 
 def hand_over(path: str, target: Path) -> dict[str, str]:
@@ -65,7 +67,9 @@ def hand_over(path: str, target: Path) -> dict[str, str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(made, target)
         return {".": outputs.sha256(made)}
-    shutil.copytree(made, target, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(*MARKERS))
+    shutil.copytree(
+        made, target, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(*MARKERS)
+    )
     return sums(made)
 
 
