@@ -25,6 +25,21 @@ LEVELS = 8  # symmetric 4 bits: -8 to 7
 BATCH = 32  # rows in one forward pass
 
 
+def _edge(scale: torch.Tensor) -> torch.Tensor:
+    """The float32 number next to 7.5 scales whose negative is rounded to -8 levels: at 7.5 itself the last bit decides.
+
+    Args:
+        scale: float64 [out].
+    """
+    edge = (scale * (LEVELS - 0.5)).float()
+    for _ in range(64):
+        below = edge.double() / (edge.double() * 2 / (2 * LEVELS - 1)) < LEVELS - 0.5  # as round_to_nearest divides
+        if not below.any():
+            break
+        edge = torch.where(below, torch.nextafter(edge, torch.full_like(edge, torch.inf)), edge)
+    return edge.double()
+
+
 def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int, damping: float = 0.01) -> torch.Tensor:
     """Weights that round-to-nearest leaves where GPTQ wants them.
 
@@ -35,8 +50,8 @@ def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int,
         damping: share of the mean diagonal that is added to it.
 
     Returns:
-        float32 [out, in] of multiples of each block's scale, except that each block's largest weight stands half a level
-        outside, where it fixes the scale to absmax / 7.5 and is rounded to -8 or 7.
+        float32 [out, in] of multiples of each block's scale, except that each block's largest weight stands at 7.5 times the
+        scale, which it fixes thereby, and is rounded to -8 or 7.
     """
     work = weight.detach().double().clone()
     gram = gram.double().clone()
@@ -53,6 +68,7 @@ def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int,
         largest, anchor = block.abs().max(dim=1)
         scale = (largest / (LEVELS - 0.5)).float().double()
         scale[scale == 0] = 1.0
+        edge = _edge(scale)
         sign = torch.sign(block.gather(1, anchor[:, None]).squeeze(1))
         outer = torch.where(sign < 0, -LEVELS, LEVELS - 1) * scale
         errors = torch.empty_like(block)
@@ -64,7 +80,8 @@ def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int,
             errors[:, j] = (column - rounded) / factor[start + j, start + j]
             if j + 1 < end - start:
                 block[:, j + 1 :] -= errors[:, j : j + 1] * factor[start + j, start + j + 1 : end]
-            result[:, start + j] = torch.where(here, sign * (LEVELS - 0.5) * scale, rounded)
+            # -8 levels would be larger than what fixes the scale: such a weight stands at the edge too, and is rounded to -8.
+            result[:, start + j] = torch.maximum(torch.where(here, sign * edge, rounded), -edge)
         work[:, end:] -= errors @ factor[start:end, end:]
     return result.float()
 
@@ -102,23 +119,27 @@ class Grams:
         self.last = (None, "")
 
 
-def node_names(module: str) -> list[str]:
-    """What the model builder may call the product of a decoder layer's linear module; none for other modules."""
+def node_names(module: str) -> list[list[str]]:
+    """The products that the model builder may make of a decoder layer's linear module: alternatives, each a list of names.
+
+    It joins q, k and v where it can, and splits a joint gate and up projection; of other modules it makes none.
+    """
     found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(self_attn|mlp)\.(\w+)", module)
     if not found:
         return []
     layer, part, name = found.groups()
     part = "attn" if part == "self_attn" else part
-    names = [name, "qkv_proj"] if name in ("q_proj", "k_proj", "v_proj") else [name]
-    return [f"/model/layers.{layer}/{part}/{one}/MatMul" for one in names]
+    joint = ["qkv_proj"] if name in ("q_proj", "k_proj", "v_proj") else ["gate_proj", "up_proj"]
+    names = [[name], joint] if name in ("q_proj", "k_proj", "v_proj", "gate_up_proj") else [[name]]
+    return [[f"/model/layers.{layer}/{part}/{one}/MatMul" for one in several] for several in names]
 
 
 def in_four_bits(section: params.Quantize, model) -> dict[str, torch.nn.Linear]:
-    """The decoder layers' linear modules that the export will have in 4 bits, by name."""
+    """The decoder layers' linear modules that the export will have in 4 bits as a whole, by name."""
     kept = [*section.int8_nodes, *section.nodes_to_exclude]
     found = {}
     for name, module in model.named_modules():
-        nodes = node_names(name) if isinstance(module, torch.nn.Linear) else []
+        nodes = [one for several in node_names(name) for one in several] if isinstance(module, torch.nn.Linear) else []
         if nodes and not any(fnmatch.fnmatchcase(node, pattern) for node in nodes for pattern in kept):
             found[name] = module
     return found
@@ -199,27 +220,35 @@ def check_placed(folder: Path, wanted: dict[str, np.ndarray]) -> None:
         UserError: a product is missing from the graph, or the exporter rounded it elsewhere.
     """
     import onnx
-    from onnx import numpy_helper
 
     graph = onnx.load(folder / "model.onnx").graph
     tensors = {one.name: one for one in graph.initializer}
     nodes = {node.name.removesuffix("_Q4"): node for node in graph.node if node.op_type == "MatMulNBits"}
-    fused: dict[str, list[np.ndarray]] = {}
+    written: dict[tuple[str, ...], list[np.ndarray]] = {}  # what q, k and v of one layer should be stands in one node
     for name, weight in wanted.items():
-        node = next((one for one in reversed(node_names(name.removesuffix(".weight"))) if one in nodes), None)
-        if node is None:
+        alternatives = reversed(node_names(name.removesuffix(".weight")))
+        names = next((several for several in alternatives if all(one in nodes for one in several)), None)
+        if names is None:
             raise UserError(f"the export has no 4-bit product for {name}: set quantize.calibration to none.")
-        fused.setdefault(node, []).append(weight)
-    for name, parts in fused.items():
+        written.setdefault(tuple(names), []).append(weight)
+    for names, parts in written.items():
         expected = np.concatenate(parts)
-        values = {a.name: a.i for a in nodes[name].attribute}
-        packed, scales = (numpy_helper.to_array(tensors[one]) for one in nodes[name].input[1:3])
-        out, width, block = values["N"], values["K"], values["block_size"]
-        packed = packed.reshape(out, -1)
-        levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out, -1, block).astype(np.float32) - 8
-        found = (levels * scales.reshape(out, -1, 1)).reshape(out, -1)[:, :width]
-        wrong = np.abs(found - expected) > 1e-5 * np.abs(expected).max()
-        if expected.shape != found.shape or wrong.any():
+        found = np.concatenate([_dequantized(nodes[name], tensors) for name in names])
+        wrong = expected.shape != found.shape or np.abs(found - expected) > 1e-5 * np.abs(expected).max()
+        if np.any(wrong):
             raise UserError(
-                f"the exporter moved {int(wrong.sum())} weights of {name} from where GPTQ put them: set quantize.calibration to none."
+                f"the exporter moved {int(np.sum(wrong))} weights of {', '.join(names)} from where GPTQ put them: "
+                "set quantize.calibration to none."
             )
+
+
+def _dequantized(node, tensors: dict) -> np.ndarray:
+    """The weights of a symmetric 4-bit MatMulNBits node, float32 [out, in]."""
+    from onnx import numpy_helper
+
+    values = {a.name: a.i for a in node.attribute}
+    packed, scales = (numpy_helper.to_array(tensors[one]) for one in node.input[1:3])
+    out, width, block = values["N"], values["K"], values["block_size"]
+    packed = packed.reshape(out, -1)
+    levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out, -1, block).astype(np.float32) - 8
+    return (levels * scales.reshape(out, -1, 1)).reshape(out, -1)[:, :width]

@@ -78,6 +78,8 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
         "pad_token_id": 0,
         **overrides,
     }
+    if architecture == "phi3":  # as in Phi-3-mini-4k; otherwise the exporter takes it for the long-context kind
+        sizes.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
     config = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}[architecture](**sizes)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -58,8 +58,13 @@ def test_rounding_moves_only_each_blocks_largest_weights():
 
 
 def test_inputs_that_do_not_vary_together_leave_plain_rounding():
-    """With independent inputs there is nothing to make up for: every weight goes to its nearest level."""
+    """With independent inputs there is nothing to make up for: every weight goes to its nearest level.
+
+    (Each block's largest weight is positive here: a negative one lies between two levels, and plain rounding's choice is chance.)
+    """
     weight, _ = problem()
+    blocks = weight.view(-1, 16)
+    weight = (blocks * blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).sign()).view_as(weight)
     placed = gptq.round_with_inputs(weight, torch.eye(80), 16)
     expected = round_to_nearest(weight, 4, 16)
     torch.testing.assert_close(round_to_nearest(placed, 4, 16), expected, rtol=1e-5, atol=1e-6)
@@ -77,13 +82,15 @@ def test_inputs_that_never_occur_and_blocks_of_zeros():
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("model.layers.3.self_attn.q_proj", ["q_proj", "qkv_proj"]),
-        ("model.layers.3.self_attn.o_proj", ["o_proj"]),
-        ("model.layers.3.self_attn.qkv_proj", ["qkv_proj"]),
+        ("model.layers.3.self_attn.q_proj", [["attn/q_proj"], ["attn/qkv_proj"]]),
+        ("model.layers.3.self_attn.o_proj", [["attn/o_proj"]]),
+        ("model.layers.3.self_attn.qkv_proj", [["attn/qkv_proj"]]),
+        ("model.layers.3.mlp.gate_up_proj", [["mlp/gate_up_proj"], ["mlp/gate_proj", "mlp/up_proj"]]),
     ],
 )
 def test_node_names(module, names):
-    assert gptq.node_names(module) == [f"/model/layers.3/attn/{name}/MatMul" for name in names]
+    wanted = [[f"/model/layers.3/{name}/MatMul" for name in several] for several in names]
+    assert gptq.node_names(module) == wanted
     assert gptq.node_names("lm_head") == []
 
 

@@ -253,9 +253,7 @@ ARCHITECTURES = {
 def model_of(request, tmp_path_factory) -> tuple[str, Path]:
     """A tiny model of each architecture."""
     folder = tmp_path_factory.mktemp("arch") / request.param
-    # Phi-3 with as many original positions as positions: the 4k models, without rope scaling.
-    overrides = {"original_max_position_embeddings": 512} if request.param == "phi3" else {}
-    return request.param, make_model(folder, request.param, tie_word_embeddings=False, **overrides)
+    return request.param, make_model(folder, request.param, tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("mixed", [None, "last_matmul:int8"])
