@@ -19,6 +19,7 @@ def quieten() -> None:
     """No warnings of the SDK about itself; what matters is raised."""
     for name in ("azure", "azure.ai.ml", "azure.identity", "msrest", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("azure.ai.ml._utils._experimental").disabled = True
     warnings.filterwarnings("ignore", module=r"azure|msrest")
 
 
