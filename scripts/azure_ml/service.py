@@ -200,10 +200,12 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
 def steps(ml, name: str) -> tuple[object, dict]:
     """A run and its steps by rule."""
     parent = ml.jobs.get(name)
-    children = {}
-    for child in ml.jobs.list(parent_job_name=name):
-        children[child.display_name] = child
-    return parent, children
+    return parent, {child.display_name: child for child in ml.jobs.list(parent_job_name=name)}
+
+
+def state(run) -> str:
+    """A run's status as text (the SDK has it as text or as an enumeration)."""
+    return str(getattr(run.status, "value", run.status))
 
 
 def follow(ml, name: str, job: cli.Job, wait: bool) -> None:
@@ -230,20 +232,20 @@ def follow(ml, name: str, job: cli.Job, wait: bool) -> None:
             time.sleep(pause)
             continue
         for rule, child in children.items():
-            now = child.status + (" (taken from an earlier run)" if reused(child) else "")
+            now = state(child) + (" (taken from an earlier run)" if reused(child) else "")
             if said.get(rule) != now:
                 job.say(f"{rule:12} {now}")
                 said[rule] = now
                 pause = POLL[0]
-        if parent.status in ENDED or not wait:
+        if state(parent) in ENDED or not wait:
             break
         time.sleep(pause)
         pause = min(pause * 1.5, POLL[1])
     took = f", {time.monotonic() - started:.0f} s" if wait else ""
-    job.say(f"{name}: {parent.status}{took}. {parent.studio_url or ''}")
-    if parent.status in ENDED[1:] and wait:
-        failed = [child for child in children.values() if child.status in ("Failed", "NotResponding")]
-        raise UserError("\n".join([f"the run ended as {parent.status}.", *(end_of_log(ml, child) for child in failed)]))
+    job.say(f"{name}: {state(parent)}{took}. {parent.studio_url or ''}")
+    if state(parent) in ENDED[1:] and wait:
+        failed = [child for child in children.values() if state(child) in ("Failed", "NotResponding")]
+        raise UserError("\n".join([f"the run ended as {state(parent)}.", *(end_of_log(ml, child) for child in failed)]))
 
 
 def reused(child) -> bool:
@@ -314,9 +316,9 @@ def download(ml, name: str, paths: list[str], job: cli.Job) -> None:
     """Bring outputs of a run here; each appears whole and checked, or not at all."""
     with told(f"the run {name}"):
         status, children = steps(ml, name)
-    done = [rule for rule, child in children.items() if child.status == "Completed"]
+    done = [rule for rule, child in children.items() if state(child) == "Completed"]
     if not done:
-        raise UserError(f"the run {name} has no finished step yet: it is {status.status}.")
+        raise UserError(f"the run {name} has no finished step yet: it is {state(status)}.")
     build = Path("build")
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build, prefix=".azureml-") as scratch:
@@ -345,9 +347,9 @@ def register(ml, settings: Settings, name: str, job: cli.Job) -> None:
     everything = params.load("params.yaml")
     with told(f"the run {name}"):
         parent, children = steps(ml, name)
-    if "package" not in children or children["package"].status != "Completed":
+    if "package" not in children or state(children["package"]) != "Completed":
         raise UserError(
-            f"the run {name} has no package (it is {parent.status}): only what passed its gates is registered."
+            f"the run {name} has no package (it is {state(parent)}): only what passed its gates is registered."
         )
     with tempfile.TemporaryDirectory() as scratch:
         known = receipts(ml, name, ["package", "evaluate", "fetch_model", "prepare"], Path(scratch))
