@@ -50,8 +50,11 @@ class Plan(NamedTuple):
 
 
 def port(path: str) -> str:
-    """The name of an input or output: `results/base.json` is base_json, `build/onnx-int4` is onnx_int4."""
-    return re.sub(r"\W+", "_", re.sub(r"^(build|results)/", "", path)).lower()
+    """The name of an input or output: `build/onnx-int4` is onnx_int4, `results/base.json` is results_base_json.
+
+    None begins with another's whole name (base, base_json): the SDK downloads what begins with an output's path.
+    """
+    return re.sub(r"\W+", "_", path.removeprefix("build/")).lower()
 
 
 def plan(settings: Settings) -> Plan:

@@ -11,14 +11,12 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import threading
 import time
 from pathlib import Path
 
-import yaml
 from aml_runner import Runner
 from aml_server import API, ARM, DOMAIN, REGISTRY, Server, error
 
@@ -214,7 +212,7 @@ class AzureML:
             "status": found["status"],
             "properties": found["properties"],
             "tags": {},
-            "outputs": {key: {"assetId": value, "type": "UriFolder"} for key, value in found["outputs"].items()},
+            "outputs": {key: {"assetId": value, "type": "uri_folder"} for key, value in found["outputs"].items()},
             "inputs": {},
             "createdUtc": "2026-01-01T00:00:00+00:00",
             "experimentId": "e",
@@ -338,12 +336,8 @@ class AzureML:
             else:
                 self.upload(STORE, target, place.read_bytes())
             asset = f"azureml://locations/westeurope/workspaces/{SUBSCRIPTION}/data/{run}_{output}/versions/1"
-            self.assets[asset] = f"azureml:/{PREFIX}/datastores/{STORE}/paths/{target}".replace(
-                "azureml://", "azureml://", 1
-            )
-            self.assets[asset] = (
-                f"azureml://subscriptions/{SUBSCRIPTION}/resourcegroups/{GROUP}/workspaces/{WORKSPACE}/datastores/{STORE}/paths/{target}"
-            )
+            place_of = f"subscriptions/{SUBSCRIPTION}/resourcegroups/{GROUP}/workspaces/{WORKSPACE}/datastores/{STORE}"
+            self.assets[asset] = f"azureml://{place_of}/paths/{target}" + "/" * place.is_dir()
             child["outputs"][output] = asset
         child |= {"status": "Completed", "places": outputs}
         return True
@@ -369,10 +363,6 @@ class AzureML:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(client.download_blob(one).readall())
 
-    def forget(self) -> None:
-        """Take the machines' disks away."""
-        shutil.rmtree(self.runner.folder, ignore_errors=True)
-
 
 def waits(step: dict, left: dict) -> bool:
     return any(f"parent.jobs.{rule}." in value["value"] for rule in left for value in step.get("inputs", {}).values())
@@ -397,7 +387,3 @@ def metadata() -> dict:
         "authentication": {"loginEndpoint": f"https://login.{DOMAIN}/"},
         "suffixes": {"storage": DOMAIN},
     }
-
-
-def text_of(document: dict) -> str:
-    return yaml.safe_dump(document, sort_keys=False)
