@@ -139,6 +139,9 @@ def resource(reader, field: str, value: object) -> str | None:
         return None
     url = config.get("datastore_url")
     inner = f"{field}.config" if "config" in value else field
+    for key in value if "config" in value else ():
+        if key not in ("type", "config"):
+            reader.unknown(f"{field}.{key}")
     for key in config:
         if key == "azureml_client":
             client(reader, f"{inner}.azureml_client", config[key])
