@@ -57,7 +57,7 @@ screenshots: report ## photograph the report for the README (needs chromium and 
 verify: $(READY) ## check build/package: sums, signature, provenance, inputs, and that it generates
 	@$(BIN)/python scripts/verify.py
 
-test: setup ## run the whole test suite
+test: setup azureml ## run the whole test suite
 	$(BIN)/python -m pytest
 
 test-fast: setup ## the unit tests only
@@ -76,9 +76,10 @@ format: setup ## format code and Snakefile
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile
 
-docs: setup ## regenerate docs/params.md, docs/params.schema.json and dvc.yaml
+docs: setup ## regenerate docs/params.md, docs/params.schema.json, dvc.yaml and azureml/pipeline.yml
 	PYTHONPATH=scripts $(BIN)/python -m common.params_docs --output docs
 	$(BIN)/python scripts/dvc_yaml.py --output dvc.yaml
+	$(BIN)/python scripts/azureml.py compile
 
 remote: setup ## share through Azure Blob: make remote URL=azure://container/path
 	@$(BIN)/python scripts/remote.py add "$$URL"
@@ -92,7 +93,7 @@ pull: setup ## download what was built elsewhere; then there is nothing to do
 azurite: ## install the blob server that the tests start (needs npm)
 	@npm ci --prefix tests/real/azurite --no-audit --no-fund --loglevel=error
 
-azureml: setup ## install azure-ai-ml, for azureml:// sources
+azureml: setup ## install azure-ai-ml: azureml:// sources, runs on Azure Machine Learning
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r envs/azureml.lock
 
 reproduce: setup ## build twice, in two folders, and compare the bytes
