@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,9 @@ def run(command: list, cwd: Path = ROOT, env: dict[str, str] | None = None) -> T
     """
     words = [str(word) for word in command]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    report = SCRATCH / "last-command.json"
-    report.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(prefix="slmake-bench-")
+    os.close(handle)
+    report = Path(name)
     launcher = subprocess.Popen(
         [sys.executable, "-I", "-S", ROOT / "bench" / "launch.py", report, *words],
         cwd=cwd,
@@ -68,10 +69,12 @@ def run(command: list, cwd: Path = ROOT, env: dict[str, str] | None = None) -> T
     )
     try:
         output, _ = launcher.communicate()
+        took = json.loads(report.read_text(encoding="utf-8") or "{}") or {"code": launcher.returncode or 1}
     except BaseException:
         os.killpg(launcher.pid, signal.SIGTERM)
         raise
-    took = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"code": launcher.returncode}
+    finally:
+        report.unlink()
     if took["code"]:
         raise BenchError(f"`{' '.join(words)}` ended with code {took['code']}:\n{output[-3000:]}")
     return Took(took["wall"], took["cpu"], took["peak"], output)
