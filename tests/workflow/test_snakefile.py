@@ -25,7 +25,7 @@ def test_one_name_everywhere():
     rules = [name for name in re.findall(r"^rule (\w+):", text, re.M) if name != "all"]
     assert rules == [
         *("fetch_model", "prepare", "finetune", "merge", "candidate", "search", "quantize"),
-        *("evaluate", "gates", "package", "report"),
+        *("evaluate", "gates", "package", "report", "publish"),
     ]
     parts = {
         "candidate": ("candidate-{candidate}", "evaluate"),
