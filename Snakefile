@@ -80,7 +80,7 @@ MATERIALS = [
     "Snakefile",
     *sorted(str(path) for path in Path("scripts").rglob("*.py") if path.stem not in OUTSIDE),
     *("envs/cpu.lock", "envs/cuda.lock"),
-    *sorted(str(path) for path in Path("containers").glob("*") if path.is_file()),
+    *sorted(map(str, Path("containers").glob("Containerfile*"))),
 ]
 # A changed environment can change any result. (scripts/common/params.py is no input: `section` below holds its effect.)
 ENVIRONMENT = ["envs/cpu.lock", "envs/cuda.lock", "scripts/common/outputs.py"]
@@ -240,7 +240,7 @@ rule prepare:
 rule finetune:
     input:
         script="scripts/finetune.py",
-        modules=["scripts/batches.py", "scripts/fused.py", "scripts/lora.py"],
+        modules=["scripts/batches.py", "scripts/devices.py", "scripts/fused.py", "scripts/lora.py"],
         environment=ENVIRONMENT,
         base="build/base",
         dataset="build/dataset",
@@ -258,6 +258,7 @@ rule finetune:
     resources:
         mem_mb=slurm.memory(6000, 4),
         runtime=720,
+        nproc_per_node="auto",  # processes that train together: one per GPU; a profile's set-resources may say a number
     params:
         section=lambda wildcards: as_json(PARAMS.finetune),
         container=CONTAINER,
@@ -270,6 +271,7 @@ rule finetune:
         " --train-loss {output.train_loss}"
         " --eval-loss {output.eval_loss}"
         " --checkpoints build/checkpoints"
+        " --nproc-per-node {resources.nproc_per_node}"
         " --log {log}"
 
 

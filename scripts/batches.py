@@ -30,6 +30,10 @@ class Data:
         self.offsets = ids.offsets.to_numpy()
         self.ids, self.labels = ids.values.to_numpy(), labels.values.to_numpy()
         self.lengths = np.diff(self.offsets)
+        # Tokens that have a loss: all labels but a sequence's first, which nothing predicts.
+        counted = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
+        first = self.labels[self.offsets[:-1]] != IGNORED if len(self) else 0
+        self.answers = counted[self.offsets[1:]] - counted[self.offsets[:-1]] - first
         if self.masked:
             mask = table["attention_mask"].combine_chunks()
             self.real = (

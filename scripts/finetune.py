@@ -6,6 +6,7 @@
 Reads the section `finetune`, the base model and the tokenized train and eval splits. Writes adapter_config.json and
 adapter_model.safetensors as `PeftModel.from_pretrained` loads them, and the loss curves. Killed at any moment and
 started again, it goes on from its last checkpoint; a checkpoint of other inputs or parameters is never used.
+On several GPUs, one process for each trains its share of every step (scripts/devices.py); `torchrun` works, too.
 
 The same inputs give the same bytes on one machine: batches, dropout and learning rate are functions of the step alone,
 so a resumed run and an undisturbed one do the same arithmetic.
@@ -15,11 +16,13 @@ import csv
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+import devices
 from batches import IGNORED, Data, Schedule
 from common import cli, outputs, params
 from common.errors import UserError
@@ -27,11 +30,11 @@ from common.errors import UserError
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
 
 
-def pick_device():
-    """CUDA if there is a GPU, else CPU."""
+def pick_device(number: int = 0):
+    """The GPU of that number if there is one, else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pick_dtype(name: str, device):
@@ -54,8 +57,8 @@ def pick_dtype(name: str, device):
     return torch.bfloat16 if amd or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def load_model(section: params.Finetune, base: Path, device):
-    """The base model with fresh adapters, ready to train.
+def load_model(section: params.Finetune, base: Path, device, place=None):
+    """The base model with fresh adapters, ready to train on `device`; it lies there, or in `place`.
 
     Raises:
         UserError: the folder is missing or damaged, or target modules match nothing.
@@ -80,7 +83,7 @@ def load_model(section: params.Finetune, base: Path, device):
             base,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": device},
+            device_map={"": place or device},
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -170,8 +173,8 @@ def loss_sum(peft, head: Head, batch: dict):
     )
 
 
-def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype) -> str:
-    """Digest of everything a checkpoint depends on: parameters, base, dataset, this script and the libraries' versions."""
+def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1) -> str:
+    """Digest of everything a checkpoint depends on: parameters, base, dataset, scripts, libraries' versions, number of processes."""
     import hashlib
 
     import peft
@@ -184,9 +187,10 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype) -> s
         "dataset": outputs.folder_digest(dataset),
         "scripts": [
             outputs.sha256(Path(__file__).with_name(name))
-            for name in ("finetune.py", "batches.py", "fused.py", "lora.py")
+            for name in ("finetune.py", "batches.py", "devices.py", "fused.py", "lora.py")
         ],
         "dtype": str(dtype),
+        "world": world,
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -235,14 +239,19 @@ class Checkpoints:
 class Trainer:
     """Model, optimizer and curves of one run."""
 
-    def __init__(self, section: params.Finetune, base: Path, dataset: Path, checkpoints: Path, job: cli.Job):
+    def __init__(
+        self,
+        section: params.Finetune,
+        base: Path,
+        dataset: Path,
+        checkpoints: Path,
+        job: cli.Job,
+        group: devices.Group | None = None,
+    ):
         import torch
 
-        import fused
-        import lora
-
-        self.section, self.job = section, job
-        self.device = pick_device()
+        self.section, self.job, self.group = section, job, group or devices.Group()
+        self.device = pick_device(self.group.local_rank)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
@@ -252,21 +261,19 @@ class Trainer:
                 "prepare.eval_fraction, or set early_stopping_patience to 0."
             )
         self.schedule = Schedule(section, self.train.lengths)
-        self.checkpoints = Checkpoints(
-            checkpoints, fingerprint(section, base, dataset, pick_dtype(section.compute_dtype, self.device))
-        )
-        self.peft = load_model(section, base, self.device)
-        self.head = Head(self.peft.get_base_model())
-        replaced = {"lora": lora.fuse(self.peft), **fused.fuse(self.peft.get_base_model())}
-        self.qat = None
-        if section.qat != "none":
-            chosen, rate = section.qat_target_modules, section.qat_rate
-            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, chosen, rate, section.seed)
-            names = {name.rsplit(".", 1)[-1] for name in self.qat.layers}
-            lost = [] if isinstance(chosen, str) else [name for name in chosen if name not in names]
-            if lost or not names:
-                raise UserError(f"finetune.qat_target_modules: {lost or chosen} matches no layer that has an adapter.")
-        self.job.log(f"fused: {replaced}, qat {section.qat}")
+        key = None
+        if self.group.first:
+            dtype = pick_dtype(section.compute_dtype, self.device)
+            key = fingerprint(section, base, dataset, dtype, self.group.world)
+        self.checkpoints = Checkpoints(checkpoints, self.group.agree(key))
+        if section.sharding == "full" and self.group.world > 1:
+            with self.group.turn():
+                self._load(base, place=torch.device("cpu"))
+                kept = {value for value in self.peft.parameters() if value.requires_grad}
+                held, of = self.group.shard(self.peft, self.device, kept)
+                self.job.log(f"holds {held} of {of} weights of the base")
+        else:
+            self._load(base)
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -282,10 +289,31 @@ class Trainer:
         self.window = [0.0, 0]  # loss sum and answer tokens since the last line of the curve
         self._resume()
 
+    def _load(self, base: Path, place=None) -> None:
+        """The model with its fused operations, on its device or first in `place`."""
+        import fused
+        import lora
+
+        section = self.section
+        self.peft = load_model(section, base, self.device, place)
+        self.head = Head(self.peft.get_base_model())
+        replaced = {"lora": lora.fuse(self.peft)}
+        if self.device.type == "cpu":
+            replaced |= fused.fuse(self.peft.get_base_model())
+        self.qat = None
+        if section.qat != "none":
+            chosen, rate = section.qat_target_modules, section.qat_rate
+            self.qat = lora.QuantizationAware(self.peft, section.qat_block_size, chosen, rate, section.seed)
+            names = {name.rsplit(".", 1)[-1] for name in self.qat.layers}
+            lost = [] if isinstance(chosen, str) else [name for name in chosen if name not in names]
+            if lost or not names:
+                raise UserError(f"finetune.qat_target_modules: {lost or chosen} matches no layer that has an adapter.")
+        self.job.log(f"fused: {replaced}, qat {section.qat}")
+
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        found = self.checkpoints.load()
+        found = self.group.agree(self.checkpoints.load() if self.group.first else None)
         if found is None:
             return
         import torch
@@ -309,6 +337,9 @@ class Trainer:
         self.job.say(f"goes on from step {self.step} of {self.schedule.steps}")
 
     def _save(self) -> None:
+        self.group.check_same(self.trained.values(), self.step)
+        if not self.group.first:
+            return
         tensors = {}
         for name, value in self.trained.items():
             moments = self.optimizer.state[value]
@@ -339,19 +370,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         chosen = self.schedule.batches(self.step)
-        batches = [self.train.batch(one, self.device) for one in chosen]
-        wanted = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        rows = np.concatenate(chosen)
+        wanted = int(self.train.answers[rows].sum())
         total = 0.0
-        for number, batch in enumerate(batches):
+        for number, one, counts in self.group.share(chosen):
             # Dropout depends on the step alone, so that a resumed run draws what an undisturbed one does.
             torch.manual_seed((self.section.seed * 1_000_003 + self.step * 1009 + number) % 2**63)
-            loss, _ = loss_sum(self.peft, self.head, batch)
+            loss, _ = loss_sum(self.peft, self.head, self.train.batch(one, self.device))
+            if not counts:
+                loss = loss * 0
             (loss / wanted).backward()
             total += loss.item()
+        (total,) = self.group.sums(total)
+        self.group.add_gradients(self.trained.values())
         if not math.isfinite(total):
-            rows = sorted(int(row) for one in chosen for row in self.train.rows[one])
+            named = sorted(int(row) for row in self.train.rows[rows])
             raise UserError(
-                f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, rows[:32]))} of the dataset). Lower "
+                f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, named[:32]))} of the dataset). Lower "
                 "finetune.learning_rate, set max_grad_norm, or look at these rows."
             )
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.section.max_grad_norm or math.inf)
@@ -361,7 +396,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.window[0] += total
         self.window[1] += wanted
-        return total / wanted, rate, sum(batch["tokens"] for batch in batches)
+        return total / wanted, rate, int(self.train.real[rows].sum())
 
     def evaluate(self) -> float | None:
         """Mean cross entropy per answer token on the eval split; None if it is empty."""
@@ -376,9 +411,11 @@ class Trainer:
         order = np.argsort(-self.eval.lengths, kind="stable")
         size = self.section.per_device_train_batch_size
         with torch.no_grad():
-            for start in range(0, len(order), size):
-                loss, wanted = loss_sum(self.peft, self.head, self.eval.batch(order[start : start + size], self.device))
-                total, count = total + loss.item(), count + wanted
+            for _, one, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):
+                loss, wanted = loss_sum(self.peft, self.head, self.eval.batch(one, self.device))
+                if counts:
+                    total, count = total + loss.item(), count + wanted
+        total, count = self.group.sums(total, count)
         self.peft.train()
         return total / count
 
@@ -432,6 +469,7 @@ class Trainer:
             with torch.no_grad():
                 for name, value in self.trained.items():
                     value.copy_(self.best_tensors[name])
+        self.group.check_same(self.trained.values(), self.step)
         seconds = time.monotonic() - began
         return {"steps": self.step, "tokens": tokens, "seconds": seconds, "stopped": self.stopped}
 
@@ -464,13 +502,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-loss", type=Path, required=True, help="CSV file for the training loss")
     parser.add_argument("--eval-loss", type=Path, required=True, help="CSV file for the loss on the eval split")
     parser.add_argument("--checkpoints", type=Path, default=Path("build/checkpoints"), help="folder for checkpoints")
+    parser.add_argument(
+        "--nproc-per-node",
+        default="auto",
+        help="processes that train together on each node (default, auto: one per GPU)",
+    )
     args = parser.parse_args(argv)
-    with cli.job("finetune", args.log) as job:
+    if devices.launch(args.nproc_per_node, Path(__file__), sys.argv[1:] if argv is None else argv, args.log):
+        return
+    with cli.job("finetune", devices.one_voice(args.log)) as job, devices.joined() as group:
         section = params.section(args.params, "finetune")
+        if not group.first:
+            Trainer(section, args.base, args.dataset, args.checkpoints, job, group).run()
+            return
         with outputs.written(args.output, [args.train_loss, args.eval_loss]) as (folder, train_loss, eval_loss):
-            trainer = Trainer(section, args.base, args.dataset, args.checkpoints, job)
+            trainer = Trainer(section, args.base, args.dataset, args.checkpoints, job, group)
             job.log(
-                f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, {trainer.schedule.steps} steps"
+                f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, "
+                f"{trainer.schedule.steps} steps, {group.world} processes"
             )
             done = trainer.run()
             trainer.save_adapter(folder)

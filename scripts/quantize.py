@@ -8,10 +8,13 @@ that do not load, both with exit code 0; so the written graph is compared with w
 loaded and made to generate before the output counts as built.
 """
 
+import contextlib
 import fnmatch
 import json
+import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import cli, outputs, params
@@ -76,6 +79,19 @@ def shares_embeddings(section: params.Quantize, model: Path) -> bool:
     return bool(tied if section.shared_embeddings is None else section.shared_embeddings)
 
 
+@contextlib.contextmanager
+def no_git() -> Iterator[None]:
+    """Hide Git from the model builder, which stamps its own revision into the graph but finds that of the repository around .venv."""
+    before = os.environ.get("GIT_DIR")
+    os.environ["GIT_DIR"] = os.devnull
+    try:
+        yield
+    finally:
+        os.environ.pop("GIT_DIR")
+        if before is not None:
+            os.environ["GIT_DIR"] = before
+
+
 def export(section: params.Quantize, model: Path, target: Path, scratch: Path, name: Path | None = None) -> None:
     """Run the model builder in this process; its output goes to the log.
 
@@ -100,7 +116,8 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path, n
                 weights["op_types"] = ["MatMul", "Gather"]
             structured = {"builder_config_version": 2, "target_options": {"quant_config": {"weights": weights}}}
         try:
-            create_model(*where, **parse_extra_options(*where, extra, **structured))
+            with no_git():
+                create_model(*where, **parse_extra_options(*where, extra, **structured))
             return
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
             if getattr(error, "errno", None):  # a trouble of the machine, not of the model

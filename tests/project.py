@@ -18,7 +18,7 @@ TINY = {
 }
 
 
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates")
+RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
 
 
 def environment() -> dict[str, str]:
@@ -89,7 +89,9 @@ def new_project(folder: Path, base: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
-    (folder / "data").mkdir()
+    for name in ("containers", "data"):
+        (folder / name).mkdir()
+    shutil.copy2(ROOT / "containers" / "Containerfile", folder / "containers")
     (folder / "data" / "dataset.json").write_text(json.dumps(make_rows(96), indent=0), encoding="utf-8")
     shutil.copytree(base, folder / "data" / "base")
     write_params(folder / "params.yaml", fetch_model={"source": "data/base", "sha256": None}, **TINY)

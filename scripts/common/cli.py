@@ -126,6 +126,16 @@ def _on_sigterm(signum, frame):
 
 
 @contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Interrupted in the block."""
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
 def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
     """Run a script's body: redirect chatter to the log, and turn every failure into one message and exit code 1.
 

@@ -246,7 +246,18 @@ class Finetune(Section):
     )
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_train_epochs.")
     per_device_train_batch_size: int = Field(16, ge=1, le=65536, description="Sequences per device and forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=65536, description="Forward passes per optimizer step.")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        le=65536,
+        description="Forward passes per optimizer step. Several devices share them out: a step trains on the same rows on any number of "
+        "devices, which are used best where this is a multiple of it.",
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="What each of several devices holds of the base model: all of it, or (`full`, method lora without qat) its share, "
+        "for models that do not fit.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
@@ -293,6 +304,8 @@ class Finetune(Section):
             raise ValueError("early stopping needs eval_steps of 1 or more")
         if self.qat != "none" and (self.method != "lora" or self.lora_dropout):
             raise ValueError("qat goes with method lora and lora_dropout 0")
+        if self.sharding != "none" and (self.method != "lora" or self.qat != "none"):
+            raise ValueError("sharding goes with method lora and qat none")
         if isinstance(self.target_modules, list) and not self.target_modules:
             raise ValueError("target_modules is empty: name at least one module, or use all-linear")
         return self

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from azurite import Azurite, program
-from project import change, new_project, snakemake
+from project import change, new_project, run, snakemake
 from proxy import Faulty
+from sharing import git, initialise, remote
 from tiny import ROOT
 
 IMAGE = ROOT / "containers" / "slmake-cpu.sif"
@@ -86,3 +87,30 @@ def proxy(blob_server, container, monkeypatch):
     with Faulty(blob_server.port) as between:
         monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", blob_server.connection(between.port))
         yield between
+
+
+@pytest.fixture(scope="session")
+def pushed(built, blob_server, tmp_path_factory):
+    """A built project, committed and pushed to a remote of its own, and that container's name. Do not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", blob_server.connection())
+        project = tmp_path_factory.mktemp("pushed") / "project"
+        subprocess.run(["cp", "-a", built, project], check=True)
+        initialise(project)
+        container = blob_server.container()
+        done = remote(project, "add", f"azure://{container}/tones")
+        assert done.returncode == 0, done.stdout
+        assert run(project, "dvc", "commit", "--force", "--quiet").returncode == 0
+        git(project, "add", "-A")
+        git(project, "commit", "-q", "-m", "build")
+        done = remote(project, "push")
+        assert done.returncode == 0, done.stdout
+        assert f"azure://{container}/tones holds" in done.stdout
+    return project, container
+
+
+@pytest.fixture
+def clone(pushed, tmp_path, container) -> Path:
+    """A colleague's fresh clone, with nothing built. (`container` sets the environment.)"""
+    git(tmp_path, "clone", "-q", str(pushed[0]), "clone")
+    return tmp_path / "clone"

@@ -6,7 +6,7 @@ import threading
 
 
 class Faulty:
-    """Passes bytes to `port` on loopback, until told to misbehave; `hits` counts the faults that were really made.
+    """Passes bytes to `port` on loopback, until told to misbehave; `hits` counts the faults that were really made, `passed` the bytes of bodies and answers.
 
     cut_up, cut_down: close both sides after that many bytes went up (to the server) or down in one connection.
     status: answer requests with (code, Retry-After seconds or None) without passing them on.
@@ -17,7 +17,7 @@ class Faulty:
     def __init__(self, port: int):
         self.target, self.port = port, 0
         self.cut_up = self.cut_down = self.status = self.times = self.rate = None
-        self.hits = 0
+        self.hits = self.passed = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.ready = threading.Event()
@@ -97,6 +97,7 @@ class Faulty:
             if not data:
                 raise OSError
             passed += len(data)
+            self.passed += len(data)
             left = None if left is None else left - len(data)
             limit = getattr(self, fault)
             if limit is not None and passed > limit and self._strike():

@@ -66,7 +66,7 @@ MessageTimeout=60
 SlurmdTimeout=0
 ReturnToService=2
 GresTypes=gpu
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory Gres=gpu:1 State=UNKNOWN
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(env -u OMP_NUM_THREADS nproc) RealMemory=$memory Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
   # A device that is none: jobs that ask for a GPU are placed, and find out that there is no driver.

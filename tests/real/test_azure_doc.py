@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from project import change, environment, planned, run
-from test_remote import contents, git, initialise
+from sharing import contents, git, initialise
 from tiny import ROOT, make_rows
 
 pytestmark = pytest.mark.real

@@ -32,8 +32,9 @@ def test_what_a_rule_sees(copy_of_contained):
         script = copy_of_contained / "scripts" / f"{name}.py"
         probe = (
             "import json, os, socket, sys\n"
-            f"with open('seen-{name}.json', 'w') as handle:\n"
-            "    json.dump({'net': [n for _, n in socket.if_nameindex()], 'python': sys.executable,"
+            "if __name__ == '__main__':  # the Snakefile imports gates, too\n"
+            f"    with open('seen-{name}.json', 'w') as handle:\n"
+            "        json.dump({'net': [n for _, n in socket.if_nameindex()], 'python': sys.executable,"
             " 'path': os.environ.get('PYTHONPATH', '')}, handle)\n"
         )
         script.write_text(probe + script.read_text(encoding="utf-8"), encoding="utf-8")

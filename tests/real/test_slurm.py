@@ -1,11 +1,14 @@
 """The tiny pipeline as real Slurm jobs, each in its container: undisturbed, cancelled half-way, out of memory, out of time."""
 
 import re
+import shlex
 import subprocess
+import sys
 import time
 
 import pytest
 from project import RULES, change, digests, environment, new_project, planned, run, snakemake
+from tiny import ROOT
 
 SLURM = (
     "--profile", "profiles/slurm", "--set-resources", "finetune:gpu=0", "evaluate:gpu=0", "--max-threads", "2",
@@ -128,3 +131,19 @@ def test_out_of_time(copy_of_clustered):
     script.write_text("import time\ntime.sleep(600)\n" + script.read_text(encoding="utf-8"), encoding="utf-8")
     said = failure(copy_of_clustered, "--set-resources", "gates:runtime=1", *SLURM[6:])
     assert f"SLURM-job '{jobs(said)[0]}' failed, SLURM status is: 'TIMEOUT'" in said
+
+
+def test_tasks_of_srun_train_together(base, dataset, slurm, tmp_path):
+    """The way of a job with several nodes, on the one node there is: srun starts the processes, and the bytes are those of `auto`'s."""
+    from test_devices import contents, tune_by_two
+    from test_finetune import command
+
+    tune_by_two(tmp_path / "pair", base, dataset)
+    arguments = [str(ROOT / "scripts" / "finetune.py"), *command(tmp_path / "spread", base, dataset)]
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import devices; devices._spread(1, 2, [sys.executable, *sys.argv[2:]])"
+    script = shlex.join([sys.executable, "-c", code, str(ROOT / "scripts"), *arguments])
+    done = run(
+        tmp_path, "sbatch", "--wait", "--ntasks=2", "--mem=4000", "--time=20", f"--wrap={script}", "--output=log"
+    )
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    assert contents(tmp_path / "spread") == contents(tmp_path / "pair")

@@ -178,21 +178,6 @@ def test_missing_container_and_missing_path_are_told(tmp_path, container):
     assert f"az://{container}/tiny: no such file or folder there." in done.stderr
 
 
-@pytest.mark.parametrize("fault", ["cut", "500", "503"])
-def test_download_survives_a_fault_with_identical_bytes(tmp_path, blob_server, container, proxy, base, fault):
-    upload(blob_server, container, base, "tiny")
-    source = pinned(f"az://{container}/tiny")
-    proxy.times = 3
-    if fault == "cut":
-        proxy.cut_down = 100_000
-    else:
-        proxy.status = (int(fault), 1)
-    done, out, _ = fetch(tmp_path, source)
-    assert done.returncode == 0, done.stderr
-    assert proxy.hits == 3
-    assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-
-
 def test_download_that_broke_for_good_goes_on_where_it_stopped(tmp_path, blob_server, container, proxy, monkeypatch):
     """The line is cut again and again after the first block: an error, what came is kept, and the next call brings only the rest."""
     model = make_model(tmp_path / "model")
