@@ -510,6 +510,7 @@ rule package:
         metrics="results/metrics.json",
         gates="results/gates.json",
         search=["results/search.json"] * bool(SEARCH),
+        lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
     output:
         package=directory("build/package"),
     log:
@@ -524,7 +525,6 @@ rule package:
     params:
         section=lambda wildcards: as_json(PARAMS.package),
         container=CONTAINER,
-        lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
         search="--search results/search.json" * bool(SEARCH),
     shell:
         "python {input.script}"
@@ -536,7 +536,7 @@ rule package:
         " --metrics {input.metrics}"
         " --gates {input.gates}"
         " {params.search}"
-        " --lock {params.lock}"
+        " --lock {input.lock}"
         " --materials {input.materials}"
         " --output {output.package}"
         " --log {log}"
