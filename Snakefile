@@ -513,7 +513,7 @@ rule package:
     params:
         section=lambda wildcards: as_json(PARAMS.package),
         container=CONTAINER,
-        lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
+        lock=lambda wildcards: "envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
     shell:
         "python {input.script}"
         " --params params.yaml"
