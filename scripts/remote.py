@@ -24,7 +24,7 @@ from common import cli
 from common.errors import UserError
 
 NAME = "storage"  # what the remote is called in .dvc/config
-ATTEMPTS = 4
+ATTEMPTS = 2  # runs of dvc; within each the Azure SDK tries every request four times, waiting longer each time
 # Measured with bench/transfer.py (docs/azure.md): more files at a time than the default of 4 x cores help nothing.
 SETTINGS = {"verify": "true", "jobs": "8"}
 

@@ -1,9 +1,12 @@
 """Rules in a real Apptainer image: the same bytes, no network, and clear words when the image is not the right one."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
-from project import RULES, change, digests, planned, run, snakemake
+from project import RULES, change, digests, new_project, planned, run, snakemake
 
 PROFILE = ("--profile", "profiles/container")
 
@@ -52,6 +55,33 @@ def test_what_a_rule_sees(copy_of_contained):
     assert seen["gates"] == {"net": ["lo"], "python": "/opt/slmake/bin/python", "path": ""}
     assert seen["fetch_model"]["net"] == [name for _, name in json.loads(outside.stdout)]
     assert seen["fetch_model"]["python"] == "/opt/slmake/bin/python"
+
+
+def test_the_image_alone_runs_the_whole_pipeline(built, base, tmp_path):
+    """`podman run … slmake:cpu`, as docs/containers.md has it: the same bytes again. (The options before `--rm` suit virtual machines.)"""
+    if not shutil.which("podman") or subprocess.run(["podman", "image", "exists", "slmake:cpu"]).returncode:
+        pytest.skip("no image slmake:cpu: tests/real/image.sh builds it with podman")
+    project = new_project(tmp_path / "project", base)
+    settings = tmp_path / "containers.conf"
+    settings.write_text("[containers]\ndefault_ulimits = []\n", encoding="utf-8")
+    done = run(
+        project,
+        *(
+            "env",
+            f"CONTAINERS_CONF={settings}",
+            "podman",
+            "--runtime",
+            "runc",
+            "run",
+            "--network",
+            "host",
+            "--ulimit",
+            "host",
+        ),
+        *("--rm", "--user", f"{os.getuid()}:{os.getgid()}", "--volume", f"{project}:/work", "slmake:cpu"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert digests(project) == digests(built)
 
 
 def fails(project, *said: str) -> None:

@@ -407,7 +407,7 @@ def interrupt(folder: Path, number: signal.Signals, base: Path, dataset: Path, *
     arguments = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *command(folder, base, dataset, **changes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not any(int(path.name[5:]) >= 5 for path in (folder / "checkpoints").glob("*/step-*")):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
