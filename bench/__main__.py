@@ -12,6 +12,7 @@ long session can be done in pieces. Every piece is a run side by side: only what
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
 from bench import document, measure, results
 
@@ -26,6 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         "--only", nargs="*", choices=NAMES, default=list(NAMES), metavar="NAME", help=f"of {', '.join(NAMES)}"
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender runs (default: 3)")
+    parser.add_argument(
+        "--document",
+        type=Path,
+        default=measure.ROOT / "docs" / "benchmarks.md",
+        help="file whose generated part is replaced (default: docs/benchmarks.md)",
+    )
     modules = {name: importlib.import_module(f"bench.{name}") for name in NAMES}
     for module in modules.values():
         module.options(parser)
@@ -42,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         found = {"bench": name, "machine": machine, "versions": measure.versions(), **found}
         results.save(measure.SCRATCH / f"{name}.json", found)
-    print(document.write(list(NAMES), measure.SCRATCH, measure.ROOT / "docs" / "benchmarks.md"))
+    print(document.write(list(NAMES), measure.SCRATCH, args.document))
     if failed:
         print(f"bench: failed: {', '.join(failed)}. The messages are above.", file=sys.stderr)
     return 1 if failed else 0

@@ -62,6 +62,8 @@ def where(result: dict) -> str:
 
 def markdown(results: dict[str, dict], plots: list[str]) -> str:
     """The generated part: all bars, the plots, and a section for every benchmark."""
+    if not results:
+        return "Nothing has been measured yet."
     met = [line["met"] for result in results.values() for line in result["bars"] if line["met"] is not None]
     places = [where(result) for result in results.values()]
     parts = [

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import shutil
 import statistics
 import sys
 
@@ -34,9 +33,6 @@ def bench(args: argparse.Namespace) -> dict:
         )
     measure.say("building what is not there yet")
     snakemake()
-    if not (PROJECT / ".dvc" / "tmp").exists():
-        shutil.rmtree(PROJECT / ".dvc", ignore_errors=True)
-        measure.run([sys.executable, "-m", "dvc", "init", "--quiet"], PROJECT)
     measure.run([sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], PROJECT)
 
     def dvc(_) -> dict:
