@@ -62,6 +62,7 @@ SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 if "adapter" in SCORED:
     SCORED["adapter-base"] = "build/base"
 OUTSIDE = ("ask", "dvc_yaml", "params_docs", "publish", "reproduce", "verify")  # scripts that cannot change a package
+BESIDE = ("azureml.py", "azure_ml", "import_olive.py", "from_olive")  # nor can these, nor what is in them
 SEARCH = PARAMS.quantize.search if "quantize" in STAGES else None
 try:
     CANDIDATES = [f"build/search/{number}" for number in range(search.count(PARAMS.quantize))] if SEARCH else []
@@ -78,7 +79,9 @@ SCORING = [
 MATERIALS = [
     *DATA,
     "Snakefile",
-    *sorted(str(path) for path in Path("scripts").rglob("*.py") if path.stem not in OUTSIDE),
+    *sorted(
+        str(path) for path in Path("scripts").rglob("*.py") if path.stem not in OUTSIDE and path.parts[1] not in BESIDE
+    ),
     *("envs/cpu.lock", "envs/cuda.lock"),
     *sorted(map(str, Path("containers").glob("Containerfile*"))),
 ]
