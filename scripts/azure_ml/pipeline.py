@@ -70,6 +70,8 @@ def plan(settings: Settings) -> Plan:
         )
     found = dvc_yaml.rules()
     rules = {name: found[name] for name in dvc_yaml.in_order(found) if name not in LEFT_HERE}
+    for stage in rules.keys() & set(dvc_yaml.MEMBERS.values()):
+        rules[stage]["output"].sort()  # its members' jobs are printed in any order
     sections = yaml.load(Path("params.yaml").read_text(encoding="utf-8"), Loader)
     data = _data(everything, settings, sections)
     model = _model(everything, settings, sections)

@@ -169,6 +169,23 @@ def test_a_step_is_sent_what_can_change_its_result_and_no_more(compiled):
     assert not {name for name in names if name.endswith((".sif", ".pyc")) or name.startswith(".")}
 
 
+def test_a_search_is_one_step(compiled, tmp_path):
+    """Its candidates are jobs of the same step, which the steps after it read."""
+    folder = Path(shutil.copytree(compiled, tmp_path / "project"))
+    sections = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    sections["quantize"]["search"] = {"block_size": [32, 64], "budget": 2}
+    (folder / "params.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    done = subprocess.run([sys.executable, "scripts/azureml.py", "compile"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jobs = yaml.safe_load((folder / "azureml" / "pipeline.yml").read_text(encoding="utf-8"))["jobs"]
+    made = ["results_search_json", "search_0", "search_1", "search_merged"]
+    assert sorted(jobs["search"]["outputs"]) == ["receipt_search", *made]
+    assert set(made[:3]) <= set(jobs["quantize"]["inputs"])
+    sent = params.load(folder / pipeline.CODE / "search" / "params.yaml")
+    assert sent.quantize.search.budget == 2
+    assert sent.all.stages == ["finetune", "merge", "quantize"]
+
+
 def test_a_changed_gate_leaves_the_code_that_trains_as_it_was():
     plan = small_plan()
     before = copy.deepcopy(pipeline.step_params(plan, "finetune"))

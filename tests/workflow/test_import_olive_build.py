@@ -32,7 +32,7 @@ def test_the_tutorial_builds_an_int4_model(tmp_path, base):
         "source_max_len": 128,
     }
     tune = content["passes"]["lora"]["config"]
-    tune |= {"target_modules": ["q_proj", "v_proj"], "lora_r": 8, "lora_alpha": 16}
+    tune |= {"target_modules": ["q_proj", "v_proj"], "lora_r": 8, "lora_alpha": 16, "eval_dataset_size": 0.01}
     tune["training_args"] |= {"max_steps": 4, "gradient_accumulation_steps": 1, "logging_steps": 1}
     content["passes"]["builder"]["config"]["int4_algo_config"] = "rtn"
     (project / "olive-config.json").write_text(json.dumps(content), encoding="utf-8")
