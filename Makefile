@@ -8,6 +8,7 @@ BIN     := $(VENV)/bin
 MACHINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH   := torch==2.13.0
 READY   := $(VENV)/.ready-$(MACHINE)
+PEERS   := .venv-bench
 # uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # The torch build that fits the machine (uv's name for it), unless a folder of wheels says which.
@@ -16,7 +17,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup image sif test test-fast faults lint format docs lock ask report verify remote push pull azurite azureml reproduce clean help
+.PHONY: build setup image sif test test-fast faults lint format docs lock ask report screenshots verify remote push pull azurite azureml reproduce bench peers clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
@@ -45,16 +46,19 @@ sif: setup ## turn that image into an Apptainer image, check it, print the line 
 	@$(BIN)/python scripts/container.py containers/slmake-$(MACHINE).sif
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
-	@$(BIN)/python scripts/ask.py "$$TEXT"
+	@$(BIN)/python scripts/ask.py -- "$$TEXT"
 
 report: setup ## put figures and tables on one page, build/report.html (missed gates included)
 	$(BIN)/snakemake --cores all --quiet progress build/report/overview.html
 	@$(BIN)/snakemake --quiet all --report build/report.html
 
+screenshots: report ## photograph the report for the README (needs chromium and chromedriver)
+	@$(BIN)/python tests/real/browser.py build/report.html docs
+
 verify: $(READY) ## check build/package: sums, signature, provenance, inputs, and that it generates
 	@$(BIN)/python scripts/verify.py
 
-test: setup ## run the whole test suite
+test: setup azureml ## run the whole test suite
 	$(BIN)/python -m pytest
 
 test-fast: setup ## the unit tests only
@@ -73,9 +77,10 @@ format: setup ## format code and Snakefile
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile
 
-docs: setup ## regenerate docs/params.md, docs/params.schema.json and dvc.yaml
+docs: setup ## regenerate docs/params.md, docs/params.schema.json, dvc.yaml and azureml/pipeline.yml
 	PYTHONPATH=scripts $(BIN)/python -m common.params_docs --output docs
 	$(BIN)/python scripts/dvc_yaml.py --output dvc.yaml
+	$(BIN)/python scripts/azureml.py compile
 
 remote: setup ## share through Azure Blob: make remote URL=azure://container/path
 	@$(BIN)/python scripts/remote.py add "$$URL"
@@ -89,11 +94,29 @@ pull: setup ## download what was built elsewhere; then there is nothing to do
 azurite: ## install the blob server that the tests start (needs npm)
 	@npm ci --prefix tests/real/azurite --no-audit --no-fund --loglevel=error
 
-azureml: setup ## install azure-ai-ml, for azureml:// sources
+azureml: setup ## install azure-ai-ml: azureml:// sources, runs on Azure Machine Learning
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r envs/azureml.lock
 
 reproduce: setup ## build twice, in two folders, and compare the bytes
 	$(BIN)/python scripts/reproduce.py
+
+bench: peers build/base build/dataset ## measure us and the peers in turn, write docs/benchmarks.md: make bench ONLY=merge
+	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(BENCH)
+
+build/base build/dataset: | setup
+	@test -e $@ || $(BIN)/snakemake --cores all --quiet progress $@
+
+peers: $(PEERS)/.ready ## install what `make bench` measures against (Olive, TRL, llama.cpp) into .venv-bench
+
+$(PEERS)/.ready: envs/bench.lock envs/llama.lock | setup
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "peers: installing envs/bench.lock into $(PEERS)"
+	@$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --no-deps --require-hashes -r envs/bench.lock
+	@$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) $(TORCH)
+	@echo "peers: compiling llama.cpp (ten minutes or more)"
+	@CMAKE_ARGS="$(if $(filter cuda,$(MACHINE)),-DGGML_CUDA=on)" $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --no-deps --require-hashes -r envs/llama.lock \
+	  || echo "peers: llama.cpp did not compile here (cmake and a C++ compiler are needed); it is left out of the comparison"
+	@touch $@
 
 lock: setup ## resolve envs/*.in into envs/*.lock
 	scripts/lock.sh $(BIN)/uv

@@ -62,6 +62,7 @@ SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 if "adapter" in SCORED:
     SCORED["adapter-base"] = "build/base"
 OUTSIDE = ("ask", "dvc_yaml", "params_docs", "publish", "reproduce", "verify")  # scripts that cannot change a package
+BESIDE = ("azureml.py", "azure_ml", "import_olive.py", "from_olive")  # nor can these, nor what is in them
 SEARCH = PARAMS.quantize.search if "quantize" in STAGES else None
 try:
     CANDIDATES = [f"build/search/{number}" for number in range(search.count(PARAMS.quantize))] if SEARCH else []
@@ -78,7 +79,9 @@ SCORING = [
 MATERIALS = [
     *DATA,
     "Snakefile",
-    *sorted(str(path) for path in Path("scripts").rglob("*.py") if path.stem not in OUTSIDE),
+    *sorted(
+        str(path) for path in Path("scripts").rglob("*.py") if path.stem not in OUTSIDE and path.parts[1] not in BESIDE
+    ),
     *("envs/cpu.lock", "envs/cuda.lock"),
     *sorted(map(str, Path("containers").glob("Containerfile*"))),
 ]
@@ -105,6 +108,12 @@ except UserError as error:
 
 
 onstart:
+    for folder in ("build", "results", "logs", "benchmarks"):
+        if Path(folder).exists() and not os.access(folder, os.W_OK):  # Snakemake would end in a traceback
+            raise WorkflowError(
+                f"cannot write to {folder}/: it is read-only here. Check its owner, its permissions and how it is mounted; "
+                "what was built is untouched."
+            )
     if CONTAINER and IN_CONTAINERS:
         try:
             containers.check(CONTAINER)
@@ -140,7 +149,11 @@ FIGURES = [
         ("loss.svg", "3. Training", "Loss"),
         ("data.svg", "3. Training", "Lengths and labels"),
         ("cost.html", "4. Cost", "Time and memory"),
-        *[("candidates.svg", "4. Cost", "Quantization candidates")] * bool(SEARCH),
+        *[
+            ("candidates.svg", "4. Cost", "Quantization candidates"),
+            ("candidates.html", "4. Cost", "Quantization candidates, all figures"),
+        ]
+        * bool(SEARCH),
     ]
 ]
 
@@ -499,6 +512,8 @@ rule package:
         dataset_report="results/dataset.json",
         metrics="results/metrics.json",
         gates="results/gates.json",
+        search=["results/search.json"] * bool(SEARCH),
+        lock="envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
     output:
         package=directory("build/package"),
     log:
@@ -513,7 +528,7 @@ rule package:
     params:
         section=lambda wildcards: as_json(PARAMS.package),
         container=CONTAINER,
-        lock=lambda wildcards: "envs/cuda.lock" if PARAMS.quantize.execution_provider == "cuda" else "envs/cpu.lock",
+        search="--search results/search.json" * bool(SEARCH),
     shell:
         "python {input.script}"
         " --params params.yaml"
@@ -523,7 +538,8 @@ rule package:
         " --dataset-report {input.dataset_report}"
         " --metrics {input.metrics}"
         " --gates {input.gates}"
-        " --lock {params.lock}"
+        " {params.search}"
+        " --lock {input.lock}"
         " --materials {input.materials}"
         " --output {output.package}"
         " --log {log}"
@@ -532,7 +548,7 @@ rule package:
 rule report:
     input:
         script="scripts/report.py",
-        modules=["scripts/gates.py"],
+        modules=["scripts/gates.py", "scripts/search.py"],
         environment=ENVIRONMENT,
         base_report="results/base.json",
         dataset_report="results/dataset.json",

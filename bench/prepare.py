@@ -1,40 +1,28 @@
-"""Measure memory and speed of `prepare` from a thousand to a million rows.
+"""Preparing: memory and speed from a thousand to a million rows.
 
-    .venv/bin/python bench/prepare.py                                     # all sizes, tiny tokenizer and build/base
-    .venv/bin/python bench/prepare.py --sizes 1000 10000 --formats jsonl  # a minute
-
-Makes data sets of distinct short rows (3 to 40 words, drawn from the words of data/dataset.json), runs scripts/prepare.py on
-each as a child process with the parameters of params.yaml, and prints a Markdown table: peak resident memory, CPU and wall
-time, rows a minute, and memory as a ratio to the smallest. Rows a minute are by CPU time (user and system, all threads),
-which other work on the machine disturbs least, and by wall time.
+Distinct short rows (3 to 40 words, drawn from the words of data/dataset.json, four labels); scripts/prepare.py with the parameters of
+params.yaml as a child process. Memory is its own peak. A tiny tokenizer first, then that of build/base up to 100,000 rows.
 """
 
 import argparse
 import json
-import os
 import random
 import re
-import subprocess
+import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-import yaml
+from bench import measure
+from bench.measure import ROOT, SCRATCH
+from bench.results import bar, exponent
 
-ROOT = Path(__file__).parents[1]
 TONES = ("sadness", "joy", "fear", "surprise")
 
 
-class Run(NamedTuple):
-    """What one child process took."""
-
-    rows: int
-    kind: str
-    peak: int  # bytes
-    cpu: float  # seconds, user and system
-    wall: float  # seconds
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="prepare: rows"
+    )
 
 
 def make_rows(path: Path, count: int, seed: int = 42) -> None:
@@ -52,76 +40,53 @@ def make_rows(path: Path, count: int, seed: int = 42) -> None:
         handle.write("\n]\n" if array else "")
 
 
-def measure(source: Path, base: Path, rows: int) -> Run:
-    """Run scripts/prepare.py on one file; the child's own peak memory and times.
-
-    Raises:
-        SystemExit: prepare failed.
-    """
-    folder = source.parent
-    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    content["prepare"]["source"] = str(source)
-    (folder / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    command = [sys.executable, ROOT / "scripts" / "prepare.py", "--params", folder / "params.yaml", "--base", base]
-    command += ["--output", folder / "dataset", "--report", folder / "dataset-report.json", "--log", folder / "log"]
-    began = time.monotonic()
-    child = subprocess.Popen([str(part) for part in command])
-    _, status, used = os.wait4(child.pid, 0)
-    wall = time.monotonic() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(f"bench: prepare failed on {source.name}; see the message above.")
-    for path in (*(folder / "dataset").iterdir(), folder / "dataset-report.json"):
-        path.unlink()
-    (folder / "dataset").rmdir()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Run(rows, source.suffix[1:], used.ru_maxrss * unit, used.ru_utime + used.ru_stime, wall)
+def prepared(source: Path, base: Path, work: Path) -> measure.Took:
+    """One run of scripts/prepare.py."""
+    params = measure.params(work / "params.yaml", prepare={"source": str(source)})
+    arguments = ["--params", params, "--base", base, "--output", work / "dataset", "--report", work / "report.json"]
+    took = measure.script("prepare", *arguments)
+    shutil.rmtree(work / "dataset")
+    (work / "report.json").unlink()
+    return took
 
 
-def table(runs: list[Run]) -> str:
-    """Markdown rows of some runs; ratios are to the first."""
-    start = runs[0]
-    lines = [
-        "| rows | format | peak memory | ratio | CPU s | wall s | rows / CPU minute | rows / minute |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        lines.append(
-            f"| {run.rows:,} | {run.kind} | {run.peak / 1e6:.0f} MB | {run.peak / start.peak:.2f} | {run.cpu:.1f} | {run.wall:.1f} "
-            f"| {run.rows / run.cpu * 60:,.0f} | {run.rows / run.wall * 60:,.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="rows")
-    parser.add_argument(
-        "--formats", nargs="+", choices=["jsonl", "json"], default=["jsonl", "json"], help="file formats"
-    )
-    parser.add_argument("--base", type=Path, default=ROOT / "build" / "base", help="also measure with this tokenizer")
-    args = parser.parse_args(argv)
+def bench(args: argparse.Namespace) -> dict:
+    work = measure.fresh(SCRATCH / "prepare")
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny import make_tokenizer
 
-    with tempfile.TemporaryDirectory(prefix="slmake-bench-") as work:
-        tiny = Path(work, "tiny")
-        make_tokenizer(tiny)
-        for name, base in (("tiny tokenizer", tiny), (f"tokenizer of {args.base.name}", args.base)):
-            if not base.is_dir():
-                print(
-                    f"bench: {base}: no such folder; build it with `snakemake --cores all build/base`.", file=sys.stderr
-                )
+    make_tokenizer(work / "tiny")
+    real = ROOT / "build" / "base"
+    table = [["tokenizer", "rows", "wall s", "CPU s", "rows a minute", "rows a CPU minute", "peak memory, MB"]]
+    runs: dict[str, dict[int, list[dict]]] = {}
+    bars, curve = [], {}
+    for base in [work / "tiny", *[real] * real.exists()]:
+        found = runs[base.name] = {}
+        for count in args.rows:
+            if base == real and count > 100_000:
                 continue
-            runs = []
-            for kind in args.formats:
-                for size in args.sizes if kind == "jsonl" or base == tiny else []:
-                    source = Path(work, f"rows.{kind}")
-                    make_rows(source, size)
-                    runs.append(measure(source, base.resolve(), size))
-                    source.unlink()
-            print(f"\n{name}\n\n{table(runs)}\n", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            make_rows(work / "rows.jsonl", count)
+            found[count] = []
+            for _ in range(args.rounds if count < 1_000_000 else 1):
+                measure.say(f"{count:,} rows, tokenizer of {base.name}")
+                took = prepared(work / "rows.jsonl", base, work)
+                found[count].append({"wall_s": took.wall, "cpu_s": took.cpu, "peak_bytes": took.peak})
+            wall, cpu, peak = (min(one[key] for one in found[count]) for key in ("wall_s", "cpu_s", "peak_bytes"))
+            speeds = [f"{count / wall * 60:,.0f}", f"{count / cpu * 60:,.0f}"]
+            table.append([base.name, f"{count:,}", f"{wall:.1f}", f"{cpu:.1f}", *speeds, f"{peak / 1e6:.0f}"])
+        most = max(found)
+        speed = [most / one["wall_s"] * 60 for one in found[most]]
+        bars.append(
+            bar(f"prepare: {most:,} rows, tokenizer of {base.name}", speed, at_least=200_000, unit="rows a minute")
+        )
+        if base != real and len(found) > 1:
+            growth = found[most][0]["peak_bytes"] / found[min(found)][0]["peak_bytes"]
+            name = f"prepare: peak memory of {most:,} rows over that of {min(found):,}"
+            bars.append(bar(name, [growth], at_most=1.25))
+            walls = [min(one["wall_s"] for one in found[count]) for count in found]
+            memory = [min(one["peak_bytes"] for one in found[count]) / 1e6 for count in found]
+            curve = {"prepare, whole": {"unit": "rows", "sizes": list(found), "seconds": walls, "megabytes": memory}}
+            fitted = exponent(list(found)[-2:], walls[-2:])
+            bars.append(bar("growth: prepare, by rows", [fitted], at_most=1.1, unit="exponent"))
+    shutil.rmtree(work)
+    return {"bars": bars, "tables": [table], "notes": [], "runs": runs, "curves": curve}

@@ -11,22 +11,26 @@ from pathlib import Path
 
 from common import cli, generation, prompts
 from common.errors import UserError
+from common.outputs import read_json
 
 
 def ask(model_folder: Path, form: dict, values: dict[str, str], new_tokens: int) -> tuple[str, float]:
     """The greedy answer to one row of fields, and its latency in milliseconds (after the model is loaded).
 
     Raises:
-        UserError: no model there, or ONNX Runtime cannot load it.
+        UserError: no model there, ONNX Runtime cannot load it, or the text is too long for it.
     """
     if not (model_folder / "genai_config.json").exists():
         raise UserError(f"{model_folder}: no exported model. Build it with `make` or `snakemake --cores all`.")
     import numpy as np
-    import onnxruntime_genai as og
 
-    model = generation.load(model_folder)
-    tokenizer = og.Tokenizer(model)
+    model, tokenizer = generation.load(model_folder)
     ids = tokenizer.encode(form["prompt"].format(**values))
+    room = read_json(model_folder / "genai_config.json", "model", output=model_folder)["model"]["context_length"]
+    if len(ids) + new_tokens > room:
+        raise UserError(
+            f"the text is too long: {len(ids)} tokens with the template, and {new_tokens} for the answer; the model reads {room}."
+        )
     start = time.perf_counter()
     made = [token for token in generation.greedy(model, ids, new_tokens) if token != form["end_token_id"]]
     milliseconds = 1000 * (time.perf_counter() - start)

@@ -87,7 +87,7 @@ def one_candidate(section, number: int, args, questions, new_tokens: int, weight
         return result | {"failed": str(error)}
     answers, found = measure(questions, run, weights)
     found["size_bytes"] = outputs.folder_size(model)
-    reference = json.loads((args.reference / "measured.json").read_text(encoding="utf-8"))
+    reference = outputs.read_json(args.reference / "measured.json", "answers", output=args.reference)
     logits = np.load(args.reference / "logits.npy")
     labels = questions.form["labels"]
     return result | {

@@ -30,6 +30,8 @@ def judge(
         UserError: a gate that cannot be judged: its figure or model is not there, or the test split is too small for it.
     """
     names = [name for name in MODELS if name in metrics]
+    if not names:
+        raise UserError("no model was scored, so no gate can be judged. Build results/metrics.json again.")
     found = []
     for name, gate in section.every().items():
         model = _model(name, gate, names)
@@ -210,8 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("gates", args.log) as job:
         section = params.section(args.params, "gates")
         with outputs.written(files=[args.output]) as (target,):
-            metrics = json.loads(args.metrics.read_text(encoding="utf-8"))
-            benchmark = json.loads(args.benchmark.read_text(encoding="utf-8")) if args.benchmark else None
+            metrics = outputs.read_json(args.metrics, "test_rows")
+            benchmark = outputs.read_json(args.benchmark) if args.benchmark else None
             found = judge(section, metrics, benchmark, read_published(section))
             missed = [one for one in found if not one["passed"]]
             if missed:

@@ -5,7 +5,7 @@
 set -euo pipefail
 uv=$1
 compile=("$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header)
-for machine in cpu cuda; do
+for machine in cpu cuda bench; do
   all=$(mktemp)
   "${compile[@]}" "envs/$machine.in" -o "$all"
   skip=(--no-emit-package torch --no-emit-package triton)
@@ -13,5 +13,5 @@ for machine in cpu cuda; do
   "${compile[@]}" "${skip[@]}" "envs/$machine.in" -o "envs/$machine.lock"
   rm -f "$all"
 done
-for name in uv dev azureml; do "${compile[@]}" "envs/$name.in" -o "envs/$name.lock"; done
+for name in uv dev azureml llama; do "${compile[@]}" "envs/$name.in" -o "envs/$name.lock"; done
 grep -c == envs/*.lock

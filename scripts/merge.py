@@ -39,7 +39,7 @@ class Adapter:
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {folder}`.")
         check_safetensors(weights)
-        self.config = json.loads(config_path.read_text(encoding="utf-8"))
+        self.config = outputs.read_json(config_path, output=folder)
         if self.config.get("peft_type") != "LORA":
             raise UserError(
                 f"{config_path}: peft_type {self.config.get('peft_type')} cannot be merged here; only LORA can."
@@ -74,16 +74,34 @@ class Adapter:
                 break
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def delta(self, target: str):
-        """The update of one base weight, float32, in the weight's own shape."""
+    def delta(self, target: str, memory: "Memory"):
+        """The update of one base weight, float32, in the weight's own shape; it stands in `memory` until the next one."""
         name_a, name_b = self.pairs[target]
         if not name_a or not name_b:
             raise UserError(f"the adapter has only one of the two matrices for {target}. Build the adapter again.")
         a, b = self.file.get_tensor(name_a).float(), self.file.get_tensor(name_b).float()
-        update = b @ a
-        return (update.T if self.config.get("fan_in_fan_out") else update) * self.scaling(
-            target.removesuffix(".weight")
-        )
+        import torch
+
+        update = memory.take("update", (len(b), a.shape[1]), torch.float32)
+        torch.mm(b, a, out=update).mul_(self.scaling(target.removesuffix(".weight")))
+        return update.T if self.config.get("fan_in_fan_out") else update
+
+
+class Memory:
+    """Memory that every tensor uses again: the kernel's work on fresh pages costs several times what the sums in them do."""
+
+    def __init__(self):
+        self.flat: dict = {}
+
+    def take(self, role: str, shape: tuple[int, ...], dtype):
+        """A contiguous tensor of a shape and type, with whatever was in it; what `role` held before is lost."""
+        import torch
+
+        count = math.prod(shape)
+        if count > len(self.flat.get((role, dtype), ())):
+            self.flat[role, dtype] = None  # freed before the larger one is there
+            self.flat[role, dtype] = torch.empty(count, dtype=dtype)
+        return self.flat[role, dtype][:count].view(tuple(shape))
 
 
 def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
@@ -97,7 +115,15 @@ def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
 
 
 def merge_shard(
-    source: Path, target: Path, adapter: Adapter, dtype: str, rebuild, where: dict[str, str], linear: set[str], bar
+    source: Path,
+    target: Path,
+    adapter: Adapter,
+    dtype: str,
+    rebuild,
+    where: dict[str, str],
+    linear: set[str],
+    memory: Memory,
+    bar,
 ) -> None:
     """Stream one shard: the header first, then each tensor, merged where the adapter has a pair for it.
 
@@ -124,25 +150,28 @@ def merge_shard(
         out.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             with safe_open(source, "pt") as again:  # mapped pages go with the mapping
-                tensor = again.get_tensor(name).clone()
-            if name in where:
-                base = rebuild(tensor) if rebuild else tensor.float()
-                update = adapter.delta(where[name])
-                if update.shape != base.shape:
-                    raise UserError(
-                        f"the adapter's update of {name} is {tuple(update.shape)}, the weight is {tuple(base.shape)}: it belongs to another base model."
-                    )
-                tensor = base + update
-            elif name in linear:
-                tensor = rebuild(tensor)
-            if tensor.is_floating_point():
-                tensor = tensor.to(getattr(torch, DTYPES[written[name]]))
-                if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
-                    bad = int((~torch.isfinite(tensor)).sum())
-                    raise UserError(
-                        f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
-                    )
-            out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                tensor = again.get_tensor(name)
+                if name in where:
+                    wide = memory.take("sum", tensor.shape, torch.float32)
+                    base = wide.copy_(rebuild(tensor) if rebuild else tensor)
+                    update = adapter.delta(where[name], memory)
+                    if update.shape != base.shape:
+                        raise UserError(
+                            f"the adapter's update of {name} is {tuple(update.shape)}, the weight is {tuple(base.shape)}: it belongs to another base model."
+                        )
+                    tensor = base.add_(update)
+                elif name in linear:
+                    tensor = rebuild(tensor)
+                if tensor.is_floating_point():
+                    narrow = getattr(torch, DTYPES[written[name]])
+                    if tensor.dtype != narrow:
+                        tensor = memory.take("narrow", tensor.shape, narrow).copy_(tensor)
+                    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+                        bad = int((~torch.isfinite(tensor)).sum())
+                        raise UserError(
+                            f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
+                        )
+                out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
             bar.update(1)
 
 
@@ -186,9 +215,10 @@ def merge(
         if path.is_file() and path.suffix in KEPT:
             shutil.copyfile(path, target / path.name)
     total = sum(len(check_safetensors(file)) for file in files)
+    memory = Memory()
     with job.progress(total, "tensors") as bar:
         for file in files:
-            merge_shard(file, target / file.name, adapter, section.dtype, rebuild, where, linear, bar)
+            merge_shard(file, target / file.name, adapter, section.dtype, rebuild, where, linear, memory, bar)
     if section.dtype != "auto":
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)

@@ -9,20 +9,18 @@ SOURCE_DATE_EPOCH, and left out where it is not set. A signature (package.signin
 `make verify` checks a package.
 """
 
-import json
+import os
 import shutil
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from common.outputs import read_json
+from common.prompts import load_prompt
 from gates import MODELS, table
 from shipping import card, records
 
 SECTIONS = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package")
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def copy_licences(files: list[str], target: Path) -> list[str]:
@@ -61,23 +59,25 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
     shutil.copyfile(Path(__file__).parent / "shipping" / "run.py", folder / "run.py")
     shutil.copyfile(args.metrics, folder / "metrics.json")
-    metrics = read_json(args.metrics)
+    metrics = read_json(args.metrics, "test_rows")
     gates = [
-        one for one in read_json(args.gates)["gates"] if one["metric"] not in params.TIMINGS
+        one for one in read_json(args.gates, "gates")["gates"] if one["metric"] not in params.TIMINGS
     ]  # they differ from run to run
     models = [name for name in MODELS if name in metrics]
+    search = read_json(args.search) if args.search else None
     tuned = "finetune" in everything.all.stages
-    form = read_json(args.dataset / "prompt.json")
+    form = load_prompt(args.dataset)
     facts = {
-        "base": read_json(args.base_report),
-        "dataset": read_json(args.dataset_report),
+        "base": read_json(args.base_report, "source"),
+        "dataset": read_json(args.dataset_report, "source", "rows"),
         "metrics": metrics,
         "models": models,
         "last": models[-1],
-        "quantize": everything.quantize.model_dump(mode="json"),
+        "quantize": everything.quantize.model_dump(mode="json") | (search["options"] if search else {}),
+        "search": search,
         "licences": copy_licences(section.license_files, folder / "licenses"),
         "task": "text-classification" if form["labels"] else "text-generation",
-        "architecture": read_json(folder / "genai_config.json")["model"]["type"],
+        "architecture": read_json(args.model / "genai_config.json", "model", output=args.model)["model"]["type"],
     }
     training = everything.finetune.model_dump(mode="json") if tuned else None
     text = card.write(section, facts, form, training, gates, table(gates))
@@ -88,7 +88,9 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     (folder / records.BOM).write_text(records.canonical(bom), encoding="utf-8")
     records.check_bom((folder / records.BOM).read_text(encoding="utf-8"))
 
-    statement = records.provenance(records.digests(folder, ()), args.materials, sections(everything), facts)
+    inside = "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
+    container = everything.all.container if inside else None
+    statement = records.provenance(records.digests(folder, ()), args.materials, sections(everything), facts, container)
     (folder / records.PROVENANCE).write_text(records.canonical(statement), encoding="utf-8")
     records.check_statement((folder / records.PROVENANCE).read_text(encoding="utf-8"))
     (folder / records.SUMS).write_text(records.sums_text(records.digests(folder, ())), encoding="utf-8")
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset-report", type=Path, required=True, help="what prepare read (dataset.json)")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of evaluate")
     parser.add_argument("--gates", type=Path, required=True, help="gates.json of gates")
+    parser.add_argument("--search", type=Path, help="search.json of search, if the exported model is its winner")
     parser.add_argument("--lock", type=Path, required=True, help="the lock of the environment that built the model")
     parser.add_argument(
         "--materials", type=Path, nargs="*", default=[], help="files whose digests go into the provenance"

@@ -454,6 +454,7 @@ def drop_duplicates(section: params.Prepare, store: Store, split: np.ndarray) ->
 def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, job: cli.Job) -> dict:
     """Run all of it: bring remote files here, validate into a temporary store, split, drop duplicates, tokenize. Returns the statistics."""
     tokenizer = load_tokenizer(base)
+    check_room(section, base)
     form = Form(section, tokenizer)
     files = {name: bring(parse(text), "dataset", downloads / name, job) for name, text in section.files.items()}
 
@@ -513,6 +514,17 @@ def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, 
         "truncated": tokenize.truncated,
         "duplicates": {"removed_from_train": gone["train"], "removed_from_eval": gone["eval"], "within_train": within},
     }
+
+
+def check_room(section: params.Prepare, base: Path) -> None:
+    """Raise UserError where rows may be longer than what the base model reads."""
+    config = base / "config.json"
+    room = outputs.read_json(config, output=base).get("max_position_embeddings") if config.is_file() else None
+    if room and section.max_seq_len > room:
+        raise UserError(
+            f"prepare.max_seq_len: {section.max_seq_len} is more than the base model reads: {room} tokens (max_position_embeddings in "
+            f"{config}). Lower it."
+        )
 
 
 def load_tokenizer(base: Path):

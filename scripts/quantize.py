@@ -92,8 +92,11 @@ def no_git() -> Iterator[None]:
             os.environ["GIT_DIR"] = before
 
 
-def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -> None:
+def export(section: params.Quantize, model: Path, target: Path, scratch: Path, name: Path | None = None) -> None:
     """Run the model builder in this process; its output goes to the log.
+
+    Args:
+        name: what to call the model in a message, if `model` is a copy of it.
 
     Raises:
         UserError: the builder refused the model or the options; its reason is passed on.
@@ -117,6 +120,8 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -
                 create_model(*where, **parse_extra_options(*where, extra, **structured))
             return
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
+            if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+                raise
             # A name that this architecture does not emit: take what stands there instead, and try again.
             missing = {
                 part for part in parts if "did not match an emitted node" in str(error) and f"/{part}/" in str(error)
@@ -129,7 +134,7 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path) -
                     outputs.remove(path)
                 continue
             raise UserError(
-                f"the model builder refused {model}: {type(error).__name__}: {error}. "
+                f"the model builder refused {name or model}: {type(error).__name__}: {error}. "
                 "Check the section quantize, or the model's architecture."
             ) from error
 
@@ -255,7 +260,7 @@ def build(
     if not (model / "config.json").exists():
         raise UserError(f"{model}: no model here. Build it with `snakemake --cores all {model}`.")
     weight_files(model)
-    placed = None
+    name, placed = model, None
     try:
         if section.calibration == "gptq":
             import gptq
@@ -266,7 +271,7 @@ def build(
             calibrated.mkdir(parents=True)
             placed = gptq.calibrate(section, model, dataset, calibrated, job)
             model = calibrated
-        export(section, model, folder, scratch)
+        export(section, model, folder, scratch, name)
     finally:
         outputs.remove(scratch)
     found = check_graph(section, folder)
@@ -278,7 +283,7 @@ def build(
 
 def take_over(search: Path, candidates: Path, folder: Path) -> dict:
     """Copy the winner of a search into an empty folder; returns its options."""
-    result = json.loads(search.read_text(encoding="utf-8"))
+    result = outputs.read_json(search, "winner", "options")
     source = candidates / str(result["winner"]) / "model"
     if not source.is_dir():
         raise UserError(

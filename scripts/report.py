@@ -9,13 +9,14 @@ one page. Missed gates are shown here too. The same inputs give the same bytes (
 """
 
 import csv
-import json
 from html import escape
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
+from common.outputs import read_json
 from gates import MODELS, SIGNS, judge, number, read_published
+from search import described
 
 COLOURS = {
     "base": "#9aa0a6",
@@ -27,8 +28,9 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
 h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
 table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
-th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-td.ok { color: #116329; font-weight: 600 } td.bad { color: #a40e26; font-weight: 600 } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+.ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 """
 
 
@@ -44,10 +46,11 @@ def html_table(head: list[str], rows: list[list[object]], classes: list[str] | N
         all(isinstance(row[i], (int, float)) or _looks_numeric(str(row[i])) for row in rows) for i in range(len(head))
     ]
     mark = [' class="n"' if number and rows else "" for number in numbers]
-    lines = [
-        "<table>",
-        "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>",
-    ]
+    lines = ["<table>"]
+    if any(head):
+        lines.append(
+            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>"
+        )
     for k, row in enumerate(rows):
         own = [f' class="{classes[k]}"' if classes and i == 0 else mark[i] for i in range(len(row))]
         lines.append(
@@ -78,11 +81,34 @@ def megabytes(size: float) -> str:
 # -- tables --------------------------------------------------------------------------------------------------------------
 
 
-def overview(everything: params.Params, base: dict, dataset: dict, metrics: dict, found: dict | None = None) -> str:
+def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
+    """The last model in one sentence, and whether it passed."""
+    names = models_of(metrics)
+    last, first = metrics[names[-1]], metrics[names[0]]
+    ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+    share = f", {last['size_bytes'] / first['size_bytes']:.0%} of {names[0]}'s size" if len(names) > 1 else ""
+    passed = sum(gate["passed"] for gate in gates)
+    judged = (
+        f"{passed} of {len(gates)} gates passed"
+        if gates
+        else "the gates cannot be judged"
+        if problem
+        else "no gate is set"
+    )
+    look = "bad" if problem or passed < len(gates) else "ok"
+    return (
+        f'<p class="verdict"><b>{escape(names[-1])}</b>: accuracy {last["accuracy"]:.1%} ({ends}) on {metrics["test_rows"]:,} held-out rows, '
+        f'{megabytes(last["size_bytes"])}{share}. <span class="{look}">{judged}</span>.</p>'
+    )
+
+
+def overview(
+    everything: params.Params, base: dict, dataset: dict, metrics: dict, summary: str, found: dict | None = None
+) -> str:
     """What was built from what, with digests, and the settings that matter most."""
-    made = [["base model", base.get("source", base.get("uri", "")), base.get("sha256") or "–"]]
+    made = [["base model", base["source"], base.get("sha256") or "–"]]
     for split, source in dataset["source"].items():
-        made.append([f"data ({split})", source.get("path", source.get("uri", "")), source.get("sha256", "–")])
+        made.append([f"data ({split})", source["source"], source.get("sha256", "–")])
     rows = dataset["rows"]
     sizes = [
         [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
@@ -93,26 +119,25 @@ def overview(everything: params.Params, base: dict, dataset: dict, metrics: dict
         tune = everything.finetune
         settings = [["method", f"{tune.method}, r {tune.lora_r}, alpha {tune.lora_alpha}, {tune.target_modules}"]]
         settings += [["learning rate", f"{tune.learning_rate:g}, {tune.lr_scheduler_type}"]]
-        settings += [["length", f"{tune.max_steps} steps" if tune.max_steps else f"{tune.num_train_epochs:g} epochs"]]
+        settings += [["steps", tune.max_steps] if tune.max_steps else ["epochs", f"{tune.num_train_epochs:g}"]]
         settings += [["batch", tune.per_device_train_batch_size * tune.gradient_accumulation_steps]]
     quantize = everything.quantize
     if found:
         quantize = quantize.model_copy(update=found["options"])
         settings += [["search", f"candidate {found['winner']} of {len(found['candidates'])}, by {found['objective']}"]]
-    settings += [
-        [
-            "export",
-            f"{quantize.precision} for {quantize.execution_provider}, {quantize.algo_config}, block {quantize.block_size}",
-        ]
-    ]
-    settings += [
-        [
-            "kept in 8 bits",
-            ", ".join(filter(None, [quantize.matmul_mixed_precision, *quantize.int8_nodes])) or "nothing",
-        ]
-    ]
+    if "quantize" in everything.all.stages:
+        export = [quantize.precision, f"for {quantize.execution_provider}"]
+        if quantize.precision in ("int4", "int8"):
+            export += [f"blocks of {quantize.block_size}"]
+        if quantize.precision == "int4":
+            export += [quantize.algo_config] + ["after GPTQ"] * (quantize.calibration == "gptq")
+        settings += [["export", ", ".join(export)]]
+        if quantize.precision == "int4":
+            eight = ", ".join(filter(None, [quantize.matmul_mixed_precision, *quantize.int8_nodes]))
+            settings += [["kept in 8 bits", eight or "nothing"]]
     return page(
         "What was built from what",
+        summary,
         "<h2>Inputs</h2>",
         html_table(["", "source", "SHA-256"], made),
         f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
@@ -194,6 +219,36 @@ def gates_page(found: list[dict]) -> str:
     classes = ["ok" if one["passed"] else "bad" for one in found]
     return page(
         "Gates", html_table(["verdict", "figure", "model", "kind", "value (95% interval)", "bound"], rows, classes)
+    )
+
+
+def candidates_page(result: dict, section: params.Quantize) -> str:
+    """Every candidate of a search: its options, its figures on the tuning rows, and whether it passed."""
+    head = ["", "candidate", "options", "accuracy", "mean KL", "same first token", "MB", "p50 ms", "front", "gates"]
+    rows, classes = [], []
+    for one in result["candidates"]:
+        options, chosen = described(one["options"], section), one["candidate"] == result["winner"]
+        if "failed" in one:
+            options += f"\ncould not be built: {one['failed'].splitlines()[0]}"
+            cells = ["–"] * 7
+        else:
+            cells = [
+                f"{one['metrics']['accuracy']:.1%}",
+                f"{one['parity']['kl_mean']:.4f}",
+                f"{one['parity']['top1_agreement']:.1%}",
+                f"{one['metrics']['size_bytes'] / 1e6:,.1f}",
+                f"{one['benchmark']['latency_ms_p50']:,.1f}",
+                "yes" if one["pareto"] else "no",
+                "passed" if one["passed"] else "missed",
+            ]
+        rows.append(["chosen" if chosen else "", one["candidate"], options, *cells])
+        classes.append("ok" if chosen else "")
+    return page(
+        "Quantization candidates",
+        f"<p>On {result['tuning_rows']} tuning rows; merged, not quantized, has {result['merged']['accuracy']:.1%}. Of the candidates that pass "
+        f"the gates there the {'smallest' if result['objective'] == 'size' else 'fastest'} is chosen. "
+        "No other candidate is better in accuracy and cost than one on the front.</p>",
+        html_table(head, rows, classes),
     )
 
 
@@ -288,6 +343,8 @@ def save(plt, figure, path: Path) -> None:
 
 def draw_loss(plt, losses: list[Path], path: Path) -> None:
     """Training and eval loss over the steps, in nats per answer token."""
+    from matplotlib.ticker import LogFormatter
+
     figure, axes = plt.subplots(figsize=(8, 4.2))
     drawn = False
     for file, name, look in zip(
@@ -303,6 +360,8 @@ def draw_loss(plt, losses: list[Path], path: Path) -> None:
             drawn = True
     if drawn:
         axes.set(xlabel="optimizer step", ylabel="cross entropy per answer token (nats)", title="Loss", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10⁻¹
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # none where they would overlap
         axes.legend()
     else:
         nothing(axes, "Nothing was fine-tuned.")
@@ -321,6 +380,7 @@ def draw_data(plt, dataset: dict, path: Path) -> None:
     left.bar(list(lengths), list(lengths.values()), width=1.0, color=COLOURS["merged"])
     left.axvline(dataset["length"]["p95"], color="#57606a", linestyle="--", linewidth=1)
     left.set(xlabel="tokens (dashed: 95th percentile)", ylabel="sequences", title="Length")
+    left.locator_params(integer=True)
     labels = sorted(dataset["labels"]["train"], key=lambda label: -dataset["labels"]["train"][label])[:30]
     if labels:
         start = [0] * len(labels)
@@ -330,6 +390,7 @@ def draw_data(plt, dataset: dict, path: Path) -> None:
             start = [a + b for a, b in zip(start, counts, strict=True)]
         right.invert_yaxis()
         right.set(xlabel="rows", title="Labels")
+        right.locator_params(axis="x", integer=True)
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     else:
         nothing(right, "Open text: no labels.")
@@ -390,23 +451,25 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
 
 
 def draw_candidates(plt, result: dict, path: Path) -> None:
-    """Accuracy on the tuning rows over size, latency as colour; the Pareto front as a line."""
+    """Accuracy on the tuning rows over the cost that was searched by, the other cost as colour; the Pareto front as a line."""
     built = [one for one in result["candidates"] if "failed" not in one]
     figure, axes = plt.subplots(figsize=(8, 5))
-    sizes = [one["metrics"]["size_bytes"] / 1e6 for one in built]
-    values = [one["metrics"]["accuracy"] for one in built]
-    dots = axes.scatter(
-        sizes, values, c=[one["benchmark"]["latency_ms_p50"] for one in built], cmap="viridis", s=60, zorder=3
-    )
-    figure.colorbar(dots, ax=axes, label="latency p50 (ms)")
+    costs = {
+        "size (MB)": [one["metrics"]["size_bytes"] / 1e6 for one in built],
+        "latency p50 (ms)": [one["benchmark"]["latency_ms_p50"] for one in built],
+    }
+    along, shade = list(costs) if result["objective"] == "size" else list(costs)[::-1]
+    sizes, values = costs[along], [one["metrics"]["accuracy"] for one in built]
+    dots = axes.scatter(sizes, values, c=costs[shade], cmap="viridis", s=60, zorder=3)
+    figure.colorbar(dots, ax=axes, label=shade)
     front = sorted((size, value) for size, value, one in zip(sizes, values, built, strict=True) if one["pareto"])
     axes.plot(*zip(*front, strict=True), color="#57606a", linewidth=1, zorder=2, label="Pareto front")
     for size, value, one in zip(sizes, values, built, strict=True):
         axes.annotate(str(one["candidate"]), (size, value), textcoords="offset points", xytext=(6, 5))
-    winner = next(one for one in built if one["candidate"] == result["winner"])
+    winner = [one["candidate"] for one in built].index(result["winner"])
     axes.scatter(
-        [winner["metrics"]["size_bytes"] / 1e6],
-        [winner["metrics"]["accuracy"]],
+        [sizes[winner]],
+        [values[winner]],
         s=220,
         facecolors="none",
         edgecolors=COLOURS["last"],
@@ -421,15 +484,9 @@ def draw_candidates(plt, result: dict, path: Path) -> None:
         linewidth=1,
         label="merged, not quantized",
     )
-    axes.set(
-        xlabel="size (MB)", ylabel=f"accuracy on {result['tuning_rows']} tuning rows", title="Quantization candidates"
-    )
-    axes.legend()
+    axes.set(xlabel=along, ylabel=f"accuracy on {result['tuning_rows']} tuning rows", title="Quantization candidates")
+    figure.legend(loc="outside lower center", ncols=3)
     save(plt, figure, path)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:
@@ -456,23 +513,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("report", args.log) as job:
         everything = params.load(args.params)
-        metrics, timings = read_json(args.metrics), read_json(args.timings)
-        base, dataset = read_json(args.base_report), read_json(args.dataset_report)
+        metrics, timings = read_json(args.metrics, "test_rows"), read_json(args.timings)
+        base, dataset = read_json(args.base_report, "source"), read_json(args.dataset_report, "source", "rows")
         with open(args.predictions, newline="", encoding="utf-8") as handle:
             predictions = list(csv.DictReader(handle))
         result = read_json(args.search) if args.search else None
         found, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
-        names += ["gates.html", "cost.html", "wrong_answers.html", *(["candidates.svg"] if args.search else [])]
+        names += ["gates.html", "cost.html", "wrong_answers.html"]
+        names += ["candidates.svg", "candidates.html"] if args.search else []
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
             pages = {
-                "overview.html": overview(everything, base, dataset, metrics, result),
+                "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, found, problem), result),
                 "scores.html": scores_page(metrics),
                 "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(found),
                 "cost.html": cost_page(timings, args.benchmarks),
                 "wrong_answers.html": wrong_page(predictions, models_of(metrics), everything.report.wrong_answers),
             }
+            if result:
+                pages["candidates.html"] = candidates_page(result, everything.quantize)
             for name, text in pages.items():
                 file[name].write_text(text, encoding="utf-8")
             plt = plain_plots()

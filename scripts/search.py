@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         everything = params.load(args.params)
         with outputs.written(files=[args.output]) as (target,):
             reference, *candidates = (
-                json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+                outputs.read_json(folder / "measured.json", output=folder)
                 for folder in (args.reference, *args.candidates)
             )
             result = choose(everything, reference, candidates)
@@ -248,7 +248,7 @@ def measured_figures(folders: list[Path], objective: str) -> list[tuple[float, f
     """What the sampler is told of former candidates: divergence and cost; None for one that could not be built."""
     found: list[tuple[float, float] | None] = []
     for folder in folders:
-        one = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+        one = outputs.read_json(folder / "measured.json", output=folder)
         figures = None if "failed" in one else (one["parity"]["kl_mean"], cost(one, objective))
         found.append(figures if figures and all(map(math.isfinite, figures)) else None)
     return found

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from project import new_project, snakemake
+from project import change, new_project, snakemake
 from tiny import ROOT, make_model, make_rows, run_script, write_params
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
@@ -68,6 +68,26 @@ def copy_of_built(built, tmp_path) -> Path:
     """A private copy of the built project, file times and Snakemake's records included."""
     target = tmp_path / "project"
     subprocess.run(["cp", "-a", built, target], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def searched(built, tmp_path_factory) -> Path:
+    """The built project after a search over two block sizes. Do not change it: take `copy_of_searched`."""
+    target = tmp_path_factory.mktemp("searched") / "project"
+    subprocess.run(["cp", "-a", built, target], check=True)
+    change(target, "quantize", calibration="none", search={"block_size": [16, 32], "rows": 24})
+    change(target, "gates", checks=[{"metric": "kl_mean", "maximum": 5.0}])
+    done = snakemake(target)
+    assert done.returncode == 0, done.stdout
+    return target
+
+
+@pytest.fixture
+def copy_of_searched(searched, tmp_path) -> Path:
+    """A private copy of the project after a search."""
+    target = tmp_path / "project"
+    subprocess.run(["cp", "-a", searched, target], check=True)
     return target
 
 

@@ -114,6 +114,9 @@ class Progress:
         self.bar.close()
 
 
+FULL = "No space left on device"
+
+
 class Interrupted(BaseException):
     """SIGTERM: the scheduler or the user asked the job to end."""
 
@@ -175,6 +178,8 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         _fail(current, _explain_os_error(error))
     except Exception as error:
         traceback.print_exc()
+        if FULL in str(error):  # told by a library in an exception of its own
+            _fail(current, _explain_os_error(OSError(FULL)))
         text = str(error).strip().splitlines()
         where = f" Details: {log_path}" if log_path else ""
         _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
@@ -192,7 +197,7 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
 
 def _explain_os_error(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
+    if error.errno == errno.ENOSPC or FULL in str(error):
         return f"the disk is full{where}. Free some space and run the same command again; what was built before is untouched."
     if error.errno == errno.EDQUOT:
         return f"your disk quota is used up{where}. Free some space and run the same command again."

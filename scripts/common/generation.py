@@ -7,7 +7,7 @@ from common.errors import UserError
 
 
 def load(folder: Path):
-    """The exported model in `folder` as an `onnxruntime_genai.Model`.
+    """The exported model in `folder` as an `onnxruntime_genai.Model`, and its tokenizer.
 
     Raises:
         UserError: ONNX Runtime refuses it; its reason is passed on.
@@ -15,7 +15,8 @@ def load(folder: Path):
     import onnxruntime_genai as og
 
     try:
-        return og.Model(str(folder))
+        model = og.Model(str(folder))
+        return model, og.Tokenizer(model)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(

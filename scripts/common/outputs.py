@@ -79,6 +79,31 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, *fields: str, output: Path | None = None) -> dict:
+    """The content of a JSON file that a rule wrote.
+
+    Args:
+        fields: names that must be in it.
+        output: the whole of what the rule wrote, if that is a folder around the file.
+
+    Raises:
+        UserError: it is not there, is damaged, or lacks a field.
+    """
+    made = output or path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Build it with `snakemake --cores all {made}`.") from None
+    except ValueError as error:
+        content, reason = None, str(error)
+    else:
+        lacking = [name for name in fields if not isinstance(content, dict) or name not in content]
+        reason = f"it has no `{lacking[0]}`" if lacking else "" if isinstance(content, dict) else "it is no JSON object"
+    if reason:
+        raise UserError(f"{path} is damaged: {reason}. Remove {made} and run snakemake: it is built again.")
+    return content
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
     with open(path, "rb") as handle:

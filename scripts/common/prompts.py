@@ -1,11 +1,11 @@
 """Templates: how a row of fields becomes a prompt and an answer. Shared by prepare, evaluate and ask."""
 
-import json
 import re
 import string
 from pathlib import Path
 
 from common.errors import UserError
+from common.outputs import read_json
 
 
 def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
@@ -58,10 +58,8 @@ def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
 
 def load_prompt(dataset: Path) -> dict:
     """`prompt.json` of a prepared dataset: prompt and answer templates, fields, labels, end token."""
-    path = dataset / "prompt.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file. Build it with `snakemake --cores all {dataset}`.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    fields = ("prompt", "fields", "labels", "end_token_id", "longest_answer_tokens")
+    return read_json(dataset / "prompt.json", *fields, output=dataset)
 
 
 def first_answer(text: str, expected_lines: int = 1) -> str:

@@ -7,13 +7,15 @@ is exact but lazy: a label is followed further only while its first token alone 
 
 import copy
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from common import cli, generation
+from common.errors import UserError
 from scoring.questions import Questions
 from scoring.scores import log_softmax
 
@@ -71,6 +73,27 @@ def percentiles(milliseconds: list[float]) -> dict:
     return {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
 
 
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Whatever a library says of a damaged model is told with the model's folder.
+
+    Raises:
+        UserError: the folder cannot be loaded.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+            raise
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {reason[0] if reason else 'no message'} "
+            "Remove the folder and run snakemake: it is built again."
+        ) from error
+
+
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 
@@ -84,10 +107,11 @@ class Transformers:
         reset_peak()
         began = time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
-        ).to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with readable(folder):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
+            ).to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model.eval()
         self.load_s = time.monotonic() - began
 
@@ -96,7 +120,8 @@ class Transformers:
         from peft import PeftModel
 
         began = time.monotonic()
-        self.model = PeftModel.from_pretrained(self.model, folder).to(self.device).eval()
+        with readable(folder):
+            self.model = PeftModel.from_pretrained(self.model, folder).to(self.device).eval()
         self.load_s += time.monotonic() - began
 
     def ask(
@@ -253,12 +278,9 @@ def ask_onnx(folder: Path, questions: Questions, new_tokens: int, job: cli.Job, 
 
     The clock runs from the prompt to the end of the answer; what is read for labels and likelihoods comes after it.
     """
-    import onnxruntime_genai as og
-
     reset_peak()
     began = time.monotonic()
-    model = generation.load(folder)
-    tokenizer = og.Tokenizer(model)
+    model, tokenizer = generation.load(folder)
     loaded = time.monotonic()
     run = empty_run(questions)
     names = {label: index for index, label in enumerate(questions.form["labels"] or [])}

@@ -60,7 +60,7 @@ def parity_table(parity: dict) -> list[str]:
 
 def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
     """The YAML head that model hubs read."""
-    source = str(base.get("source", ""))
+    source = base["source"]
     found: dict = {
         "license": section.license.lower(),
         "language": list(section.language),
@@ -83,7 +83,8 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
 
     Args:
         section: the section `package` of params.yaml.
-        facts: `base`, `dataset`, `metrics`, `last`, `models`, `quantize` (the section as a dictionary).
+        facts: `base`, `dataset`, `metrics`, `last`, `models`, `quantize` (the section as a dictionary, with the options that a search
+            chose), `search` (search.json, or None).
         form: prompt.json.
         training: the section `finetune` as a dictionary; None without fine-tuning.
         gates: the judged gates, and `table` their text.
@@ -101,13 +102,12 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         lines += [f"It answers with one of: {', '.join(form['labels'])}.", ""]
     lines += ["## What it was made from", ""]
     lines.append(
-        f"- Base model: `{base.get('source', base.get('uri'))}`"
-        + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
+        f"- Base model: `{base['source']}`" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
     )
     for split, source in dataset["source"].items():
-        name = source.get("path") or source.get("uri")
         lines.append(
-            f"- Data ({split}): `{name}`" + (f", SHA-256 `{source['sha256']}`." if "sha256" in source else ".")
+            f"- Data ({split}): `{source['source']}`"
+            + (f", SHA-256 `{source['sha256']}`." if "sha256" in source else ".")
         )
     lines.append(
         f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out for the scores below."
@@ -130,7 +130,14 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         keys += ("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "qat", "seed")
         lines += ["## Training", "", "| setting | value |", "|---|---|"]
         lines += [f"| `{key}` | {json.dumps(training[key])} |" for key in keys] + [""]
-    lines += ["## Quantization", "", "| setting | value |", "|---|---|"]
+    lines += ["## Quantization", ""]
+    if search := facts["search"]:
+        lines += [
+            f"Candidate {search['winner']} of {len(search['candidates'])}: of those that passed the gates on {search['tuning_rows']} "
+            f"tuning rows the {'smallest' if search['objective'] == 'size' else 'fastest'}.",
+            "",
+        ]
+    lines += ["| setting | value |", "|---|---|"]
     lines += [f"| `{key}` | {json.dumps(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [
         ""
     ]

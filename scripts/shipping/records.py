@@ -85,7 +85,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
         {
             "type": "data",
             "bom-ref": f"data:{split}",
-            "name": source.get("path") or source.get("uri") or split,
+            "name": source["source"],
             "hashes": [{"alg": "SHA-256", "content": source["sha256"]}] if "sha256" in source else [],
             "data": [{"type": "dataset", "name": split}],
         }
@@ -94,7 +94,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     base_component: dict = {
         "type": "machine-learning-model",
         "bom-ref": "base-model",
-        "name": str(base.get("source", base.get("uri"))),
+        "name": base["source"],
     }
     if base.get("sha256"):
         base_component["hashes"] = [{"alg": "SHA-256", "content": base["sha256"]}]
@@ -181,7 +181,13 @@ def check_bom(text: str) -> None:
 # -- provenance ----------------------------------------------------------------------------------------------------------
 
 
-def provenance(files: dict[str, str], materials: list[Path], sections: dict[str, str], recorded: dict) -> dict:
+def provenance(
+    files: dict[str, str],
+    materials: list[Path],
+    sections: dict[str, str],
+    recorded: dict,
+    container: str | None = None,
+) -> dict:
     """An in-toto statement (https://in-toto.io/Statement/v1) with SLSA provenance (https://slsa.dev/spec/v1.0/provenance).
 
     Args:
@@ -189,6 +195,7 @@ def provenance(files: dict[str, str], materials: list[Path], sections: dict[str,
         materials: what the build read: data, scripts, locks, container recipes.
         sections: params.yaml's sections as canonical JSON.
         recorded: what fetch_model and prepare wrote of the sources they read.
+        container: the image that rules ran in, as NAME@sha256:DIGEST; None outside of containers.
     """
     dependencies = [
         {"name": path.as_posix(), "digest": {"sha256": outputs.sha256(path)}} for path in sorted(set(materials))
@@ -197,10 +204,13 @@ def provenance(files: dict[str, str], materials: list[Path], sections: dict[str,
         {"name": f"params.yaml#{name}", "digest": {"sha256": hash_of(text.encode()).hexdigest()}}
         for name, text in sorted(sections.items())
     ]
-    if recorded["base"].get("sha256"):
-        dependencies.append(
-            {"name": str(recorded["base"].get("source")), "digest": {"sha256": recorded["base"]["sha256"]}}
-        )
+    known = {one["name"] for one in dependencies}
+    for source in (recorded["base"], *recorded["dataset"]["source"].values()):
+        if source.get("sha256") and source["source"] not in known:
+            dependencies.append({"name": source["source"], "digest": {"sha256": source["sha256"]}})
+    if container:
+        name, _, digest = container.partition("@sha256:")
+        dependencies.append({"name": name, "digest": {"sha256": digest}})
     details: dict = {"builder": {"id": "urn:slmake:snakemake"}}
     if build_time():
         details["metadata"] = {"startedOn": build_time(), "finishedOn": build_time()}

@@ -81,11 +81,9 @@ def parts(tmp_path_factory, base, dataset) -> Path:
     quantize.export(section, base, folder / "model", folder / "cache")
     shutil.copytree(dataset, folder / "dataset")
     (folder / "rows.json").write_text("[]", encoding="utf-8")
-    rows = folder / "rows.json"
-    source = {"path": str(rows), "sha256": hashlib.sha256(rows.read_bytes()).hexdigest(), "size_bytes": 2}
     reports = {
         "base": {"source": "hf:org/name@1234", "sha256": None, "size_bytes": 5},
-        "dataset": {"source": {"train": source}, "rows": {"read": 96, "train": 60, "eval": 12, "test": 24}},
+        "dataset": json.loads((dataset.parent / "dataset.json").read_text(encoding="utf-8")),  # as prepare wrote it
         "metrics": METRICS,
         "gates": {"gates": [GATE, SLOW]},
     }
@@ -173,10 +171,8 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    import onnxruntime_genai as og
 
-    model = generation.load(packed)
-    tokenizer = og.Tokenizer(model)
+    model, tokenizer = generation.load(packed)
     form = json.loads((packed / "prompt.json").read_text())
     ids = tokenizer.encode(form["prompt"].format(phrase="We buried the old dog"))
     made = [
@@ -206,6 +202,7 @@ def test_card_is_what_a_hub_reads(packed):
         "`learning_rate`",
         "min_accuracy",
         "python run.py",
+        "rows.json`, SHA-256 `",
     ):
         assert told in text
     assert "latency" not in text  # timings differ from run to run, and the package must not
@@ -230,6 +227,7 @@ def test_bill_of_materials_is_valid_and_complete(packed):
     }
     assert figures["accuracy"]["confidenceInterval"] == {"lowerBound": "0.75", "upperBound": "0.85"}
     names = {one["name"] for one in bom["components"]}
+    assert any(name.endswith("/rows.json") for name in names)
     assert {"hf:org/name@1234", "model.onnx.data", "onnxruntime-genai", "numpy"} <= names
     for wrong in ({"bomFormat": "SPDX"}, {"components": [{"type": "modle", "name": "x"}]}, {"unknown": 1}):
         with pytest.raises(UserError, match=r"breaks the CycloneDX schema"):
@@ -247,6 +245,16 @@ def test_provenance_names_every_input_and_every_file(packed, parts):
     }
     assert found[str(parts / "rows.json")] == hashlib.sha256(b"[]").hexdigest()
     assert {f"params.yaml#{name}" for name in ("fetch_model", "finetune", "gates", "package")} <= found.keys()
+    assert not any(name.endswith(".sif") for name in found)
+    recorded = {
+        "base": {"source": "x"},
+        "dataset": {"source": {"train": {"source": "az://c/rows", "sha256": "b" * 64}}},
+    }
+    other = records.provenance({}, [], {}, recorded, f"containers/one.sif@sha256:{'a' * 64}")
+    there = {
+        one["name"]: one["digest"]["sha256"] for one in other["predicate"]["buildDefinition"]["resolvedDependencies"]
+    }
+    assert there == {"az://c/rows": "b" * 64, "containers/one.sif": "a" * 64}
     for wrong in ({"_type": "https://example.org"}, {"subject": []}, {"predicate": {"surprise": 1}}):
         with pytest.raises(UserError, match=r"no valid provenance"):
             records.check_statement(json.dumps(statement | wrong))
@@ -300,7 +308,7 @@ def test_changed_input_is_named(packed, parts, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text("[1]", encoding="utf-8")
     for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
-        one["name"] = "rows.json" if one["name"].endswith("rows.json") else one["name"]
+        one["name"] = "rows.json" if one["name"] == str(parts / "rows.json") else one["name"]
     assert verify.changed_inputs(statement, Path("params.yaml")) == [
         "rows.json: changed since the package was made; build again"
     ]

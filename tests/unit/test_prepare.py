@@ -519,6 +519,12 @@ def test_answer_that_does_not_fit_is_an_error(refused, tmp_path, tokenizer):
     )
 
 
+def test_rows_longer_than_the_model_reads(refused, rows_file, base):
+    assert refused(rows_file, base=base, max_seq_len=513) == (
+        f"prepare.max_seq_len: 513 is more than the base model reads: 512 tokens (max_position_embeddings in {base}/config.json). Lower it."
+    )
+
+
 # Templates
 
 

@@ -1,0 +1,161 @@
+"""Fields of Olive's configuration that have one name here, or none."""
+
+from typing import NamedTuple
+
+
+class Drop(NamedTuple):
+    """A field without meaning here; with `only`, for these values, any other being something that cannot be had."""
+
+    why: str
+    only: tuple | None = None
+
+
+CACHE = Drop("Snakemake and DVC know what is up to date")
+LOGS = Drop("logs are in logs/RULE.log")
+SAVED = Drop("checkpoints are written every finetune.save_steps; the last one is kept until the end")
+EVALUATION = Drop("finetune.eval_steps says when")
+OPTIMIZER = Drop("the optimizer is AdamW with float32 state")
+MASK = Drop("prompt and answer are always closed by the tokenizer's end token")
+OFF = (None, False, 0, [], {}, "")
+
+TOP = {
+    "$schema": Drop("the schema of params.yaml is docs/params.schema.json"),
+    "verbose": LOGS,
+    "workflow_id": Drop("a run is named by its folder"),
+    "evaluators": Drop("`evaluate` measures accuracy, F1, parity, latency and more by itself (docs/quality.md)"),
+    "auto_optimizer_config": Drop("passes are chosen by hand", OFF),
+    "pass_flows": Drop("passes run in the order fine-tune, merge, quantize", OFF),
+    "workflow_host": Drop("set where rules run in azureml/settings.yaml", OFF),
+}
+ENGINE = {
+    "search_strategy": Drop("for candidates see quantize.search in docs/params.md", OFF),
+    "evaluator": Drop("`evaluate` measures by itself"),
+    "evaluate_input_model": Drop("evaluate.models says what is scored: the base model is among them"),
+    "cache_dir": CACHE,
+    "cache_config": CACHE,
+    "clean_cache": CACHE,
+    "clean_evaluation_cache": CACHE,
+    "clean_run_cache": CACHE,
+    "enable_shared_cache": CACHE,
+    "output_dir": Drop("results are in build/ and results/"),
+    "output_name": Drop("results are in build/ and results/"),
+    "packaging_config": Drop("`package` makes a package: add it and gates to all.stages"),
+    "log_severity_level": LOGS,
+    "ort_log_severity_level": LOGS,
+    "ort_py_log_severity_level": LOGS,
+    "log_to_file": LOGS,
+    "plot_pareto_frontier": Drop("the report shows candidates"),
+    "no_artifacts": Drop("results are in build/ and results/"),
+}
+LORA = {
+    "r": "finetune.lora_r",
+    "lora_r": "finetune.lora_r",
+    "alpha": "finetune.lora_alpha",
+    "lora_alpha": "finetune.lora_alpha",
+    "lora_dropout": "finetune.lora_dropout",
+    "quant_type": "finetune.quant_type",
+    "double_quant": "finetune.double_quant",
+    "bias": Drop("biases are not trained", (*OFF, "none")),
+    "modules_to_save": Drop("only LoRA matrices are trained", OFF),
+    "task_type": Drop("causal language models only", (*OFF, "CAUSAL_LM")),
+    "device_map": Drop("the device is found out"),
+    "allow_tf32": Drop("results must not depend on the card"),
+    "ephemeral_gpu_offload": Drop("the device is found out", OFF),
+    "save_quant_config": Drop("merge.onto says onto which weights the adapter is merged"),
+    "use_ort_trainer": Drop("one training loop, in PyTorch", OFF),
+    "ortmodule_onnx_opset_version": Drop("one training loop, in PyTorch"),
+    "eval_data_collator": Drop("batches are padded on the right", OFF),
+}
+TRAINING = {
+    name: f"finetune.{name}"
+    for name in (
+        *("learning_rate", "lr_scheduler_type", "warmup_ratio", "num_train_epochs", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "gradient_checkpointing", "group_by_length", "max_grad_norm", "adam_beta1"),
+        *("adam_beta2", "weight_decay", "eval_steps", "logging_steps", "save_steps", "seed", "data_seed"),
+    )
+} | {
+    "per_device_eval_batch_size": Drop("evaluation uses the training batch size"),
+    "evaluation_strategy": EVALUATION,
+    "eval_strategy": EVALUATION,
+    "optim": OPTIMIZER,
+    "adam_epsilon": OPTIMIZER,
+    "save_strategy": SAVED,
+    "save_total_limit": SAVED,
+    "output_dir": Drop("results are in build/ and results/"),
+    "overwrite_output_dir": Drop("nothing is overwritten"),
+    "resume_from_checkpoint": Drop("a broken run always goes on from its last checkpoint"),
+    "load_best_model_at_end": Drop("finetune.early_stopping_patience keeps the best adapter", OFF),
+    "report_to": Drop("curves are in results/*.csv and in the report"),
+    "logging_dir": LOGS,
+    "logging_strategy": Drop("finetune.logging_steps says when"),
+    "log_level": LOGS,
+    "disable_tqdm": LOGS,
+    "remove_unused_columns": Drop("rows are reduced to what the template names"),
+    "dataloader_num_workers": Drop("batches are made beforehand"),
+    "bf16": Drop("finetune.compute_dtype says in which type"),
+    "fp16": Drop("finetune.compute_dtype says in which type", OFF),
+    "warmup_steps": Drop("give warmup_ratio", OFF),
+    "deepspeed": Drop("one device at a time", OFF),
+    "gradient_checkpointing_kwargs": Drop("checkpointing is without reentry", (*OFF, {"use_reentrant": False})),
+}
+MERGE = {"metadata_only": Drop("the whole model is merged", OFF)}
+BUILDER = {
+    "precision": "quantize.precision",
+    "accuracy_level": "quantize.accuracy_level",
+    "int4_accuracy_level": "quantize.accuracy_level",
+    "block_size": "quantize.block_size",
+    "int4_block_size": "quantize.block_size",
+    "is_symmetric": "quantize.is_symmetric",
+    "int4_is_symmetric": "quantize.is_symmetric",
+    "op_types_to_quantize": "quantize.op_types_to_quantize",
+    "int4_op_types_to_quantize": "quantize.op_types_to_quantize",
+    "nodes_to_exclude": "quantize.nodes_to_exclude",
+    "int4_nodes_to_exclude": "quantize.nodes_to_exclude",
+    "metadata_only": Drop("the whole model is exported", OFF),
+    "search": Drop("generation options are set where the model is run: genai_config.json"),
+    "use_qdq": Drop("weights stay in MatMulNBits", OFF),
+    "use_8bits_moe": Drop("no mixture of experts", OFF),
+    "use_webgpu_fp32": Drop("the builder's own type", OFF),
+    "use_cuda_bf16": Drop("the builder's own type", OFF),
+    "include_hidden_states": Drop("logits only", OFF),
+    "exclude_embeds": Drop("the whole model is exported", OFF),
+    "exclude_lm_head": Drop("the whole model is exported", OFF),
+    "enable_cuda_graph": Drop("set where the model is run: genai_config.json"),
+}
+# Names of the algorithm that say which products keep 8 bits, too.
+ALGORITHMS = {
+    "default": ("default", None),
+    "rtn": ("rtn", None),
+    "rtn_last": ("rtn", "last_matmul:int8"),
+    "k_quant": ("k_quant", None),
+    "k_quant_last": ("k_quant", "last_matmul:int8"),
+    "k_quant_mixed": ("k_quant", "last_matmul:int8,mixed_layers:int8"),
+}
+PREPARE = {
+    "text_template": "prepare.text_template",
+    "max_seq_len": "prepare.max_seq_len",
+    "source_max_len": "prepare.max_seq_len",
+    "pad_to_max_len": "prepare.pad_to_max_len",
+    "use_attention_mask": "prepare.use_attention_mask",
+    "max_samples": "prepare.max_samples",
+    "message_col": "prepare.messages",
+    "dataset_type": Drop("rows are examples of one text each", (*OFF, "corpus")),
+    "add_special_tokens": MASK,
+    "joiner": Drop("packed rows are parted by the end token"),
+    "padding_side": Drop("padding is on the right", (*OFF, "right")),
+    "drop_short_sequences": Drop("no row is dropped for being short", OFF),
+    "processing_batch_size": Drop("rows are streamed"),
+    "random_seed": "prepare.seed",
+    "chat_template": Drop("the tokenizer's own template is applied", (*OFF, True)),
+    "stride": Drop("whole rows are packed", OFF),
+    "text_formatting_func": Drop("no code of a data set is run", OFF),
+    "user_script": Drop("no code of a data set is run", OFF),
+    "script_dir": Drop("no code of a data set is run", OFF),
+    "model_name": Drop("the tokenizer is the base model's"),
+    "trust_remote_code": Drop("no code of a repository is run"),
+}
+LOAD = {
+    "trust_remote_code": Drop("no code of a repository is run"),
+    "batch_size": Drop("finetune.per_device_train_batch_size says how many"),
+    "label_cols": Drop("the answer's placeholder is prepare.answer", OFF),
+}

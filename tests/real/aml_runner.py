@@ -1,0 +1,102 @@
+"""Runs a compiled pipeline as Azure ML would, on this machine: each step in an empty working folder with nothing but its code,
+inputs at random read-only paths, outputs at random paths, in the container image where there is one."""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from azure_ml.step import sums
+
+
+class Runner:
+    """Steps and pipelines below `folder`; `image` is a .sif file, or None for the Python that runs the tests."""
+
+    def __init__(self, folder: Path, image: str | None = None):
+        self.folder, self.image = folder, image
+
+    def place(self, name: str) -> Path:
+        """A path that nobody could have guessed, in a folder of its own."""
+        folder = self.folder / f"{name}-{secrets.token_hex(8)}"
+        folder.mkdir(parents=True)
+        return folder / secrets.token_hex(4)
+
+    def step(self, code: Path, command: str, inputs: dict[str, Path], outputs: dict[str, Path], start=subprocess.run):
+        """Run one step's command; the finished process, with both streams in stdout.
+
+        Args:
+            inputs, outputs: where the content of each is; outputs need not exist.
+            start: what starts the process: subprocess.run, or Popen to deal with it while it runs.
+        """
+        work = self.place("work")
+        shutil.copytree(code, work)
+        mounted = {name: self._mount(path) for name, path in inputs.items()}
+        for path in outputs.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        told = re.sub(r"\$\{\{inputs\.(\w+)\}\}", lambda found: str(mounted[found[1]]), command)
+        told = re.sub(r"\$\{\{outputs\.(\w+)\}\}", lambda found: str(outputs[found[1]]), told)
+        assert "${{" not in told, told
+        before = {name: sums(path) for name, path in mounted.items()}
+        done = start(
+            self._command(told, work, [*mounted.values(), *outputs.values()]),
+            cwd=work,
+            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.folder), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if start is subprocess.run:
+            assert {name: sums(path) for name, path in mounted.items()} == before, "a step wrote into its input"
+        return done
+
+    def _mount(self, path: Path) -> Path:
+        target = self.place("in")
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copyfile(path, target)
+        for part in [target, *target.rglob("*")] if target.is_dir() else [target]:
+            part.chmod(0o555 if part.is_dir() else 0o444)
+        return target
+
+    def _command(self, told: str, work: Path, places: list[Path]) -> list[str]:
+        if not self.image:
+            inside = f"export PATH={Path(sys.executable).parent}:$PATH; {told}"
+            return ["bash", "-c", inside]
+        binds = ",".join(f"{path.parent}:{path.parent}" for path in places)
+        base = ["apptainer", "exec", "--cleanenv", "--home", str(work), "--bind", binds, "--pwd", str(work)]
+        return [*base, "--env", "OMP_NUM_THREADS=1", self.image, "bash", "-c", told]
+
+    def pipeline(self, file: Path) -> dict[str, Path]:
+        """Run a whole pipeline.yml; where each of its outputs lies, by name."""
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = {name: (file.parent / value["path"]).resolve() for name, value in document["inputs"].items()}
+        made = {name: self.place("out") for name in document["outputs"]}
+        left = dict(document["jobs"])
+        while left:
+            name = next(name for name, step in left.items() if not waits(step, left))
+            step = left.pop(name)
+            inputs = {key: given[reference(value)] if "parent.inputs" in value else made[reference(value)]
+                      for key, value in step["inputs"].items()}  # fmt: skip
+            outputs = {
+                key: made[reference(value)] if isinstance(value, str) else self.place("out")
+                for key, value in step["outputs"].items()
+            }
+            done = self.step((file.parent / step["code"]).resolve(), step["command"], inputs, outputs)
+            assert done.returncode == 0, f"{name}:\n{done.stdout}"
+        return made
+
+
+def reference(binding: str) -> str:
+    """The name at the end of `${{parent.….NAME}}`."""
+    return re.fullmatch(r"\$\{\{parent\.(?:\w+\.)*(\w+)\}\}", binding)[1]
+
+
+def waits(step: dict, left: dict) -> bool:
+    """Whether one of the steps in `left` must run before this one."""
+    return any(f"parent.jobs.{name}." in str(value) for name in left for value in step["inputs"].values())
