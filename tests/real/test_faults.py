@@ -196,7 +196,7 @@ class Fetch(Case):
         self.place = folder
         self.command = [
             *(ROOT / "scripts" / "fetch_model.py", "--params", "params.yaml", "--output", folder / "base"),
-            *("--report", folder / "base.json", "--downloads", folder / "downloads"),
+            *("--report", folder / "base.json", "--log", folder / "log", "--downloads", folder / "downloads"),
         ]
 
     def aim(self, container: str) -> None:
