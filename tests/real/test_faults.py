@@ -323,7 +323,7 @@ def test_nothing_is_lost(operation, fault, tmp_path, blob_server, container, pus
                     while proxy.passed < 150_000 and process.poll() is None:
                         time.sleep(0.02)
                     own.kill()
-                said, _ = process.communicate(timeout=600)
+                said, _ = process.communicate(timeout=1000)
                 hits = proxy.hits
             took = time.monotonic() - begun
             if own:
