@@ -12,6 +12,7 @@ by `dvc status`, that every hash matches, and only then it records the outputs i
 
 import argparse
 import configparser
+import functools
 import json
 import os
 import re
@@ -168,7 +169,7 @@ def transfer(verb: str, job: cli.Job) -> None:
 
 
 def push(job: cli.Job) -> None:
-    """Upload, and check that what is there has the right size; a blob that was cut is taken away and uploaded again.
+    """Upload, and check that what is there has the right size; a blob that was cut is uploaded again.
 
     Raises:
         UserError: see `transfer`.
@@ -176,8 +177,8 @@ def push(job: cli.Job) -> None:
     here = cached()
     cut = [name for name, size in stored().items() if here.get(name, size) != size]
     if cut:
-        delete(cut)
-        job.say(f"{len(cut)} blobs there have the wrong size and are uploaded again")
+        replace(cut)
+        job.say(f"{len(cut)} blobs there had the wrong size and were uploaded again")
     transfer("push", job)
     there = stored()
     wrong = [name for name, size in there.items() if here.get(name, size) != size]
@@ -189,20 +190,26 @@ def push(job: cli.Job) -> None:
     )
 
 
-def delete(names: list[str]) -> None:
-    """Delete objects of the remote, by MD5."""
+def replace(names: list[str]) -> None:
+    """Upload objects of the cache over those of the remote, by MD5.
+
+    Not by deleting them there and `dvc push`: DVC remembers what it once uploaded and would not look again.
+    """
     from sources import blob
 
     account, container, path = place()
     fs = blob.filesystem(account)
+    root = Path(dvc("cache", "dir", capture=True).stdout.strip())
 
-    async def remove() -> None:
+    async def put(name: str) -> None:
         client = fs.service_client.get_container_client(container)
-        for name in names:
-            await client.delete_blob("/".join(filter(None, [path, "files/md5", name[:2], name[2:]])), **blob.RETRIES)
+        file = f"files/md5/{name[:2]}/{name[2:]}"
+        with open(root / file, "rb") as handle:
+            await client.upload_blob("/".join(filter(None, [path, file])), handle, overwrite=True, **blob.RETRIES)
 
     try:
-        blob.run(fs, remove)
+        for name in names:
+            blob.run(fs, functools.partial(put, name))
     except Exception as error:
         raise blob.explain(error, f"azure://{container}/{path}") from None
 
