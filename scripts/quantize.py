@@ -139,6 +139,37 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path, n
             ) from error
 
 
+def level_of(section: params.Quantize, node: str) -> int:
+    """The accuracy level that a quantized product shall have, by its name in the graph."""
+    name = node.removesuffix("_Q4").removesuffix("_Q8")
+    matching = [level for pattern, level in section.node_accuracy_levels.items() if fnmatch.fnmatchcase(name, pattern)]
+    return matching[-1] if matching else section.accuracy_level
+
+
+def set_accuracy_levels(section: params.Quantize, folder: Path) -> None:
+    """Write `node_accuracy_levels` into the exported graph; its weights stay where they are.
+
+    Raises:
+        UserError: a pattern that fits no quantized product.
+    """
+    import onnx
+
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    names = [node.name.removesuffix("_Q4").removesuffix("_Q8") for node in nodes]
+    for pattern in section.node_accuracy_levels:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"quantize.node_accuracy_levels: `{pattern}` matches no node. Names look like {names[0]} and {names[-1]}."
+            )
+    for node in nodes:
+        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level_of(section, node.name))])
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
 def check_graph(section: params.Quantize, folder: Path) -> dict:
     """Compare the written graph with what was asked for.
 
@@ -199,9 +230,16 @@ def check_graph(section: params.Quantize, folder: Path) -> dict:
                 wrong.append(f"no mixed precision was asked for, but {len(eight)} products are in 8 bits")
         if any(values["block_size"] != section.block_size for values in attributes.values()):
             wrong.append(f"block_size {section.block_size} was asked for, the graph has {found['block_sizes']}")
-        levels = {values.get("accuracy_level", 0) for values in attributes.values()}
-        if levels - {section.accuracy_level}:
-            wrong.append(f"accuracy_level {section.accuracy_level} was asked for, the graph has {sorted(levels)}")
+        others = {
+            values.get("accuracy_level", 0)
+            for name, values in attributes.items()
+            if values.get("accuracy_level", 0) != level_of(section, name)
+        }
+        if others:
+            asked = f"accuracy_level {section.accuracy_level}" + " and node_accuracy_levels" * bool(
+                section.node_accuracy_levels
+            )
+            wrong.append(f"{asked} was asked for, the graph has {sorted(others)}")
         with_zero_points = {node.name for node in nodes if len(node.input) > 3 and node.input[3]}
         if section.is_symmetric and with_zero_points and section.algo_config != "k_quant":
             wrong.append(f"is_symmetric: true was asked for, but {len(with_zero_points)} products have zero points")
@@ -274,6 +312,8 @@ def build(
         export(section, model, folder, scratch, name)
     finally:
         outputs.remove(scratch)
+    if section.node_accuracy_levels:
+        set_accuracy_levels(section, folder)
     found = check_graph(section, folder)
     if placed is not None:
         gptq.check_placed(folder, placed)

@@ -18,7 +18,7 @@ from gates import judge, table
 
 OPTIONS = (
     *("algo_config", "calibration", "block_size", "is_symmetric", "accuracy_level", "matmul_mixed_precision"),
-    *("int8_nodes", "nodes_to_exclude"),
+    *("node_accuracy_levels", "int8_nodes", "nodes_to_exclude"),
 )
 TRIES = 200  # proposals in a row that are known or impossible, before a random one of the rest is taken
 

@@ -332,6 +332,9 @@ class Search(Section):
     block_size: list[Literal[16, 32, 64, 128, 256]] = Field([], description="Block sizes.")
     is_symmetric: list[bool] = Field([], description="With and without zero points.")
     accuracy_level: list[Annotated[int, Field(ge=0, le=4)]] = Field([], description="Accuracy levels.")
+    node_accuracy_levels: list[dict[str, Annotated[int, Field(ge=0, le=4)]]] = Field(
+        [], description="Mappings of patterns to accuracy levels."
+    )
     matmul_mixed_precision: list[str | None] = Field([], description="Mixed precisions; null for none.")
     int8_nodes: list[list[str]] = Field([], description="Lists of patterns.")
     nodes_to_exclude: list[list[str]] = Field([], description="Lists of node names.")
@@ -369,6 +372,11 @@ class Quantize(Section):
         ge=0,
         le=4,
         description="Minimum type the matrix product accumulates in: 0 unset, 1 fp32, 2 fp16, 3 bf16, 4 int8.",
+    )
+    node_accuracy_levels: dict[str, Annotated[int, Field(ge=0, le=4)]] = Field(
+        {},
+        description="int4 and int8: another accuracy level for products whose names match a pattern (the last that matches counts), such as "
+        "`{'*/down_proj/*': 1}`. The builder has one level for all; these are written into its graph.",
     )
     matmul_mixed_precision: str | None = Field(
         "last_matmul:int8,mixed_layers:int8",
@@ -415,6 +423,8 @@ class Quantize(Section):
             )
         if self.int8_nodes and (self.precision != "int4" or self.algo_config == "default"):
             raise ValueError("int8_nodes goes with precision int4 and algo_config rtn or k_quant")
+        if self.node_accuracy_levels and self.precision not in ("int4", "int8"):
+            raise ValueError("node_accuracy_levels goes with precision int4 or int8")
         if self.calibration == "gptq":
             if (self.precision, self.algo_config, self.is_symmetric) != ("int4", "rtn", True):
                 raise ValueError(

@@ -149,16 +149,19 @@ def data(reader, place: str, config: dict, split: str) -> None:
     """One data configuration."""
     again = split == "eval" and "text_template" in reader.params["prepare"]
 
+    def inside(reader, field, value):
+        """The fields of a component, whether in its `params` or beside its type; what stands beside `params` is told."""
+        if "params" not in value:
+            return field, {key: one for key, one in value.items() if key != "type"}
+        beside = {key: one for key, one in value.items() if key != "params"}
+        reader.walk(field, beside, {"type": Drop("a component of Olive's")})
+        return f"{field}.params", value["params"]
+
     def load(reader, field, value):
-        inner = value.get("params", {key: one for key, one in value.items() if key != "type"})
-        where = f"{field}.params" if "params" in value else field
-        extra = {"type": Drop("rows are read from a file")} if "params" in value else {}
-        reader.walk(field, {key: one for key, one in value.items() if key not in ("params", *inner)}, extra)
-        reader.walk(where, inner, loading)
+        reader.walk(*inside(reader, field, value), loading)
 
     def process(reader, field, value):
-        inner = value.get("params", {key: one for key, one in value.items() if key != "type"})
-        where = f"{field}.params" if "params" in value else field
+        where, inner = inside(reader, field, value)
         if again:
             reader.row("dropped", field, "both data sets have the training rows' template")
             return

@@ -31,6 +31,7 @@ PLAIN = {
     "block_size": 32,
     "is_symmetric": True,
     "accuracy_level": 4,
+    "node_accuracy_levels": {},
     "matmul_mixed_precision": None,
     "int8_nodes": [],
     "op_types_to_quantize": None,
@@ -278,6 +279,27 @@ def test_int8_nodes_can_name_one_layer_or_one_projection(tmp_path, base):
         "/model/layers.0/attn/v_proj/MatMul",
         "/model/layers.1/attn/v_proj/MatMul",
     ]
+
+
+def test_accuracy_levels_of_groups_of_nodes(tmp_path, base):
+    """The last pattern that matches counts; the weights are those of one level for all, and level 1 takes float32 activations."""
+    groups = {"*/mlp/*": 1, "/model/layers.1/mlp/down_proj/*": 0}
+    plain, grouped = run(tmp_path / "plain", base), run(tmp_path / "grouped", base, node_accuracy_levels=groups)
+    graph = onnx.load(grouped / "model.onnx", load_external_data=False).graph
+    nodes = {node.name: node for node in graph.node if node.op_type == "MatMulNBits"}
+    for name, node in nodes.items():
+        level = next(a.i for a in node.attribute if a.name == "accuracy_level")
+        assert level == (0 if "layers.1/mlp/down_proj" in name else 1 if "/mlp/" in name else 4), name
+    assert (grouped / "model.onnx.data").read_bytes() == (plain / "model.onnx.data").read_bytes()
+    quantize.check_graph(section(node_accuracy_levels=groups), grouped)
+    with pytest.raises(UserError, match=r"accuracy_level 4 was asked for, the graph has \[0, 1\]"):
+        quantize.check_graph(section(), grouped)
+    assert not np.array_equal(onnx_logits(plain), onnx_logits(grouped))
+
+
+def test_accuracy_levels_of_nodes_that_are_not_there(tmp_path, capsys, base):
+    message = refused(tmp_path, capsys, base, node_accuracy_levels={"*/mpl/*": 1})
+    assert "quantize.node_accuracy_levels: `*/mpl/*` matches no node. Names look like /model/layers.0/attn/" in message
 
 
 def test_int8_nodes_that_match_nothing(tmp_path, capsys, base):
