@@ -13,6 +13,7 @@ from tiny import ROOT, make_rows, write_params
 TINY = {
     "prepare": {"source": "data/dataset.json", "eval_fraction": 0.1, "test_fraction": 0.25},
     "finetune": {"num_train_epochs": 1.0, "eval_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01},
+    "quantize": {"int8_nodes": ["*/attn/*", "*/down_proj/*"]},  # it has two layers only
     "evaluate": {"bootstrap_samples": 200, "latency_rows": 2},
     "gates": {"min_accuracy": 0.0, "max_accuracy_drop": 1.0, "checks": []},
 }
