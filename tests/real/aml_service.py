@@ -94,7 +94,8 @@ class AzureML:
         if method == "PUT":
             if kind == "computes":
                 check_quota(body)
-            self.resources[path] = self.resource(path, body["properties"]) | {
+            filled = {"flavors": {}} if kind == "models" else {}  # what the service adds
+            self.resources[path] = self.resource(path, filled | body["properties"]) | {
                 key: body[key] for key in ("location", "tags") if key in body
             }
             return 201, self.resources[path], {}

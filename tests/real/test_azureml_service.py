@@ -108,11 +108,11 @@ def test_status(aml, project):
 def test_downloaded_results_are_those_of_a_local_build(aml, project, built):
     done = azureml(aml, project, "download")
     assert done.returncode == 0, done.stdout
-    shutil.rmtree(project / "build" / "azureml")
-    assert digests(project) == digests(built)
     again = azureml(aml, project, "download", "build/onnx-int4", "results/metrics.json")
     assert again.returncode == 0, again.stdout
     assert "build/onnx-int4: is here already" in again.stdout
+    shutil.rmtree(project / "build" / "azureml")
+    assert digests(project) == digests(built)
 
 
 def test_a_changed_blob_is_noticed_and_nothing_is_left(aml, project):
@@ -298,7 +298,12 @@ def cluster(**fields: object) -> dict:
 def test_wrong_settings_name_the_field(asked, ran, tmp_path, changes, said):
     for kind in ("triton_model", "mlflow_model"):
         name = f"{kind.partition('_')[0]}/versions/1"
-        properties = {"modelType": kind, "modelUri": f"azureml://registries/shared/models/{name}", "isAnonymous": False}
+        properties = {
+            "modelType": kind,
+            "modelUri": f"azureml://registries/shared/models/{name}",
+            "isAnonymous": False,
+            "flavors": {},
+        }
         asked.models[name] = asked.resource(f"/models/{name}", properties)
         asked.models[name]["id"] = f"azureml://registries/shared/models/{name}"
     assert re.search(said, check(tmp_path, **changes))
