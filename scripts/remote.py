@@ -67,7 +67,7 @@ def ensure_container(url: str) -> str:
     from sources import blob
 
     if not account_name():
-        return "not checked, because the environment names no account (docs/azure.md)"
+        return "its container was not checked, because the environment names no account (docs/azure.md)"
     container = url.removeprefix("azure://").partition("/")[0]
     fs = blob.filesystem()
 
@@ -256,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.verb == "add":
             add(args.url)
             job.say(
-                f"{args.url} is the remote now, in .dvc/config: commit that file. Then `make push`; elsewhere `make pull`."
+                f"{args.url} is the remote now, in .dvc/config (commit that file); {ensure_container(args.url)}. "
+                "Then `make push`; elsewhere `make pull`."
             )
         else:
             {"push": push, "pull": pull}[args.verb](job)
