@@ -20,12 +20,12 @@ def remote(project: Path, *command: str):
 
 
 def contents(project: Path) -> dict[str, str]:
-    """SHA-256 of everything built, by path."""
+    """SHA-256 of everything that stages made, by path (`make` itself joins the report to one page)."""
     paths = [path for name in ("build", "results") for path in (project / name).rglob("*")]
     return {
         path.relative_to(project).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(paths)
-        if path.is_file() and not path.name.startswith(".snakemake")
+        if path.is_file() and not path.name.startswith(".snakemake") and path.name != "report.html"
     }
 
 
