@@ -17,8 +17,9 @@ SECRET = re.compile(r"(sig|token|key|secret|password)=[^&\s\"']+", re.I)
 
 def quieten() -> None:
     """No warnings of the SDK about itself; what matters is raised."""
-    for name in ("azure", "azure.ai.ml", "azure.identity", "msrest", "urllib3"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ["azure", "msrest", "urllib3", *logging.root.manager.loggerDict]:
+        if name.startswith(("azure", "msrest", "urllib3")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("azure.ai.ml._utils._experimental").disabled = True
     warnings.filterwarnings("ignore", module=r"azure|msrest")
 

@@ -35,14 +35,10 @@ def client(settings: Settings, registry: str | None = None):
     credential = DefaultAzureCredential()
     if registry:
         return MLClient(credential, registry_name=registry, enable_telemetry=False)
-    return MLClient(
-        credential,
-        settings.subscription_id,
-        settings.resource_group,
-        settings.workspace_name,
-        enable_telemetry=False,
-        show_progress=False,
-    )
+    place = (settings.subscription_id, settings.resource_group, settings.workspace_name)
+    made = MLClient(credential, *place, enable_telemetry=False, show_progress=False)
+    errors.quieten()  # the client makes its loggers talk
+    return made
 
 
 def run(args, job: cli.Job) -> None:

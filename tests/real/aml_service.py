@@ -236,7 +236,7 @@ class AzureML:
             self.jobs[name]["thread"] = threading.Thread(target=self.work, args=(name,), daemon=True)
             self.jobs[name]["thread"].start()
         if name in self.runs:  # Azure ML answers so for steps; the SDK then asks the run history
-            return 200, self.resource(f"/jobs/{name}", {"jobType": "Base", "services": {}, "properties": {}}), {}
+            return 200, self.resource(f"/jobs/{name}", {}) | {"properties": None}, {}
         if name not in self.jobs:
             raise error(404, "UserError", f"Run {name} was not found")
         if action == "cancel":
