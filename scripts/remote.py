@@ -239,7 +239,7 @@ def pull(job: cli.Job) -> None:
 def record(job: cli.Job) -> None:
     """Let Snakemake note every output as made from the inputs and parameters of now. Only after the hashes were checked."""
     command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLMAKE_PULL": "1"})
     if done.returncode:
         raise UserError(f"snakemake --touch: {(done.stdout + done.stderr).strip()}")
     job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
