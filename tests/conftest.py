@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tiny import ROOT, make_model, make_rows, run_script, write_params
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a shell starts in the background ignores SIGINT, and so would the scripts that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
