@@ -239,7 +239,9 @@ def _spawn(count: int, script: Path, arguments: list[str], log: Path | None) -> 
                 while not context.join(grace_period=GRACE):
                     pass
         except (ProcessExitedException, ProcessRaisedException) as error:
-            if error.error_index:
+            context.processes[0].join(GRACE)
+            # Where the first process failed by itself, it has told its error, which may be that of all.
+            if error.error_index and context.processes[0].exitcode != 1:
                 where = f" Its log: {log_of(log, error.error_index)}" if log else ""
                 print(
                     f"{script.stem}: error: process {error.error_index + 1} of {count} failed: {str(error).strip()}.{where}",
