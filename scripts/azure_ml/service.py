@@ -249,7 +249,7 @@ def reused(child) -> bool:
     return str((child.properties or {}).get("azureml.isreused", "")).lower() == "true"
 
 
-def end_of_log(ml, child, count: int = 15) -> str:
+def end_of_log(ml, child, count: int = 40) -> str:
     """The last lines that a step wrote."""
     with tempfile.TemporaryDirectory() as folder:
         try:
