@@ -52,6 +52,12 @@ def digests(project: Path) -> dict[str, str]:
     return found
 
 
+def elsewhere(found: dict[str, str]) -> dict[str, str]:
+    """Of `digests`, what must be the same in a container too: all but the provenance, which names the container, and its sum."""
+    named = ("build/package/provenance.intoto.json", "build/package/SHA256SUMS")
+    return {name: digest for name, digest in found.items() if name not in named}
+
+
 def planned(project: Path, *arguments: str) -> set[str]:
     """The rules that Snakemake would run now (without `all`)."""
     done = snakemake(project, "--dry-run", *arguments)

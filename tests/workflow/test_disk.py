@@ -95,7 +95,7 @@ def test_read_only_folder(small):
     subprocess.run(["mount", "-o", "remount,ro", small / "build"], check=True)
     for arguments, told in (
         (("--allowed-rules", "merge", "--", "build/merged"), "cannot write to build/: it is read-only here"),
-        (("--forceall",), "Write-protected output files for rule report"),
+        (("--forceall",), "Write-protected output files for rule "),
     ):
         done = run(small, "snakemake", "--cores", "all", "--nocolor", "--rerun-triggers", "mtime", *arguments)
         assert done.returncode != 0

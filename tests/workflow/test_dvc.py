@@ -71,11 +71,18 @@ def test_a_changed_parameter_runs_exactly_its_stages(repository):
     assert planned(repository) == set()
 
 
+def numbers(value: dict) -> dict:
+    """Without the lists, which DVC does not show."""
+    return {
+        key: numbers(one) if isinstance(one, dict) else one for key, one in value.items() if not isinstance(one, list)
+    }
+
+
 def test_metrics_and_plots_are_shown(repository):
     shown = run(repository, "dvc", "metrics", "show", "--json")
     assert shown.returncode == 0, shown.stdout
     values = json.loads(shown.stdout)[""]["data"]["results/metrics.json"]["data"]
-    assert values == json.loads((repository / "results" / "metrics.json").read_text())
+    assert values == numbers(json.loads((repository / "results" / "metrics.json").read_text()))
     plots = run(repository, "dvc", "plots", "show")
     assert plots.returncode == 0, plots.stdout
     page = (repository / "dvc_plots" / "index.html").read_text(encoding="utf-8")
