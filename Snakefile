@@ -40,10 +40,11 @@ CONTAINER = PARAMS.all.container
 IMAGE = lambda wildcards: containers.image(CONTAINER)
 IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 
-# DVC links small results read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
+# DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
 # (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
-for result in [] if "SLMAKE_PULL" in os.environ else Path("results").glob("*"):
-    own_copy(result)
+for folder in () if "SLMAKE_PULL" in os.environ else ("results", "build/report"):
+    for result in Path(folder).glob("*"):
+        own_copy(result)
 
 STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported

@@ -49,7 +49,7 @@ def test_fresh_clone_pull_and_both_engines_have_nothing_to_do(pushed, clone):
     data = clone / TONES
     data.write_text(data.read_text().replace("number 5 of", "number five of"), encoding="utf-8")
     assert planned(clone) == {"prepare", "finetune", "merge", *after}
-    assert set(yaml.safe_load(run(clone, "dvc", "status", "--json").stdout)) == {"prepare"}
+    assert set(yaml.safe_load(run(clone, "dvc", "status", "--json").stdout)) == {"prepare", "package"}
 
 
 def test_dvc_fetch_and_pull_alone_work_too(pushed, clone):
