@@ -49,7 +49,7 @@ ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see 
 	@$(BIN)/python scripts/ask.py -- "$$TEXT"
 
 report: setup ## put figures and tables on one page, build/report.html (missed gates included)
-	$(BIN)/snakemake --cores all --quiet progress build/report/overview.html
+	$(BIN)/snakemake --cores all --quiet progress -- build/report/overview.html
 	@$(BIN)/snakemake --quiet all --report build/report.html
 
 screenshots: report ## photograph the report for the README (needs chromium and chromedriver)
@@ -104,7 +104,7 @@ bench: peers build/base build/dataset ## measure us and the peers in turn, write
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(BENCH)
 
 build/base build/dataset: | setup
-	@test -e $@ || $(BIN)/snakemake --cores all --quiet progress $@
+	@test -e $@ || $(BIN)/snakemake --cores all --quiet progress -- $@
 
 peers: $(PEERS)/.ready ## install what `make bench` measures against (Olive, TRL, llama.cpp) into .venv-bench
 
