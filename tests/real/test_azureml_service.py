@@ -295,7 +295,7 @@ def cluster(**fields: object) -> dict:
         ({"model": "azureml://registries/shared/models/mlflow/versions/1"}, r"registered as mlflow_model, .* Set model_type to mlflow_model"),
     ],
 )  # fmt: skip
-def test_wrong_settings_name_the_field(asked, ran, tmp_path, changes, said):
+def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, said):
     for kind in ("triton_model", "mlflow_model"):
         name = f"{kind.partition('_')[0]}/versions/1"
         properties = {
