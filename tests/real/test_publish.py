@@ -145,7 +145,7 @@ def test_cut_in_the_middle_leaves_the_old_pointer_and_the_next_run_finishes(tmp_
     failed = run_script("publish", *arguments(tmp_path, container, new, "new"))
     assert failed.returncode == 1
     assert "it goes on where it stopped" in failed.stderr
-    assert 5 <= proxy.hits <= 10  # five attempts; aiohttp repeats one by itself on a connection that was used before
+    assert 5 <= proxy.hits <= 10  # bounded; five attempts, 10 cuts were seen, the cause is not known
     assert blob_server.key not in failed.stderr
     assert not (tmp_path / "new.json").exists()
     assert pointer(blob_server, container)["digest"] == folder_digest(old)
