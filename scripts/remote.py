@@ -5,7 +5,7 @@
     python scripts/remote.py pull                           download what is recorded, prove it, and tell Snakemake
 
 `dvc push` and `dvc pull` do the same transfers. `push` and `pull` here say what is wrong with the account before anything moves, go on
-after a broken connection a bounded number of times, and check: `push`, that every file lies there in its full size; `pull`,
+after a broken connection a bounded number of times, and check: `push`, that every file lies there in its full size (DVC does not look); `pull`,
 by `dvc status`, that every hash matches, and only then it records the outputs in Snakemake's own books, so that
 `snakemake --cores all` has nothing to do and still notices every later change. Credentials come from the environment (docs/azure.md).
 """
@@ -134,10 +134,33 @@ def stored() -> dict[str, int]:
         raise blob.explain(error, f"azure://{container}/{path}") from None
 
 
-def cached() -> dict[str, int]:
-    """Bytes of every object in DVC's cache here, by MD5."""
-    root = Path(dvc("cache", "dir", capture=True).stdout.strip()) / "files" / "md5"
-    return {path.parent.name + path.name: path.stat().st_size for path in root.glob("??/*") if path.is_file()}
+def recorded() -> dict[str, int]:
+    """Bytes of every object that the receipts name and DVC's cache here holds, by its MD5 as in `stored`."""
+    import yaml
+
+    receipts = [*Path().glob("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]
+    outs = []
+    for path in filter(Path.is_file, receipts):
+        receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for stage in [receipt, *receipt.get("stages", {}).values()]:
+            outs += [out["md5"] for out in stage.get("outs", []) if "md5" in out]
+    found: dict[str, int] = {}
+    for name in outs:
+        file = cache() / name[:2] / name[2:]
+        if not file.is_file():
+            continue
+        found[name] = file.stat().st_size
+        if name.endswith(".dir"):
+            members = {entry["md5"] for entry in json.loads(file.read_bytes())}
+            files = {md5: cache() / md5[:2] / md5[2:] for md5 in members}
+            found |= {md5: path.stat().st_size for md5, path in files.items() if path.is_file()}
+    return found
+
+
+@functools.cache
+def cache() -> Path:
+    """The folder of DVC's cache that holds objects by their MD5."""
+    return Path(dvc("cache", "dir", capture=True).stdout.strip()) / "files" / "md5"
 
 
 def transfer(verb: str, job: cli.Job) -> None:
@@ -169,46 +192,44 @@ def transfer(verb: str, job: cli.Job) -> None:
 
 
 def push(job: cli.Job) -> None:
-    """Upload, and check that what is there has the right size; a blob that was cut is uploaded again.
+    """Upload, and check that everything that the receipts name lies there in its full size; what does not is uploaded again.
+
+    `dvc push` takes the object of a folder for a proof that its files are there. It is not, where a blob was deleted or cut
+    later, or where a file that two folders share failed: only the first folder counts as failed then.
 
     Raises:
-        UserError: see `transfer`.
+        UserError: see `transfer`; or a blob is still not what it should be.
     """
-    here = cached()
-    cut = [name for name, size in stored().items() if here.get(name, size) != size]
-    if cut:
-        replace(cut)
-        job.say(f"{len(cut)} blobs there had the wrong size and were uploaded again")
     transfer("push", job)
+    here = recorded()
     there = stored()
-    wrong = [name for name, size in there.items() if here.get(name, size) != size]
-    if wrong:
-        raise UserError(f"{len(wrong)} blobs do not have the size of what was uploaded. Run the same command again.")
+    if bad := [name for name, size in here.items() if there.get(name) != size]:
+        upload(bad)
+        job.say(f"of what DVC took for granted, {len(bad)} blobs were missing or cut; they were uploaded again")
+        there = stored()
+        if bad := [name for name in bad if there.get(name) != here[name]]:
+            raise UserError(f"{len(bad)} blobs there are not what was uploaded. Run the same command again.")
     _, container, path = place()
     job.say(
         f"azure://{container}/{path} holds {len(there)} files, {sum(there.values()) / 1e6:.0f} MB ({job.seconds():.0f} s)"
     )
 
 
-def replace(names: list[str]) -> None:
-    """Upload objects of the cache over those of the remote, by MD5.
-
-    Not by deleting them there and `dvc push`: DVC remembers what it once uploaded and would not look again.
-    """
+def upload(names: list[str]) -> None:
+    """Upload objects of the cache, over what is there, by MD5; folders last."""
     from sources import blob
 
     account, container, path = place()
     fs = blob.filesystem(account)
-    root = Path(dvc("cache", "dir", capture=True).stdout.strip())
 
     async def put(name: str) -> None:
         client = fs.service_client.get_container_client(container)
-        file = f"files/md5/{name[:2]}/{name[2:]}"
-        with open(root / file, "rb") as handle:
-            await client.upload_blob("/".join(filter(None, [path, file])), handle, overwrite=True, **blob.RETRIES)
+        target = "/".join(filter(None, [path, "files/md5", name[:2], name[2:]]))
+        with open(cache() / name[:2] / name[2:], "rb") as handle:
+            await client.upload_blob(target, handle, overwrite=True, **blob.RETRIES)
 
     try:
-        for name in names:
+        for name in sorted(names, key=lambda name: name.endswith(".dir")):
             blob.run(fs, functools.partial(put, name))
     except Exception as error:
         raise blob.explain(error, f"azure://{container}/{path}") from None

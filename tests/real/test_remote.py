@@ -102,6 +102,22 @@ def test_second_push_after_a_changed_file_moves_only_that_file(pushed, clone, bl
     assert new == {f"tones/files/md5/{digest[:2]}/{digest[2:]}" for digest in digests}
 
 
+def test_push_brings_back_what_is_gone_though_dvc_remembers_it(pushed, clone, blob_server):
+    """A blob was deleted in the remote; the object of its folder, which DVC takes for a proof, is there."""
+    _, container = pushed
+    blobs = blob_server.client().get_container_client(container)
+    assert remote(clone, "pull").returncode == 0
+    model = hashlib.md5((clone / "build" / "onnx-int4" / "model.onnx.data").read_bytes()).hexdigest()
+    gone = f"tones/files/md5/{model[:2]}/{model[2:]}"
+    before = {blob.name: blob.size for blob in blobs.list_blobs()}
+    blobs.delete_blob(gone)
+    assert "Everything is up to date" in run(clone, "dvc", "push").stdout
+    done = remote(clone, "push")
+    assert done.returncode == 0, done.stdout
+    assert "of what DVC took for granted, 1 blobs were missing or cut" in done.stdout
+    assert {blob.name: blob.size for blob in blobs.list_blobs()} == before
+
+
 @pytest.mark.parametrize("url", ["az://data/x", "azure://UPPER/x", "azure://data/x?sig=abc", "https://host/x", ""])
 def test_remote_of_another_form_is_refused(tmp_path, url):
     done = run(ROOT, "python", "scripts/remote.py", "add", url)
