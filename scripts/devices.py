@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -166,7 +167,11 @@ def one_voice(log: Path | None) -> Path | None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """The group that this process belongs to, as the environment says; else it is alone."""
+    """The group that this process belongs to, as the environment says; else it is alone.
+
+    Raises:
+        UserError: in the block, another process of the group ended.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield Group()
@@ -181,7 +186,16 @@ def joined() -> Iterator[Group]:
     torch.distributed.init_process_group(
         backend, init_method=os.environ.get("SLMAKE_STORE", "env://"), rank=rank, world_size=world
     )
-    yield Group(rank, world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    try:
+        yield Group(rank, world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
+            raise
+        traceback.print_exc()
+        raise UserError(
+            f"another of the {world} processes that train together ended, or the connection to it broke. Its log says why; then run the "
+            "same command again: it goes on from the last checkpoint."
+        ) from None
     torch.distributed.destroy_process_group()
 
 
@@ -240,11 +254,16 @@ def _spawn(count: int, script: Path, arguments: list[str], log: Path | None) -> 
                     pass
         except (ProcessExitedException, ProcessRaisedException) as error:
             context.processes[0].join(GRACE)
+            codes = [process.exitcode for process in context.processes]
+            # The one that was killed is the reason, whoever noticed it first (torch ends the rest with SIGTERM).
+            killed = [rank for rank, code in enumerate(codes) if (code or 0) < 0 and code != -signal.SIGTERM]
+            rank = killed[0] if killed else error.error_index
             # Where the first process failed by itself, it has told its error, which may be that of all.
-            if error.error_index and context.processes[0].exitcode != 1:
-                where = f" Its log: {log_of(log, error.error_index)}" if log else ""
+            if killed or (rank and codes[0] != 1):
+                why = f"ended by {signal.Signals(-codes[rank]).name}" if killed else str(error).strip()
+                where = f" Its log: {log_of(log, rank)}" if log else ""
                 print(
-                    f"{script.stem}: error: process {error.error_index + 1} of {count} failed: {str(error).strip()}.{where}",
+                    f"{script.stem}: error: process {rank + 1} of {count} failed: {why}.{where}",
                     file=sys.stderr,
                 )
             raise SystemExit(getattr(error, "exit_code", None) or 1) from None

@@ -190,10 +190,17 @@ def alive(pid: int) -> bool:
 LONG = {"max_steps": 300, "save_steps": 10, "eval_steps": 0}
 
 
-@pytest.mark.parametrize("whom", ["all", "launcher", "second", "sigterm"])
-def test_killed_processes_resume_together(tmp_path, base, dataset, whom):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base, dataset) -> Path:
+    """One long run by two processes; do not write into it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    tune_by_two(folder, base, dataset, **LONG)
+    return folder
+
+
+@pytest.mark.parametrize("whom", ["all", "launcher", "second", "first", "sigterm"])
+def test_killed_processes_resume_together(tmp_path, base, dataset, undisturbed, whom):
     """Whoever dies, nobody goes on alone; the next run takes the last checkpoint and ends in the bytes of an undisturbed one."""
-    tune_by_two(tmp_path / "undisturbed", base, dataset, **LONG)
     folder = tmp_path / "run"
     process = start(folder, base, dataset, **LONG)
     wait_for_checkpoint(folder, process)
@@ -201,8 +208,8 @@ def test_killed_processes_resume_together(tmp_path, base, dataset, whom):
     assert len(both) == 2
     if whom == "all":
         os.killpg(process.pid, signal.SIGKILL)
-    elif whom == "second":
-        os.kill(both[1], signal.SIGKILL)
+    elif whom in ("first", "second"):
+        os.kill(both[whom == "second"], signal.SIGKILL)
     else:
         process.send_signal(signal.SIGTERM if whom == "sigterm" else signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
@@ -211,14 +218,15 @@ def test_killed_processes_resume_together(tmp_path, base, dataset, whom):
     while any(map(alive, both)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    if whom == "second":
-        assert "process 2 of 2 failed" in printed
-        assert str(folder / "logs" / "finetune.rank1.log") in printed
+    if whom in ("first", "second"):
+        number, log = (1, "finetune.log") if whom == "first" else (2, "finetune.rank1.log")
+        assert f"process {number} of 2 failed: ended by SIGKILL. Its log: {folder / 'logs' / log}" in printed
+        assert "gloo" not in printed
     assert not (folder / "adapter").exists()
     assert not (folder / "train_loss.csv").exists()
     said = tune_by_two(folder, base, dataset, **LONG)
     assert "goes on from step" in said
-    assert contents(folder) == contents(tmp_path / "undisturbed")
+    assert contents(folder) == contents(undisturbed)
     assert not (folder / "checkpoints").exists()
 
 
