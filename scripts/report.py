@@ -293,13 +293,32 @@ def cost_page(timings: dict, benchmarks: Path) -> str:
     )
 
 
+def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
+    """The lines of a CSV file that a rule wrote; the columns named in `numbers` as numbers.
+
+    Raises:
+        UserError: it is damaged: no header, a column that is missing, a cell that is no number.
+    """
+    with open(path, newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        try:
+            lacking = [name for name in numbers if name not in (reader.fieldnames or [])]
+            if lacking:
+                raise ValueError(f"it has no column `{lacking[0]}`")
+            return [row | {name: float(row[name] or "") for name in numbers} for row in reader]
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"{path}, line {max(1, reader.line_num)}, is damaged: {error}. Remove it and run snakemake: it is built again."
+            ) from None
+
+
 def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
     """The first wrong answers of the last model, with every model's answer beside."""
     last = models[-1]
     wrong = [row for row in predictions if row[last] != row["expected"]]
     head = ["row", "prompt", "expected", *models]
     rows = [
-        [row["row"], row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
+        [f"{row['row']:.0f}", row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
         for row in wrong[:limit]
     ]
     said = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
@@ -353,8 +372,7 @@ def draw_loss(plt, losses: list[Path], path: Path) -> None:
         ({"color": COLOURS["merged"]}, {"color": COLOURS["last"], "marker": "o"}),
         strict=False,
     ):
-        with open(file, encoding="utf-8") as handle:
-            points = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(handle)]
+        points = [(row["step"], row["loss"]) for row in read_csv(file, ("step", "loss"))]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **look)
             drawn = True
@@ -515,8 +533,11 @@ def main(argv: list[str] | None = None) -> None:
         everything = params.load(args.params)
         metrics, timings = read_json(args.metrics, "test_rows"), read_json(args.timings)
         base, dataset = read_json(args.base_report, "source"), read_json(args.dataset_report, "source", "rows")
-        with open(args.predictions, newline="", encoding="utf-8") as handle:
-            predictions = list(csv.DictReader(handle))
+        predictions = read_csv(args.predictions, ("row",))
+        if len(predictions) != metrics["test_rows"]:
+            raise UserError(
+                f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {metrics['test_rows']}: remove both and run snakemake."
+            )
         result = read_json(args.search) if args.search else None
         found, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]

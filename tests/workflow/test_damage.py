@@ -26,7 +26,7 @@ ARGUMENTS = {
     "report": [
         *("--base-report", "results/base.json", "--dataset-report", "results/dataset.json"),
         *("--metrics", "results/metrics.json", "--timings", "results/benchmark.json"),
-        *("--predictions", "results/predictions.csv", "--output", OUT),
+        *("--predictions", "results/predictions.csv", "--losses", "results/train_loss.csv", "--output", OUT),
     ],
     "ask": ["We buried the old dog"],
 }  # fmt: skip
@@ -55,6 +55,9 @@ AGAIN = "and run snakemake: it is built again"
         ("package", "results/base.json", "nope", "results/base.json is damaged: "),
         ("package", "build/onnx-int4/genai_config.json", "{", "build/onnx-int4/genai_config.json is damaged: "),
         ("report", "results/dataset.json", b"\xff", "results/dataset.json is damaged: "),
+        ("report", "results/train_loss.csv", "step,loss\n1,2.5\n2,lots\n", "results/train_loss.csv, line 3, is damaged: could not convert"),
+        ("report", "results/predictions.csv", "", "results/predictions.csv, line 1, is damaged: it has no column `row`"),
+        ("report", "results/predictions.csv", "row,expected,merged,prompt\n1,a,b,c\n", "results/predictions.csv has 1 rows, results/metrics.json speaks of 24"),
         ("ask", "build/onnx-int4/model.onnx", CUT, "build/onnx-int4: ONNX Runtime cannot load this model: "),
     ],
 )  # fmt: skip
