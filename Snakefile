@@ -131,6 +131,12 @@ onstart:
         )
 
 
+onerror:
+    if not workflow.local_exec:
+        for reason in slurm.reasons(Path(log[0]).read_text(encoding="utf-8")):
+            print(f"error: {reason}", file=sys.stderr)
+
+
 report: "report/workflow.rst"
 
 

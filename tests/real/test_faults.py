@@ -279,13 +279,21 @@ def small(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+CUTS = {
+    "push": ("cut_up", 136_000),
+    "pull": ("cut_down", 200_000),
+    "publish": ("cut_up", 60_000),
+    "fetch_model": ("cut_down", 60_000),
+}
+
+
 def break_line(proxy: Faulty, operation: str, fault: str) -> None:
     """Tell the proxy what to do."""
     proxy.times = 2 if "twice" in fault else None
     if "cut" in fault:
-        # Up, the adapter just fits: DVC takes one folder after another, and waits a minute for each that does not. Among
-        # those that do not is the model, which two folders share.
-        setattr(proxy, *(("cut_down", 60_000) if operation in DOWN else ("cut_up", 136_000)))
+        # DVC takes one folder after another, and waits a minute for each file that does not get through: only the largest do
+        # not. On the way up the model is among them, which two folders share.
+        setattr(proxy, *CUTS[operation])
     elif fault == "slow link":
         proxy.rate = 300_000
     elif fault[0] == "5":

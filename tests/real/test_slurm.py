@@ -89,21 +89,38 @@ def test_a_cancelled_finetune_goes_on_in_the_next_job(copy_of_clustered, built, 
     assert {name: found[name] for name in made} == {name: wanted[name] for name in made}
 
 
-def test_out_of_memory_is_tried_again_with_more(copy_of_clustered, slurm):
-    """A job that Slurm kills for its memory is submitted again with twice as much, until it fits."""
-    project = copy_of_clustered
+def little_memory(project) -> None:
+    """Let `merge` ask for far too little."""
     snakefile = project / "Snakefile"
     text = snakefile.read_text(encoding="utf-8")
     assert "slurm.memory(4000, 2)" in text
     snakefile.write_text(text.replace("slurm.memory(4000, 2)", "slurm.memory(300)"), encoding="utf-8")
-    done = run(project, "snakemake", *SLURM, "--force", "build/merged", "--allowed-rules", "merge")
+
+
+MERGE = ("--force", "build/merged", "--allowed-rules", "merge")
+
+
+def test_out_of_memory_is_tried_again_with_more(copy_of_clustered):
+    """A job that Slurm kills for its memory is submitted again with twice as much, until it fits."""
+    little_memory(copy_of_clustered)
+    done = run(copy_of_clustered, "snakemake", *SLURM, *MERGE)
     assert done.returncode == 0, done.stdout
     asked = [int(mb) for mb in re.findall(r"\bmem_mb=(\d+)", done.stdout)]
     assert asked[:2] == [300, 600]
     assert len(jobs(done.stdout)) >= 2
-    # Whether the job itself still gets to print the reason is a race; the node's daemon always notes it.
-    killed = rf"StepId={jobs(done.stdout)[0]}\.0 exceeded memory limit"
-    assert re.search(killed, (slurm / "slurmd.log").read_text(encoding="utf-8"))
+
+
+def test_out_of_memory_is_told(copy_of_clustered):
+    """Rule, job id, reason, what to do and log stand in one line at the end."""
+    little_memory(copy_of_clustered)
+    done = run(copy_of_clustered, "snakemake", *SLURM, *MERGE, "--retries", "0")
+    assert done.returncode != 0
+    (job,) = jobs(done.stdout)
+    log = copy_of_clustered / "logs" / "slurm" / "rule_merge" / f"{job}.log"
+    why = "it was killed over its memory limit of 300 MB. Raise it: --set-resources merge:mem_mb=MB"
+    assert f"error: rule merge, Slurm job {job}: {why}" in done.stdout
+    assert f"Its log: {log}\n" in done.stdout
+    assert log.is_file()
 
 
 def failure(project, *arguments: str) -> str:
@@ -130,9 +147,12 @@ def test_a_gpu_that_is_not_there(copy_of_clustered):
 def test_out_of_time(copy_of_clustered):
     """A job over its time limit: rule, job id and log are named."""
     script = copy_of_clustered / "scripts" / "gates.py"
-    script.write_text("import time\ntime.sleep(600)\n" + script.read_text(encoding="utf-8"), encoding="utf-8")
+    text, start = script.read_text(encoding="utf-8"), "    parser = cli.parser(__doc__)\n"
+    assert start in text
+    script.write_text(text.replace(start, f"    __import__('time').sleep(600)\n{start}"), encoding="utf-8")
     said = failure(copy_of_clustered, "--set-resources", "gates:runtime=1", *SLURM[5:])
-    assert f"SLURM-job '{jobs(said)[0]}' failed, SLURM status is: 'TIMEOUT'" in said
+    why = "it ran over its time limit of 1 minutes. Raise it: --set-resources gates:runtime=MINUTES"
+    assert f"error: rule gates, Slurm job {jobs(said)[0]}: {why}" in said
 
 
 def test_tasks_of_srun_train_together(base, dataset, slurm, tmp_path):
