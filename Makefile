@@ -11,6 +11,8 @@ READY   := $(VENV)/.ready-$(MACHINE)
 PEERS   := .venv-bench
 # Tests at a time: one more than the cores of a small machine, because many wait for servers, networks and clusters.
 WORKERS ?= 3
+# A file's tests (a class's, where there are classes) stay together, for their fixtures' sake.
+PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 # uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # The torch build that fits the machine (uv's name for it), unless a folder of wheels says which.
@@ -61,10 +63,10 @@ verify: $(READY) ## check build/package: sums, signature, provenance, inputs, an
 	@$(BIN)/python scripts/verify.py
 
 test: setup azureml ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(PYTEST)
 
 test-fast: setup ## the unit tests only
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup tests/unit
+	$(PYTEST) tests/unit
 
 faults: setup azurite ## break networks, servers and disks under push, pull, publish and fetch_model; figures to docs/reliability.md
 	SLMAKE_FAULTS=build/faults.json $(BIN)/python -m pytest -q tests/real/test_faults.py; $(BIN)/python tests/real/faults_table.py build/faults.json

@@ -94,13 +94,6 @@ def copy_of_searched(searched, tmp_path) -> Path:
     return target
 
 
-def pytest_collection_modifyitems(items):
-    """Under pytest-xdist a file's tests stay together, for their fixtures' sake, except those marked `alone`: they wait for long."""
-    for item in items:
-        if not item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def pytest_sessionfinish(session, exitstatus):
     """In CI a skipped test is a failure: every component that a test needs is installed there."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -23,7 +23,7 @@ from tiny import ROOT, write_params
 
 from common.outputs import folder_digest
 
-pytestmark = [pytest.mark.real, pytest.mark.alone]
+pytestmark = pytest.mark.real
 AGAIN = "same command again"
 
 
@@ -237,7 +237,6 @@ FAULTS = {
     "blob truncated": (EVERY, {"pull": "", "fetch_model": "expected"}),
     "blob changed": (("pull", "publish", "fetch_model"), {"pull": "", "fetch_model": "expected"}),
 }
-CASES = [(operation, fault) for operation in OPERATIONS for fault, (where, _) in FAULTS.items() if operation in where]
 
 
 @pytest.fixture(scope="session")
@@ -300,77 +299,102 @@ def break_line(proxy: Faulty, operation: str, fault: str) -> None:
         proxy.status = (int(fault[:3]), 1 if "Retry-After" in fault else None)
 
 
-@pytest.mark.parametrize(("operation", "fault"), CASES, ids=[f"{o}: {f}" for o, f in CASES])
-def test_nothing_is_lost(operation, fault, tmp_path, blob_server, container, pushed, full, request, ledger):
-    told = FAULTS[fault][1]
-    told = told.get(operation) if isinstance(told, dict) else told
-    server, own = blob_server, None
-    if "killed" in fault:
-        (tmp_path / "disk").mkdir()
-        server = own = Azurite(tmp_path / "disk").start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AZURE_STORAGE_CONNECTION_STRING", server.connection())
-            case = OPERATIONS[operation](tmp_path, server, pushed, full)
-            if "blob" in fault:
-                case.damage(
-                    (lambda whole: whole[:-1])
-                    if "truncated" in fault
-                    else lambda whole: whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
-                )
-            if fault == "missing container":
-                case.aim("nowhere-at-all")
-            disk = request.getfixturevalue("small") if fault == "disk full" else None
-            if disk:
-                case.fill(disk.path)
-            if own:
-                own.restart()
-            begun = time.monotonic()
-            with Faulty(server.port) as proxy:
-                break_line(proxy, operation, fault)
+def pytest_generate_tests(metafunc):
+    """Each operation's class meets the faults that can strike it."""
+    if metafunc.cls:
+        where = metafunc.cls.operation
+        metafunc.parametrize("fault", [fault for fault, (operations, _) in FAULTS.items() if where in operations])
+
+
+class Campaign:
+    """One class for each operation, so that they can run side by side: most of their time is waiting."""
+
+    def test_nothing_is_lost(self, fault, tmp_path, blob_server, container, pushed, full, request, ledger):
+        told = FAULTS[fault][1]
+        told = told.get(self.operation) if isinstance(told, dict) else told
+        server, own = blob_server, None
+        if "killed" in fault:
+            (tmp_path / "disk").mkdir()
+            server = own = Azurite(tmp_path / "disk").start()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("AZURE_STORAGE_CONNECTION_STRING", server.connection())
+                case = OPERATIONS[self.operation](tmp_path, server, pushed, full)
+                if "blob" in fault:
+                    case.damage(
+                        (lambda whole: whole[:-1])
+                        if "truncated" in fault
+                        else lambda whole: whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
+                    )
+                if fault == "missing container":
+                    case.aim("nowhere-at-all")
+                disk = request.getfixturevalue("small") if fault == "disk full" else None
+                if disk:
+                    case.fill(disk.path)
                 if own:
-                    proxy.rate = 100_000
-                process = case.start(proxy.port, key="d3Jvbmcga2V5" * 7 + "d3Jv" if fault == "wrong key" else None)
+                    own.restart()
+                begun = time.monotonic()
+                with Faulty(server.port) as proxy:
+                    break_line(proxy, self.operation, fault)
+                    if own:
+                        proxy.rate = 100_000
+                    process = case.start(proxy.port, key="d3Jvbmcga2V5" * 7 + "d3Jv" if fault == "wrong key" else None)
+                    if own:
+                        while proxy.passed < 150_000 and process.poll() is None:
+                            time.sleep(0.02)
+                        own.kill()
+                    said, _ = process.communicate(timeout=1000)
+                    hits = proxy.hits
+                took = time.monotonic() - begun
                 if own:
-                    while proxy.passed < 150_000 and process.poll() is None:
-                        time.sleep(0.02)
-                    own.kill()
-                said, _ = process.communicate(timeout=1000)
-                hits = proxy.hits
-            took = time.monotonic() - begun
+                    own.start()
+                assert (process.returncode == 0) is (told is None), said
+                assert told is None or told in said, said
+                assert "Traceback" not in said
+                assert server.key not in said
+                assert hits >= 2 or not re.match("conn|50", fault), said
+                assert hits <= 8 * len(case.wanted()) + 10  # bounded: a file is tried eight times at most
+                wrong = case.wrong() if "blob" not in fault or self.operation in DOWN else 0
+                if disk:
+                    disk.grow()
+                if fault == "missing container":
+                    case.aim(case.container)
+                getattr(case, "heal", lambda: None)()
+                if process.returncode:
+                    again = case.start(server.port)
+                    finished, _ = again.communicate(timeout=600)
+                    assert again.returncode == 0, finished
+                lost = case.lost()
+            ledger(
+                {
+                    "operation": self.operation,
+                    "fault": fault,
+                    "stopped": bool(process.returncode),
+                    "hits": hits,
+                    "seconds": round(took, 1),
+                }
+                | {"bytes_wrong": wrong, "bytes_lost": lost, "bytes": sum(map(len, case.wanted().values()))}
+            )
+            assert wrong == 0
+            assert lost == 0
+        finally:
             if own:
-                own.start()
-            assert (process.returncode == 0) is (told is None), said
-            assert told is None or told in said, said
-            assert "Traceback" not in said
-            assert server.key not in said
-            assert hits >= 2 or not re.match("conn|50", fault), said
-            assert hits <= 8 * len(case.wanted()) + 10  # bounded: a file is tried eight times at most
-            wrong = case.wrong() if "blob" not in fault or operation in DOWN else 0
-            if disk:
-                disk.grow()
-            if fault == "missing container":
-                case.aim(case.container)
-            getattr(case, "heal", lambda: None)()
-            if process.returncode:
-                again = case.start(server.port)
-                finished, _ = again.communicate(timeout=600)
-                assert again.returncode == 0, finished
-            lost = case.lost()
-        ledger(
-            {
-                "operation": operation,
-                "fault": fault,
-                "stopped": bool(process.returncode),
-                "hits": hits,
-                "seconds": round(took, 1),
-            }
-            | {"bytes_wrong": wrong, "bytes_lost": lost, "bytes": sum(map(len, case.wanted().values()))}
-        )
-        assert wrong == 0
-        assert lost == 0
-    finally:
-        if own:
-            own.kill()
-        else:
-            blob_server.client().delete_container(case.container)
+                own.kill()
+            else:
+                blob_server.client().delete_container(case.container)
+
+
+class TestPush(Campaign):
+    operation = "push"
+
+
+class TestPull(Campaign):
+    operation = "pull"
+
+
+class TestPublish(Campaign):
+    operation = "publish"
+
+
+class TestFetchModel(Campaign):
+    operation = "fetch_model"
