@@ -69,7 +69,8 @@ test-fast: setup ## the unit tests only
 	$(PYTEST) tests/unit
 
 faults: setup azurite ## break networks, servers and disks under push, pull, publish and fetch_model; figures to docs/reliability.md
-	SLMAKE_FAULTS=build/faults.json $(BIN)/python -m pytest -q tests/real/test_faults.py; $(BIN)/python tests/real/faults_table.py build/faults.json
+	@rm -f build/faults.jsonl
+	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/faults_table.py build/faults.jsonl
 
 lint: setup ## check code, Snakefile and generated files
 	$(BIN)/ruff check .

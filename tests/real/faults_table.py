@@ -1,16 +1,17 @@
-"""Write the figures of a fault campaign into docs/reliability.md: python tests/real/faults_table.py build/faults.json"""
+"""Write the figures of a fault campaign into docs/reliability.md: python tests/real/faults_table.py build/faults.jsonl"""
 
 import json
 import sys
 from pathlib import Path
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+ORDER = ("pull", "push", "publish", "fetch_model")  # pull meets every kind of fault, so its rows come first
 BEGIN, END = "<!-- figures of `make faults` -->\n", "<!-- end -->\n"
 
 
 def table(lines: list[dict]) -> str:
     """Markdown: one row per fault, one column per operation, and the sums."""
-    operations = list(dict.fromkeys(line["operation"] for line in lines))
+    operations = [name for name in ORDER if any(line["operation"] == name for line in lines)]
     cells = {(line["fault"], line["operation"]): line for line in lines}
 
     def cell(fault: str, operation: str) -> str:
@@ -35,7 +36,8 @@ def table(lines: list[dict]) -> str:
 
 
 def main() -> None:
-    lines = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    lines.sort(key=lambda line: ORDER.index(line["operation"]))  # stable: within an operation, faults as they were met
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     DOCUMENT.write_text(before + BEGIN + table(lines) + END + rest.split(END)[1], encoding="utf-8")

@@ -253,14 +253,13 @@ def full(pushed, blob_server, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ledger() -> Callable[[dict], None]:
-    """Notes what happened in a case; SLMAKE_FAULTS names a file for it."""
-    lines: list[dict] = []
+    """Notes what happened in a case; SLMAKE_FAULTS names a file of JSON Lines for it, which several processes may write to."""
 
     def note(line: dict) -> None:
-        lines.append(line)
         if path := os.environ.get("SLMAKE_FAULTS"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+            with open(path, "a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
 
     return note
 
