@@ -11,6 +11,9 @@ from tiny import ROOT, make_rows
 
 pytestmark = pytest.mark.real
 
+# Who uses Git has told it a name; an empty home folder has not.
+AUTHOR = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
 
 def equip(project) -> None:
     """The environment that `make setup` made already, and file times that say so."""
@@ -28,7 +31,7 @@ def test_every_command_as_written(copy_of_built, tmp_path, blob_server, containe
         done = subprocess.run(
             ["bash", "-euxo", "pipefail", "-c", block],
             cwd=project,
-            env=environment(),
+            env=environment() | AUTHOR,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
