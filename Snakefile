@@ -63,8 +63,9 @@ MODELS = {
 SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 if "adapter" in SCORED:
     SCORED["adapter-base"] = "build/base"
-OUTSIDE = ("ask", "dvc_yaml", "params_docs", "publish", "reproduce", "verify")  # scripts that cannot change a package
-BESIDE = ("azureml.py", "azure_ml", "import_olive.py", "from_olive")  # nor can these, nor what is in them
+# Scripts that cannot change a package, and those of Azure ML and Olive, with what is in their folders.
+OUTSIDE = ("ask", "dvc_yaml", "params_docs", "publish", "remote", "reproduce", "verify")
+BESIDE = ("azureml.py", "azure_ml", "import_olive.py", "from_olive")
 SEARCH = PARAMS.quantize.search if "quantize" in STAGES else None
 try:
     CANDIDATES = [f"build/search/{number}" for number in range(search.count(PARAMS.quantize))] if SEARCH else []

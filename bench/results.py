@@ -29,6 +29,7 @@ def bar(name: str, values: list[float], at_least: float | None = None, at_most: 
     Returns:
         A JSON object; `met` is None where nothing is asked.
     """
+    values = [float(one) for one in values]  # NumPy's own do not go into JSON
     middle = statistics.median(values)
     met = None
     if at_least is not None:

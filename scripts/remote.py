@@ -200,6 +200,7 @@ def push(job: cli.Job) -> None:
     Raises:
         UserError: see `transfer`; or a blob is still not what it should be.
     """
+    stored()  # says what is wrong with the account or the network before anything moves
     transfer("push", job)
     here = recorded()
     there = stored()

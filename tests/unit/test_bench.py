@@ -21,6 +21,11 @@ def test_ratios_are_taken_round_by_round():
         results.ratios([], [])
 
 
+def test_a_bar_of_numpys_numbers_goes_into_json():
+    line = results.bar("speed", list(np.array([2.0, 3.0])), at_least=2.5)
+    assert json.loads(json.dumps(line))["met"] is True
+
+
 def test_bar_is_met_by_the_median_alone():
     line = results.bar("x", [2.4, 9.0, 2.6], at_least=2.5)
     assert (line["median"], line["min"], line["max"], line["runs"], line["met"]) == (2.6, 2.4, 9.0, 3, True)
