@@ -146,14 +146,10 @@ def recorded() -> dict[str, int]:
             outs += [out["md5"] for out in stage.get("outs", []) if "md5" in out]
     found: dict[str, int] = {}
     for name in outs:
-        file = cache() / name[:2] / name[2:]
-        if not file.is_file():
-            continue
-        found[name] = file.stat().st_size
-        if name.endswith(".dir"):
-            members = {entry["md5"] for entry in json.loads(file.read_bytes())}
-            files = {md5: cache() / md5[:2] / md5[2:] for md5 in members}
-            found |= {md5: path.stat().st_size for md5, path in files.items() if path.is_file()}
+        members = json.loads(cached(name).read_bytes()) if name.endswith(".dir") and cached(name).is_file() else []
+        for md5 in [name, *(entry["md5"] for entry in members)]:
+            if cached(md5).is_file():
+                found[md5] = cached(md5).stat().st_size
     return found
 
 
@@ -161,6 +157,11 @@ def recorded() -> dict[str, int]:
 def cache() -> Path:
     """The folder of DVC's cache that holds objects by their MD5."""
     return Path(dvc("cache", "dir", capture=True).stdout.strip()) / "files" / "md5"
+
+
+def cached(md5: str) -> Path:
+    """Where the cache keeps an object, if it has it."""
+    return cache() / md5[:2] / md5[2:]
 
 
 def transfer(verb: str, job: cli.Job) -> None:
@@ -226,7 +227,7 @@ def upload(names: list[str]) -> None:
     async def put(name: str) -> None:
         client = fs.service_client.get_container_client(container)
         target = "/".join(filter(None, [path, "files/md5", name[:2], name[2:]]))
-        with open(cache() / name[:2] / name[2:], "rb") as handle:
+        with open(cached(name), "rb") as handle:
             await client.upload_blob(target, handle, overwrite=True, **blob.RETRIES)
 
     try:

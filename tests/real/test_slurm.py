@@ -100,7 +100,7 @@ def little_memory(project) -> None:
 MERGE = ("--force", "build/merged", "--allowed-rules", "merge")
 
 
-def test_out_of_memory_is_tried_again_with_more(copy_of_clustered):
+def test_out_of_memory_is_tried_again_with_more(copy_of_clustered, slurm):
     """A job that Slurm kills for its memory is submitted again with twice as much, until it fits."""
     little_memory(copy_of_clustered)
     done = run(copy_of_clustered, "snakemake", *SLURM, *MERGE)
@@ -108,6 +108,9 @@ def test_out_of_memory_is_tried_again_with_more(copy_of_clustered):
     asked = [int(mb) for mb in re.findall(r"\bmem_mb=(\d+)", done.stdout)]
     assert asked[:2] == [300, 600]
     assert len(jobs(done.stdout)) >= 2
+    # Whether the job itself still gets to print the reason is a race; the node's daemon always notes it.
+    killed = rf"StepId={jobs(done.stdout)[0]}\.0 exceeded memory limit"
+    assert re.search(killed, (slurm / "slurmd.log").read_text(encoding="utf-8"))
 
 
 def test_out_of_memory_is_told(copy_of_clustered):
@@ -151,6 +154,7 @@ def test_out_of_time(copy_of_clustered):
     assert start in text
     script.write_text(text.replace(start, f"    __import__('time').sleep(600)\n{start}"), encoding="utf-8")
     said = failure(copy_of_clustered, "--set-resources", "gates:runtime=1", *SLURM[5:])
+    assert f"SLURM-job '{jobs(said)[0]}' failed, SLURM status is: 'TIMEOUT'" in said
     why = "it ran over its time limit of 1 minutes. Raise it: --set-resources gates:runtime=MINUTES"
     assert f"error: rule gates, Slurm job {jobs(said)[0]}: {why}" in said
 
