@@ -1,8 +1,9 @@
-"""LoRA's linear layer as one differentiable operation, optionally trained through the weights it will be quantized to.
+"""LoRA's linear layers as one differentiable operation, optionally trained through the weights they will be quantized to.
 
 PEFT computes the base product, the update, its scaling and the sum as separate operations that each read and write a
 full activation. Here they are one: y = x W' + s (x A') B', with the gradients written out (Hu et al. 2021,
-arXiv:2106.09685). The parameters stay PEFT's own; only `forward` of its layers is replaced.
+arXiv:2106.09685). Layers that read the same input (q, k and v; gate and up) are one layer with a longer W: fewer and larger
+products. The parameters stay PEFT's own; only `forward` of its layers is replaced.
 
 Quantization-aware training (`finetune.qat`) goes one step further: forward and backward use Q(W + s B A), the weights as
 round-to-nearest quantization will leave them, and the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432)
@@ -14,50 +15,147 @@ import types
 import numpy as np
 import torch
 
+# Layers of one module that read the same input, by the names that most architectures give them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Frozen:
+    """A frozen weight [out, in] with its two products; in bfloat16 on a CPU packed once for both, instead of in every product.
+
+    The operators are those that torch's compiler emits for frozen weights on CPUs (oneDNN). The packed copies take twice
+    the weight's memory.
+    """
+
+    def __init__(self, weight: torch.Tensor, pack: bool = False):
+        self.weight, self.packed = weight, None
+        narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if pack and narrow and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.packed = [
+                torch.ops.mkldnn._reorder_linear_weight(one.contiguous())
+                for one in (weight.detach(), weight.detach().t())
+            ]
+
+    def _product(self, x: torch.Tensor, backward: bool) -> torch.Tensor:
+        if self.packed is None:
+            return x @ (self.weight if backward else self.weight.t())
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[backward], None, "none", [], "")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W': [rows, in] to [rows, out]."""
+        return self._product(x, False)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad W: [rows, out] to [rows, in]."""
+        return self._product(grad, True)
+
 
 class LoraLinear(torch.autograd.Function):
-    """y = x W' + s (x A') B', or y = x Q' where a quantized weight Q stands for W + s B A.
+    """y_i = x W_i' + s (x A_i') B_i' for layers i that read the same x, or y = x Q' where a quantized Q stands for W + s B A.
 
-    Shapes: x [..., in], weight [out, in], bias [out] or None, a [r, in], b [out, r], quantized [out, in] or None.
-    The adapter's matrices may be float32 over a bfloat16 base; products are taken in x's type.
+    Shapes: x [..., in]; frozen (`Frozen` of W or Q) [out, in] and bias [out] or None of all layers, out being the sum of
+    out_i; scaling s; update False with Q, which has the update in it; adapters a_1 [r_1, in], b_1 [out_1, r_1], a_2, b_2, …
+    Returns a tuple of [..., out_i].
+    The adapters' matrices may be float32 over a bfloat16 base; products are taken in x's type.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, quantized):
+    def forward(ctx, x, frozen, bias, scaling, update, *adapters):
+        a, b = adapters[0::2], adapters[1::2]
         flat = x.reshape(-1, x.shape[-1])
-        a_, b_ = a.to(x.dtype), b.to(x.dtype)
+        # One product for all layers: A stacked, B as blocks of a diagonal.
+        a_ = (torch.cat(a) if len(a) > 1 else a[0]).to(x.dtype)
+        b_ = (torch.block_diag(*b) if len(b) > 1 else b[0]).to(x.dtype)
         inner = flat @ a_.t()
-        used = weight if quantized is None else quantized
-        y = flat @ used.t()
-        if quantized is None:
+        y = frozen.forward(flat)
+        if update:
             y.addmm_(inner, b_.t(), alpha=scaling)
         if bias is not None:
             y += bias
-        ctx.save_for_backward(flat, inner, used, a_, b_)
-        ctx.scaling, ctx.quantized, ctx.types = scaling, quantized is not None, (a.dtype, b.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(flat, inner, a_, b_)
+        ctx.frozen, ctx.scaling, ctx.update, ctx.type = frozen, scaling, update, a[0].dtype
+        ctx.shape, ctx.ranks, ctx.sizes = x.shape, [len(one) for one in a], [len(one) for one in b]
+        return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in y.split(ctx.sizes, dim=1))
 
     @staticmethod
-    def backward(ctx, grad):
-        flat, inner, used, a, b = ctx.saved_tensors
-        grad_flat = grad.reshape(-1, grad.shape[-1])
-        grad_inner = (grad_flat @ b).mul_(ctx.scaling)
-        grad_a = (grad_inner.t() @ flat).to(ctx.types[0])
-        grad_b = (grad_flat.t() @ inner).mul_(ctx.scaling).to(ctx.types[1])
+    def backward(ctx, *grads):
+        flat, inner, a, b = ctx.saved_tensors
+        parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        grad_inner = (grad @ b).mul_(ctx.scaling)
+        grad_a = (grad_inner.t() @ flat).to(ctx.type).split(ctx.ranks)
+        grad_b = (grad.t() @ inner).mul_(ctx.scaling).to(ctx.type)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_flat @ used
-            if not ctx.quantized:
+            grad_x = ctx.frozen.backward(grad)
+            if ctx.update:
                 grad_x.addmm_(grad_inner, a)
-            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
-        return grad_x, None, None, grad_a, grad_b, None, None
+            grad_x = grad_x.view(ctx.shape)
+        adapters, row, column = [], 0, 0
+        for one, size, rank in zip(grad_a, ctx.sizes, ctx.ranks, strict=True):
+            adapters += [one, grad_b[row : row + size, column : column + rank]]
+            row, column = row + size, column + rank
+        return grad_x, None, None, None, None, *adapters
+
+
+def _adapter(module) -> tuple[torch.Tensor, torch.Tensor]:
+    name = module.active_adapters[0]
+    return module.lora_A[name].weight, module.lora_B[name].weight
 
 
 def _forward(self, x, *args, **kwargs):
-    adapter = self.active_adapters[0]
-    base = self.get_base_layer()
-    a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-    return LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[adapter], self.fake_quantized)
+    base, scaling, stand_in = self.get_base_layer(), self.scaling[self.active_adapters[0]], self.fake_quantized
+    frozen = self.frozen or Frozen(base.weight if stand_in is None else stand_in)
+    return LoraLinear.apply(x, frozen, base.bias, scaling, stand_in is None, *_adapter(self))[0]
+
+
+class Siblings:
+    """Layers of one module that are computed together when the first of them is asked; the others' results wait for their turn."""
+
+    def __init__(self, layers: list):
+        """Lay the base weights into one matrix; each layer's own becomes a view of its part."""
+        self.layers, bases = layers, [layer.get_base_layer() for layer in layers]
+        self.scaling = layers[0].scaling[layers[0].active_adapters[0]]
+        weight = torch.cat([base.weight.data for base in bases])
+        self.frozen = Frozen(weight, pack=True)
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
+        sizes = [len(base.weight) for base in bases]
+        for base, part in zip(bases, weight.split(sizes), strict=True):
+            base.weight.data = part
+        self.x, self.waiting = None, []
+        for index, layer in enumerate(layers):
+            layer.forward = types.MethodType(self._forward_of(index), layer)
+
+    @staticmethod
+    def fit(layers: list) -> bool:
+        """Whether these layers can be one: same input width, scaling and type, all with a bias or none."""
+        bases = [layer.get_base_layer() for layer in layers]
+        alike = {
+            (
+                base.in_features,
+                base.weight.dtype,
+                base.bias is None,
+                layer.scaling[layer.active_adapters[0]],
+                _adapter(layer)[0].dtype,
+            )
+            for base, layer in zip(bases, layers, strict=True)
+        }
+        return len(alike) == 1
+
+    def _forward_of(self, index: int):
+        def forward(layer, x, *args, **kwargs):
+            if index == 0:
+                matrices = [matrix for one in self.layers for matrix in _adapter(one)]
+                first, *rest = LoraLinear.apply(x, self.frozen, self.bias, self.scaling, True, *matrices)
+                self.x, self.waiting = x, [None, *rest]
+                return first
+            if self.x is not x:  # not the input that the first one had
+                return _forward(layer, x)
+            out, self.waiting[index] = self.waiting[index], None
+            if index == len(self.layers) - 1:
+                self.x = None
+            return _forward(layer, x) if out is None else out
+
+        return forward
 
 
 def lora_layers(peft) -> dict[str, torch.nn.Module]:
@@ -71,15 +169,33 @@ def lora_layers(peft) -> dict[str, torch.nn.Module]:
     }
 
 
-def fuse(peft) -> int:
-    """Replace the forward of every plain LoRA layer without dropout; returns how many were replaced."""
-    count = 0
-    for module in lora_layers(peft).values():
-        if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity):
-            module.fake_quantized = None
-            module.forward = types.MethodType(_forward, module)
-            count += 1
-    return count
+def fuse(peft, settled: bool = False) -> int:
+    """Replace the forward of every plain LoRA layer without dropout; returns how many were replaced.
+
+    Args:
+        settled: the base's weights stay as and where they are (no quantized stand-ins, no shards). Then layers that read
+            the same input are computed as one, and weights are packed where that helps.
+    """
+    plain = {
+        name: module
+        for name, module in lora_layers(peft).items()
+        if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity)
+    }
+    for module in plain.values():
+        module.fake_quantized = module.frozen = None
+        module.forward = types.MethodType(_forward, module)
+    if settled:
+        left = dict(plain)
+        for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain):
+            for names in SIBLINGS:
+                layers = [plain.get(f"{parent}.{name}") for name in names]
+                if None not in layers and Siblings.fit(layers):
+                    Siblings(layers)
+                    for name in names:
+                        del left[f"{parent}.{name}"]
+        for module in left.values():
+            module.frozen = Frozen(module.get_base_layer().weight, pack=True)
+    return len(plain)
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from fetch_model import weight_files
 
 def builder_options(section: params.Quantize) -> dict[str, str]:
     """The builder's extra options (onnxruntime-genai 0.18 names), as KEY=VALUE text values."""
-    options: dict[str, object] = {"hf_token": "false"}
+    options: dict[str, object] = {"hf_token": "false", "prune_lm_head": str(section.prune_lm_head).lower()}
     if section.precision in ("int4", "int8"):
         options |= {
             "block_size": section.block_size,
@@ -195,6 +195,13 @@ def check_graph(section: params.Quantize, folder: Path) -> dict:
         "quantized_gathers": gathers,
     }
     wrong = []
+    logits = next(output for output in graph.output if output.name == "logits")
+    pruned = logits.type.tensor_type.shape.dim[1].dim_value == 1
+    if pruned != section.prune_lm_head:
+        positions = "the last position" if pruned else "every position"
+        wrong.append(
+            f"prune_lm_head: {str(section.prune_lm_head).lower()} was asked for, the graph gives logits of {positions}"
+        )
     if section.precision in ("fp16", "fp32"):
         if nodes:
             wrong.append(f"precision {section.precision} was asked for, but {len(nodes)} products are quantized")

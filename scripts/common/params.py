@@ -396,6 +396,11 @@ class Quantize(Section):
         None,
         description="Share the quantized embedding with the output head where the model ties them; the builder's choice if absent.",
     )
+    prune_lm_head: bool = Field(
+        True,
+        description="Compute the logits of a prompt's last token only, which is all that generation needs: the same answers, sooner. "
+        "`false` where a program reads every position's logits (perplexity of the prompt, speculative decoding).",
+    )
     search: Search | None = Field(
         None,
         description="Build several candidates, measure them on tuning rows and take the best that passes the gates.",

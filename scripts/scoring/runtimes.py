@@ -3,9 +3,12 @@
 One forward pass over each prompt gives the logits for parity, the start of the free answer and the start of the label
 scores. A label's score is the log probability of all its tokens, the end token included; the search for the best label
 is exact but lazy: a label is followed further only while its first token alone scores better than the best whole label.
+transformers reads the expected answer behind the prompt in the same pass: where each of its tokens is the most likely one,
+it is the greedy answer (as a draft is accepted in speculative decoding, Leviathan et al. 2023, arXiv:2211.17192).
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -113,6 +116,10 @@ class Transformers:
             ).to(self.device)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model.eval()
+        config = self.model.config.get_text_config()
+        self.vocabulary = config.vocab_size
+        # Tokens that its cache can take back: a sliding window's that has not slid yet, none of a recurrent state's.
+        self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
         self.load_s = time.monotonic() - began
 
     def add_adapter(self, folder: Path) -> None:
@@ -149,50 +156,99 @@ class Transformers:
                 waits = []
                 for i in [chosen[0]] * WARM_UP + chosen:
                     start = time.perf_counter()
-                    self._greedy(*self._prefill([questions.prompts[i]])[:3], new_tokens, questions.end)
+                    logits, cache, mask, _ = self._prefill([questions.prompts[i]], [[]])
+                    self._greedy(logits[:, 0], cache, mask, new_tokens, questions.end)
                     waits.append(1000 * (time.perf_counter() - start))
                 run.timings |= percentiles(waits[WARM_UP:])
         run.timings["peak_memory_bytes"] = peak_bytes()
         return run
 
-    def _prefill(self, rows: list[np.ndarray]):
-        """Logits [rows, vocabulary] behind the prompts, the cache, the mask of real tokens, and seconds taken."""
+    def _prefill(self, rows: list[np.ndarray], answers: list[list[int]]):
+        """One pass over prompts and the answers behind them.
+
+        Returns:
+            float32 logits [rows, 1 + longest answer, vocabulary] behind each prompt and each answer token; the cache and the
+            mask [rows, longest prompt] of the prompts alone; seconds taken.
+        """
         import torch
 
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)
-        mask = torch.zeros((len(rows), longest), dtype=torch.long)
-        for k, row in enumerate(rows):  # left padding: generation goes on at the right end
-            ids[k, longest - len(row) :] = torch.from_numpy(row)
+        longest, more = max(len(row) for row in rows), max(len(answer) for answer in answers)
+        ids = torch.zeros((len(rows), longest + more), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for k, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            # Left padding of prompts: generation goes on at their right end. What stands behind an answer is not looked at.
+            ids[k, longest - len(row) : longest] = torch.from_numpy(row)
+            ids[k, longest : longest + len(answer)] = torch.tensor(answer, dtype=torch.long)
             mask[k, longest - len(row) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         start = time.perf_counter()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float(), out.past_key_values, mask, time.perf_counter() - start
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1 + more
+        )
+        cache = out.past_key_values
+        if more:
+            cache.crop(-more)
+        return out.logits.float(), cache, mask[:, :longest], time.perf_counter() - start
 
     def _batch(
         self, questions: Questions, chosen: list[int], new_tokens: int, run: Run, seconds: dict, tokens: dict
     ) -> None:
-        first, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen])
+        import torch
+
+        answers = [questions.answers[i] for i in chosen]
+        longest = max(len(answer) for answer in answers)
+        room = max(len(questions.prompts[i]) for i in chosen) + longest
+        joined = len(chosen) * longest * self.vocabulary <= CHUNK and room < self.croppable
+        behind = [answer[:-1] if joined else [] for answer in answers]
+        logits, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen], behind)
         seconds["prefill"] += taken
-        tokens["prefill"] += int(mask.sum())
+        tokens["prefill"] += int(mask.sum()) + sum(map(len, behind))
+        first = logits[:, 0]
         log_first = first.log_softmax(-1)
-        scores = self._score(log_first, cache, mask, list(range(len(chosen))), [questions.answers[i] for i in chosen])
+        if joined:
+            scores = self._summed(logits.log_softmax(-1), answers)
+        else:
+            scores = self._score(log_first, cache, mask, list(range(len(chosen))), answers)
         run.answer_nll[chosen] = -scores
         if questions.label_tokens:
             picked = self._best_labels(questions, chosen, scores, log_first, cache, mask)
             for i, label in zip(chosen, picked, strict=True):
                 run.choices[i] = label
-        start = time.perf_counter()
-        made = self._greedy(first, cache, mask, new_tokens, questions.end)
-        seconds["decode"] += time.perf_counter() - start
-        tokens["decode"] += sum(len(one) for one in made)
-        logits = first.cpu().numpy()
+        made: list[list[int] | None] = [None] * len(chosen)
+        if joined and tokens["decode"]:  # the first batch is generated token by token: it is timed
+            likeliest = logits.argmax(-1).tolist()
+            for k, answer in enumerate(answers):
+                whole = answer[-1] == questions.end or len(answer) >= new_tokens
+                if whole and likeliest[k][: len(answer)] == answer:
+                    made[k] = [token for token in answer[:new_tokens] if token != questions.end]
+        left = [k for k, answer in enumerate(made) if answer is None]
+        if left:
+            start = time.perf_counter()
+            if len(left) < len(chosen):
+                cache.batch_select_indices(torch.tensor(left, device=self.device))
+            found = self._greedy(first[left], cache, mask[left], new_tokens, questions.end)
+            seconds["decode"] += time.perf_counter() - start
+            tokens["decode"] += sum(map(len, found))
+            for k, answer in zip(left, found, strict=True):
+                made[k] = answer
+        kept = first.cpu().numpy()
         for k, i in enumerate(chosen):
             run.texts[i] = self.tokenizer.decode(made[k], skip_special_tokens=True)
             if i < questions.compared:
-                run.logits[i] = logits[k].copy()
+                run.logits[i] = kept[k].copy()
+
+    @staticmethod
+    def _summed(logs, answers: list[list[int]]) -> np.ndarray:
+        """Sum over each answer's tokens, float64 [rows], of log probabilities [rows, tokens, vocabulary]."""
+        import torch
+
+        return np.array(
+            [
+                float(logs[k, torch.arange(len(answer)), torch.tensor(answer)].double().sum())
+                for k, answer in enumerate(answers)
+            ]
+        )
 
     def _best_labels(self, questions, chosen, scores, log_first, cache, mask) -> list[int]:
         """Index of the most likely label of each row; the expected label's score is known already."""
@@ -238,10 +294,9 @@ class Transformers:
                 past_key_values=own,
                 use_cache=True,
             )
-            logs = out.logits.float().log_softmax(-1)
-            for k, answer in enumerate(wanted):
-                at = torch.arange(len(answer) - 1)
-                total[start + k] += float(logs[k, at, torch.tensor(answer[1:])].double().sum())
+            total[start : start + len(some)] += self._summed(
+                out.logits.float().log_softmax(-1), [answer[1:] for answer in wanted]
+            )
         return total
 
     def _greedy(self, logits, cache, mask, new_tokens: int, end: int) -> list[list[int]]:
@@ -349,10 +404,11 @@ class _OnnxRow:
         """Log probability of an answer's tokens behind the prompt."""
         if made[: len(answer)] == answer:  # the free answer went the same way
             logits = self.steps[: len(answer)]
-        elif len(answer) == 1:
-            logits = self.steps[:1]
         else:
+            # Token by token, as generation does it: an export may give the last position's logits only.
+            logits = self.steps[:1]
             self.generator.rewind_to(self.prompt_tokens)
-            self.generator.append_tokens(np.array(answer[:-1], dtype=np.int32))
-            logits = [self.steps[0], *np.array(self.generator.get_output("logits"))[0]]
+            for token in answer[:-1]:
+                self.generator.append_tokens(np.array([token], dtype=np.int32))
+                logits.append(np.array(self.generator.get_logits()).reshape(-1))
         return float(sum(log_softmax(step)[token] for step, token in zip(logits, answer, strict=True)))

@@ -60,7 +60,21 @@ def test_fused_layer_passes_torchs_gradient_check():
     x, weight, bias, a, b = (torch.randn(s, dtype=torch.float64) for s in ((3, 2, 5), (4, 5), (4,), (2, 5), (4, 2)))
     for value in (x, a, b):
         value.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x, a, b: lora.LoraLinear.apply(x, weight, bias, a, b, 1.7, None), (x, a, b))
+    frozen = lora.Frozen(weight)
+    assert torch.autograd.gradcheck(lambda x, a, b: lora.LoraLinear.apply(x, frozen, bias, 1.7, True, a, b), (x, a, b))
+
+
+def test_layers_with_one_input_pass_torchs_gradient_check():
+    """Two layers of different rank and width, as one."""
+    torch.manual_seed(6)
+    sizes = ((3, 2, 5), (7, 5), (7,), (2, 5), (4, 2), (3, 5), (3, 3))
+    x, weight, bias, *adapters = (torch.randn(s, dtype=torch.float64) for s in sizes)
+    for value in (x, *adapters):
+        value.requires_grad_(True)
+    frozen = lora.Frozen(weight)
+    assert torch.autograd.gradcheck(
+        lambda x, *ab: lora.LoraLinear.apply(x, frozen, bias, 1.7, True, *ab), (x, *adapters)
+    )
 
 
 def test_first_layer_input_without_gradient():
@@ -98,8 +112,9 @@ def test_float32_adapter_over_a_bfloat16_base():
         assert distance < 0.01, (name, float(distance))
 
 
-def test_whole_model_gives_the_same_loss_and_gradients(base):
-    """Every linear layer of a Llama, in float32."""
+@pytest.mark.parametrize("settled", [False, True])
+def test_whole_model_gives_the_same_loss_and_gradients(base, settled):
+    """Every linear layer of a Llama, in float32; settled: q, k and v as one, gate and up as one."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -119,12 +134,78 @@ def test_whole_model_gives_the_same_loss_and_gradients(base):
         return loss.item(), {n: v.grad.clone() for n, v in peft.named_parameters() if v.requires_grad}
 
     loss, expected = run()
-    assert len(lora.lora_layers(peft)) == lora.fuse(peft) == 14
-    fused_loss, found = run()
+    assert len(lora.lora_layers(peft)) == lora.fuse(peft, settled) == 14
+    counted = []
+    original = lora.LoraLinear.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            lora.LoraLinear, "forward", lambda ctx, *given: (counted.append(len(given)), original(ctx, *given))[1]
+        )
+        fused_loss, found = run()
+    assert len(counted) == (8 if settled else 14)  # two layers
     assert fused_loss == pytest.approx(loss, abs=1e-6)
     assert len(found) == 28
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def siblings(kind: torch.dtype = torch.float64, widths=(16, 16, 16), biases=(True, True, True)):
+    """A module with q, k and v of PEFT, and a settled twin."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(9)
+    names = ("q_proj", "k_proj", "v_proj")
+    model = torch.nn.ModuleDict(
+        {
+            name: torch.nn.Linear(width, out, bias=bias)
+            for name, width, bias, out in zip(names, widths, biases, (24, 8, 8), strict=True)
+        }
+    ).to(kind)
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(names)))
+    for name, value in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value.data, std=0.3)
+    twin = copy.deepcopy(peft)
+    assert lora.fuse(twin, settled=True) == 3
+    return [[one.base_model.model[name] for name in names] for one in (peft, twin)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 0, 1, 2, 2)], ids=str)
+def test_siblings_answer_in_any_order(order):
+    expected, found = siblings()
+    x = torch.randn((3, 16), dtype=torch.float64)
+    for index in order:
+        torch.testing.assert_close(found[index](x), expected[index](x), rtol=1e-12, atol=1e-12)
+
+
+def test_siblings_of_different_inputs_are_computed_each_on_its_own():
+    expected, found = siblings()
+    x, other = torch.randn((2, 3, 16), dtype=torch.float64)
+    for index, given in enumerate((x, other, x.clone())):
+        torch.testing.assert_close(found[index](given), expected[index](given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("different", [{"widths": (16, 16, 8)}, {"biases": (True, False, True)}], ids=["width", "bias"])
+def test_layers_that_differ_are_no_siblings(different):
+    expected, found = siblings(**different)
+    for one, other in zip(expected, found, strict=True):
+        x = torch.randn((3, one.in_features), dtype=torch.float64)
+        torch.testing.assert_close(other(x), one(x), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_weights_are_packed_and_multiply_as_before():
+    torch.manual_seed(10)
+    weight, x, grad = torch.randn(24, 16).bfloat16(), torch.randn(7, 16).bfloat16(), torch.randn(7, 24).bfloat16()
+    packed, plain = lora.Frozen(weight, pack=True), lora.Frozen(weight)
+    assert (packed.packed is not None) == torch.backends.mkldnn.is_available()
+    assert plain.packed is None
+    assert lora.Frozen(weight.float(), pack=True).packed is None
+    for found, expected in (
+        (packed.forward(x), x.float() @ weight.float().t()),
+        (packed.backward(grad), grad.float() @ weight.float()),
+    ):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.01)
 
 
 def test_layers_with_dropout_are_left_alone():
@@ -242,7 +323,7 @@ def test_quantized_forward_and_straight_through_gradients():
     quantized = lora.round_to_nearest(weight + scaling * b @ a, 4, 16)
     for value in (x, a, b):
         value.requires_grad_(True)
-    y = lora.LoraLinear.apply(x, weight, bias, a, b, scaling, quantized)
+    y = lora.LoraLinear.apply(x, lora.Frozen(quantized), bias, scaling, False, a, b)[0]
     torch.testing.assert_close(y, x @ quantized.T + bias, rtol=1e-12, atol=1e-12)
     y.backward(grad)
     flat, g = x.detach().reshape(-1, 16), grad.reshape(-1, 24)

@@ -37,6 +37,7 @@ PLAIN = {
     "op_types_to_quantize": None,
     "nodes_to_exclude": [],
     "shared_embeddings": None,
+    "prune_lm_head": False,
 }
 IDS = np.arange(2, 22, dtype=np.int32)
 
@@ -188,6 +189,32 @@ def test_rtn_graph_computes_with_the_weights_that_training_rounds_to(tmp_path, u
             module.weight.data = lora.round_to_nearest(module.weight.data, 8 if eight else 4, 32)
     np.testing.assert_allclose(onnx_logits(folder), torch_logits(model), rtol=0, atol=1e-4)
     assert np.abs(onnx_logits(folder) - torch_logits(load(untied))).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"matmul_mixed_precision": "last_matmul:int8"}, {"precision": "fp32"}], ids=str
+)
+def test_pruned_head_gives_the_last_position_and_no_other_answer(tmp_path, base, changes):
+    """The logits that generation reads are the same bits, and none but them are computed."""
+    import onnxruntime_genai as og
+
+    found = []
+    for prune in (False, True):
+        model = og.Model(str(run(tmp_path / str(prune), base, prune_lm_head=prune, **changes)))
+        settings = og.GeneratorParams(model)
+        settings.set_search_options(max_length=len(IDS) + 6, do_sample=False)
+        generator = og.Generator(model, settings)
+        generator.append_tokens(IDS)
+        rows = np.array(generator.get_output("logits")).shape[1]
+        steps = []
+        for _ in range(6):
+            steps.append(np.array(generator.get_logits()).reshape(-1))
+            generator.generate_next_token()
+        found.append((rows, np.stack(steps), generator.get_sequence(0).tolist()))
+    (every, whole, answer), (one, pruned, same) = found
+    assert (every, one) == (len(IDS), 1)
+    np.testing.assert_array_equal(pruned, whole)
+    assert same == answer
 
 
 SWEEP = list(
@@ -393,6 +420,7 @@ WRONG = [
         {"nodes_to_exclude": ["/lm_head/MatMul"]},
         "nodes_to_exclude: /lm_head/MatMul is quantized all the same",
     ),
+    ("int4", {"prune_lm_head": True}, "prune_lm_head: true was asked for, the graph gives logits of every position"),
 ]
 
 
@@ -505,6 +533,7 @@ def test_builder_options_have_the_names_of_today():
     options = quantize.builder_options(asked)
     assert options == {
         "hf_token": "false",
+        "prune_lm_head": "false",
         "block_size": "32",
         "is_symmetric": "true",
         "accuracy_level": "4",
@@ -517,9 +546,10 @@ def test_builder_options_have_the_names_of_today():
 
 
 def test_builder_options_of_other_precisions():
-    assert quantize.builder_options(section(precision="fp32")) == {"hf_token": "false"}
+    assert quantize.builder_options(section(precision="fp32")) == {"hf_token": "false", "prune_lm_head": "false"}
     assert quantize.builder_options(section(precision="int8", matmul_mixed_precision=None)) == {
         "hf_token": "false",
+        "prune_lm_head": "false",
         "block_size": "32",
         "is_symmetric": "true",
         "accuracy_level": "4",
