@@ -23,6 +23,7 @@ from scoring.questions import Questions
 from scoring.scores import log_softmax
 
 CHUNK = 2**26  # logits (rows x tokens x vocabulary) that may be held at once
+AHEAD = 3  # labels of a row that are followed in one pass
 WARM_UP = 3
 
 
@@ -260,15 +261,15 @@ class Transformers:
         for k, label in enumerate(picked):
             bounds[k, label] = -np.inf
         while True:
-            following = bounds.argmax(axis=1)
-            rows = [k for k in range(len(chosen)) if bounds[k, following[k]] > best[k]]
-            if not rows:
+            nearest = np.argsort(-bounds, axis=1, kind="stable")[:, :AHEAD]
+            pairs = [(k, int(label)) for k, few in enumerate(nearest) for label in few if bounds[k, label] > best[k]]
+            if not pairs:
                 return picked
-            found = self._score(log_first, cache, mask, rows, [labels[following[k]] for k in rows])
-            for k, value in zip(rows, found, strict=True):
-                bounds[k, following[k]] = -np.inf
+            found = self._score(log_first, cache, mask, [k for k, _ in pairs], [labels[label] for _, label in pairs])
+            for (k, label), value in zip(pairs, found, strict=True):
+                bounds[k, label] = -np.inf
                 if value > best[k]:
-                    best[k], picked[k] = value, int(following[k])
+                    best[k], picked[k] = value, label
 
     def _score(self, log_first, cache, mask, rows: list[int], answers: list[list[int]]) -> np.ndarray:
         """Log probability, float64 [rows], of an answer's tokens behind each chosen row's prompt; the cache stays as it is."""
