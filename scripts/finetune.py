@@ -297,8 +297,8 @@ class Trainer:
         section = self.section
         self.peft = load_model(section, base, self.device, place)
         self.head = Head(self.peft.get_base_model())
-        settled = section.qat == "none" and section.sharding == "none"
-        replaced = {"lora": lora.fuse(self.peft, settled)}
+        together = section.qat == "none"
+        replaced = {"lora": lora.fuse(self.peft, together, settled=together and section.sharding == "none")}
         if self.device.type == "cpu":
             replaced |= fused.fuse(self.peft.get_base_model())
         self.qat = None

@@ -49,10 +49,25 @@ class Frozen:
         return self._product(grad, True)
 
 
+class Gathered:
+    """The frozen weights of some layers as one, put together for each product: sharded weights are only there while they are used."""
+
+    def __init__(self, bases: list):
+        self.bases = bases
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W': [rows, in] to [rows, out]."""
+        return x @ torch.cat([base.weight for base in self.bases]).t()
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad W: [rows, out] to [rows, in]."""
+        return grad @ torch.cat([base.weight for base in self.bases])
+
+
 class LoraLinear(torch.autograd.Function):
     """y_i = x W_i' + s (x A_i') B_i' for layers i that read the same x, or y = x Q' where a quantized Q stands for W + s B A.
 
-    Shapes: x [..., in]; frozen (`Frozen` of W or Q) [out, in] and bias [out] or None of all layers, out being the sum of
+    Shapes: x [..., in]; frozen (`Frozen` of W or Q, or `Gathered`) [out, in] and bias [out] or None of all layers, out being the sum of
     out_i; scaling s; update False with Q, which has the update in it; adapters a_1 [r_1, in], b_1 [out_1, r_1], a_2, b_2, …
     Returns a tuple of [..., out_i].
     The adapters' matrices may be float32 over a bfloat16 base; products are taken in x's type.
@@ -111,16 +126,17 @@ def _forward(self, x, *args, **kwargs):
 class Siblings:
     """Layers of one module that are computed together when the first of them is asked; the others' results wait for their turn."""
 
-    def __init__(self, layers: list):
-        """Lay the base weights into one matrix; each layer's own becomes a view of its part."""
-        self.layers, bases = layers, [layer.get_base_layer() for layer in layers]
+    def __init__(self, layers: list, settled: bool):
+        """Where the weights are settled, lay them into one matrix; each layer's own becomes a view of its part."""
+        self.layers, self.bases = layers, [layer.get_base_layer() for layer in layers]
         self.scaling = layers[0].scaling[layers[0].active_adapters[0]]
-        weight = torch.cat([base.weight.data for base in bases])
-        self.frozen = Frozen(weight, pack=True)
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
-        sizes = [len(base.weight) for base in bases]
-        for base, part in zip(bases, weight.split(sizes), strict=True):
-            base.weight.data = part
+        if settled:
+            weight = torch.cat([base.weight.data for base in self.bases])
+            self.frozen = Frozen(weight, pack=True)
+            for base, part in zip(self.bases, weight.split([len(base.weight) for base in self.bases]), strict=True):
+                base.weight.data = part
+        else:
+            self.frozen = Gathered(self.bases)
         self.x, self.waiting = None, []
         for index, layer in enumerate(layers):
             layer.forward = types.MethodType(self._forward_of(index), layer)
@@ -145,7 +161,8 @@ class Siblings:
         def forward(layer, x, *args, **kwargs):
             if index == 0:
                 matrices = [matrix for one in self.layers for matrix in _adapter(one)]
-                first, *rest = LoraLinear.apply(x, self.frozen, self.bias, self.scaling, True, *matrices)
+                bias = None if self.bases[0].bias is None else torch.cat([base.bias for base in self.bases])
+                first, *rest = LoraLinear.apply(x, self.frozen, bias, self.scaling, True, *matrices)
                 self.x, self.waiting = x, [None, *rest]
                 return first
             if self.x is not x:  # not the input that the first one had
@@ -169,12 +186,12 @@ def lora_layers(peft) -> dict[str, torch.nn.Module]:
     }
 
 
-def fuse(peft, settled: bool = False) -> int:
+def fuse(peft, together: bool = False, settled: bool = False) -> int:
     """Replace the forward of every plain LoRA layer without dropout; returns how many were replaced.
 
     Args:
-        settled: the base's weights stay as and where they are (no quantized stand-ins, no shards). Then layers that read
-            the same input are computed as one, and weights are packed where that helps.
+        together: compute layers that read the same input as one (not with quantized stand-ins).
+        settled: the base's weights stay as and where they are (no stand-ins, no shards), and are packed where that helps.
     """
     plain = {
         name: module
@@ -184,16 +201,16 @@ def fuse(peft, settled: bool = False) -> int:
     for module in plain.values():
         module.fake_quantized = module.frozen = None
         module.forward = types.MethodType(_forward, module)
+    alone = dict(plain)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if together else ():
+        for names in SIBLINGS:
+            layers = [plain.get(f"{parent}.{name}") for name in names]
+            if None not in layers and Siblings.fit(layers):
+                Siblings(layers, settled)
+                for name in names:
+                    del alone[f"{parent}.{name}"]
     if settled:
-        left = dict(plain)
-        for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain):
-            for names in SIBLINGS:
-                layers = [plain.get(f"{parent}.{name}") for name in names]
-                if None not in layers and Siblings.fit(layers):
-                    Siblings(layers)
-                    for name in names:
-                        del left[f"{parent}.{name}"]
-        for module in left.values():
+        for module in alone.values():
             module.frozen = Frozen(module.get_base_layer().weight, pack=True)
     return len(plain)
 

@@ -112,9 +112,9 @@ def test_float32_adapter_over_a_bfloat16_base():
         assert distance < 0.01, (name, float(distance))
 
 
-@pytest.mark.parametrize("settled", [False, True])
-def test_whole_model_gives_the_same_loss_and_gradients(base, settled):
-    """Every linear layer of a Llama, in float32; settled: q, k and v as one, gate and up as one."""
+@pytest.mark.parametrize(("together", "settled"), [(False, False), (True, False), (True, True)])
+def test_whole_model_gives_the_same_loss_and_gradients(base, together, settled):
+    """Every linear layer of a Llama, in float32; together: q, k and v as one, gate and up as one."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -134,7 +134,7 @@ def test_whole_model_gives_the_same_loss_and_gradients(base, settled):
         return loss.item(), {n: v.grad.clone() for n, v in peft.named_parameters() if v.requires_grad}
 
     loss, expected = run()
-    assert len(lora.lora_layers(peft)) == lora.fuse(peft, settled) == 14
+    assert len(lora.lora_layers(peft)) == lora.fuse(peft, together, settled) == 14
     counted = []
     original = lora.LoraLinear.forward
     with pytest.MonkeyPatch.context() as patch:
@@ -142,14 +142,14 @@ def test_whole_model_gives_the_same_loss_and_gradients(base, settled):
             lora.LoraLinear, "forward", lambda ctx, *given: (counted.append(len(given)), original(ctx, *given))[1]
         )
         fused_loss, found = run()
-    assert len(counted) == (8 if settled else 14)  # two layers
+    assert len(counted) == (8 if together else 14)  # two layers
     assert fused_loss == pytest.approx(loss, abs=1e-6)
     assert len(found) == 28
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def siblings(kind: torch.dtype = torch.float64, widths=(16, 16, 16), biases=(True, True, True)):
+def siblings(settled: bool = True, widths=(16, 16, 16), biases=(True, True, True)):
     """A module with q, k and v of PEFT, and a settled twin."""
     from peft import LoraConfig, get_peft_model
 
@@ -160,19 +160,20 @@ def siblings(kind: torch.dtype = torch.float64, widths=(16, 16, 16), biases=(Tru
             name: torch.nn.Linear(width, out, bias=bias)
             for name, width, bias, out in zip(names, widths, biases, (24, 8, 8), strict=True)
         }
-    ).to(kind)
+    ).double()
     peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(names)))
     for name, value in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value.data, std=0.3)
     twin = copy.deepcopy(peft)
-    assert lora.fuse(twin, settled=True) == 3
+    assert lora.fuse(twin, True, settled) == 3
     return [[one.base_model.model[name] for name in names] for one in (peft, twin)]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 0, 1, 2, 2)], ids=str)
-def test_siblings_answer_in_any_order(order):
-    expected, found = siblings()
+@pytest.mark.parametrize("settled", [False, True])
+def test_siblings_answer_in_any_order(order, settled):
+    expected, found = siblings(settled)
     x = torch.randn((3, 16), dtype=torch.float64)
     for index in order:
         torch.testing.assert_close(found[index](x), expected[index](x), rtol=1e-12, atol=1e-12)
