@@ -36,7 +36,7 @@ def greedy(model, prompt: Sequence[int], new_tokens: int, look: Callable | None 
         room: more tokens than `new_tokens` that the generator must be able to hold afterwards.
 
     Returns:
-        The new token ids (the end token too, if the model made it).
+        The new token ids; onnxruntime-genai leaves out an end token.
     """
     import numpy as np
     import onnxruntime_genai as og

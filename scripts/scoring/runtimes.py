@@ -403,7 +403,8 @@ class _OnnxRow:
 
     def score(self, answer: list[int], made: list[int]) -> float:
         """Log probability of an answer's tokens behind the prompt."""
-        if made[: len(answer)] == answer:  # the free answer went the same way
+        # The free answer went the same way, up to the last token's logits; its end token is not in `made`.
+        if made[: len(answer) - 1] == answer[:-1] and len(self.steps) >= len(answer):
             logits = self.steps[: len(answer)]
         else:
             # Token by token, as generation does it: an export may give the last position's logits only.

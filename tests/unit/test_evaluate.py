@@ -542,3 +542,17 @@ def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys)
     assert "already exists" in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
     assert (folder / "predictions.csv").read_bytes() == before
+
+
+def test_an_answer_that_was_generated_is_not_computed_again():
+    """onnxruntime-genai leaves out the end token; the logits that chose it are there all the same."""
+    row = runtimes._OnnxRow(3)
+    row.steps = list(np.random.default_rng(1).normal(size=(3, 8)))
+    row.generator = None  # using it would fail
+    logs = [step - np.log(np.exp(step).sum()) for step in row.steps]
+    for answer in ([5, 6, 2], [5, 6, 7], [5, 6], [4]):
+        expected = sum(logs[k][token] for k, token in enumerate(answer))
+        assert row.score(answer, [5, 6]) == pytest.approx(expected, abs=1e-9)
+    for answer in ([5, 4, 2], [5, 6, 2, 1]):
+        with pytest.raises(AttributeError):
+            row.score(answer, [5, 6])
