@@ -26,7 +26,7 @@ export TEXT URL
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
 	@if [ -e build/report/overview.html ]; then $(BIN)/snakemake --quiet all --report build/report.html; fi
-	@$(BIN)/dvc commit --force --quiet
+	@$(BIN)/python scripts/commit.py
 
 setup: $(READY) ## create .venv from the locked environment
 

@@ -64,7 +64,7 @@ SCORED = {name: MODELS[name] for name in PARAMS.evaluate.models if MODELS[name]}
 if "adapter" in SCORED:
     SCORED["adapter-base"] = "build/base"
 # Scripts that cannot change a package, and those of Azure ML and Olive, with what is in their folders.
-OUTSIDE = ("ask", "dvc_yaml", "params_docs", "publish", "remote", "reproduce", "verify")
+OUTSIDE = ("ask", "commit", "dvc_yaml", "params_docs", "publish", "remote", "reproduce", "verify")
 BESIDE = ("azureml.py", "azure_ml", "import_olive.py", "from_olive")
 SEARCH = PARAMS.quantize.search if "quantize" in STAGES else None
 try:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from project import change, planned, run
+from project import change, planned, run, snakemake
 from tiny import ROOT
 
 
@@ -27,6 +27,17 @@ def repository(copy_of_built):
         done = run(copy_of_built, *command)
         assert done.returncode == 0, f"{command}: {done.stdout}"
     return copy_of_built
+
+
+def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
+    """`dvc commit` alone puts the first build's files, with their times, in the place of the second's."""
+    assert snakemake(repository, "--force", "build/base", "results/base.json").returncode == 0
+    assert snakemake(repository, "--forceall").returncode == 0
+    assert planned(repository) == set()
+    done = run(repository, "python", "scripts/commit.py")
+    assert done.returncode == 0, done.stdout
+    assert planned(repository) == set()
+    assert "up to date" in run(repository, "dvc", "repro").stdout
 
 
 def ran(output: str) -> set[str]:
