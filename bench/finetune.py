@@ -147,7 +147,7 @@ def bench(args: argparse.Namespace) -> dict:
     def limit(_):
         step = ["--rows", rows, "--labels", round(hyper["batch"] * answers)]
         found, _ = measure.runner("flops", "--base", base, "--rank", hyper["r"], *step, "--dtype", dtype)
-        return {"square": found["square"][dtype], "square_both": found["square"], "shapes": found["shapes"]}
+        return found
 
     contenders = {"limit": limit, "ours": lambda number: ours(params, base, data, work / f"ours-{number}")}
     for name in args.peers:

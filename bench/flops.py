@@ -125,11 +125,12 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from bench.measure import matmul_rates
+    from bench.measure import matmul_rate
 
     config = json.loads((args.base / "config.json").read_text(encoding="utf-8"))
-    rate = products_rate(config, args.rank, args.rows, args.labels, getattr(torch, args.dtype))
-    print(json.dumps({"square": matmul_rates(), "shapes": rate}), flush=True)
+    dtype = getattr(torch, args.dtype)
+    rate = products_rate(config, args.rank, args.rows, args.labels, dtype)
+    print(json.dumps({"square": matmul_rate(dtype), "shapes": rate}), flush=True)
 
 
 if __name__ == "__main__":

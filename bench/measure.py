@@ -213,22 +213,19 @@ def versions() -> dict[str, dict[str, str]]:
     return found
 
 
-def matmul_rates(size: int = 2048, repeats: int = 12) -> dict[str, float]:
-    """The best rate of a large square matrix product, FLOP/s, in float32 and bfloat16, on the GPU if there is one."""
+def matmul_rate(dtype, size: int = 2048, repeats: int = 12) -> float:
+    """The best rate of a large square matrix product of a torch dtype, FLOP/s, on the GPU if there is one."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         size *= 4
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(size, size, dtype=dtype, device=device)
-        best = float("inf")
-        for _ in range(repeats):
-            began = time.perf_counter()
-            a @ a
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / best
-    return rates
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
