@@ -5,8 +5,9 @@
     .venv/bin/python -m bench --only finetune --steps 12 --rounds 3
     .venv/bin/python -m bench --only                  # measure nothing: write the document from the results that are there
 
-Results are kept as build/bench/NAME.json, one file per benchmark, and the document is written from all that are there, so that a
-long session can be done in pieces. Every piece is a run side by side: only what ran in the same rounds is compared.
+Results are kept as build/bench/NAME.json, one file per benchmark, and what the document shows of them in docs/benchmarks/results.json,
+by machine: a long session can be done in pieces, and another machine adds its own. Every piece is a run side by side: only what ran
+in the same rounds is compared.
 """
 
 import argparse

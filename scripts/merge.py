@@ -3,16 +3,18 @@
     python scripts/merge.py --params params.yaml --base build/base --adapter build/adapter --output build/merged
 
 Reads the section `merge` (and `finetune.method`, to check that `onto` fits), the base model's safetensors shards and the
-PEFT adapter. Writes the merged model with the same shards, tied weights, configuration and tokenizer. One tensor is in
-memory at a time, whatever the model's size. W' = W + s B A in float32 (Hu et al. 2021, arXiv:2106.09685), with s as PEFT
+PEFT adapter. Writes the merged model with the same shards, tied weights, configuration and tokenizer. No more than one
+tensor is in memory at a time, whatever the model's size. W' = W + s B A in float32 (Hu et al. 2021, arXiv:2106.09685), with s as PEFT
 computes it, so that the result equals `merge_and_unload` bit for bit in float32.
 """
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import cli, outputs, params
@@ -20,6 +22,8 @@ from common.errors import UserError
 from fetch_model import KEPT, check_safetensors, weight_files
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PIECE = 2**20  # elements of a weight that are merged at a time
+AHEAD = 2**26  # bytes that the kernel is asked to read before they are needed
 NAMES = {value: key for key, value in DTYPES.items()}
 
 
@@ -74,17 +78,13 @@ class Adapter:
                 break
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def delta(self, target: str, memory: "Memory"):
-        """The update of one base weight, float32, in the weight's own shape; it stands in `memory` until the next one."""
+    def pair(self, target: str) -> tuple:
+        """B [out, r], A [r, in], both float32, and the factor before B A, for one base weight."""
         name_a, name_b = self.pairs[target]
         if not name_a or not name_b:
             raise UserError(f"the adapter has only one of the two matrices for {target}. Build the adapter again.")
         a, b = self.file.get_tensor(name_a).float(), self.file.get_tensor(name_b).float()
-        import torch
-
-        update = memory.take("update", (len(b), a.shape[1]), torch.float32)
-        torch.mm(b, a, out=update).mul_(self.scaling(target.removesuffix(".weight")))
-        return update.T if self.config.get("fan_in_fan_out") else update
+        return b, a, self.scaling(target.removesuffix(".weight"))
 
 
 class Memory:
@@ -114,6 +114,50 @@ def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
     return dequantize_4bit(packed, state).float()
 
 
+class Shard:
+    """A safetensors file that is read piece by piece into the same memory (a mapping costs a page fault for every few pages)."""
+
+    def __init__(self, path: Path, memory: Memory):
+        self.memory, self.kinds = memory, check_safetensors(path)
+        self.handle = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        (length,) = struct.unpack("<Q", self.handle.read(8))
+        specs = json.loads(self.handle.read(length))
+        self.metadata = specs.pop("__metadata__", {})
+        self.shapes = {name: spec["shape"] for name, spec in specs.items()}
+        self.begin = {name: 8 + length + spec["data_offsets"][0] for name, spec in specs.items()}
+        self.bytes = {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in specs.items()}
+        self.asked = 0  # how far the kernel was asked to read ahead
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.close()
+
+    def read(self, name: str, first: int, count: int):
+        """`count` bytes of a tensor from its byte `first`, as uint8 [count], until the next one is read."""
+        import torch
+
+        flat = self.memory.take("read", (count,), torch.uint8)
+        view, at = memoryview(flat.numpy()), self.begin[name] + first
+        if hasattr(os, "posix_fadvise") and at + AHEAD // 2 > self.asked:
+            os.posix_fadvise(self.handle.fileno(), at, AHEAD, os.POSIX_FADV_WILLNEED)
+            self.asked = at + AHEAD
+        self.handle.seek(at)
+        while len(view):
+            got = self.handle.readinto(view)
+            if not got:
+                raise UserError(f"{self.handle.name}: became shorter while it was read. Fetch the model again.")
+            view = view[got:]
+        return flat
+
+
+def pieces(length: int, step: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive pieces of at most `step`."""
+    for first in range(0, length, step):
+        yield first, min(first + step, length)
+
+
 def merge_shard(
     source: Path,
     target: Path,
@@ -125,19 +169,14 @@ def merge_shard(
     memory: Memory,
     bar,
 ) -> None:
-    """Stream one shard: the header first, then each tensor, merged where the adapter has a pair for it.
+    """Stream one shard: the header first, then each tensor by rows, merged where the adapter has a pair for it.
 
     Raises:
-        UserError: shapes do not fit, or a merged value is not finite.
+        UserError: shapes or types do not fit, or a merged value is not finite.
     """
-    import torch
-    from safetensors import safe_open
-
-    kinds = check_safetensors(source)
-    with safe_open(source, "pt") as shard, open(target, "wb") as out:
-        metadata = shard.metadata() or {}
-        header, offset = ({"__metadata__": {"format": metadata.get("format", "pt")}}), 0
-        shapes = {name: shard.get_slice(name).get_shape() for name in kinds}
+    with Shard(source, memory) as shard, open(target, "wb") as out:
+        kinds, shapes = shard.kinds, shard.shapes
+        header, offset = ({"__metadata__": {"format": shard.metadata.get("format", "pt")}}), 0
         order = sorted(kinds, key=lambda name: (-_size(kinds[name]), name))  # safetensors' own order: wide types first
         written = {}
         for name in order:
@@ -149,30 +188,63 @@ def merge_shard(
         text += b" " * (-len(text) % 8)
         out.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            with safe_open(source, "pt") as again:  # mapped pages go with the mapping
-                tensor = again.get_tensor(name)
-                if name in where:
-                    wide = memory.take("sum", tensor.shape, torch.float32)
-                    base = wide.copy_(rebuild(tensor) if rebuild else tensor)
-                    update = adapter.delta(where[name], memory)
-                    if update.shape != base.shape:
-                        raise UserError(
-                            f"the adapter's update of {name} is {tuple(update.shape)}, the weight is {tuple(base.shape)}: it belongs to another base model."
-                        )
-                    tensor = base.add_(update)
-                elif name in linear:
-                    tensor = rebuild(tensor)
-                if tensor.is_floating_point():
-                    narrow = getattr(torch, DTYPES[written[name]])
-                    if tensor.dtype != narrow:
-                        tensor = memory.take("narrow", tensor.shape, narrow).copy_(tensor)
-                    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise UserError(
-                            f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
-                        )
-                out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            pair = adapter.pair(where[name]) if name in where else None
+            if kinds[name] in DTYPES:
+                change = rebuild if name in where or name in linear else None
+                transposed = bool(adapter.config.get("fan_in_fan_out"))
+                merge_tensor(shard, name, pair, transposed, change, DTYPES[written[name]], memory, out)
+            elif pair:
+                raise UserError(f"{source}: {name} is of type {kinds[name]}: an adapter cannot be merged into it.")
+            else:
+                for first, last in pieces(shard.bytes[name], 2 * PIECE):
+                    out.write(memoryview(shard.read(name, first, last - first).numpy()))
             bar.update(1)
+
+
+def merge_tensor(
+    shard: Shard, name: str, pair: tuple | None, transposed: bool, rebuild, dtype: str, memory: Memory, out
+) -> None:
+    """Write one floating-point tensor in `dtype`, with the adapter's update where there is a pair.
+
+    By rows, as many as stay in the processor's cache; whole where `rebuild` is called with the tensor.
+
+    Raises:
+        UserError: the pair is of another shape, or a value is not finite.
+    """
+    import torch
+
+    shape, kind = shard.shapes[name], getattr(torch, DTYPES[shard.kinds[name]])
+    rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
+    if pair:
+        b, a, scaling = pair
+        found = (a.shape[1], len(b)) if transposed else (len(b), a.shape[1])
+        if found != tuple(shape):
+            raise UserError(
+                f"the adapter's update of {name} is {found}, the weight is {tuple(shape)}: it belongs to another base model."
+            )
+        # Whole, not by rows: a product of fewer rows may round differently.
+        update = torch.mm(b, a, out=memory.take("update", (len(b), a.shape[1]), torch.float32))
+        update = update.T if transposed else update
+    row_bytes, bad = width * kind.itemsize, 0
+    for first, last in pieces(rows, rows if rebuild else max(1, PIECE // max(1, width))):
+        tensor = shard.read(name, first * row_bytes, (last - first) * row_bytes).view(kind)
+        tensor = tensor.view(last - first, *shape[1:]) if shape else tensor.view(())
+        if rebuild:
+            tensor = rebuild(tensor)
+        if pair:
+            if tensor.dtype != torch.float32:
+                tensor = memory.take("sum", tensor.shape, torch.float32).copy_(tensor)
+            tensor = tensor.add_(update[first:last].mul_(scaling))
+        narrow = getattr(torch, dtype)
+        if tensor.dtype != narrow:
+            tensor = memory.take("narrow", tensor.shape, narrow).copy_(tensor)
+        if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
+            bad += int((~torch.isfinite(tensor)).sum())
+        out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    if bad:
+        raise UserError(
+            f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
+        )
 
 
 def _size(kind: str) -> int:

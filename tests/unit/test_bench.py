@@ -164,6 +164,7 @@ def test_rows_to_prepare_are_distinct_and_the_same_every_time(tmp_path):
 RESULT = {
     "machine": {
         "processor": "P",
+        "vectors": "AVX2",
         "cores": 2,
         "memory_gib": 24,
         "gpu": None,
@@ -197,7 +198,8 @@ def test_document_is_written_between_its_marks(tmp_path):
     assert "| merge: time over a plain copy | at most 1.5 | 1.30 x | 1.20 to 1.40 | 3 | met |" in table
     assert "| merge: memory | at most 1 | 1.50 GiB |  | 1 | **missed** |" in table
     assert "| merge: for comparison |  | 3.00 x |  | 1 |  |" in table
-    for name in ("ratios.svg", "growth.svg"):
+    assert "### 2 cores of P (AVX2), no GPU" in text
+    for name in ("ratios-1.svg", "growth-1.svg"):
         assert f"](benchmarks/{name})" in text
         assert "<svg" in (tmp_path / "benchmarks" / name).read_text()
     again = {path.name: path.read_bytes() for path in (tmp_path / "benchmarks").iterdir()}
@@ -207,6 +209,33 @@ def test_document_is_written_between_its_marks(tmp_path):
     page.write_text("no marks")
     with pytest.raises(ValueError, match="put both lines back"):
         document.write(["merge"], tmp_path / "kept", page)
+
+
+def test_another_machine_adds_to_the_document_and_a_newer_run_replaces(tmp_path):
+    """What another checkout measured is in results.json; raw figures, which may name paths, are not."""
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"{document.BEGIN}\n{document.END}\n")
+
+    def measured(kept: str, when: str, ratio: float, **machine) -> None:
+        bars = [results.bar("merge: time over a plain copy", [ratio], at_most=1.5)]
+        found = {**RESULT, "machine": {**RESULT["machine"], **machine, "when": when}, "bars": bars, "runs": "/a/path"}
+        results.save(tmp_path / kept / "merge.json", found)
+        document.write(["merge"], tmp_path / kept, page)
+
+    measured("here", "2026-11-24 10:00 UTC", 1.1)
+    measured("there", "2026-11-24 11:00 UTC", 1.2, vectors="AMX")
+    text = page.read_text()
+    assert text.index("### 2 cores of P (AMX), no GPU") < text.index("### 2 cores of P (AVX2), no GPU")
+    assert "1.20 x" in text
+    assert "1.10 x" in text
+    assert text.count("#### merge") == 3  # one for each machine, and what it measures
+    measured("later", "2026-11-25 10:00 UTC", 1.3)
+    measured("stale", "2026-11-23 10:00 UTC", 9.9)
+    text = page.read_text()
+    assert "1.30 x" in text
+    assert "1.10 x" not in text
+    assert "9.90 x" not in text
+    assert "/a/path" not in (tmp_path / "benchmarks" / "results.json").read_text()
 
 
 def test_every_benchmark_has_its_name_and_options():

@@ -111,9 +111,11 @@ def adapter(base, tmp_path_factory) -> Path:
 # -- the sums ----------------------------------------------------------------------------------------------------------
 
 
-def test_float32_equals_merge_and_unload_bit_for_bit(tmp_path, pair):
-    """Every tensor, by name; the adapter's products changed and nothing else did."""
+@pytest.mark.parametrize("piece", [merge.PIECE, 1000])
+def test_float32_equals_merge_and_unload_bit_for_bit(tmp_path, monkeypatch, pair, piece):
+    """Every tensor, by name, whole or in pieces; the adapter's products changed and nothing else did."""
     base, adapter = pair
+    monkeypatch.setattr(merge, "PIECE", piece)
     merged = tensors_of(run(tmp_path, base, adapter))
     before = tensors_of(base)
     assert merged.keys() == before.keys()
@@ -303,7 +305,11 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, capsys, base, 
     assert "model.layers.1.mlp.up_proj.weight: 64 values are not finite after the merge" in message
 
 
-def test_infinities_that_cancel_in_a_sum_are_found(tmp_path, capsys, base, adapter):
+@pytest.mark.parametrize("piece", [merge.PIECE, 64])
+def test_infinities_that_cancel_in_a_sum_are_found(tmp_path, capsys, monkeypatch, base, adapter, piece):
+    """Counted over the whole tensor, also where its rows are merged one by one."""
+    monkeypatch.setattr(merge, "PIECE", piece)
+
     def spoil(tensors):
         tensors[f"{UP}B.weight"][3, 0], tensors[f"{UP}B.weight"][4, 0] = math.inf, -math.inf
 
@@ -336,6 +342,36 @@ def test_adapter_of_another_architecture_is_refused(tmp_path, capsys, base):
     message = refused(tmp_path, capsys, base, make_adapter(other, tmp_path / "adapter"))
     assert "the base model has no tensor model.layers.0.mlp.gate_up_proj.weight" in message
     assert "(4 of the adapter's 8 are missing): it is another base model." in message
+
+
+def test_adapter_on_a_weight_of_integers_is_refused(tmp_path, capsys, base, adapter):
+    packed = Path(shutil.copytree(base, tmp_path / "packed"))
+    tensors = tensors_of(base)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    message = refused(tmp_path, capsys, packed, adapter)
+    assert f"{name} is of type I8: an adapter cannot be merged into it." in message
+
+
+def test_transposed_adapter_equals_its_update_in_every_type(tmp_path, base, adapter):
+    """`fan_in_fan_out` (GPT-2's layers hold their weights transposed): square products, so that both ways fit."""
+    names = ("q_proj", "o_proj")
+
+    def keep(tensors):
+        for key in [key for key in tensors if key.split(".")[-3] not in names]:
+            del tensors[key]
+
+    turned = edited(adapter, tmp_path / "turned", keep, fan_in_fan_out=True)
+    merged, before, pairs = (
+        tensors_of(run(tmp_path, base, turned)),
+        tensors_of(base),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    for name in names:
+        key = f"model.layers.0.self_attn.{name}"
+        a, b = (pairs[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
+        assert torch.equal(merged[f"{key}.weight"], before[f"{key}.weight"] + ((b @ a) * 2.0).T)
 
 
 def test_adapter_of_another_size_is_refused(tmp_path, capsys, base):
