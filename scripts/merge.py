@@ -15,6 +15,7 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import cli, outputs, params
@@ -88,20 +89,68 @@ class Adapter:
 
 
 class Memory:
-    """Memory that every tensor uses again: the kernel's work on fresh pages costs several times what the sums in them do."""
+    """Memory that every tensor uses again: the kernel's work on fresh pages costs several times what the sums in them do.
+
+    There are two of each: `turn` changes to the other one, while what the first one holds is being written.
+    """
 
     def __init__(self):
         self.flat: dict = {}
+        self.side = 0
 
-    def take(self, role: str, shape: tuple[int, ...], dtype):
-        """A contiguous tensor of a shape and type, with whatever was in it; what `role` held before is lost."""
+    def turn(self) -> None:
+        """Leave what is there alone until the next turn."""
+        self.side = 1 - self.side
+
+    def take(self, role: str, shape: tuple[int, ...], dtype, turning: bool = True):
+        """A contiguous tensor of a shape and type, with whatever was in it; what `role` held before, on this side, is lost.
+
+        Args:
+            turning: False for the one that stays whatever side it is.
+        """
         import torch
 
-        count = math.prod(shape)
-        if count > len(self.flat.get((role, dtype), ())):
-            self.flat[role, dtype] = None  # freed before the larger one is there
-            self.flat[role, dtype] = torch.empty(count, dtype=dtype)
-        return self.flat[role, dtype][:count].view(tuple(shape))
+        count, key = math.prod(shape), (role, dtype, self.side if turning else None)
+        if count > len(self.flat.get(key, ())):
+            self.flat[key] = None  # freed before the larger one is there
+            self.flat[key] = torch.empty(count, dtype=dtype)
+        return self.flat[key][:count].view(tuple(shape))
+
+
+class Behind:
+    """A file that is written, in order, by a thread of its own while the next piece is computed.
+
+    The kernel needs as long to take the bytes as the sums in them do.
+    """
+
+    def __init__(self, path: Path, memory: Memory):
+        self.memory, self.pool, self.last = memory, ThreadPoolExecutor(1), None
+        self.file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self):
+        return self
+
+    def write(self, tensor) -> None:
+        """Begin to write a contiguous tensor's bytes; returns when those before it are written, and then turns the memory.
+
+        Raises:
+            OSError: what was written before did not fit, or the like.
+        """
+        import torch
+
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        before, self.last = self.last, self.pool.submit(self.file.write, data)
+        if before:
+            before.result()
+        self.memory.turn()
+
+    def __exit__(self, kind, *_):
+        self.pool.shutdown()
+        try:
+            if self.last and kind is None:
+                self.last.result()
+        finally:
+            self.file.close()
 
 
 def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
@@ -174,7 +223,7 @@ def merge_shard(
     Raises:
         UserError: shapes or types do not fit, or a merged value is not finite.
     """
-    with Shard(source, memory) as shard, open(target, "wb") as out:
+    with Shard(source, memory) as shard, Behind(target, memory) as out:
         kinds, shapes = shard.kinds, shard.shapes
         header, offset = ({"__metadata__": {"format": shard.metadata.get("format", "pt")}}), 0
         order = sorted(kinds, key=lambda name: (-_size(kinds[name]), name))  # safetensors' own order: wide types first
@@ -186,7 +235,7 @@ def merge_shard(
             written[name], offset = kind, offset + length
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             pair = adapter.pair(where[name]) if name in where else None
             if kinds[name] in DTYPES:
@@ -197,12 +246,19 @@ def merge_shard(
                 raise UserError(f"{source}: {name} is of type {kinds[name]}: an adapter cannot be merged into it.")
             else:
                 for first, last in pieces(shard.bytes[name], 2 * PIECE):
-                    out.write(memoryview(shard.read(name, first, last - first).numpy()))
+                    out.write(shard.read(name, first, last - first))
             bar.update(1)
 
 
 def merge_tensor(
-    shard: Shard, name: str, pair: tuple | None, transposed: bool, rebuild, dtype: str, memory: Memory, out
+    shard: Shard,
+    name: str,
+    pair: tuple | None,
+    transposed: bool,
+    rebuild,
+    dtype: str,
+    memory: Memory,
+    out: Behind,
 ) -> None:
     """Write one floating-point tensor in `dtype`, with the adapter's update where there is a pair.
 
@@ -223,7 +279,7 @@ def merge_tensor(
                 f"the adapter's update of {name} is {found}, the weight is {tuple(shape)}: it belongs to another base model."
             )
         # Whole, not by rows: a product of fewer rows may round differently.
-        update = torch.mm(b, a, out=memory.take("update", (len(b), a.shape[1]), torch.float32))
+        update = torch.mm(b, a, out=memory.take("update", (len(b), a.shape[1]), torch.float32, turning=False))
         update = update.T if transposed else update
     row_bytes, bad = width * kind.itemsize, 0
     for first, last in pieces(rows, rows if rebuild else max(1, PIECE // max(1, width))):
@@ -240,7 +296,7 @@ def merge_tensor(
             tensor = memory.take("narrow", tensor.shape, narrow).copy_(tensor)
         if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
             bad += int((~torch.isfinite(tensor)).sum())
-        out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        out.write(tensor.contiguous())
     if bad:
         raise UserError(
             f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
@@ -329,7 +385,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the merged model to")
     args = parser.parse_args(argv)
     with cli.job("merge", args.log) as job:
+        import torch
+
         everything = params.load(args.params)
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is left to the thread that writes
         with outputs.written(args.output) as (folder,):
             merge(everything.merge, everything.finetune, args.base, args.adapter, folder, job)
         job.say(
