@@ -343,6 +343,9 @@ def merge(
         if path.is_file() and path.suffix in KEPT:
             shutil.copyfile(path, target / path.name)
     total = sum(len(check_safetensors(file)) for file in files)
+    import torch  # here, so that bad input is told before it is loaded
+
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is left to the thread that writes
     memory = Memory()
     with job.progress(total, "tensors") as bar:
         for file in files:
@@ -385,10 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the merged model to")
     args = parser.parse_args(argv)
     with cli.job("merge", args.log) as job:
-        import torch
-
         everything = params.load(args.params)
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is left to the thread that writes
         with outputs.written(args.output) as (folder,):
             merge(everything.merge, everything.finetune, args.base, args.adapter, folder, job)
         job.say(

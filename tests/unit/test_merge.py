@@ -354,7 +354,7 @@ def test_adapter_on_a_weight_of_integers_is_refused(tmp_path, capsys, base, adap
     assert f"{name} is of type I8: an adapter cannot be merged into it." in message
 
 
-def test_transposed_adapter_equals_its_update_in_every_type(tmp_path, base, adapter):
+def test_transposed_adapter_adds_its_update_transposed(tmp_path, base, adapter):
     """`fan_in_fan_out` (GPT-2's layers hold their weights transposed): square products, so that both ways fit."""
     names = ("q_proj", "o_proj")
 

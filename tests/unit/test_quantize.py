@@ -195,7 +195,10 @@ def test_rtn_graph_computes_with_the_weights_that_training_rounds_to(tmp_path, u
     "changes", [{}, {"matmul_mixed_precision": "last_matmul:int8"}, {"precision": "fp32"}], ids=str
 )
 def test_pruned_head_gives_the_last_position_and_no_other_answer(tmp_path, base, changes):
-    """The logits that generation reads are the same but for the last bits (one row may take another kernel), and none but them are computed."""
+    """The logits that generation reads are the same bits, and none but them are computed.
+
+    Not the last bits of a head in 4 bits: without AVX-512, one row takes another kernel than several.
+    """
     import onnxruntime_genai as og
 
     found = []
@@ -213,7 +216,8 @@ def test_pruned_head_gives_the_last_position_and_no_other_answer(tmp_path, base,
         found.append((rows, np.stack(steps), generator.get_sequence(0).tolist()))
     (every, whole, answer), (one, pruned, same) = found
     assert (every, one) == (len(IDS), 1)
-    np.testing.assert_allclose(pruned, whole, rtol=1e-5, atol=1e-5)
+    tolerance = 0 if changes else 1e-5
+    np.testing.assert_allclose(pruned, whole, rtol=tolerance, atol=tolerance)
     assert same == answer
 
 
