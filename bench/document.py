@@ -99,7 +99,7 @@ def plot(results: dict[str, dict], folder: Path, number: int) -> list[str]:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "slmake"
-    from matplotlib import pyplot
+    from matplotlib import markers, pyplot, ticker
 
     folder.mkdir(parents=True, exist_ok=True)
     made = []
@@ -121,11 +121,21 @@ def plot(results: dict[str, dict], folder: Path, number: int) -> list[str]:
             color = "tab:green" if line["met"] else "tab:red"
             axes.plot([line["min"], line["max"]], [y, y], color=color, linewidth=2)
             axes.plot(line["median"], y, "o", color=color)
-            bound = line["at_least"] if line["at_least"] is not None else line["at_most"]
+            at_least = line["at_least"] is not None
+            bound = line["at_least"] if at_least else line["at_most"]
             axes.plot(bound, y, "|", color="black", markersize=16)
-        axes.set_yticks(range(len(lines)), [line["name"] for line in reversed(lines)], fontsize=8)
+            # A triangle on the side where the dot is wanted.
+            side = markers.CARETRIGHTBASE if at_least else markers.CARETLEFTBASE
+            axes.plot(bound, y, marker=side, color="black", markersize=5)
+        names = [line["name"] + (" (see the note above)" if line.get("note") else "") for line in reversed(lines)]
+        axes.set_yticks(range(len(lines)), names, fontsize=8)
         axes.set_xscale("log")
-        axes.set_xlabel("ratio: dot median, line least to greatest, black mark what is wanted")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_xlabel(
+            "ratio: dot median, line least to greatest; black: the bound, and on which side the dot is wanted"
+        )
         axes.grid(axis="x", alpha=0.3)
         keep(figure, f"ratios-{number}.svg")
     curves = {name: curve for result in results.values() for name, curve in result.get("curves", {}).items()}
