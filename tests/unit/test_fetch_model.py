@@ -412,8 +412,17 @@ def test_truncated_safetensors_tells_both_sizes(tmp_path, capsys, broken):
 
 @pytest.mark.parametrize(
     "header",
-    [b"not json", b'{"a": {"dtype": "F32"}}', b'{"a": 3}', b'{"\xff": 1}', b"[1, 2]"],
-    ids=["text", "no offsets", "number", "not utf-8", "list"],
+    [
+        b"not json",
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": 3}',
+        b'{"\xff": 1}',
+        b"[1, 2]",
+        b'{"a": {"shape": [], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+    ],
+    ids=["text", "no offsets", "number", "not utf-8", "list", "no dtype", "other shape", "backwards"],
 )
 def test_corrupt_header(tmp_path, capsys, broken, header):
     path = broken / "model.safetensors"
@@ -442,7 +451,11 @@ def test_damaged_shard_is_named(tmp_path, capsys, sharded):
     assert f"{cut}: truncated or corrupt safetensors" in refused(tmp_path, capsys, folder)
 
 
-@pytest.mark.parametrize("text", ['{"metadata": {"total', "{}"], ids=["cut", "no weight_map"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"metadata": {"total', "{}", '{"weight_map": {"a": null}}', '{"weight_map": {"a": "."}}'],
+    ids=["cut", "no weight_map", "null", "folder"],
+)
 def test_damaged_index_is_named(tmp_path, capsys, sharded, text):
     folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
     (folder / "model.safetensors.index.json").write_text(text)
@@ -455,11 +468,58 @@ def test_folder_without_config(tmp_path, capsys, broken):
     assert f"{broken}: no config.json: this is not a model folder" in refused(tmp_path, capsys, broken)
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "tomorrow"}', "{", '{"auto_map": {"AutoConfig": "x.Y"}}'])
+@pytest.mark.parametrize("text", ['{"model_type": "tomorrow"}', '{"auto_map": {"AutoConfig": "x.Y"}}'])
 def test_config_of_an_unknown_or_remote_architecture(tmp_path, capsys, broken, text):
     (broken / "config.json").write_text(text)
     message = refused(tmp_path, capsys, broken)
     assert f"{broken}/config.json: transformers does not know this model without remote code: " in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_config(tmp_path, capsys, broken, text):
+    (broken / "config.json").write_text(text)
+    assert f"{broken}/config.json is damaged: not a JSON object." in refused(tmp_path, capsys, broken)
+
+
+def change(folder: Path, name: str, **fields: object) -> None:
+    """Set fields of a JSON file of a model folder."""
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps(content | fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_hidden_layers": 3}, "tensor model.layers.2.[a-z_.]+ is not in the weights, but config.json asks for it"),
+        (
+            {"num_hidden_layers": 1},
+            "tensor model.layers.1.[a-z_.]+ is in the weights, but config.json has no such layer",
+        ),
+        (
+            {"intermediate_size": 24},
+            r"tensor [a-z0-9_.]+ is of another shape than config.json says \(\d+ more like it\)",
+        ),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "tensor .+ is not in the weights"),
+        ({"num_attention_heads": 0}, "config.json: transformers cannot make a causal language model of it: Zero"),
+        ({"model_type": "t5"}, "config.json: transformers cannot make a causal language model of it: ValueError"),
+    ],
+)
+def test_configuration_of_another_model(tmp_path, capsys, broken, fields, reason):
+    change(broken, "config.json", **fields)
+    assert re.search(reason, refused(tmp_path, capsys, broken))
+
+
+def test_tensor_that_is_missing_is_not_made_up(tmp_path, capsys, broken):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"model.layers.0.mlp.up_proj", b"model.layers.0.mlp.up_prom"))
+    message = refused(tmp_path, capsys, broken)
+    assert f"{broken}: tensor model.layers.0.mlp.up_proj.weight is not in the weights" in message
+
+
+def test_token_without_an_embedding(tmp_path, capsys, broken):
+    change(broken, "tokenizer_config.json", eos_token="<|never seen|>")
+    message = refused(tmp_path, capsys, broken)
+    assert "the tokenizer's token '<|never seen|>' has the number" in message
 
 
 def test_folder_without_tokenizer(tmp_path, capsys, broken):
