@@ -14,13 +14,14 @@ import os
 import re
 import shutil
 import struct
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import cli, outputs, params
 from common.errors import UserError
-from fetch_model import KEPT, check_safetensors, weight_files
+from fetch_model import KEPT, check_safetensors, element_bits, weight_files
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PIECE = 2**20  # elements of a weight that are merged at a time
@@ -43,7 +44,7 @@ class Adapter:
         for path in (config_path, weights):
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {folder}`.")
-        check_safetensors(weights)
+        check_safetensors(weights, f"Remove {folder} and run snakemake: it is built again.")
         self.config = outputs.read_json(config_path, output=folder)
         if self.config.get("peft_type") != "LORA":
             raise UserError(
@@ -167,7 +168,7 @@ class Shard:
     """A safetensors file that is read piece by piece into the same memory (a mapping costs a page fault for every few pages)."""
 
     def __init__(self, path: Path, memory: Memory):
-        self.memory, self.kinds = memory, check_safetensors(path)
+        self.memory, self.kinds, self.pool = memory, check_safetensors(path), ThreadPoolExecutor(1)
         self.handle = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         (length,) = struct.unpack("<Q", self.handle.read(8))
         specs = json.loads(self.handle.read(length))
@@ -176,23 +177,39 @@ class Shard:
         self.begin = {name: 8 + length + spec["data_offsets"][0] for name, spec in specs.items()}
         self.bytes = {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in specs.items()}
         self.asked = 0  # how far the kernel was asked to read ahead
+        self.slot = 0
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.pool.shutdown(cancel_futures=True)
         self.handle.close()
 
-    def read(self, name: str, first: int, count: int):
-        """`count` bytes of a tensor from its byte `first`, as uint8 [count], until the next one is read."""
+    def stream(self, name: str, step: int) -> Iterator:
+        """A tensor's bytes in order, at most `step` at a time, as uint8; a thread reads the next ones meanwhile.
+
+        Three buffers take turns: one is read into, one is computed with, one may still be being written.
+        """
         import torch
 
-        flat = self.memory.take("read", (count,), torch.uint8)
-        view, at = memoryview(flat.numpy()), self.begin[name] + first
+        coming = deque()
+        for first, last in pieces(self.bytes[name], step):
+            self.slot = (self.slot + 1) % 3
+            flat = self.memory.take(f"read {self.slot}", (last - first,), torch.uint8, turning=False)
+            coming.append(self.pool.submit(self._read, flat, self.begin[name] + first))
+            if len(coming) == 2:
+                yield coming.popleft().result()
+        for one in coming:
+            yield one.result()
+
+    def _read(self, flat, at: int):
+        """Fill a buffer from that byte of the file on."""
         if hasattr(os, "posix_fadvise") and at + AHEAD // 2 > self.asked:
             os.posix_fadvise(self.handle.fileno(), at, AHEAD, os.POSIX_FADV_WILLNEED)
             self.asked = at + AHEAD
         self.handle.seek(at)
+        view = memoryview(flat.numpy())
         while len(view):
             got = self.handle.readinto(view)
             if not got:
@@ -226,11 +243,13 @@ def merge_shard(
     with Shard(source, memory) as shard, Behind(target, memory) as out:
         kinds, shapes = shard.kinds, shard.shapes
         header, offset = ({"__metadata__": {"format": shard.metadata.get("format", "pt")}}), 0
-        order = sorted(kinds, key=lambda name: (-_size(kinds[name]), name))  # safetensors' own order: wide types first
+        order = sorted(
+            kinds, key=lambda name: (-element_bits(kinds[name]), name)
+        )  # safetensors' own order: wide types first
         written = {}
         for name in order:
             kind = NAMES[dtype] if dtype != "auto" and kinds[name] in DTYPES else kinds[name]
-            length = math.prod(shapes[name]) * _size(kind)
+            length = math.prod(shapes[name]) * element_bits(kind) // 8
             header[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [offset, offset + length]}
             written[name], offset = kind, offset + length
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -245,8 +264,8 @@ def merge_shard(
             elif pair:
                 raise UserError(f"{source}: {name} is of type {kinds[name]}: an adapter cannot be merged into it.")
             else:
-                for first, last in pieces(shard.bytes[name], 2 * PIECE):
-                    out.write(shard.read(name, first, last - first))
+                for piece in shard.stream(name, 2 * PIECE):
+                    out.write(piece)
             bar.update(1)
 
 
@@ -281,10 +300,11 @@ def merge_tensor(
         # Whole, not by rows: a product of fewer rows may round differently.
         update = torch.mm(b, a, out=memory.take("update", (len(b), a.shape[1]), torch.float32, turning=False))
         update = update.T if transposed else update
-    row_bytes, bad = width * kind.itemsize, 0
-    for first, last in pieces(rows, rows if rebuild else max(1, PIECE // max(1, width))):
-        tensor = shard.read(name, first * row_bytes, (last - first) * row_bytes).view(kind)
-        tensor = tensor.view(last - first, *shape[1:]) if shape else tensor.view(())
+    row_bytes, last, bad = width * kind.itemsize, 0, 0
+    step = rows if rebuild else max(1, PIECE // max(1, width))
+    for data in shard.stream(name, max(1, step * row_bytes)):
+        first, last = last, last + len(data) // row_bytes
+        tensor = data.view(kind).view(last - first, *shape[1:]) if shape else data.view(kind).view(())
         if rebuild:
             tensor = rebuild(tensor)
         if pair:
@@ -301,10 +321,6 @@ def merge_tensor(
         raise UserError(
             f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
         )
-
-
-def _size(kind: str) -> int:
-    return int(re.search(r"\d+", kind)[0]) // 8 if kind != "BOOL" else 1
 
 
 def match_weights(adapter: Adapter, files: list[Path]) -> dict[str, str]:
