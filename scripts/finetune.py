@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from common import cli, outputs, params
 from common.errors import UserError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
+
+# What a checkpoint keeps of a Trainer beside its tensors and its step.
+STATE = ("bad_evaluations", "best", "stopped", "window", "train_curve", "eval_curve")
 
 
 def pick_device(number: int = 0):
@@ -218,16 +222,20 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
-    def load(self) -> tuple[dict, dict] | None:
-        """Tensors and state of the last checkpoint, or None."""
+    def load(self, say: Callable[[str], None]) -> tuple[dict, dict] | None:
+        """Tensors and state of the last checkpoint that is whole, or None; `say` is told of damaged ones, which go."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        found = self._steps()
-        if not found:
-            return None
-        return load_file(found[-1] / "tensors.safetensors"), json.loads(
-            (found[-1] / "state.json").read_text(encoding="utf-8")
-        )
+        for folder in reversed(self._steps()):
+            try:
+                state = outputs.read_json(folder / "state.json", "step", *STATE)
+                return load_file(folder / "tensors.safetensors"), state
+            except (SafetensorError, FileNotFoundError, UserError) as error:
+                reason = str(error).removeprefix(f"{folder}/").partition(". ")[0]
+                say(f"the checkpoint {folder} is damaged and is discarded: {reason}")
+                outputs.remove(folder)
+        return None
 
     def remove(self) -> None:
         """All of this run's checkpoints, once its outputs are in place."""
@@ -314,7 +322,7 @@ class Trainer:
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        found = self.group.agree(self.checkpoints.load() if self.group.first else None)
+        found = self.group.agree(self.checkpoints.load(self.job.say) if self.group.first else None)
         if found is None:
             return
         import torch
@@ -331,10 +339,8 @@ class Trainer:
                     }
         best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
         self.best_tensors = best or None
-        self.step, self.bad_evaluations, self.best, self.stopped = (
-            state[key] for key in ("step", "bad_evaluations", "best", "stopped")
-        )
-        self.train_curve, self.eval_curve, self.window = state["train_curve"], state["eval_curve"], state["window"]
+        for name in ("step", *STATE):
+            setattr(self, name, state[name])
         self.job.say(f"goes on from step {self.step} of {self.schedule.steps}")
 
     def _save(self) -> None:
@@ -349,15 +355,7 @@ class Trainer:
             tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         for name, value in (self.best_tensors or {}).items():
             tensors[f"best/{name}"] = value
-        state = {
-            "bad_evaluations": self.bad_evaluations,
-            "best": self.best,
-            "stopped": self.stopped,
-            "window": self.window,
-        }
-        self.checkpoints.save(
-            self.step, tensors, {**state, "train_curve": self.train_curve, "eval_curve": self.eval_curve}
-        )
+        self.checkpoints.save(self.step, tensors, {name: getattr(self, name) for name in STATE})
 
     # -- one step --------------------------------------------------------------------------------------------------
 

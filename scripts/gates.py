@@ -14,6 +14,9 @@ from common.errors import UserError
 
 MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
 SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ratio": "≤", "maximum_drop": "≤"}
+INTERVAL = ("accuracy", "accuracy_low", "accuracy_high")
+# What evaluate always writes into each entry of these parts of metrics.json.
+PARTS = {"parity": ("prompts", *params.PARITY), "drop": INTERVAL, "per_class": ("precision", "recall", "f1", "rows")}
 ADVICE = {
     "minimum": "train longer (finetune.num_train_epochs), raise finetune.lora_r, or add training rows",
     "maximum_drop": "choose a milder quantization (quantize.algo_config k_quant, matmul_mixed_precision, int8_nodes, or precision int8), or "
@@ -180,6 +183,75 @@ def table(found: list[dict]) -> str:
     )
 
 
+def read_metrics(path: Path) -> dict:
+    """metrics.json of evaluate, in the shape that evaluate writes.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    return outputs.read_json(path, "test_rows", check=check_metrics)
+
+
+def read_timings(path: Path) -> dict:
+    """benchmark.json of evaluate.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    return outputs.read_json(path, check=lambda timings: _check_part("benchmark", timings))
+
+
+def check_metrics(metrics: dict) -> None:
+    """Raise ValueError where metrics do not have the shape that evaluate writes."""
+    _check_figures("metrics", {"test_rows": metrics["test_rows"]})
+    names = [name for name in MODELS if name in metrics]
+    if not names:
+        raise ValueError("no model was scored in it")
+    for name in names:
+        _check_model(name, metrics[name], (*INTERVAL, "size_bytes"))
+    for part in ("parity", "drop"):
+        _check_part(part, metrics.get(part, {}), PARTS[part])
+
+
+def _check_model(name: str, entry: object, needed: tuple[str, ...] = ()) -> None:
+    entry = _named(name, entry)
+    labels, counts = entry.get("per_class", {}), entry.get("confusion")
+    _check_figures(name, {key: entry[key] for key in entry if key not in ("per_class", "confusion")}, needed)
+    _check_part(f"{name}.per_class", labels, PARTS["per_class"])
+    width = len(labels) + 1
+    rows = counts if isinstance(counts, list) else [counts]
+    fits = len(rows) == len(labels) and all(isinstance(row, list) and len(row) == width for row in rows)
+    if counts is not None and not (fits and all(_is_number(count) for row in rows for count in row)):
+        raise ValueError(f"`{name}.confusion` is not {len(labels)} rows of {width} counts")
+
+
+def _check_part(where: str, entries: object, needed: tuple[str, ...] = ()) -> None:
+    for name, figures in _named(where, entries).items():
+        _check_figures(f"{where}.{name}", figures, needed)
+
+
+def _check_figures(where: str, figures: object, needed: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless these are numbers by name, the needed ones and both ends of every interval among them."""
+    figures = _named(where, figures)
+    ends = [name.removesuffix("_low") + "_high" for name in figures if name.endswith("_low")]
+    for name in (*needed, *ends):
+        if name not in figures:
+            raise ValueError(f"`{where}` has no `{name}`")
+    for name, value in figures.items():
+        if not _is_number(value):
+            raise ValueError(f"`{where}.{name}` is no number but {json.dumps(value)[:60]}")
+
+
+def _named(where: str, value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"`{where}` is no object of figures but {json.dumps(value)[:60]}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_published(section: params.Gates) -> dict | None:
     """The last published model's metrics, from a metrics.json or a file that has it under `metrics`.
 
@@ -191,15 +263,22 @@ def read_published(section: params.Gates) -> dict | None:
     path = Path(section.published)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = content.get("metrics", content)
-        if not any(name in content for name in MODELS):
+        if isinstance(content, dict):
+            content = content.get("metrics", content)
+        names = [name for name in MODELS if isinstance(content, dict) and name in content]
+        if not names:
             raise ValueError("no model's metrics in it")
+        for name in names:
+            _check_model(name, content[name])
     except FileNotFoundError:
         raise UserError(
             f"gates.published: {path}: no such file. Save the published model's metrics.json there; nothing published yet: set it to null."
         ) from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"gates.published: {path}: {error}") from None
+    except (IsADirectoryError, ValueError, RecursionError) as error:
+        reason = "a folder" if isinstance(error, IsADirectoryError) else error
+        raise UserError(
+            f"gates.published: {path}: {reason}. It should be the published model's metrics.json, or a file with it under `metrics`."
+        ) from None
     return content
 
 
@@ -212,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("gates", args.log) as job:
         section = params.section(args.params, "gates")
         with outputs.written(files=[args.output]) as (target,):
-            metrics = outputs.read_json(args.metrics, "test_rows")
-            benchmark = outputs.read_json(args.benchmark) if args.benchmark else None
+            metrics = read_metrics(args.metrics)
+            benchmark = read_timings(args.benchmark) if args.benchmark else None
             found = judge(section, metrics, benchmark, read_published(section))
             missed = [one for one in found if not one["passed"]]
             if missed:

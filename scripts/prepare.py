@@ -30,6 +30,7 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 FEW_ANSWERS = 50  # up to this many different answers, the task is a classification
 BATCH = 2048  # rows in memory at a time
 SHOWN = 20  # row errors printed before "and N more"
+HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
 
 
 class Form:
@@ -41,6 +42,10 @@ class Form:
         self.tokenizer = tokenizer
         self.special_tokens = True  # the tokenizer adds its own begin token, as for any text
         if section.messages is not None:
+            if not section.messages:
+                raise UserError(
+                    "prepare.messages: an empty name. Name the column that holds each row's list of messages, or set it to null."
+                )
             if not tokenizer.chat_template:
                 raise UserError(
                     "prepare.messages: the base model's tokenizer has no chat template. Use text_template instead."
@@ -65,12 +70,12 @@ class Form:
         # The chat template's own braces must survive str.format; the contents keep theirs.
         marks = {turn["content"]: f"\x00{number}\x00" for number, turn in enumerate(turns)}
         marked = [{"role": turn["role"], "content": marks[turn["content"]]} for turn in turns]
-        head = self.tokenizer.apply_chat_template(marked[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(marked, tokenize=False)
-        if not whole.startswith(head):
-            raise UserError(
-                "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
-            )
+        if not marked[:-1]:
+            raise UserError("prepare.messages: nothing stands before the answer, so there is no prompt.")
+        try:
+            head, whole = self._apply(marked)
+        except ValueError as error:
+            raise UserError(f"prepare.messages: {error}") from None
         pieces = []
         for text in (head, whole[len(head) :].rstrip("\n")):
             text = text.replace("{", "{{").replace("}", "}}")
@@ -79,8 +84,32 @@ class Form:
             pieces.append(text)
         return pieces[0], pieces[1]
 
+    def _apply(self, turns: list[dict]) -> tuple[str, str]:
+        """The chat template over the turns before the answer, and over all of them.
+
+        Raises:
+            ValueError: it does not take these turns (roles that do not alternate, for one).
+            UserError: it changes earlier turns when the answer is added.
+        """
+        import jinja2
+
+        try:
+            head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"the base model's chat template does not take it: {error}") from None
+        if not whole.startswith(head):
+            raise UserError(
+                "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
+            )
+        return head, whole
+
     def render(self, row: dict) -> tuple[str, str, str, str]:
-        """Prompt, answer, text for duplicates, answer with what closes it; the prompt's own text (without the template) of a validated row."""
+        """Prompt, answer, text for duplicates, answer with what closes it; the prompt's own text (without the template) of a validated row.
+
+        Raises:
+            ValueError: messages that the chat template does not take.
+        """
         if self.column is None:
             values = {name: row[name] for name in self.fields}
             own = "\n".join(values[name] for name in self.prompt_fields)
@@ -88,12 +117,10 @@ class Form:
             answer = self.said.format(**values) if self.said else tail.rstrip("\n")
             return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
         turns = row[self.column]
-        head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        if not whole.startswith(head):
-            raise UserError(
-                "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
-            )
+        try:
+            head, whole = self._apply(turns)
+        except ValueError as error:
+            raise ValueError(f"field `{self.column}`: {error}") from None
         own = "\n".join(turn["content"] for turn in turns[:-1])
         return head, turns[-1]["content"], own, whole[len(head) :].rstrip("\n")
 
@@ -115,19 +142,11 @@ def problems(row: object, form: Form) -> list[str]:
             found.append(
                 f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
             )
-        elif not _encodes(value):
-            found.append(f"field `{name}` holds half a surrogate pair: text that was cut inside a character")
+        elif not prompts.encodes(value):
+            found.append(f"field `{name}` {HALF_PAIR}")
         elif name == form.answer and not value.strip():
             found.append(f"field `{name}` is an empty answer")
     return found
-
-
-def _encodes(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _chat_problems(name: str, value: object) -> list[str]:
@@ -144,6 +163,10 @@ def _chat_problems(name: str, value: object) -> list[str]:
         return [f"field `{name}` does not end with the assistant's turn"]
     if not value[-1]["content"].strip():
         return [f"field `{name}` ends with an empty answer"]
+    if len(value) == 1:
+        return [f"field `{name}` has no turn before the assistant's, so there is no prompt"]
+    if not all(prompts.encodes(turn[key]) for turn in value for key in ("role", "content")):
+        return [f"field `{name}` {HALF_PAIR}"]
     return []
 
 
@@ -166,11 +189,16 @@ def read_valid(file: str, form: Form, path: Path | None = None) -> Iterator[Row]
             if number <= 1000:
                 columns.update(dict.fromkeys(raw))
         found = problems(raw, form)
+        if not found and not bad:
+            try:
+                row = Row(file, number, *form.render(raw))
+            except ValueError as error:
+                found = [str(error)]
+            else:
+                yield row
         if found:
             count += len(found)
             bad += [f"  {file}: row {number}: {problem}" for problem in found][: SHOWN - len(bad)]
-        elif not bad:
-            yield Row(file, number, *form.render(raw))
     if not number:
         raise UserError(f"{file}: no rows in it.")
     for name in form.fields if columns else []:
@@ -375,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         section = everything.prepare
         with outputs.written(args.output, [args.report]) as (folder, report):
             with downloading(args.downloads, folder.parent) as downloads:
-                statistics = prepare(section, args.base, folder, downloads, job)
+                statistics = prepare(section, args.base, folder, downloads, job, "evaluate" in everything.all.stages)
             outputs.write_json(report, statistics)
         counts = statistics["rows"]
         for name, gate in everything.gates.every().items() if "gates" in everything.all.stages else ():
@@ -451,8 +479,25 @@ def drop_duplicates(section: params.Prepare, store: Store, split: np.ndarray) ->
     return len(copies)
 
 
-def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, job: cli.Job) -> dict:
-    """Run all of it: bring remote files here, validate into a temporary store, split, drop duplicates, tokenize. Returns the statistics."""
+def check_test_split(section: params.Prepare, split: np.ndarray) -> None:
+    """Raise UserError where no row is held out for evaluate: said now, before hours of training."""
+    if not (split == SPLITS.index("test")).any():
+        raise UserError(
+            f"prepare: the test split is empty, so evaluate (all.stages) could not score anything: test_fraction is "
+            f"{section.test_fraction:g}, max_samples {section.max_samples or 'null'}, and there are {len(split)} rows. Raise test_fraction or "
+            "max_samples, add rows, or name a file in prepare.source.test."
+        )
+
+
+def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, job: cli.Job, scored: bool) -> dict:
+    """Run all of it: bring remote files here, validate into a temporary store, split, drop duplicates, tokenize.
+
+    Args:
+        scored: evaluate will score the test split, so it must not be empty.
+
+    Returns:
+        The statistics.
+    """
     tokenizer = load_tokenizer(base)
     check_room(section, base)
     form = Form(section, tokenizer)
@@ -461,6 +506,8 @@ def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, 
     with Store(folder / ".rows.sqlite", FEW_ANSWERS) as store:
         sizes = {name: store.add(read_valid(file.record["source"], form, file.path)) for name, file in files.items()}
         split = split_rows(section, store, sizes)
+        if scored:
+            check_test_split(section, split)
         before = split.copy()
         drop_duplicates(section, store, split)
         gone = {name: int(((before == i) & (split < 0)).sum()) for i, name in enumerate(SPLITS)}

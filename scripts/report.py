@@ -15,7 +15,7 @@ from pathlib import Path
 from common import cli, outputs, params
 from common.errors import UserError
 from common.outputs import read_json
-from gates import MODELS, SIGNS, judge, number, read_published
+from gates import MODELS, SIGNS, judge, number, read_metrics, read_published, read_timings
 from search import described
 
 COLOURS = {
@@ -531,7 +531,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("report", args.log) as job:
         everything = params.load(args.params)
-        metrics, timings = read_json(args.metrics, "test_rows"), read_json(args.timings)
+        metrics, timings = read_metrics(args.metrics), read_timings(args.timings)
         base, dataset = read_json(args.base_report, "source"), read_json(args.dataset_report, "source", "rows")
         predictions = read_csv(args.predictions, ("row",))
         if len(predictions) != metrics["test_rows"]:

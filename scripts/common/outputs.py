@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from common.errors import UserError
@@ -79,12 +79,15 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, *fields: str, output: Path | None = None) -> dict:
+def read_json(
+    path: Path, *fields: str, output: Path | None = None, check: Callable[[dict], None] | None = None
+) -> dict:
     """The content of a JSON file that a rule wrote.
 
     Args:
         fields: names that must be in it.
         output: the whole of what the rule wrote, if that is a folder around the file.
+        check: raises a ValueError that says what else is wrong with the content.
 
     Raises:
         UserError: it is not there, is damaged, or lacks a field.
@@ -92,15 +95,17 @@ def read_json(path: Path, *fields: str, output: Path | None = None) -> dict:
     made = output or path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [name for name in fields if not isinstance(content, dict) or name not in content]
+        if lacking:
+            raise ValueError(f"it has no `{lacking[0]}`")
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        if check:
+            check(content)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Build it with `snakemake --cores all {made}`.") from None
-    except ValueError as error:
-        content, reason = None, str(error)
-    else:
-        lacking = [name for name in fields if not isinstance(content, dict) or name not in content]
-        reason = f"it has no `{lacking[0]}`" if lacking else "" if isinstance(content, dict) else "it is no JSON object"
-    if reason:
-        raise UserError(f"{path} is damaged: {reason}. Remove {made} and run snakemake: it is built again.")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}. Remove {made} and run snakemake: it is built again.") from None
     return content
 
 

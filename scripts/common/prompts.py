@@ -12,8 +12,10 @@ def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
     """Names of the placeholders of a template, in order.
 
     Raises:
-        UserError: unbalanced braces, or a placeholder that is not a plain field name.
+        UserError: half a surrogate pair, unbalanced braces, or a placeholder that is not a plain field name.
     """
+    if not encodes(template):
+        raise UserError(f"{where}: holds half a surrogate pair: text that was cut inside a character. Write it again.")
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -23,9 +25,20 @@ def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
         if name is None:
             continue
         if not name.isidentifier() or spec or conversion or f"{{{name}:" in template:
-            raise UserError(f"{where}: `{{{name}}}` is not a plain field name such as {{phrase}}.")
+            written = re.search(rf"{{{re.escape(name)}[!:][^}}]*}}", template)
+            shown = written[0] if written else f"{{{name}}}"
+            raise UserError(f"{where}: `{shown}` is not a plain field name such as {{phrase}}.")
         names.append(name)
     return names
+
+
+def encodes(text: str) -> bool:
+    """Whether a text can be written as UTF-8; half a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:

@@ -6,10 +6,21 @@ not all of them by `datasets`. Every error names the file and the row.
 
 import csv
 import json
-from collections.abc import Iterator
+import mmap
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import UserError
+
+DEPTH = 100  # levels of arrays and objects in a row
+TOO_DEEP = (
+    f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: mend or remove it."
+)
+# Half of a surrogate pair written as an escape. What stands behind an escaped backslash is found too: it costs time only.
+_half_pair = re.compile(
+    rb"\\u[dD](?:[89a-bA-B]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89a-bA-B]..\\u[dD])[c-fC-F])", re.DOTALL
+).search
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -28,6 +39,10 @@ def read_rows(path: Path) -> Iterator[dict]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: unknown ending `{path.suffix}`. Use {', '.join(readers)}.")
+    with open(path, "rb") as handle:
+        mark = handle.read(2)
+    if mark in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: UTF-16 text (it begins with {mark.hex(' ').upper()}). Save the file as UTF-8.")
     yield from reader(path)
 
 
@@ -44,18 +59,54 @@ def _json(path: Path) -> Iterator[dict]:
 
 def _json_array(path: Path) -> Iterator[dict]:
     import ijson
+    import ijson.backends.python as strict
 
     done = 0
     try:
         with open(path, "rb") as handle:
+            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                parser = strict if _half_pair(content) else ijson  # yajl makes a question mark of half a pair
             if handle.read(3) != b"\xef\xbb\xbf":
                 handle.seek(0)
-            for row in ijson.items(handle, "item", use_float=True):
+            for row in _items(parser.basic_parse(handle, use_float=True)):
                 yield row
                 done += 1
+    except RecursionError:
+        raise UserError(f"{path}: row {done + 1}: {TOO_DEEP}") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
         _check_utf8(path)
-        raise UserError(f"{path}: row {done + 1}: malformed JSON: {str(error).splitlines()[0]}.") from None
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path}: row {done + 1}: malformed JSON: {reason}.") from None
+
+
+def _items(events: Iterable[tuple[str, object]]) -> Iterator[object]:
+    """What an array holds, an item at a time, from ijson's events.
+
+    Not `ijson.items`: it keeps the path to every level, so that its memory grows with the square of the depth.
+
+    Raises:
+        RecursionError: an item that is nested too deeply.
+    """
+    levels: list[tuple] = []  # the arrays and objects around, with the key of each in the one before it
+    key = None
+    for kind, value in events:
+        if kind == "map_key":
+            key = value
+        elif kind in ("start_map", "start_array"):
+            levels.append(({} if kind == "start_map" else [], key))
+            if len(levels) > DEPTH + 1:
+                raise RecursionError
+        else:
+            if kind in ("end_map", "end_array"):
+                value, key = levels.pop()
+            if len(levels) == 1:
+                yield value
+            elif levels:
+                around = levels[-1][0]
+                if isinstance(around, dict):
+                    around[key] = value
+                else:
+                    around.append(value)
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
@@ -68,12 +119,29 @@ def _json_lines(path: Path) -> Iterator[dict]:
                     if not isinstance(value, dict):
                         raise UserError(f"{path}: row {number}: not an object but {type(value).__name__}.")
                     yield value
+            except RecursionError:  # Python's limit, some 1000
+                raise UserError(f"{path}: row {number}: {TOO_DEEP}") from None
             except UnicodeDecodeError as bad:
                 raise UserError(
                     f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8."
                 ) from None
             except json.JSONDecodeError as bad:
+                if number == 1 and _goes_on(line, next(filter(None, map(bytes.strip, handle)), b"")):
+                    raise UserError(
+                        f"{path}: one JSON object over several lines. An array [...] of objects is expected, or one object on "
+                        "each line."
+                    ) from None
                 raise UserError(f"{path}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
+            except ValueError:  # of int()
+                raise UserError(
+                    f"{path}: row {number}: a number with thousands of digits. Write it as text, or remove it."
+                ) from None
+
+
+def _goes_on(line: bytes, following: bytes) -> bool:
+    """Whether a broken first line is the begin of an object that the next line goes on with."""
+    opened = line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and not line.rstrip().endswith(b"}")
+    return opened and following != b"" and not following.startswith(b"{")
 
 
 def _csv(path: Path) -> Iterator[dict]:

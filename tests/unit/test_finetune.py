@@ -450,6 +450,42 @@ def test_killed_run_goes_on_and_gives_the_bytes_of_an_undisturbed_one(tmp_path, 
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tensors.safetensors", None, "Error while deserializing header: "),
+        ("tensors.safetensors", "", "Error while deserializing header: "),
+        ("state.json", "", "state.json is damaged: Expecting value"),
+        ("state.json", '{"step": 7}', "state.json is damaged: it has no `bad_evaluations`"),
+    ],
+    ids=["cut", "empty", "empty-state", "state-lacks"],
+)
+def test_damaged_checkpoint_is_discarded(tmp_path, base, dataset, killed, capsys, file, content, told):
+    """The run goes on from an older one, or from the beginning."""
+    undisturbed = tune(tmp_path / "undisturbed", base, dataset, **{**KILLED, "save_steps": 1000})
+    folder = Path(shutil.copytree(killed, tmp_path / "killed"))
+    (run,) = (folder / "checkpoints").iterdir()
+    older = sorted(run.glob("step-*"))[-1]
+    for name in ("step-00000037", "step-00000038"):
+        damaged = Path(shutil.copytree(older, run / name))
+        cut = (damaged / file).read_bytes()[:-50]
+        (damaged / file).write_bytes(cut if content is None else content.encode())
+    if content is None:  # none is left
+        shutil.rmtree(older)
+    capsys.readouterr()
+    tune(folder, base, dataset, **KILLED)
+    messages = capsys.readouterr().err
+    for name in ("step-00000037", "step-00000038"):
+        assert f"finetune: the checkpoint {run / name} is damaged and is discarded: {told}" in messages
+    assert "error" not in messages.replace("Error while deserializing", "")
+    if content is None:
+        assert "goes on" not in messages
+    else:
+        assert resumed_from(messages) == int(older.name[5:])
+    assert contents(folder) == contents(undisturbed)
+    assert not (folder / "checkpoints").exists()
+
+
 def test_run_ended_by_sigterm_goes_on_and_gives_the_bytes_of_an_undisturbed_one(tmp_path, base, dataset, capsys):
     """With early stopping: the best adapter so far and the count of bad evaluations survive too."""
     undisturbed = tune(tmp_path / "undisturbed", base, dataset, **{**ENDED, "save_steps": 1000})

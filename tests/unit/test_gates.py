@@ -12,8 +12,15 @@ from common.errors import UserError
 
 METRICS = {
     "test_rows": 240,
-    "base": {"accuracy": 0.25, "macro_f1": 0.2, "outside_labels": 0.1, "size_bytes": 5380},
-    "adapter": {"accuracy": 0.82, "macro_f1": 0.8, "size_bytes": 20},
+    "base": {
+        "accuracy": 0.25,
+        "accuracy_low": 0.2,
+        "accuracy_high": 0.3,
+        "macro_f1": 0.2,
+        "outside_labels": 0.1,
+        "size_bytes": 5380,
+    },
+    "adapter": {"accuracy": 0.82, "accuracy_low": 0.77, "accuracy_high": 0.87, "macro_f1": 0.8, "size_bytes": 20},
     "merged": {
         "accuracy": 0.82,
         "accuracy_low": 0.77,
@@ -31,7 +38,15 @@ METRICS = {
         "size_bytes": 1000,
         "per_class": {"joy": {"precision": 0.9, "recall": 0.7, "f1": 0.79, "rows": 60}},
     },
-    "parity": {"int4_vs_merged": {"prompts": 240, "kl_mean": 0.02, "kl_max": 0.3, "top1_agreement": 0.95}},
+    "parity": {
+        "int4_vs_merged": {
+            "prompts": 240,
+            "kl_mean": 0.02,
+            "kl_max": 0.3,
+            "top1_agreement": 0.95,
+            "logit_diff_max": 2.5,
+        }
+    },
     "drop": {"int4_vs_merged": {"accuracy": 0.02, "accuracy_low": -0.01, "accuracy_high": 0.045}},
 }
 TIMES = {"int4": {"latency_ms_p95": 120.0}}
@@ -181,10 +196,14 @@ def test_published_metrics_are_read_as_they_come(tmp_path):
     for content in (metrics, {"digest": "x", "metrics": metrics}):
         (tmp_path / "last.json").write_text(json.dumps(content), encoding="utf-8")
         assert gates.read_published(section) == metrics
-    for content in ("[]", "{", '{"metrics": {}}'):
+    for content in ("[]", "{", '{"metrics": {}}', '{"metrics": 5}', '{"int4": 5}', '{"int4": {"accuracy": "high"}}'):
         (tmp_path / "last.json").write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match=r"gates.published: .*last.json"):
+        with pytest.raises(UserError, match=r"gates.published: .*last.json: .* It should be .* metrics.json"):
             gates.read_published(section)
+    (tmp_path / "last.json").unlink()
+    (tmp_path / "last.json").mkdir()
+    with pytest.raises(UserError, match=r"gates.published: .*last.json: a folder. It should be .* metrics.json"):
+        gates.read_published(section)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +277,7 @@ def test_last_model_is_judged_against_the_one_before():
 
 def test_drop_without_a_model_to_compare_with_does_not_pass_in_silence(tmp_path, capsys):
     """A gate that is set and cannot be judged is not a passed gate."""
-    message = missed(tmp_path, capsys, {"test_rows": 90, "int4": {"accuracy": 0.9}}, max_accuracy_drop=0.02)
+    message = missed(tmp_path, capsys, {"test_rows": 90, "int4": METRICS["int4"]}, max_accuracy_drop=0.02)
     assert "gates.max_accuracy_drop: no model before int4 was scored to compare with" in message
 
 
@@ -271,6 +290,35 @@ def test_missing_metrics_are_named(tmp_path, capsys):
     assert caught.value.code == 1
     assert f"{tmp_path}/no.json" in capsys.readouterr().err
     assert not (tmp_path / "g.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"base": {}}, "`base` has no `accuracy`"),
+        ({"int4": 5}, "`int4` is no object of figures but 5"),
+        ({"int4": METRICS["int4"] | {"accuracy": "high"}}, '`int4.accuracy` is no number but "high"'),
+        ({"int4": METRICS["int4"] | {"accuracy": None}}, "`int4.accuracy` is no number but null"),
+        ({"int4": METRICS["int4"] | {"macro_f1_low": 0.7}}, "`int4` has no `macro_f1_high`"),
+        ({"int4": METRICS["int4"] | {"per_class": {"joy": {}}}}, "`int4.per_class.joy` has no `precision`"),
+        ({"int4": METRICS["int4"] | {"confusion": [[1, 2], [3]]}}, "`int4.confusion` is not 1 rows of 2 counts"),
+        ({"test_rows": "24"}, '`metrics.test_rows` is no number but "24"'),
+        ({"parity": {"int4_vs_merged": {}}}, "`parity.int4_vs_merged` has no `prompts`"),
+        ({"drop": 5}, "`drop` is no object of figures but 5"),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path, capsys, change, told):
+    message = missed(tmp_path, capsys, METRICS | change, min_accuracy=0.5)
+    file = tmp_path / "metrics.json"
+    assert message == (
+        f"gates: error: {file} is damaged: {told}. Remove {file} and run snakemake: it is built again.\n"
+    )
+
+
+def test_damaged_timings_are_named(tmp_path):
+    (tmp_path / "benchmark.json").write_text('{"int4": {"latency_ms_p95": "fast"}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"benchmark.json is damaged: `benchmark.int4.latency_ms_p95` is no number"):
+        gates.read_timings(tmp_path / "benchmark.json")
 
 
 def test_existing_judgement_is_refused(tmp_path, capsys):

@@ -19,6 +19,7 @@ import pytest
 from tiny import TONES, make_rows, make_tokenizer, run_script, write_params
 
 import prepare
+from dataset.rows import read_rows
 from dataset.store import Row, Store
 
 END = 0  # id of <|end|> in the test tokenizer
@@ -99,11 +100,12 @@ def other_chat(tokenizer_folder: Path, folder: Path, chat_template: str | None) 
 def build(tmp_path, tokenizer_folder):
     """Run prepare's main in this process: build(rows or source, name=…, base=…, field=value…)."""
 
-    def run(source, name: str = "dataset", base: Path | None = None, **fields) -> Built:
+    def run(source, name: str = "dataset", base: Path | None = None, stages=("finetune",), **fields) -> Built:
         if isinstance(source, list):
             source = write_rows(tmp_path / f"{name}-rows.json", source)
         source = {key: str(file) for key, file in source.items()} if isinstance(source, dict) else str(source)
-        params = write_params(tmp_path / f"{name}.yaml", prepare={**FIELDS, "source": source, **fields})
+        given = {**FIELDS, "source": source, **fields}
+        params = write_params(tmp_path / f"{name}.yaml", all={"stages": list(stages)}, prepare=given)
         folder, report = tmp_path / name, tmp_path / f"{name}-report.json"
         places = ["--base", base or tokenizer_folder, "--output", folder, "--report", report]
         prepare.main([str(part) for part in ["--params", params, *places]])
@@ -292,6 +294,15 @@ def test_nothing_left_to_train_on(refused, tmp_path):
     source = write_rows(tmp_path / "rows.json", make_rows(24))
     told = refused({"train": source, "test": source}, eval_fraction=0.0)
     assert told.startswith("prepare: all 24 training rows repeat eval or test rows and were left out as duplicates.")
+
+
+@pytest.mark.parametrize(("count", "fields"), [(1, {}), (24, {"test_fraction": 0.0}), (24, {"max_samples": 1})])
+def test_empty_test_split_where_evaluate_is_to_run(build, refused, count, fields):
+    told = refused(make_rows(count), stages=["finetune", "evaluate"], **fields)
+    assert told.startswith("prepare: the test split is empty, so evaluate (all.stages) could not score anything: ")
+    for part in ("test_fraction is ", "max_samples ", f"there are {count} rows"):
+        assert part in told
+    assert len(build(make_rows(count), name="unscored", **fields).test) == 0
 
 
 def test_label_whose_training_rows_were_all_duplicates(refused, tmp_path):
@@ -553,7 +564,10 @@ def test_braces_in_rows_are_text(build):
             {"text_template": "{phrase} {"},
             "prepare.text_template: Single '{' encountered in format string. Write {{ and }}",
         ),
-        ({"text_template": "{phrase!r} {tone}"}, "is not a plain field name such as {phrase}"),
+        ({"text_template": "{phrase!r} {tone}"}, "`{phrase!r}` is not a plain field name such as {phrase}."),
+        ({"text_template": "{phrase:>10} {tone}"}, "`{phrase:>10}` is not a plain field name such as {phrase}."),
+        ({"text_template": "{phrase} {phrase:} {tone}"}, "`{phrase:}` is not a plain field name such as {phrase}."),
+        ({"text_template": "\ud83d {phrase} {tone}"}, "prepare.text_template: holds half a surrogate pair"),
         ({"text_template": "{0} {tone}"}, "prepare.text_template: `{0}` is not a plain field name such as {phrase}."),
         ({"text_template": "no field"}, "prepare.text_template: no placeholder such as {phrase} in it."),
         ({"text_template": "{phrase}"}, "nothing stands before the answer, so there is no prompt."),
@@ -654,6 +668,8 @@ def test_messages_as_a_column(build, tokenizer, tmp_path, ending):
         ([{"role": "user"}], "field `turns` has a message without text in `role` and `content`"),
         ([{"role": "user", "content": "Hi"}], "field `turns` does not end with the assistant's turn"),
         ([{"role": "assistant", "content": " "}], "field `turns` ends with an empty answer"),
+        ([{"role": "assistant", "content": "Hi"}], "field `turns` has no turn before the assistant's"),
+        ("", "field `turns` is not a list of messages"),
     ],
 )
 def test_bad_messages_are_named(refused, tmp_path, turns, told):
@@ -661,6 +677,42 @@ def test_bad_messages_are_named(refused, tmp_path, turns, told):
     rows[7]["turns"] = turns
     source = write_rows(tmp_path / "rows.json", rows)
     assert f"  {source}: row 8: {told}" in refused(source, messages="turns", **CHAT)
+
+
+def test_half_a_surrogate_pair_in_messages(refused, tmp_path):
+    rows = chat_rows(24)
+    rows[7]["turns"][0]["content"] = "\ud83d"
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(rows), encoding="utf-8")
+    told = refused(source, messages="turns", **CHAT)
+    assert f"  {source}: row 8: field `turns` holds half a surrogate pair" in told
+
+
+def test_turns_that_the_chat_template_does_not_take(refused, tmp_path, tokenizer_folder):
+    """Told with the row, for a column; with the parameter, for templates."""
+    picky = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}{{ messages }}"
+    )
+    base = other_chat(tokenizer_folder, tmp_path / "base", picky)
+    rows = chat_rows(24)
+    rows[0]["turns"] = [{"role": "system", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    source = write_rows(tmp_path / "rows.json", rows[:1])
+    told = refused(source, base=base, messages="turns", **CHAT)
+    assert f"  {source}: row 1: field `turns`: the base model's chat template does not take it: the user must" in told
+    messages = [{"role": "system", "content": "{phrase}"}, {"role": "assistant", "content": "{tone}"}]
+    told = refused(make_rows(24), base=base, messages=messages, **CHAT)
+    assert told == "prepare.messages: the base model's chat template does not take it: the user must begin"
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ("", "prepare.messages: an empty name. Name the column"),
+        ([{"role": "assistant", "content": "{tone}"}], "prepare.messages: nothing stands before the answer"),
+    ],
+)
+def test_messages_without_a_prompt(refused, messages, told):
+    assert refused(make_rows(24), messages=messages, **CHAT).startswith(told)
 
 
 def test_messages_need_a_chat_template(refused, tmp_path, tokenizer_folder):
@@ -679,7 +731,7 @@ def test_chat_template_that_rewrites_earlier_turns(refused, tmp_path, tokenizer_
 def test_error_in_a_message_names_messages(refused):
     messages = [{"role": "user", "content": "{the phrase}"}, {"role": "assistant", "content": "{tone}"}]
     told = refused(make_rows(24), messages=messages, **CHAT)
-    assert told.startswith("prepare.messages: `{the phrase}` is not a plain field name")
+    assert "prepare.messages: `{the phrase}` is not a plain field name" in told
 
 
 # Duplicates
@@ -795,7 +847,15 @@ def test_rows_without_a_prompt_field_are_no_duplicates(build, tmp_path):
         ("rows.json", b'[\n{"phrase": "caf\xe9", "tone": "x"}\n]', ": line 2: not UTF-8 text (byte 15 of the line: 0xe9)."),
         ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "caf\xe9", "tone": "y"}\n', ": row 2: not UTF-8 text (byte 15"),
         ("rows.csv", b"phrase,tone\ncaf\xe9,joy\n", ": line 2: not UTF-8 text (byte 3 of the line: 0xe9). Save the file as UTF-8."),
-        ("rows.csv", "phrase,tone\na,b\n".encode("utf-16"), ": line 1: not UTF-8 text (byte 0 of the line: 0xff)."),
+        ("rows.csv", b"\xff\xfe" + "phrase,tone\na,b\n".encode("utf-16-le"), ": UTF-16 text (it begins with FF FE). Save the file as UTF-8."),
+        ("rows.json", b"\xfe\xff" + "[]".encode("utf-16-be"), ": UTF-16 text (it begins with FE FF). Save the file as UTF-8."),
+        ("rows.json", b'{\n  "data": [\n    {"phrase": "a"}\n  ]\n}\n', ": one JSON object over several lines. An array [...] of objects"),
+        ("rows.jsonl", b'{"phrase": "a",\n\n"tone": "x"}\n', ": one JSON object over several lines. An array [...] of objects"),
+        ("rows.json", b'{"phrase": "a", "tone"}\n{"phrase": "a"}\n', ": row 1: malformed JSON: "),
+        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": ' + b"9" * 5000 + b"}\n", ": row 2: a number with thousands of digits."),
+        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": ' + b"9" * 5000 + b"}]", ": row 2: malformed JSON: parse error: integer"),
+        ("rows.json", b'[{"phrase": "a"}, {"phrase": ' + b"[" * 2000, ": row 2: more than 100 levels of arrays and objects in each other."),
+        ("rows.jsonl", b'{"phrase": "a"}\n{"phrase": ' + b"[" * 2000 + b"\n", ": row 2: more than 100 levels of arrays and objects in each other."),
         ("rows.csv", b'phrase,tone\n"unclosed,joy\nx,fear\n', ": malformed CSV: "),
         ("rows.csv", b"phrase,tone,tone\na,b,c\n", ": row 1: the header has an empty or repeated column name: phrase, tone, tone."),
         ("rows.parquet", b"no Parquet at all", ": not a readable Parquet file: "),
@@ -808,6 +868,25 @@ def test_unreadable_files(refused, tmp_path, name, content, told):
     if content is not None:
         source.write_bytes(content)
     assert f"{source}{told}" in refused(source)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+@pytest.mark.parametrize("half", ["\ud83d", "a \ud83d b", "c \ude00", "\U0001f600\ude00", "\ud83d\U0001f600"])
+def test_half_a_surrogate_pair(refused, tmp_path, ending, half):
+    rows = make_rows(24)
+    rows[16]["tone"] = half
+    source, lines = tmp_path / f"rows{ending}", [json.dumps(row) for row in rows]
+    source.write_text("\n".join(lines) if ending == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
+    assert f"  {source}: row 17: field `tone` holds half a surrogate pair" in refused(source)
+
+
+def test_nested_json_is_read_as_the_standard_library_does(tmp_path):
+    """What looks like half a pair behind an escaped backslash is text; a hundred levels are allowed."""
+    deep = json.loads("[" * 99 + "]" * 99)
+    rows = [{"a": {"b": [1, {"c": None}], "d": []}, "e": {}}, {"f": [[2.5], {}, "\U0001f600"]}, {"g": deep}, {}]
+    for some in (rows, [*rows, {"h": "\\ud83d"}]):
+        (tmp_path / "rows.json").write_text(json.dumps(some), encoding="utf-8")
+        assert list(read_rows(tmp_path / "rows.json")) == some
 
 
 def test_folder_as_source(refused, tmp_path):
