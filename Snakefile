@@ -18,6 +18,7 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 import container as containers
+import remote
 import search
 import slurm
 from common.errors import UserError
@@ -50,9 +51,24 @@ STAGES = PARAMS.all.stages
 TUNED = "build/merged" if "merge" in STAGES else "build/base"  # what is exported
 ONNX = f"build/onnx-{PARAMS.quantize.precision}"
 DATA = [local_path(source) for source in PARAMS.prepare.files.values() if not is_remote(source)]
-for file in DATA:
-    if not Path(file).exists():  # Snakemake itself is content without an input while all outputs are there
-        raise WorkflowError(f"prepare.source: {file}: no such file. Correct params.yaml, or bring the file back.")
+PUBLISHED_METRICS = [PARAMS.gates.published] * (PARAMS.gates.published is not None)
+SIGNING_KEY = [PARAMS.package.signing_key] * bool(PARAMS.package.signing_key)
+# Snakemake itself is content without an input while all outputs are there. Who allows one rule alone (DVC, Azure ML, Snakemake for
+# a job) brings the inputs of that rule, and no others.
+NEEDED = {
+    "params.yaml: prepare.source": DATA,
+    "params.yaml: gates.published": PUBLISHED_METRICS * bool({"gates", "report"} & set(STAGES)),
+    "params.yaml: package.license_files": PARAMS.package.license_files * ("package" in STAGES),
+    "params.yaml: package.signing_key": SIGNING_KEY * ("package" in STAGES),
+    "environment": ["envs/cpu.lock", "envs/cuda.lock"],
+}
+for name, files in () if "--allowed-rules" in sys.argv else NEEDED.items():
+    for file in files:
+        if "{" in file or "}" in file:
+            raise WorkflowError(f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file.")
+        if not os.path.isfile(file):  # False, where Path.exists raises, for a name that is too long
+            found = "a folder, not a file" if os.path.isdir(file) else "no such file"
+            raise WorkflowError(f"{name}: {file}: {found}. Correct the name, or bring the file back.")
 PUBLISHED = "build/package" if "package" in STAGES else ONNX  # what publish uploads
 MODELS = {
     "base": "build/base",
@@ -133,6 +149,12 @@ onstart:
 
 
 onerror:
+    if gone := remote.lost():
+        print(
+            f"note: {gone[0]} of the last recorded build is not here any more. Undo what you changed, then `make restore` brings it back "
+            "from DVC's cache.",
+            file=sys.stderr,
+        )
     if not workflow.local_exec:
         for reason in slurm.reasons(Path(log[0]).read_text(encoding="utf-8")):
             print(f"error: {reason}", file=sys.stderr)
@@ -485,7 +507,7 @@ rule gates:
         environment=ENVIRONMENT,
         metrics="results/metrics.json",
         benchmark="results/benchmark.json",
-        published=[PARAMS.gates.published] * (PARAMS.gates.published is not None),
+        published=PUBLISHED_METRICS,
     output:
         "results/gates.json",
     log:
@@ -549,7 +571,7 @@ rule package:
         " --gates {input.gates}"
         " {params.search}"
         " --lock {input.lock}"
-        " --materials {input.materials}"
+        " --materials {input.materials:q}"
         " --output {output.package}"
         " --log {log}"
 
@@ -566,7 +588,7 @@ rule report:
         predictions="results/predictions.csv",
         losses=["results/train_loss.csv", "results/eval_loss.csv"] * ("finetune" in STAGES),
         search=["results/search.json"] * bool(SEARCH),
-        published=[PARAMS.gates.published] * (PARAMS.gates.published is not None),
+        published=PUBLISHED_METRICS,
     output:
         FIGURES,
     log:

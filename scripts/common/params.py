@@ -17,11 +17,12 @@ from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from common.errors import UserError
 from common.params_errors import Loader, lines
-from common.params_gates import PARITY, TIMINGS, Gate, Gates
+from common.params_gates import PARITY, PER_CLASS, TIMINGS, Gate, Gates
 from common.params_section import Section
+from common.prompts import fields_of, split_at_answer
 from sources.syntax import KINDS, parse
 
-__all__ = ["PARITY", "TIMINGS", "Gate", "Gates", "Section"]
+__all__ = ["PARITY", "PER_CLASS", "TIMINGS", "Gate", "Gates", "Section"]
 
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -215,6 +216,17 @@ class Prepare(Section):
             raise ValueError("the last of messages must be the assistant's turn: it is the answer")
         if self.eval_fraction + self.test_fraction > 0.9:
             raise ValueError("eval_fraction and test_fraction leave less than a tenth of the rows for training")
+        return self
+
+    @model_validator(mode="after")
+    def _templates(self):
+        try:
+            if self.text_template is not None:
+                split_at_answer(self.text_template, self.answer)
+            for turn in self.messages if isinstance(self.messages, list) else []:
+                fields_of(turn.content, "prepare.messages")
+        except UserError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
         return self
 
 
@@ -583,8 +595,11 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        raise UserError(f"{path}: empty. Restore it with `git checkout {path}`.")
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {type(data).__name__}.")
+        found = "a list" if isinstance(data, list) else "a single value"
+        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {found}.")
     checked, errors = None, []
     try:
         checked = Params.model_validate(data)

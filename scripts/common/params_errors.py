@@ -10,7 +10,26 @@ from pydantic import BaseModel
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: `2e-4` is a number, and a key given twice is an error."""
+    """YAML 1.1 with two repairs: `2e-4` is a number, and a key given twice is an error.
+
+    What PyYAML would end in a traceback over is a yaml.YAMLError with its place, too.
+    """
+
+    def get_single_data(self):
+        try:
+            return super().get_single_data()
+        except RecursionError:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark()) from None
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except RecursionError:
+            problem = "nested too deeply"
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # 2026-02-30, 0x_, !!bool 2
+            kind = node.tag.rpartition(":")[2]
+            problem = f"it looks like a value of type {kind} and is none: correct it, or put it in quotes if it is text"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 Loader.add_implicit_resolver(
@@ -24,7 +43,7 @@ def _mapping(loader, node, deep=False):
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, (list, dict)):
+        if isinstance(key, (list, dict, set)):
             raise yaml.constructor.ConstructorError(
                 None, None, "a list or mapping cannot be a name", key_node.start_mark
             )
@@ -89,7 +108,10 @@ def _explain(error: dict, full: tuple, root: type[BaseModel]) -> str:
     location = tuple(part for part in error["loc"])
     where = ".".join(str(part) for part in location) or "params"
     kind, context = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind == "invalid_key":  # 7, or `on`, which is true in YAML 1.1: never the name of a field
+        location = (*location[:-1], json.dumps(error["input"], default=str))
+        where = ".".join(map(str, location))
+    if kind in ("extra_forbidden", "invalid_key"):
         model = _model_at(full, root)
         names = list(model.model_fields) if model else []
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
@@ -98,7 +120,10 @@ def _explain(error: dict, full: tuple, root: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{where}: missing. Add it."
     if kind == "value_error":
-        return f"{where}: {context['error']}."
+        told = f"{context['error']}."  # what prompts.py says names the field itself
+        return told if told.startswith(f"{where}.") else f"{where}: {told}"
+    if kind == "model_type" and error["input"] is None:
+        return f"{where}: should be a section of parameters, not empty."
     value = json.dumps(error["input"], default=str)
     if kind == "literal_error":
         near = difflib.get_close_matches(
@@ -106,7 +131,8 @@ def _explain(error: dict, full: tuple, root: type[BaseModel]) -> str:
         )
         hint = f" Did you mean `{near[0]}`?" if near else ""
         return f"{where}: {value} is not allowed: choose {context['expected']}.{hint}"
-    message = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    return (
-        f"{where}: {value} is not allowed: it should {'' if message.startswith(('match', 'have')) else 'be '}{message}."
-    )
+    # pydantic says "Input should be …", "List should have …".
+    message = re.sub(r"^\w+ should ", "", error["msg"]).replace(" after validation", "")
+    if kind == "model_type":
+        message = "be a section of parameters"
+    return f"{where}: {value} is not allowed: it should {message}."

@@ -31,8 +31,8 @@ class Gate(Section):
     model: Literal["last", "base", "adapter", "merged", "onnx"] = Field(
         "last", description="Whose figure; `last` is the last model built."
     )
-    minimum: float | None = Field(None, description="The figure must be at least this.")
-    maximum: float | None = Field(None, description="The figure must be at most this.")
+    minimum: float | None = Field(None, ge=0, description="The figure must be at least this.")
+    maximum: float | None = Field(None, ge=0, description="The figure must be at most this.")
     maximum_drop: float | None = Field(
         None, ge=-1, le=1, description="The figure may be at most this much lower than that of `against`."
     )
@@ -79,15 +79,22 @@ class Gate(Section):
         if len(given) != 1:
             raise ValueError(f"{self.metric}: give exactly one of {', '.join(_BOUNDS)}")
         parts = self.metric.split(".")
-        if self.metric not in FIGURES and not (len(parts) >= 3 and parts[0] == "per_class" and parts[-1] in PER_CLASS):
+        of_class = parts[0] == "per_class" and parts[-1] in PER_CLASS and any(parts[1:-1])
+        if self.metric not in FIGURES and not of_class:
             near = difflib.get_close_matches(self.metric, FIGURES, n=1)
             hint = f"did you mean `{near[0]}`" if near else f"known: {', '.join(FIGURES)}, per_class.LABEL.f1"
             raise ValueError(f"unknown metric `{self.metric}`; {hint}")
+        if (
+            (of_class or self.metric in (*SHARES, "outside_labels"))
+            and self.kind in ("minimum", "maximum")
+            and self.bound > 1
+        ):
+            raise ValueError(f"{self.metric}: {self.kind} {self.bound:g} is not allowed: it is a share, from 0 to 1")
         if self.interval != "ignore" and (self.metric not in WITH_INTERVAL or self.kind.endswith("ratio")):
             raise ValueError(
                 f"{self.metric}: there are intervals for minimum, maximum and maximum_drop of {' and '.join(WITH_INTERVAL)} only"
             )
-        if self.kind == "maximum_drop" and self.metric not in SHARES and parts[0] != "per_class":
+        if self.kind == "maximum_drop" and self.metric not in SHARES and not of_class:
             raise ValueError(f"{self.metric}: more is not better, so a drop is no loss: use maximum or maximum_ratio")
         if self.metric in PARITY and self.kind not in ("minimum", "maximum"):
             raise ValueError(f"{self.metric} compares two models already: use minimum or maximum")

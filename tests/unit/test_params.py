@@ -189,7 +189,8 @@ def test_as_json_is_the_same_for_the_same_values(write):
         ("finetune", "learning_rate", "fast", 'finetune.learning_rate: "fast" is not allowed: it should be a valid number.'),
         ("finetune", "learning_rate", True, "finetune.learning_rate: true is not allowed: it should be a valid number."),
         ("finetune", "learning_rate", 0, "finetune.learning_rate: 0 is not allowed: it should be greater than 0."),
-        ("finetune", "learning_rate", float("nan"), "finetune.learning_rate: NaN is not allowed: it should be less than or equal to 1."),
+        ("finetune", "learning_rate", float("nan"), "finetune.learning_rate: NaN is not allowed: it should be a finite number."),
+        ("finetune", "max_grad_norm", float("inf"), "finetune.max_grad_norm: Infinity is not allowed: it should be a finite number."),
         ("finetune", "double_quant", 1, "finetune.double_quant: 1 is not allowed: it should be a valid boolean."),
         ("finetune", "double_quant", "true", 'finetune.double_quant: "true" is not allowed: it should be a valid boolean.'),
         ("finetune", "seed", -1, "finetune.seed: -1 is not allowed: it should be greater than or equal to 0."),
@@ -206,6 +207,9 @@ def test_as_json_is_the_same_for_the_same_values(write):
         ("quantize", "block_size", "32", 'quantize.block_size: "32" is not allowed: choose 16, 32, 64, 128 or 256. Did you mean `32`?'),
         ("fetch_model", "trust_remote_code", True, "fetch_model.trust_remote_code: true is not allowed: choose False."),
         ("gates", "min_accuracy", 80, "gates.min_accuracy: 80 is not allowed: it should be less than or equal to 1."),
+        ("package", "license_files", [], "package.license_files: [] is not allowed: it should have at least 1 item, not 0."),
+        ("merge", 7, 1, "merge.7: unknown name. Known here: dtype, onto."),
+        ("merge", True, 1, "merge.true: unknown name. Known here: dtype, onto."),
         ("all", "stages", "finetune", 'all.stages: "finetune" is not allowed: it should be a valid list.'),
         ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package', 'report' or 'publish'. Did you mean `merge`?"),
     ],
@@ -283,7 +287,8 @@ def test_missing_sections(refused_text):
 
 def test_section_without_fields(told):
     """`merge:` with nothing below it is null in YAML."""
-    assert told(merge=None) == ["merge: null is not allowed: it should be a valid dictionary or instance of Merge."]
+    assert told(merge=None) == ["merge: should be a section of parameters, not empty."]
+    assert told(merge=5) == ["merge: 5 is not allowed: it should be a section of parameters."]
 
 
 @pytest.mark.parametrize("section", ["fetch_model", "prepare"])
@@ -334,11 +339,18 @@ DIGEST = "0" * 64
         ({"all": {"stages": ["report"]}}, "all: report needs evaluate: list evaluate too, or leave report out."),
         ({"all": {"stages": ["quantize", "evaluate", "package"]}}, "all: package needs quantize and gates: list both, or leave package out."),
         ({"gates": {"checks": [{"metric": "acuracy", "minimum": 0.5}]}}, "gates.checks.0: unknown metric `acuracy`; did you mean `accuracy`."),
+        ({"gates": {"checks": [{"metric": "accuracy", "minimum": 80}]}}, "gates.checks.0: accuracy: minimum 80 is not allowed: it is a share, from 0 to 1."),
+        ({"gates": {"checks": [{"metric": "per_class.v1.0.f1", "maximum": 1.1}]}}, "gates.checks.0: per_class.v1.0.f1: maximum 1.1 is not allowed: it is a share, from 0 to 1."),
+        ({"gates": {"checks": [{"metric": "macro_f1", "minimum": -0.1}]}}, "gates.checks.0.minimum: -0.1 is not allowed: it should be greater than or equal to 0."),
+        ({"gates": {"checks": [{"metric": "kl_max", "maximum": float("inf")}]}}, "gates.checks.0.maximum: Infinity is not allowed: it should be a finite number."),
         ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag)."),
         ({"prepare": {"messages": CHAT}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None}}, "prepare: give either text_template or messages."),
         ({"prepare": {"text_template": None, "messages": CHAT, "answer": "tone"}}, "prepare: answer goes with text_template; with messages the last assistant turn is the answer."),
         ({"prepare": {"text_template": None, "messages": CHAT[:1]}}, "prepare: the last of messages must be the assistant's turn: it is the answer."),
+        ({"prepare": {"text_template": "{phrase} {"}}, "prepare.text_template: Single '{' encountered in format string. Write {{ and }} for literal braces."),
+        ({"prepare": {"answer": "mood"}}, "prepare.answer: `mood` is not a placeholder of text_template. Placeholders: phrase, tone."),
+        ({"prepare": {"text_template": None, "messages": [{"role": "user", "content": "{the phrase}"}, CHAT[1]]}}, "prepare.messages: `{the phrase}` is not a plain field name such as {phrase}."),
         ({"prepare": {"text_template": None, "messages": []}}, "prepare: the last of messages must be the assistant's turn: it is the answer."),
         ({"prepare": {"eval_fraction": 0.45, "test_fraction": 0.5}}, "prepare: eval_fraction and test_fraction leave less than a tenth of the rows for training."),
         ({"finetune": {"early_stopping_patience": 2, "eval_steps": 0}}, "finetune: early stopping needs eval_steps of 1 or more."),
@@ -368,6 +380,24 @@ def test_rules_between_sections_are_told_with_the_other_errors(told):
         "gates.min_acuracy: unknown name. Did you mean `min_accuracy`?",
         "merge.onto: dequantized goes with finetune.method: qlora.",
     ]
+
+
+def test_a_gate_on_a_class_names_the_class(told):
+    (line,) = told(gates={"checks": [{"metric": "per_class..f1", "minimum": 0.5}]})
+    assert line.startswith("gates.checks.0: unknown metric `per_class..f1`; ")
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"metric": "per_class.v1..f1", "minimum": 1.0},
+        {"metric": "latency_ms_p95", "maximum": 150.0},
+        {"metric": "accuracy", "minimum_ratio": 1.05},
+        {"metric": "accuracy", "maximum_drop": -0.1},
+    ],
+)
+def test_bounds_that_gates_allow(write, gate):
+    assert params.load(write(gates={"checks": [gate]})).gates.checks[0].metric == gate["metric"]
 
 
 def test_a_wrong_method_is_told_once(told):
@@ -400,6 +430,7 @@ def test_pypi_source_needs_its_digest(told):
         {"finetune": {"method": "qlora", "lora_dropout": 0.1}},
         {"quantize": {"algo_config": "default", "matmul_mixed_precision": None}},
         {"quantize": {"algo_config": "default", "precision": "fp32"}},
+        {"gates": {"min_accuracy": 1.0, "published": "last.json"}},
         {"quantize": {"matmul_mixed_precision": "last_matmul:int8, mixed_layers:int8"}},
         {"quantize": {"precision": "fp16", "execution_provider": "cuda"}},
         {"merge": {"onto": "dequantized"}, "finetune": {"method": "qlora"}},
@@ -434,11 +465,16 @@ def test_not_utf8(refused_text):
     assert refused_text(b"all: caf\xe9\n") == "not UTF-8 text (byte 8). Save it as UTF-8."
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"), [("", "NoneType"), ("# only a comment\n", "NoneType"), ("- a\n", "list"), ("text\n", "str")]
-)
+@pytest.mark.parametrize(("content", "kind"), [("- a\n", "a list"), ("text\n", "a single value")])
 def test_not_a_mapping(refused_text, content, kind):
     assert refused_text(content) == f"expected sections such as `prepare:` and `finetune:`, found {kind}."
+
+
+@pytest.mark.parametrize("content", ["", "# only a comment\n"])
+def test_empty_file(refused_text, content):
+    message = refused_text(content)
+    assert message.startswith("empty. Restore it with `git checkout ")
+    assert message.endswith("params.yaml`.")
 
 
 @pytest.mark.parametrize(
@@ -454,8 +490,17 @@ def test_not_a_mapping(refused_text, content, kind):
         ("merge: !!python/object:os.system {}\n", "could not determine a constructor", 1),
         ("? [a, b]\n: 1\n", "", 1),
         ("prepare:\n  {phrase}: text\n", "", 2),
+        ("? !!set {a}\n: 1\n", "cannot be a name", 1),
+        ("package:\n  name: 2026-02-30\n", "it looks like a value of type timestamp and is none", 2),
+        ("finetune:\n  lora_r: 0x_\n", "a value of type int and is none: correct it, or put it in quotes", 2),
+        ("finetune:\n  lora_r: 0b_\n", "a value of type int", 2),
+        (f"finetune:\n  lora_r: {'9' * 5000}\n", "a value of type int", 2),
+        ("finetune:\n  lora_r: !!bool 2\n", "a value of type bool", 2),
+        ("all:\n  stages: !!timestamp x\n", "a value of type timestamp", 2),
+        ("all:\n  " + "[" * 3000, "nested too deeply", 2),
     ],
-    ids=["tab", "brace", "indent", "quote", "section-twice", "field-twice", "inline-twice", "object", "list-key", "map-key"],
+    ids=["tab", "brace", "indent", "quote", "section-twice", "field-twice", "inline-twice", "object", "list-key", "map-key", "set-key",
+         "date", "hexadecimal", "binary", "digits", "bool", "timestamp", "depth"],
 )  # fmt: skip
 def test_malformed_yaml(refused_text, content, told, line):
     """One line that names the trouble and the line of the file."""

@@ -147,6 +147,42 @@ def test_a_missing_dataset_is_named(copy_of_built):
     assert "data/dataset.json" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "told"),
+    [
+        ("prepare", "source", "a" * 5000, "no such file"),
+        ("prepare", "source", "data/{x}.json", "Snakemake takes braces for a wildcard"),
+        ("gates", "published", "last.json", "no such file"),
+        ("package", "license_files", ["LICENSE", "data"], "a folder, not a file"),
+        ("package", "signing_key", "key.pem", "no such file"),
+    ],
+    ids=["source", "braces", "published", "license_files", "signing_key"],
+)
+def test_a_file_that_cannot_be_an_input_is_named(copy_of_built, section, field, value, told):
+    """Although everything is built, which is all that Snakemake itself asks."""
+    change(copy_of_built, section, **{field: value})
+    done = snakemake(copy_of_built, "--dry-run")
+    assert done.returncode != 0
+    file = value if isinstance(value, str) else value[-1]
+    assert done.stdout.count(f"params.yaml: {section}.{field}: {file}: {told}") == 1
+    assert "Traceback" not in done.stdout
+
+
+def test_a_missing_lock_is_named(copy_of_built):
+    (copy_of_built / "envs" / "cuda.lock").unlink()
+    done = snakemake(copy_of_built, "--dry-run")
+    assert done.returncode != 0
+    assert "envs/cuda.lock: no such file" in done.stdout
+
+
+def test_files_of_stages_that_are_left_out_may_be_missing(base, tmp_path):
+    project = new_project(tmp_path / "project", base)
+    change(project, "all", stages=["finetune"])
+    change(project, "gates", published="last.json")
+    change(project, "package", license_files=["nothere"], signing_key="key.pem")
+    assert planned(project) == {"fetch_model", "prepare", "finetune"}
+
+
 def test_ask_answers_with_a_latency(built):
     done = run(built, "python", "scripts/ask.py", "We buried the old dog at home")
     assert done.returncode == 0, done.stdout
