@@ -21,7 +21,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup image sif test test-fast faults lint format docs lock ask report screenshots verify remote push pull azurite azureml reproduce bench peers clean help
+.PHONY: build setup image sif test test-fast faults lint format docs lock ask report screenshots verify remote push pull restore azurite azureml reproduce bench peers clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
@@ -95,6 +95,9 @@ push: setup ## upload data and everything that was built
 
 pull: setup ## download what was built elsewhere; then there is nothing to do
 	@$(BIN)/python scripts/remote.py pull
+
+restore: setup ## put back what was built and recorded last, from DVC's cache on this disk
+	@$(BIN)/python scripts/remote.py restore
 
 azurite: ## install the blob server that the tests start (needs npm)
 	@npm ci --prefix tests/real/azurite --no-audit --no-fund --loglevel=error

@@ -3,6 +3,7 @@
     python scripts/remote.py add azure://container/path     make that the place to push to and pull from (a missing container is created)
     python scripts/remote.py push                           upload what is recorded and not there yet
     python scripts/remote.py pull                           download what is recorded, prove it, and tell Snakemake
+    python scripts/remote.py restore                        the same from DVC's cache on this disk, without a remote
 
 `dvc push` and `dvc pull` do the same transfers. `push` and `pull` here say what is wrong with the account before anything moves, go on
 after a broken connection a bounded number of times, and check: `push`, that every file lies there in its full size (DVC does not look); `pull`,
@@ -21,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+from commit import dvc, note, reason
 from common import cli
 from common.errors import UserError
 
@@ -28,12 +30,6 @@ NAME = "storage"  # what the remote is called in .dvc/config
 ATTEMPTS = 2  # runs of dvc; within each the Azure SDK tries every request four times, waiting longer each time
 # Measured with bench/transfer.py (docs/azure.md): more files at a time than the default of 4 x cores help nothing.
 SETTINGS = {"verify": "true", "jobs": "8"}
-
-
-def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
-    """Run DVC of this environment; its progress bars go to the terminal, its errors are kept."""
-    command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE if capture else None, stderr=subprocess.PIPE, text=True)
 
 
 def add(url: str) -> None:
@@ -53,9 +49,9 @@ def add(url: str) -> None:
     steps = [["remote", "add", "--force", "--default", NAME, url]]
     steps += [["remote", "modify", NAME, key, value] for key, value in settings.items()]
     for step in steps:
-        done = dvc(*step, "--quiet")
+        done = dvc(*step)
         if done.returncode:
-            raise UserError(f"dvc {' '.join(step)}: {done.stderr.strip() or 'failed'}")
+            raise UserError(f"dvc {' '.join(step)}: {reason(done)}")
 
 
 def ensure_container(url: str) -> str:
@@ -134,23 +130,32 @@ def stored() -> dict[str, int]:
         raise blob.explain(error, f"azure://{container}/{path}") from None
 
 
-def recorded() -> dict[str, int]:
-    """Bytes of every object that the receipts name and DVC's cache here holds, by its MD5 as in `stored`."""
+def receipts() -> list[dict]:
+    """What the receipts say of every output that DVC keeps: `path` and `md5` (32 hex digits, `.dir` behind those of folders)."""
     import yaml
 
-    receipts = [*Path().glob("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]
     outs = []
-    for path in filter(Path.is_file, receipts):
+    for path in filter(Path.is_file, [Path("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]):
         receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         for stage in [receipt, *receipt.get("stages", {}).values()]:
-            outs += [out["md5"] for out in stage.get("outs", []) if "md5" in out]
+            outs += [out for out in stage.get("outs", []) if "md5" in out]
+    return outs
+
+
+def recorded() -> dict[str, int]:
+    """Bytes of every object that the receipts name and DVC's cache here holds, by its MD5 as in `stored`."""
     found: dict[str, int] = {}
-    for name in outs:
+    for name in (out["md5"] for out in receipts()):
         members = json.loads(cached(name).read_bytes()) if name.endswith(".dir") and cached(name).is_file() else []
         for md5 in [name, *(entry["md5"] for entry in members)]:
             if cached(md5).is_file():
                 found[md5] = cached(md5).stat().st_size
     return found
+
+
+def lost() -> list[str]:
+    """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
+    return [out["path"] for out in receipts() if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
 
 
 @functools.cache
@@ -186,9 +191,9 @@ def transfer(verb: str, job: cli.Job) -> None:
         if attempt < ATTEMPTS:
             job.say(f"dvc {verb} failed (attempt {attempt} of {ATTEMPTS}); going on with what is missing")
             time.sleep(2**attempt)
-    reason = next((line for line in reversed(text.splitlines()) if line.startswith("ERROR")), "no reason given")
+    done.stderr = text
     raise UserError(
-        f"dvc {verb} failed {ATTEMPTS} times: {reason} Nothing was lost: run the same command again, it moves only what is missing."
+        f"dvc {verb} failed {ATTEMPTS} times: {reason(done)} Nothing was lost: run the same command again, it moves only what is missing."
     )
 
 
@@ -247,13 +252,36 @@ def pull(job: cli.Job) -> None:
     if not there:
         raise UserError("nothing is in the remote. Where it was built: `make push`.")
     transfer("pull", job)
+    prove(job)
+
+
+def restore(job: cli.Job) -> None:
+    """Put back what DVC's cache has of the recorded outputs, over what is here, then as `pull`.
+
+    Raises:
+        UserError: the cache lacks something; or the receipts, the parameters and the files here do not agree.
+    """
+    done = dvc("checkout", "--force", capture=True)
+    if done.returncode:
+        raise UserError(
+            f"dvc checkout: {reason(done)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` builds again."
+        )
+    prove(job)
+
+
+def prove(job: cli.Job) -> None:
+    """Prove by content that everything is what was recorded, then record it as built in Snakemake's books.
+
+    Raises:
+        UserError: the receipts, the parameters and the files here do not agree.
+    """
     status = dvc("status", "--json", capture=True)
     if status.returncode:
-        raise UserError(f"dvc status: {status.stderr.strip()}")
+        raise UserError(f"dvc status: {reason(status)}")
     changed = json.loads(status.stdout or "{}")
     if changed:
         raise UserError(
-            f"what was pulled is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "
+            f"what was recorded is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "
             "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
         )
     record(job)
@@ -265,15 +293,17 @@ def record(job: cli.Job) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLMAKE_PULL": "1"})
     if done.returncode:
         raise UserError(f"snakemake --touch: {(done.stdout + done.stderr).strip()}")
+    note()
     job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="add|push|pull")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="add|push|pull|restore")
     verbs.add_parser("add", help="set up the remote").add_argument("url", help="azure://container/path")
     verbs.add_parser("push", help="upload")
     verbs.add_parser("pull", help="download, prove, and tell Snakemake")
+    verbs.add_parser("restore", help="the same from the cache on this disk")
     args = parser.parse_args(argv)
     with cli.job("remote") as job:
         if args.verb == "add":
@@ -283,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
                 "Then `make push`; elsewhere `make pull`."
             )
         else:
-            {"push": push, "pull": pull}[args.verb](job)
+            {"push": push, "pull": pull, "restore": restore}[args.verb](job)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,68 @@ def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
     assert "up to date" in run(repository, "dvc", "repro").stdout
 
 
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_what_was_damaged_after_it_was_built_is_no_receipt(repository, damage):
+    """Snakemake does not look into folders: nothing to do for it."""
+    done = run(repository, "python", "scripts/commit.py")
+    assert done.returncode == 0, done.stdout
+    weights = repository / "build" / "adapter" / "adapter_model.safetensors"
+    good, receipts = weights.read_bytes(), (repository / "dvc.lock").read_bytes()
+    weights.unlink()
+    if damage == "cut":
+        weights.write_bytes(good[:1000])
+    assert planned(repository) == set()
+    done = run(repository, "python", "scripts/commit.py")
+    assert done.returncode == 1
+    assert "record: error: build/adapter was modified since finetune built it; nothing was recorded." in done.stdout
+    assert (repository / "dvc.lock").read_bytes() == receipts
+    done = run(repository, "python", "scripts/remote.py", "restore")
+    assert done.returncode == 0, done.stdout
+    assert weights.read_bytes() == good
+    assert planned(repository) == set()
+    assert run(repository, "python", "scripts/commit.py").returncode == 0
+
+
+def test_a_failed_rule_s_former_output_is_restored(repository):
+    before = (repository / "build" / "adapter" / "adapter_model.safetensors").read_bytes()
+    parameters = (repository / "params.yaml").read_bytes()
+    change(repository, "finetune", target_modules=["nope"])
+    done = snakemake(repository)
+    assert done.returncode == 1
+    assert "`make restore`" in done.stdout
+    (repository / "params.yaml").write_bytes(parameters)
+    done = run(repository, "python", "scripts/remote.py", "restore")
+    assert done.returncode == 0, done.stdout
+    assert (repository / "build" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert planned(repository) == set()
+
+
+def test_a_stage_that_is_left_out_is_not_recorded(repository):
+    """Its old outputs do not become those of the new inputs, and what was never built is not missed."""
+    old = (repository / "results" / "metrics.json").read_bytes()
+    change(repository, "all", stages=["finetune", "merge", "quantize"])
+    change(repository, "quantize", accuracy_level=0)
+    assert snakemake(repository).returncode == 0
+    done = run(repository, "python", "scripts/commit.py")
+    assert done.returncode == 0, done.stdout
+    lock = yaml.safe_load((repository / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    made = {out["path"]: out["md5"] for out in lock["quantize"]["outs"]}
+    read = {dep["path"]: dep["md5"] for dep in lock["evaluate"]["deps"]}
+    assert read["build/onnx-int4"] != made["build/onnx-int4"]
+    assert (repository / "results" / "metrics.json").read_bytes() == old
+
+
+def test_what_dvc_says_is_shown_when_it_cannot_record(repository):
+    (repository / ".dvc").rename(repository / ".nothing")
+    done = run(repository, "python", "scripts/commit.py")
+    assert done.returncode == 1
+    assert (
+        "record: error: everything was built, but DVC could not record it: you are not inside of a DVC repository"
+        in done.stdout
+    )
+    assert "Traceback" not in done.stdout
+
+
 def ran(output: str) -> set[str]:
     """Stages that `dvc repro` ran."""
     return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
