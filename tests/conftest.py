@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from project import change, new_project, snakemake
 from tiny import ROOT, make_model, make_rows, run_script, write_gguf, write_params, write_wheel
 
@@ -69,13 +72,29 @@ def dataset(tmp_path_factory, base) -> Path:
     return folder / "dataset"
 
 
+def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all processes of a test run share: the first one that needs it makes it, the others wait."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    folder, made = common / name, common / f"{name}.made"
+    with FileLock(common / f"{name}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory, base) -> Path:
-    """A tiny project after `snakemake --cores all`. Do not change it: copy it with `copy_of`."""
-    project = new_project(tmp_path_factory.mktemp("built") / "project", base)
-    done = snakemake(project)
-    assert done.returncode == 0, done.stdout
-    return project
+    """A tiny project after `snakemake --cores all`. Do not change it: take `copy_of_built`."""
+
+    def make(project: Path) -> None:
+        done = snakemake(new_project(project, base))
+        assert done.returncode == 0, done.stdout
+
+    return once(tmp_path_factory, "built", make)
 
 
 @pytest.fixture
@@ -89,13 +108,15 @@ def copy_of_built(built, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def searched(built, tmp_path_factory) -> Path:
     """The built project after a search over two block sizes. Do not change it: take `copy_of_searched`."""
-    target = tmp_path_factory.mktemp("searched") / "project"
-    subprocess.run(["cp", "-a", built, target], check=True)
-    change(target, "quantize", calibration="none", search={"block_size": [16, 32], "rows": 24})
-    change(target, "gates", checks=[{"metric": "kl_mean", "maximum": 5.0}])
-    done = snakemake(target)
-    assert done.returncode == 0, done.stdout
-    return target
+
+    def make(target: Path) -> None:
+        subprocess.run(["cp", "-a", built, target], check=True)
+        change(target, "quantize", calibration="none", search={"block_size": [16, 32], "rows": 24})
+        change(target, "gates", checks=[{"metric": "kl_mean", "maximum": 5.0}])
+        done = snakemake(target)
+        assert done.returncode == 0, done.stdout
+
+    return once(tmp_path_factory, "searched", make)
 
 
 @pytest.fixture
