@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--leave-out", action="store_true", help="go on without the fields that are not understood")
     args = parser.parse_args(argv)
     with cli.job("import_olive") as job:
+        if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
+            raise UserError(f"{args.output} already exists. Remove it, or name another folder: --output.")
         found = reader.Reader(read(args.config), args.revision or "main").run()
         print(table(found.rows))
         strange = [row for row in found.rows if row.kind == "unknown"]
