@@ -133,4 +133,4 @@ clean: ## remove everything that was built (not the environment, not DVC's cache
 	rm -rf build results/* logs benchmarks .snakemake
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
