@@ -21,7 +21,7 @@ from common import cli, outputs, params
 from common.errors import UserError
 
 LOCK = Path("dvc.lock")
-NOTE = Path("build/.recorded.json")  # what the last record saw: the receipts' sum, and when each rule had run
+NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
 
 
 def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
@@ -55,7 +55,7 @@ def now() -> dict:
 
 def note() -> None:
     """Remember that what is here now is what the receipts say."""
-    NOTE.parent.mkdir(exist_ok=True)
+    NOTE.parent.mkdir(parents=True, exist_ok=True)
     NOTE.write_text(json.dumps(now()), encoding="utf-8")
 
 
