@@ -75,13 +75,15 @@ def refuse_damaged(wanted: list[str]) -> None:
     status = dvc("status", "--json", *kept, capture=True) if kept else None
     if status is None or status.returncode:
         return  # `dvc commit` says what is wrong
-    for stage, changes in json.loads(status.stdout or "{}").items():
-        for change in changes if isinstance(changes, list) else []:
-            for path, how in change.get("changed outs", {}).items() if isinstance(change, dict) else []:
-                raise UserError(
-                    f"{path} was {how} since {stage} built it; nothing was recorded. `make restore` brings back what was built, or remove {path} "
-                    "and run make: it is built again."
-                )
+    found = json.loads(status.stdout or "{}")
+    changes = [(stage, change) for stage in found for change in found[stage] if isinstance(change, dict)]
+    damaged = [(path, how, stage) for stage, change in changes for path, how in change.get("changed outs", {}).items()]
+    if damaged:
+        path, how, stage = damaged[0]
+        raise UserError(
+            f"{path} was {how} since {stage} built it; nothing was recorded. `make restore` brings back what was built, or remove {path} "
+            "and run make: it is built again."
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
