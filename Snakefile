@@ -274,7 +274,13 @@ rule prepare:
 rule finetune:
     input:
         script="scripts/finetune.py",
-        modules=["scripts/batches.py", "scripts/devices.py", "scripts/fused.py", "scripts/lora.py"],
+        modules=[
+            "scripts/batches.py",
+            "scripts/devices.py",
+            "scripts/fused.py",
+            "scripts/lora.py",
+            "scripts/prefix.py",
+        ],
         environment=ENVIRONMENT,
         base="build/base",
         dataset="build/dataset",

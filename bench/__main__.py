@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench import document, measure, results
 
-NAMES = ("finetune", "job", "nothing", "merge", "quantize", "prepare", "inference", "growth")
+NAMES = ("finetune", "instruction", "job", "nothing", "merge", "quantize", "prepare", "inference", "growth")
 
 
 def main(argv: list[str] | None = None) -> int:

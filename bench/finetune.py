@@ -24,6 +24,7 @@ from bench.results import bar, ratios
 
 PEERS = ("olive", "trl", "trainer")
 MODULES = {"olive": "olive_run", "trl": "trl_sft", "trainer": "trainer"}
+SHOWN = {"olive": "Olive's LoRA pass's", "trl": "TRL's SFTTrainer's", "trainer": "transformers' Trainer's"}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +122,28 @@ def theirs(name: str, base: Path, rows: Path, hyper: Path, work: Path) -> dict:
     }
 
 
+def count_work(params: Path, dataset: Path) -> dict:
+    """Of all steps of our run: real tokens, states that have to be computed, labels, and each row's tokens up to its last prediction."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import torch
+
+    import batches
+    import prefix
+    from common.params import section
+
+    data = batches.Data(dataset / "train.parquet")
+    schedule = batches.Schedule(section(params, "finetune"), data.lengths)
+    chosen = [rows for step in range(schedule.steps) for rows in schedule.batches(step)]
+    layouts = [prefix.Layout([data.row(one) for one in rows], torch.device("cpu")) for rows in chosen]
+    every = np.concatenate(chosen)
+    return {
+        "tokens": int(data.real[every].sum()),
+        "states": sum(layout.tokens for layout in layouts),
+        "labels": int(data.answers[every].sum()),
+        "lengths": data.needed[every],
+    }
+
+
 def bench(args: argparse.Namespace) -> dict:
     base, dataset = measure.need(ROOT / "build" / "base"), measure.need(ROOT / "build" / "dataset")
     work = measure.fresh(SCRATCH / "finetune")
@@ -132,20 +155,14 @@ def bench(args: argparse.Namespace) -> dict:
     params = measure.params(
         work / "params.yaml", finetune={"max_steps": args.steps, "eval_steps": 0, "save_steps": 10**6}
     )
-    import pyarrow.parquet
-
-    lengths = np.array(
-        [len(ids) for ids in pyarrow.parquet.read_table(data / "train.parquet")["input_ids"].to_pylist()]
-    )
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    labels = pyarrow.parquet.read_table(data / "train.parquet")["labels"].to_pylist()
-    answers = sum(sum(one != -100 for one in row) for row in labels) / len(labels)
-    flop = step_flops(config, hyper["r"], lengths, round(answers * len(lengths)))
-    per_token = sum(flop.values()) / lengths.sum()
-    rows = round(hyper["batch"] * lengths.mean())
+    work_of = count_work(params, data)
+    flop = step_flops(config, hyper["r"], work_of["states"], work_of["lengths"], work_of["labels"])
+    per_token = sum(flop.values()) / work_of["tokens"]
+    rows, labels = round(work_of["states"] / args.steps), round(work_of["labels"] / args.steps)
 
     def limit(_):
-        step = ["--rows", rows, "--labels", round(hyper["batch"] * answers)]
+        step = ["--rows", rows, "--labels", labels]
         found, _ = measure.runner("flops", "--base", base, "--rank", hyper["r"], *step, "--dtype", dtype)
         return found
 
@@ -164,8 +181,8 @@ def bench(args: argparse.Namespace) -> dict:
     bars = []
     for name, wanted in (("olive", 2.5), ("trl", 1.5), ("trainer", None)):
         if name in speed:
-            shown = {"olive": "Olive's LoRA pass", "trl": "TRL's SFTTrainer", "trainer": "transformers' Trainer"}[name]
-            bars.append(bar(f"finetune: tokens/s over {shown}'s", ratios(speed["ours"], speed[name]), at_least=wanted))
+            label = f"finetune: tokens/s over {SHOWN[name]}"
+            bars.append(bar(label, ratios(speed["ours"], speed[name]), at_least=wanted))
     work_done = [one * per_token for one in speed["ours"]]
     bars.append(
         bar(
@@ -189,11 +206,13 @@ def bench(args: argparse.Namespace) -> dict:
     for name in scored:
         wall, peak = (statistics.median(one[key] for one in runs[name]) for key in ("wall_s", "peak_bytes"))
         table.append([name, f"{middle[name]:.0f}", f"{wall:.0f}", f"{peak / 1e6:.0f}", f"{losses[name]:.3f}"])
-    parts = ", ".join(f"{key} {value / lengths.sum() / 1e6:.0f}" for key, value in flop.items())
+    count = len(work_of["lengths"])
+    parts = ", ".join(f"{key} {value / work_of['tokens'] / 1e6:.0f}" for key, value in flop.items())
     notes = [
-        f"{args.steps} steps of {hyper['batch']} rows, {lengths.mean():.1f} tokens a row, {answers:.1f} of them labelled; weights in {dtype}.",
+        f"{args.steps} steps of {hyper['batch']} rows, {work_of['tokens'] / count:.1f} tokens a row, {work_of['labels'] / count:.1f} of them labelled; weights in {dtype}.",
+        f"States that have to be computed: {work_of['states'] / work_of['tokens']:.0%} of the tokens (what all rows of a batch begin with, once; nothing behind a row's last prediction).",
         f"Arithmetic that has to be done: {per_token / 1e6:.0f} MFLOP a token ({parts}); bench/flops.py says how it is counted.",
-        f"Rates in GFLOP/s, first round: large square product {rates['square'] / 1e9:.0f} ({dtype}), the products of a step of {rows} tokens alone {rates['shapes'] / 1e9:.0f}.",
+        f"Rates in GFLOP/s, first round: large square product {rates['square'] / 1e9:.0f} ({dtype}), the products of a step of {rows} states alone {rates['shapes'] / 1e9:.0f}.",
         f"Our {len(runs['ours'])} runs {'gave the same bytes' if same else 'DIFFERED in their bytes'}.",
     ]
     return {"bars": bars, "tables": [table], "notes": notes, "runs": runs, "losses": losses}

@@ -2,7 +2,8 @@
 
     python -m bench.flops --base build/base --rank 64 --rows 256 --labels 24 --dtype bfloat16
 
-Counted per real token (2 FLOP per multiplication and addition), for a frozen base:
+Counted per token whose state has to be computed (2 FLOP per multiplication and addition), for a frozen base. What all rows of a
+batch begin with has one state for all of them, and what stands behind a row's last prediction needs none (scripts/prefix.py).
 
 - every linear layer of the decoder: 2 per weight forward, 2 backward for the gradient of its input, none for its weights. The
   first layer's q, k and v need no gradient of their input: nothing below them is trained;
@@ -38,20 +39,20 @@ def linear_shapes(config: dict) -> list[tuple[str, int, int]]:
     ]
 
 
-def step_flops(config: dict, rank: int, lengths: np.ndarray, labels: int) -> dict[str, int]:
-    """FLOP of one optimizer step.
+def step_flops(config: dict, rank: int, tokens: int, lengths: np.ndarray, labels: int) -> dict[str, int]:
+    """FLOP of one optimizer step, or of several.
 
     Args:
         config: the model's config.json.
         rank: LoRA's, on every linear layer of the decoder.
-        lengths: real tokens of each row of the step.
+        tokens: states that have to be computed, over all rows.
+        lengths: tokens of each row up to its last prediction.
         labels: positions that have a label, over all rows.
 
     Returns:
         FLOP by kind: base, lora, attention, head.
     """
     shapes, layers = linear_shapes(config), config["num_hidden_layers"]
-    tokens = int(np.sum(lengths))
     weights = sum(inputs * outputs for _, inputs, outputs in shapes)
     first = sum(inputs * outputs for name, inputs, outputs in shapes if name in "qkv")
     around = sum(inputs + outputs for _, inputs, outputs in shapes)

@@ -44,8 +44,33 @@ class Data:
         else:
             self.real = self.lengths
 
+        # What the loss depends on: a sequence up to its last label, which is predicted and predicts nothing.
+        last = np.flatnonzero(self.labels != IGNORED)
+        ends = np.searchsorted(last, self.offsets[1:]) - 1
+        self.needed = (
+            np.maximum(1, last[np.maximum(ends, 0)] - self.offsets[:-1]) if len(last) else self.lengths * 0 + 1
+        )
+        self.needed = np.where(self.answers > 0, self.needed, 1)
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def row(self, one: int) -> np.ndarray:
+        """Tokens of a sequence up to the last that has a part in its loss, int64 [time]."""
+        start = self.offsets[one]
+        return self.ids[start : start + self.needed[one]].astype(np.int64)
+
+    def targets(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the rows of a batch have to predict: row, place and next token of each, int64 [labels]."""
+        rows, places, tokens = [], [], []
+        for k, one in enumerate(chosen):
+            start = self.offsets[one]
+            labels = self.labels[start + 1 : start + self.lengths[one]]
+            found = np.flatnonzero(labels != IGNORED)
+            rows.append(np.full(len(found), k))
+            places.append(found)
+            tokens.append(labels[found])
+        return np.concatenate(rows), np.concatenate(places), np.concatenate(tokens).astype(np.int64)
 
     def batch(self, chosen: np.ndarray, device) -> dict:
         """Right-padded tensors of some sequences.

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import devices
-from batches import IGNORED, Data, Schedule
+from batches import Data, Schedule
 from common import cli, outputs, params
 from common.errors import UserError
 
@@ -161,20 +161,29 @@ class Head:
         return (hidden.reshape(-1, hidden.shape[-1])[self.positions], *arguments[1:])
 
 
-def loss_sum(peft, head: Head, batch: dict):
-    """Sum of the answer tokens' cross entropy, float32 scalar tensor, and their number."""
+def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, longest: float = 0):
+    """Sum of the answer tokens' cross entropy over some sequences, float32 scalar tensor, and their number.
+
+    Args:
+        longest: sequences up to this length go through the model by `prefix.Layout` (0: as a plain padded batch).
+    """
     import torch
 
-    # The logits at position t predict token t+1.
-    targets = torch.full_like(batch["labels"], IGNORED)
-    targets[:, :-1] = batch["labels"][:, 1:]
-    flat = targets.reshape(-1)
-    head.positions = torch.nonzero(flat != IGNORED).squeeze(1)
-    logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    wanted = flat[head.positions]
-    return torch.nn.functional.cross_entropy(logits.reshape(len(wanted), -1).float(), wanted, reduction="sum"), len(
-        wanted
-    )
+    import prefix
+
+    rows, places, targets = data.targets(chosen)
+    wanted = torch.from_numpy(targets).to(device)
+    if data.needed[chosen].max() <= longest:
+        layout = prefix.Layout([data.row(one) for one in chosen], device)
+        head.positions = layout.token[rows, places]
+        logits = prefix.forward(peft, layout)
+    else:
+        batch = data.batch(chosen, device)
+        time = batch["input_ids"].shape[1]
+        head.positions = torch.from_numpy(rows * time + places).to(device)
+        logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.reshape(len(wanted), -1).float(), wanted, reduction="sum")
+    return loss, len(wanted)
 
 
 def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1) -> str:
@@ -191,7 +200,7 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, worl
         "dataset": outputs.folder_digest(dataset),
         "scripts": [
             outputs.sha256(Path(__file__).with_name(name))
-            for name in ("finetune.py", "batches.py", "devices.py", "fused.py", "lora.py")
+            for name in ("finetune.py", "batches.py", "devices.py", "fused.py", "lora.py", "prefix.py")
         ],
         "dtype": str(dtype),
         "world": world,
@@ -282,6 +291,7 @@ class Trainer:
                 self.job.log(f"holds {held} of {of} weights of the base")
         else:
             self._load(base)
+        self.longest = self._longest()
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -357,6 +367,22 @@ class Trainer:
             tensors[f"best/{name}"] = value
         self.checkpoints.save(self.step, tensors, {name: getattr(self, name) for name in STATE})
 
+    def _longest(self) -> float:
+        """Longest sequence that goes through the model by `prefix.Layout`; 0 where the model cannot, or gives another result."""
+        import prefix
+
+        longest = prefix.share(self.peft.get_base_model())
+        vocabulary = self.peft.get_input_embeddings().num_embeddings
+        if longest and not prefix.agrees(self.peft, vocabulary, self.device):
+            longest = 0
+        self.job.log(
+            f"what all rows of a batch begin with is computed {'once' if longest else 'for each: not with this model'}"
+        )
+        return longest
+
+    def _loss(self, data: Data, chosen: np.ndarray):
+        return loss_sum(self.peft, self.head, data, chosen, self.device, self.longest)
+
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _optimizer_step(self) -> tuple[float, float, int]:
@@ -375,7 +401,7 @@ class Trainer:
         for number, one, counts in self.group.share(chosen):
             # Dropout depends on the step alone, so that a resumed run draws what an undisturbed one does.
             torch.manual_seed((self.section.seed * 1_000_003 + self.step * 1009 + number) % 2**63)
-            loss, _ = loss_sum(self.peft, self.head, self.train.batch(one, self.device))
+            loss, _ = self._loss(self.train, one)
             if not counts:
                 loss = loss * 0
             (loss / wanted).backward()
@@ -411,7 +437,7 @@ class Trainer:
         size = self.section.per_device_train_batch_size
         with torch.no_grad():
             for _, one, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):
-                loss, wanted = loss_sum(self.peft, self.head, self.eval.batch(one, self.device))
+                loss, wanted = self._loss(self.eval, one)
                 if counts:
                     total, count = total + loss.item(), count + wanted
         total, count = self.group.sums(total, count)

@@ -24,8 +24,9 @@ from common.errors import UserError
 from fetch_model import KEPT, check_safetensors, element_bits, weight_files
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PIECE = 2**20  # elements of a weight that are merged at a time
-AHEAD = 2**26  # bytes that the kernel is asked to read before they are needed
+PIECE = 2**20  # elements of a weight that are merged at a time: as many as stay in the processor's cache
+ROWS = 32  # least rows of B whose product with A is taken at a time
+AHEAD = 2**26  # bytes that the kernel is asked to read before they are needed, and to write before the end
 NAMES = {value: key for key, value in DTYPES.items()}
 
 
@@ -127,6 +128,7 @@ class Behind:
     def __init__(self, path: Path, memory: Memory):
         self.memory, self.pool, self.last = memory, ThreadPoolExecutor(1), None
         self.file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self.started = 0  # how far the kernel was asked to bring the bytes to the disk
 
     def __enter__(self):
         return self
@@ -140,10 +142,18 @@ class Behind:
         import torch
 
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        before, self.last = self.last, self.pool.submit(self.file.write, data)
+        before, self.last = self.last, self.pool.submit(self._write, data)
         if before:
             before.result()
         self.memory.turn()
+
+    def _write(self, data: memoryview) -> None:
+        self.file.write(data)
+        waiting = self.file.tell() - self.started
+        if waiting >= AHEAD and hasattr(os, "posix_fadvise"):
+            # Of pages that are not on the disk yet, this asks Linux to begin to write them; the disk works from now on, not at the end.
+            os.posix_fadvise(self.file.fileno(), self.started, waiting, os.POSIX_FADV_DONTNEED)
+            self.started += waiting
 
     def __exit__(self, kind, *_):
         self.pool.shutdown()
@@ -297,11 +307,8 @@ def merge_tensor(
             raise UserError(
                 f"the adapter's update of {name} is {found}, the weight is {tuple(shape)}: it belongs to another base model."
             )
-        # Whole, not by rows: a product of fewer rows may round differently.
-        update = torch.mm(b, a, out=memory.take("update", (len(b), a.shape[1]), torch.float32, turning=False))
-        update = update.T if transposed else update
     row_bytes, last, bad = width * kind.itemsize, 0, 0
-    step = rows if rebuild else max(1, PIECE // max(1, width))
+    step = rows if rebuild or (pair and transposed) else max(ROWS, PIECE // max(1, width))
     for data in shard.stream(name, max(1, step * row_bytes)):
         first, last = last, last + len(data) // row_bytes
         tensor = data.view(kind).view(last - first, *shape[1:]) if shape else data.view(kind).view(())
@@ -310,7 +317,11 @@ def merge_tensor(
         if pair:
             if tensor.dtype != torch.float32:
                 tensor = memory.take("sum", tensor.shape, torch.float32).copy_(tensor)
-            tensor = tensor.add_(update[first:last].mul_(scaling))
+            # Never of fewer rows: such a product takes another kernel, which may round differently from the whole one.
+            start = 0 if transposed else max(0, min(first, last - ROWS))
+            part = b[start : None if transposed else last]
+            update = torch.mm(part, a, out=memory.take("update", (len(part), a.shape[1]), torch.float32))
+            tensor = tensor.add_((update.T if transposed else update[first - start :]).mul_(scaling))
         narrow = getattr(torch, dtype)
         if tensor.dtype != narrow:
             tensor = memory.take("narrow", tensor.shape, narrow).copy_(tensor)

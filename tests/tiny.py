@@ -65,7 +65,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", **overrides: object) -> Path:
     """A tiny model of a real architecture with seeded random weights, and its tokenizer, in Hugging Face layout."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
     sizes = {
         "vocab_size": 512,
@@ -82,7 +82,8 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
     }
     if architecture == "phi3":  # as in Phi-3-mini-4k; otherwise the exporter takes it for the long-context kind
         sizes.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
-    config = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}[architecture](**sizes)
+    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}
+    config = kinds[architecture](**sizes)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder, max_shard_size=shards)

@@ -236,7 +236,12 @@ class Finetune(Section):
     method: Literal["lora", "qlora"] = Field("lora", description="qlora keeps the base in 4 bits while training.")
     lora_r: int = Field(16, ge=1, le=1024, description="Rank of the update.")
     lora_alpha: int = Field(32, ge=1, le=8192, description="The update is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the adapter's input; the same for all rows of a batch where they begin alike.",
+    )
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         description="Modules that get an adapter: `all-linear` (without the output head) or names such as `[q_proj, v_proj]`.",

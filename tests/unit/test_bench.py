@@ -64,7 +64,7 @@ def test_step_flops_are_those_that_torch_counts(tmp_path, kv):
         logits = model(input_ids=ids).logits
         logits.float().square().mean().backward()
     config = json.loads((base / "config.json").read_text())
-    found = flops.step_flops(config, 4, np.full(rows, time), rows * time)
+    found = flops.step_flops(config, 4, rows * time, np.full(rows, time), rows * time)
     found["attention"] = found["attention"] * 2 * time // (time + 1)
     # The counter also sees the rotary embedding's product of positions and frequencies.
     rotary = 2 * time * config["hidden_size"] // config["num_attention_heads"] // 2
@@ -80,7 +80,7 @@ def test_step_flops_of_smollm2_by_hand():
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     }
-    found = flops.step_flops(config, 64, np.array([10, 20]), 6)
+    found = flops.step_flops(config, 64, 30, np.array([10, 20]), 6)
     assert found["base"] == 30 * (4 * 30 * 3_538_944 - 2 * 576 * (576 + 192 + 192))
     assert found["lora"] == 30 * 64 * (6 * 30 * 10_176 - 2 * 3 * 576)
     assert found["attention"] == 3 * 4 * 576 * 30 * (55 + 210)

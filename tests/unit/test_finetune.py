@@ -215,15 +215,19 @@ def joined(tmp_path_factory, base) -> Path:
     return make_dataset(folder, base, strategy="join", max_seq_len=128, use_attention_mask=False)
 
 
+@pytest.mark.parametrize("longest", [0, 512], ids=["as a padded batch", "common beginnings once"])
 @pytest.mark.parametrize("kind", ["dataset", "padded", "joined"])
-def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kind):
+def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kind, longest):
     import torch
+
+    import prefix
 
     folder = request.getfixturevalue(kind)
     section = params.Finetune(**SETTINGS)
     device = torch.device("cpu")
     data = batches.Data(folder / "train.parquet")
-    batch = data.batch(np.array([5, 0, 2, 9]), device)
+    chosen = np.array([5, 0, 2, 9])
+    batch = data.batch(chosen, device)
     if kind == "padded":
         assert batch["input_ids"].shape == (4, 64)
         assert batch["attention_mask"].sum() == batch["tokens"] < 4 * 64
@@ -239,7 +243,9 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=-100, reduction="sum"
     )
-    found, count = finetune.loss_sum(peft, finetune.Head(peft.get_base_model()), batch)
+    if longest:
+        prefix.share(peft.get_base_model())
+    found, count = finetune.loss_sum(peft, finetune.Head(peft.get_base_model()), data, chosen, device, longest)
     assert count == int((targets != -100).sum())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()

@@ -1,0 +1,168 @@
+"""What all rows of a batch begin with - an instruction, a template, a system prompt - is computed once for all of them.
+
+In a causal model a token's state depends on the tokens before it and on nothing else, so rows with a common beginning have
+the same states there, and the gradients that reach these states add up. This is the plain batch's loss and gradient, with
+sums in another order; with `lora_dropout`, the rows also share what is dropped there. The tokens of a batch are laid out behind
+each other, the common ones first, with no padding between them. Only attention knows of rows: it gathers its queries, keys and
+values by row, and its results by token.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+# Layers whose result for a token is a matter of the tokens that it attends to; not convolutions or recurrent states.
+ATTENTION = {"full_attention", "sliding_attention"}
+
+
+class Layout:
+    """Which token stands at which place of a batch of rows.
+
+    Attributes:
+        common: tokens that all rows begin with.
+        positions: int64 [tokens], each token's place in its row.
+        token: int64 [rows, time], the token at each place; 0 behind a row's end, where causality lets nobody look.
+        place: int64 [tokens], a token's place in the flat batch (a common one's in the first row).
+        back: int64 [rows * time], `token` where that place computes it, else the number of tokens.
+    """
+
+    def __init__(self, rows: list[np.ndarray], device):
+        lengths = np.array([len(row) for row in rows])
+        shortest, time = lengths.min(), lengths.max()
+        differ = np.any(np.stack([row[:shortest] for row in rows]) != rows[0][:shortest], axis=0)
+        self.common = common = int(np.argmax(differ)) if differ.any() else int(shortest)
+        steps = np.arange(time)
+        own = (steps >= common) & (steps < lengths[:, None])
+        computed = own.copy()
+        computed[0, :common] = True
+        # Boolean indexing goes row by row, and the first row's common tokens are the first ones.
+        tokens = int(computed.sum())
+        back = np.full(own.shape, tokens)
+        back[computed] = np.arange(tokens)
+        token = np.where(steps < common, back[0], np.where(own, back, 0))
+        place = np.flatnonzero(computed)
+        self.ids = torch.from_numpy(np.concatenate([rows[0][:common], *(row[common:] for row in rows)])).to(device)
+        self.positions = torch.from_numpy(place % time).to(device)
+        self.rows, self.time, self.tokens = len(rows), int(time), tokens
+        self.token, self.place = torch.from_numpy(token).to(device), torch.from_numpy(place).to(device)
+        self.back = torch.from_numpy(back.reshape(-1)).to(device)
+        self._indices: dict = {}
+
+    def by_row(self, heads: int, token_first: bool) -> torch.Tensor:
+        """For x [heads * tokens, width] (or [tokens * heads, width]) the rows that make up [rows, heads, time, width]."""
+        key = (heads, token_first)
+        if key not in self._indices:
+            head = torch.arange(heads, device=self.token.device)[:, None]
+            token = self.token[:, None]
+            index = token * heads + head if token_first else head * self.tokens + token
+            self._indices[key] = index.reshape(-1)
+        return self._indices[key]
+
+    def by_token(self, heads: int) -> torch.Tensor:
+        """For x [rows * heads * time, width] the rows that make up [heads, tokens, width]."""
+        key = (heads,)
+        if key not in self._indices:
+            head = torch.arange(heads, device=self.place.device)[:, None]
+            row, step = self.place // self.time, self.place % self.time
+            self._indices[key] = ((row * heads + head) * self.time + step).reshape(-1)
+        return self._indices[key]
+
+
+class ByRow(torch.autograd.Function):
+    """Queries, keys or values by token, [1, heads, tokens, width], as those of every row, [rows, heads, time, width]."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        _, heads, _, width = x.shape
+        swapped = x.transpose(1, 2)
+        token_first = swapped.is_contiguous()
+        flat = (swapped if token_first else x).reshape(-1, width)
+        found = flat.index_select(0, layout.by_row(heads, token_first))
+        return found.view(layout.rows, heads, layout.time, width)
+
+    @staticmethod
+    def backward(ctx, grad):
+        layout, (_, heads, _, width) = ctx.layout, grad.shape
+        found = grad.reshape(-1, width).index_select(0, layout.by_token(heads)).view(1, heads, layout.tokens, width)
+        if layout.common and layout.rows > 1:
+            found[0, :, : layout.common] = grad[:, :, : layout.common].sum(0)
+        return found, None
+
+
+class ByToken(torch.autograd.Function):
+    """Attention's results of every row, [rows, time, heads, width], as those of each token, [1, tokens, heads, width]."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout, ctx.shape = layout, x.shape
+        return x.reshape(layout.rows * layout.time, -1).index_select(0, layout.place).view(1, -1, *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        flat = torch.nn.functional.pad(grad.reshape(ctx.layout.tokens, -1), (0, 0, 0, 1))
+        return flat.index_select(0, ctx.layout.back).view(ctx.shape), None
+
+
+def share(model) -> float:
+    """Let a transformers model take batches by `Layout` (`forward` here), in place.
+
+    Returns:
+        The longest row that may be given so: the width of its sliding window or infinity; 0 if this model cannot.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    config, name = model.config.get_text_config(), model.config._attn_implementation
+    if name not in ("sdpa", "slmake_short"):  # others look at positions, or take no mask of four dimensions
+        return 0
+    if model._is_stateful or not set(getattr(config, "layer_types", None) or ATTENTION) <= ATTENTION:
+        return 0
+    inner = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attention(module, query, key, value, attention_mask, layout=None, **kwargs):
+        if layout is None:
+            return inner(module, query, key, value, attention_mask, **kwargs)
+        query, key, value = (ByRow.apply(x, layout) for x in (query, key, value))
+        found, weights = inner(module, query, key, value, None, **kwargs)
+        return ByToken.apply(found, layout), weights
+
+    AttentionInterface.register(f"{name}_by_layout", attention)
+    AttentionMaskInterface.register(f"{name}_by_layout", ALL_MASK_ATTENTION_FUNCTIONS[name])
+    model.set_attn_implementation(f"{name}_by_layout")
+    return getattr(config, "sliding_window", None) or math.inf
+
+
+def forward(model, layout: Layout):
+    """The model's logits for the tokens of a layout, [1, tokens, vocabulary], or for those that a hook on its head picks."""
+    # A mask of four dimensions is handed on as it is; attention by rows is causal and needs none.
+    unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
+    return model(
+        input_ids=layout.ids[None],
+        position_ids=layout.positions[None],
+        attention_mask=unused,
+        layout=layout,
+        use_cache=False,
+    ).logits
+
+
+@torch.no_grad()
+def agrees(model, vocabulary: int, device) -> bool:
+    """Whether the model gives the same logits for two short rows by `Layout` as for each of them alone."""
+    rows = [np.array(row) % vocabulary for row in ([5, 7, 11, 13, 17], [5, 7, 19, 23, 29, 31, 37])]
+    layout = Layout(rows, device)
+    was_training = model.training
+    model.eval()
+    try:
+        found = forward(model, layout)[0]
+        for number, row in enumerate(rows):
+            alone = model(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False).logits[0].float()
+            there = found[layout.token[number, : len(row)]].float()
+            if (there - alone).abs().max() > 0.05 * alone.std():
+                return False
+    except TypeError:  # a model whose layers pass no arguments on to attention
+        return False
+    finally:
+        model.train(was_training)
+    return True
