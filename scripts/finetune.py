@@ -157,6 +157,8 @@ class Head:
         head.register_forward_pre_hook(self._pick)
 
     def _pick(self, _module, arguments):
+        if self.positions is None:  # not asked yet: all of them
+            return None
         hidden = arguments[0]
         return (hidden.reshape(-1, hidden.shape[-1])[self.positions], *arguments[1:])
 

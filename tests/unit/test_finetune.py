@@ -258,6 +258,27 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
             torch.testing.assert_close(value.grad, gradients[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True}, {"method": "qlora", "compute_dtype": "float32"}]
+)
+def test_plain_batches_give_the_losses_of_shared_beginnings(tmp_path, base, dataset, monkeypatch, capsys, changes):
+    """And the log says which of the two it was."""
+    import prefix
+
+    said = []
+    for name in ("shared", "plain"):
+        if name == "plain":
+            monkeypatch.setattr(prefix, "agrees", lambda *_: False)
+        tune(tmp_path / name, base, dataset, max_steps=6, **changes)
+        printed = capsys.readouterr().err.splitlines()
+        said.append(next(line for line in printed if "begin with is computed" in line))
+    assert said[0].endswith("computed once")
+    assert said[1].endswith("not with this model")
+    for file in ("train_loss.csv", "eval_loss.csv"):
+        shared, plain = ([line["loss"] for line in curve(tmp_path / name / file)] for name in ("shared", "plain"))
+        assert shared == pytest.approx(plain, abs=2e-4)
+
+
 def test_loss_does_not_depend_on_padding(tmp_path, base, dataset, padded):
     """The same rows padded to 64 tokens give the same curve."""
     train = "train.parquet"

@@ -118,3 +118,12 @@ def test_a_model_that_gives_another_result_is_found_out(folder):
     forward = layer.forward
     layer.forward = lambda x: forward(x) + torch.roll(x, 1, dims=1)
     assert not prefix.agrees(model, 512, torch.device("cpu"))
+
+
+def test_a_model_whose_layers_hand_nothing_on_to_attention_is_found_out(folder):
+    model = load(folder)
+    prefix.share(model)
+    for layer in model.model.layers:
+        forward = layer.forward
+        layer.forward = lambda *args, layout=None, forward=forward, **kwargs: forward(*args, **kwargs)
+    assert not prefix.agrees(model, 512, torch.device("cpu"))
