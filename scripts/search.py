@@ -7,6 +7,7 @@ Reads the sections `quantize` and `gates` and what scripts/candidate.py measured
 figures, which of them are on the Pareto front, and the winner, which `quantize` then takes over as it is.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -28,20 +29,29 @@ def choices(section: params.Quantize) -> dict[str, list]:
     return {name: getattr(section.search, name) or [getattr(section, name)] for name in OPTIONS}
 
 
-def valid(section: params.Quantize, options: dict) -> bool:
-    """Whether the builder takes this combination, as far as params.yaml can tell."""
+def valid(section: params.Quantize, plain: dict, options: dict) -> bool:
+    """Whether the builder takes this combination, as far as params.yaml can tell; `plain` is the section without its search."""
     try:
-        type(section).model_validate(section.model_dump(exclude={"search"}) | options)
+        type(section).model_validate(plain | options)
     except ValueError:
         return False
     return True
 
 
 def grid(section: params.Quantize) -> list[dict]:
-    """Every combination that is possible, in the order of the lists."""
-    values = choices(section)
-    made = (dict(zip(values, row, strict=True)) for row in itertools.product(*values.values()))
-    return [options for options in made if valid(section, options)]
+    """Every combination that is possible, in the order of the lists; not to be changed.
+
+    Listed once for a section: a plan asks for every candidate, and would go through all of them for each.
+    """
+    key = section.model_dump_json()
+    if key not in _grids:
+        values, plain = choices(section), section.model_dump(exclude={"search"})
+        made = (dict(zip(values, row, strict=True)) for row in itertools.product(*values.values()))
+        _grids[key] = [options for options in made if valid(section, plain, options)]
+    return _grids[key]
+
+
+_grids: dict[str, list[dict]] = {}
 
 
 def count(section: params.Quantize) -> int:
@@ -119,7 +129,8 @@ def depends_on(section: params.Quantize, candidate: str) -> str:
     elif len(grid(section)) <= section.search.budget:
         own |= proposal(section, int(candidate), [])
     else:
-        own["search"] = section.search.model_dump(mode="json")
+        whole = json.dumps(section.search.model_dump(mode="json"), sort_keys=True)
+        own["search"] = hashlib.sha256(whole.encode()).hexdigest()  # Snakemake keeps this text for every candidate
     return json.dumps({**own, "rows": section.search.rows}, sort_keys=True)
 
 
