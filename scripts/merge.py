@@ -320,7 +320,8 @@ def merge_tensor(
             # Never of fewer rows: such a product takes another kernel, which may round differently from the whole one.
             start = 0 if transposed else max(0, min(first, last - ROWS))
             part = b[start : None if transposed else last]
-            update = torch.mm(part, a, out=memory.take("update", (len(part), a.shape[1]), torch.float32))
+            room = memory.take("update", (len(part), a.shape[1]), torch.float32, turning=False)
+            update = torch.mm(part, a, out=room)
             tensor = tensor.add_((update.T if transposed else update[first - start :]).mul_(scaling))
         narrow = getattr(torch, dtype)
         if tensor.dtype != narrow:
