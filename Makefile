@@ -26,7 +26,7 @@ export TEXT URL
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
 	$(BIN)/snakemake --cores all
 	@if [ -e build/report/overview.html ]; then $(BIN)/snakemake --quiet all --report build/report.html; fi
-	@$(BIN)/python scripts/commit.py
+	@$(BIN)/python -m tools.record
 
 setup: $(READY) ## create .venv from the locked environment
 
@@ -43,14 +43,14 @@ $(READY): envs/uv.lock envs/$(MACHINE).lock envs/dev.lock
 	@touch $@
 
 image: ## build the container image (docker or podman); MACHINE=cuda for NVIDIA GPUs
-	@scripts/image.sh $(MACHINE) $(TORCH) $(if $(UV_FIND_LINKS),,$(TORCH_BACKEND))
+	@tools/image.sh $(MACHINE) $(TORCH) $(if $(UV_FIND_LINKS),,$(TORCH_BACKEND))
 
 sif: setup ## turn that image into an Apptainer image, check it, print the line for params.yaml
-	@scripts/sif.sh $(MACHINE)
-	@$(BIN)/python scripts/container.py containers/slmake-$(MACHINE).sif
+	@tools/sif.sh $(MACHINE)
+	@$(BIN)/python -m slmake.platforms.container containers/slmake-$(MACHINE).sif
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
-	@$(BIN)/python scripts/ask.py -- "$$TEXT"
+	@$(BIN)/python -m tools.ask -- "$$TEXT"
 
 report: setup ## put figures and tables on one page, build/report.html (missed gates included)
 	$(BIN)/snakemake --cores all --quiet progress -- build/report/overview.html
@@ -60,7 +60,7 @@ screenshots: report ## photograph the report for the README (needs chromium and 
 	@$(BIN)/python tests/real/browser.py build/report.html docs
 
 verify: $(READY) ## check build/package: sums, signature, provenance, inputs, and that it generates
-	@$(BIN)/python scripts/verify.py
+	@$(BIN)/python -m tools.verify
 
 test: setup azureml ## run the whole test suite
 	$(PYTEST)
@@ -83,21 +83,21 @@ format: setup ## format code and Snakefile
 	$(BIN)/snakefmt Snakefile
 
 docs: setup ## regenerate docs/params.md, docs/params.schema.json, dvc.yaml and azureml/pipeline.yml
-	PYTHONPATH=scripts $(BIN)/python -m common.params_docs --output docs
-	$(BIN)/python scripts/dvc_yaml.py --output dvc.yaml
-	$(BIN)/python scripts/azureml.py compile
+	$(BIN)/python -m slmake.params.docs --output docs
+	$(BIN)/python -m slmake.platforms.dvc_yaml --output dvc.yaml
+	$(BIN)/python -m tools.azureml compile
 
 remote: setup ## share through Azure Blob: make remote URL=azure://container/path
-	@$(BIN)/python scripts/remote.py add "$$URL"
+	@$(BIN)/python -m tools.remote add "$$URL"
 
 push: setup ## upload data and everything that was built
-	@$(BIN)/python scripts/remote.py push
+	@$(BIN)/python -m tools.remote push
 
 pull: setup ## download what was built elsewhere; then there is nothing to do
-	@$(BIN)/python scripts/remote.py pull
+	@$(BIN)/python -m tools.remote pull
 
 restore: setup ## put back what was built and recorded last, from DVC's cache on this disk
-	@$(BIN)/python scripts/remote.py restore
+	@$(BIN)/python -m tools.remote restore
 
 azurite: ## install the blob server that the tests start (needs npm)
 	@npm ci --prefix tests/real/azurite --no-audit --no-fund --loglevel=error
@@ -106,7 +106,7 @@ azureml: setup ## install azure-ai-ml: azureml:// sources, runs on Azure Machine
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r envs/azureml.lock
 
 reproduce: setup ## build twice, in two folders, and compare the bytes
-	$(BIN)/python scripts/reproduce.py
+	$(BIN)/python -m tools.reproduce
 
 bench: peers build/base build/dataset ## measure us and the peers in turn, write docs/benchmarks.md: make bench ONLY=merge
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(BENCH)
@@ -127,7 +127,7 @@ $(PEERS)/.ready: envs/bench.lock envs/llama.lock | setup
 	@touch $@
 
 lock: setup ## resolve envs/*.in into envs/*.lock
-	scripts/lock.sh $(BIN)/uv
+	tools/lock.sh $(BIN)/uv
 
 clean: ## remove everything that was built (not the environment, not DVC's cache)
 	rm -rf build results/* logs benchmarks .snakemake

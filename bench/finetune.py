@@ -12,7 +12,6 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +57,9 @@ def hyper_parameters(steps: int, dtype: str) -> dict:
 
 def our_dtype() -> str:
     """The type of the base's weights that scripts/finetune.py chooses on this machine."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import finetune
+    from slmake.training import model
 
-    return str(finetune.pick_dtype("auto", finetune.pick_device())).removeprefix("torch.")
+    return str(model.pick_dtype("auto", model.pick_device())).removeprefix("torch.")
 
 
 def write_rows(dataset: Path, target: Path) -> None:
@@ -124,17 +122,17 @@ def theirs(name: str, base: Path, rows: Path, hyper: Path, work: Path) -> dict:
 
 def count_work(params: Path, dataset: Path) -> dict:
     """Of all steps of our run: real tokens, states that have to be computed, labels, and each row's tokens up to its last prediction."""
-    sys.path.insert(0, str(ROOT / "scripts"))
     import torch
 
-    import batches
-    import prefix
-    from common.params import section
+    from slmake.params import section
+    from slmake.training import data as data_module
+    from slmake.training import schedule as schedule_module
+    from slmake.training import shared_prefix
 
-    data = batches.Data(dataset / "train.parquet")
-    schedule = batches.Schedule(section(params, "finetune"), data.lengths)
+    data = data_module.Data(dataset / "train.parquet")
+    schedule = schedule_module.Schedule(section(params, "finetune"), data.lengths)
     chosen = [rows for step in range(schedule.steps) for rows in schedule.batches(step)]
-    layouts = [prefix.Layout([data.row(one) for one in rows], torch.device("cpu")) for rows in chosen]
+    layouts = [shared_prefix.Layout([data.row(one) for one in rows], torch.device("cpu")) for rows in chosen]
     every = np.concatenate(chosen)
     return {
         "tokens": int(data.real[every].sum()),

@@ -3,7 +3,7 @@
     python -m bench.flops --base build/base --rank 64 --rows 256 --labels 24 --dtype bfloat16
 
 Counted per token whose state has to be computed (2 FLOP per multiplication and addition), for a frozen base. What all rows of a
-batch begin with has one state for all of them, and what stands behind a row's last prediction needs none (scripts/prefix.py).
+batch begin with has one state for all of them, and what stands behind a row's last prediction needs none (slmake/training/shared_prefix.py).
 
 - every linear layer of the decoder: 2 per weight forward, 2 backward for the gradient of its input, none for its weights. The
   first layer's q, k and v need no gradient of their input: nothing below them is trained;

@@ -31,7 +31,19 @@ def options(parser: argparse.ArgumentParser) -> None:
 def dag(counts: list[int], optuna: bool) -> dict:
     """Seconds and peak memory of a dry run by number of candidates."""
     work = measure.fresh(SCRATCH / "dag")
-    for name in ("Snakefile", "scripts", "envs", "profiles", "report", "data", "containers", "LICENSE"):
+    for name in (
+        "Snakefile",
+        "rules",
+        "scripts",
+        "slmake",
+        "tools",
+        "envs",
+        "profiles",
+        "report",
+        "data",
+        "containers",
+        "LICENSE",
+    ):
         (work / name).symlink_to(ROOT / name)
     found: dict = {"sizes": counts, "seconds": [], "megabytes": []}
     for count in counts:

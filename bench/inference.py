@@ -28,9 +28,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def gguf(work: Path) -> Path:
     """The base model's file out of the package named in params.yaml."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from common.params import section
-    from sources.syntax import parse
+    from slmake.params import section
+    from slmake.sources.syntax import parse
 
     source = parse(section(ROOT / "params.yaml", "fetch_model").source)
     kept = SCRATCH / Path(source.path).name

@@ -54,9 +54,9 @@ def new_project(**changes: dict) -> None:
 
 def steps_of_params() -> int:
     """Optimizer steps that params.yaml asks for."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from batches import Data, Schedule
-    from common.params import section
+    from slmake.params import section
+    from slmake.training.data import Data
+    from slmake.training.schedule import Schedule
 
     rows = Data(measure.need(ROOT / "build" / "dataset") / "train.parquet")
     return Schedule(section(ROOT / "params.yaml", "finetune"), rows.lengths).steps

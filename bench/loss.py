@@ -5,12 +5,9 @@ python -m bench.loss --base build/base --dataset build/dataset --adapters build/
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-
-from bench.measure import ROOT
 
 
 def main() -> None:
@@ -20,12 +17,11 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
     parser.add_argument("--rows", type=int, default=128, help="test rows (default: 128)")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "scripts"))
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from batches import IGNORED, Data
+    from slmake.training.data import IGNORED, Data
 
     data = Data(args.dataset / "test.parquet")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -90,7 +90,7 @@ def last_json(output: str) -> dict:
 
 def script(name: str, *arguments: object, cwd: Path = ROOT) -> Took:
     """Run one of the pipeline's scripts in this environment."""
-    return run([sys.executable, ROOT / "scripts" / f"{name}.py", *arguments], cwd)
+    return run([sys.executable, "-m", f"scripts.{name}", *arguments], cwd)
 
 
 def runner(name: str, *arguments: object) -> tuple[dict, Took]:

@@ -22,17 +22,16 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def builder_command(params: Path, model: Path, output: Path, cache: Path) -> list[object]:
     """The bare builder's command for the section quantize of a parameter file."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import quantize
-    from common.params import section
+    from slmake.export import builder
+    from slmake.params import section
 
     given = section(params, "quantize")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", output]
     command += ["-p", given.precision, "-e", given.execution_provider, "-c", cache]
-    command += ["--extra_options", *[f"{key}={value}" for key, value in quantize.builder_options(given).items()]]
+    command += ["--extra_options", *[f"{key}={value}" for key, value in builder.builder_options(given).items()]]
     if given.int8_nodes:
-        weights: dict = {"overrides": quantize.int8_overrides(given, model, quantize.PARTS)}
-        if quantize.shares_embeddings(given, model):
+        weights: dict = {"overrides": builder.int8_overrides(given, model, builder.PARTS)}
+        if builder.shares_embeddings(given, model):
             weights["op_types"] = ["MatMul", "Gather"]
         command += ["--builder_config_version", "2"]
         command += ["--target_options", json.dumps({"quant_config": {"weights": weights}})]

@@ -1,4 +1,4 @@
-"""Push and pull of a folder with DVC, as scripts/remote.py sets it up, against the Azure SDK's own parallel transfer of the same bytes.
+"""Push and pull of a folder with DVC, as tools/remote.py sets it up, against the Azure SDK's own parallel transfer of the same bytes.
 
     python bench/transfer.py --megabytes 2000 --output bench/results/transfer.json
 
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "real")]
+sys.path.insert(0, str(ROOT / "tests" / "real"))
 CONCURRENCY = 8  # of the SDK's own transfer, within a file
 SHARES = (0.27, 0.27, 0.27, 0.07, 0.07, 0.05)  # three models in 32 bits, two exported ones, the rest in small files
 SMALL = 40
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=2000, help="size of the folder (default: 2000)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
     parser.add_argument(
-        "--jobs", type=int, nargs="*", help="values of DVC's jobs to try (default: that of scripts/remote.py)"
+        "--jobs", type=int, nargs="*", help="values of DVC's jobs to try (default: that of tools/remote.py)"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
     from azure.storage.blob import BlobServiceClient
     from azurite import Azurite
 
-    import remote
+    from tools import remote
 
     jobs = args.jobs or [int(remote.SETTINGS["jobs"])]
     with tempfile.TemporaryDirectory(prefix="slmake-transfer-") as scratch:

@@ -1,7 +1,7 @@
 """Build and measure one candidate of a quantization search, or measure the merged model that all are compared with.
 
-    python scripts/candidate.py --params params.yaml --candidate merged --model build/merged --dataset build/dataset --output build/search/merged
-    python scripts/candidate.py --params params.yaml --candidate 0 --model build/merged --dataset build/dataset \\
+    python -m scripts.candidate --params params.yaml --candidate merged --model build/merged --dataset build/dataset --output build/search/merged
+    python -m scripts.candidate --params params.yaml --candidate 0 --model build/merged --dataset build/dataset \\
         --reference build/search/merged --output build/search/0
 
 Reads the section `quantize`. Writes measured.json (options, scores on the tuning rows, parity with merged, cost) and the
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-import search
-from common import cli, outputs, params
-from common.errors import UserError
-from evaluate import measure
-from quantize import build
-from scoring import runtimes, scores
-from scoring.questions import Questions
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.export import proposals
+from slmake.export.build import build
+from slmake.scoring import metrics, onnx_runner, selection, transformers_runner
+from slmake.scoring.measure import measure
+from slmake.scoring.questions import Questions
 
 SPLITS = ("eval", "train")
 
@@ -48,10 +48,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("quantize.search is not set, so there are no candidates.")
         questions = Questions(args.dataset, section.search.rows, SPLITS)
         new_tokens = scoring.max_new_tokens or questions.form["longest_answer_tokens"]
-        weights = scores.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
+        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
         with outputs.written(args.output) as (folder,):
             if args.candidate == "merged":
-                run = runtimes.Transformers(args.model).ask(
+                run = transformers_runner.Transformers(args.model).ask(
                     questions, new_tokens, scoring.batch_size, scoring.latency_rows, job, "merged"
                 )
                 answers, found = measure(questions, run, weights)
@@ -73,15 +73,15 @@ def one_candidate(section, number: int, args, questions, new_tokens: int, weight
     """Propose, build and measure candidate `number`; the exported model is left in `folder`/model."""
     if args.reference is None:
         raise UserError("a candidate is compared with merged: give --reference.")
-    measured = search.measured_figures(args.earlier, section.search.objective)
-    options = search.proposal(section, number, measured)
+    measured = selection.measured_figures(args.earlier, section.search.objective)
+    options = proposals.proposal(section, number, measured)
     result: dict = {"candidate": number, "options": options}
     job.log(f"candidate {number}: {json.dumps(options)}")
     model = folder / "model"
     model.mkdir()
     try:
         build(as_section(section, options), args.model, args.dataset, model, folder / ".cache", job)
-        run = runtimes.ask_onnx(model, questions, new_tokens, job, f"candidate {number}")
+        run = onnx_runner.ask_onnx(model, questions, new_tokens, job, f"candidate {number}")
     except UserError as error:
         outputs.remove(model)
         return result | {"failed": str(error)}
@@ -93,8 +93,8 @@ def one_candidate(section, number: int, args, questions, new_tokens: int, weight
     return result | {
         "metrics": found,
         "benchmark": run.timings,
-        "parity": scores.parity(logits, np.stack(run.logits)),
-        "drop": scores.drop(questions.expected, reference["answers"], answers, labels, weights),
+        "parity": metrics.parity(logits, np.stack(run.logits)),
+        "drop": metrics.drop(questions.expected, reference["answers"], answers, labels, weights),
     }
 
 

@@ -1,6 +1,6 @@
 """Score base, adapter, merged and exported model on the held-out test split, and compare each with the one before it.
 
-    python scripts/evaluate.py --params params.yaml --dataset build/dataset --base build/base --adapter build/adapter \\
+    python -m scripts.evaluate --params params.yaml --dataset build/dataset --base build/base --adapter build/adapter \\
         --merged build/merged --onnx build/onnx-int4 --metrics results/metrics.json --benchmark results/benchmark.json \\
         --predictions results/predictions.csv
 
@@ -11,75 +11,13 @@ benchmark.json (timings and memory) and predictions.csv (every model's answer to
 """
 
 import csv
-import gc
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
-from common import cli, outputs, params
-from common.errors import UserError
-from scoring import runtimes, scores
-from scoring.questions import Questions
-
-
-def measure(questions: Questions, run: runtimes.Run, weights: np.ndarray) -> tuple[list[str], dict]:
-    """One model's answers to the scored rows, and its entry in metrics.json (without its size)."""
-    count, labels = questions.scored, questions.form["labels"]
-    expected = questions.expected[:count]
-    answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
-    found = scores.score(expected, answers, labels, weights)
-    if labels:
-        chosen = [labels[index] for index in run.choices[:count]]
-        found["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
-        found["restricted_macro_f1"] = round(scores.macro_f1(expected, chosen, labels), 6)
-    tokens = sum(len(answer) for answer in questions.answers[:count])
-    found["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
-    return answers, found
-
-
-def compare(
-    questions: Questions, runs: dict[str, runtimes.Run], answers: dict[str, list[str]], weights: np.ndarray
-) -> dict:
-    """`parity` and `drop` of every model against the one it was made from (the one before it; adapter's is left to merged)."""
-    count, labels = questions.scored, questions.form["labels"]
-    names = list(runs)
-    found: dict = {"parity": {}, "drop": {}}
-    for before, after in pairwise(names):
-        key = f"{after}_vs_{before}"
-        if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            found["parity"][key] = scores.parity(np.stack(runs[before].logits), np.stack(runs[after].logits))
-        found["drop"][key] = scores.drop(questions.expected[:count], answers[before], answers[after], labels, weights)
-    if "base" in names and len(names) > 2:
-        last = names[-1]
-        found["drop"][f"{last}_vs_base"] = scores.drop(
-            questions.expected[:count], answers["base"], answers[last], labels, weights
-        )
-    return {key: value for key, value in found.items() if value}
-
-
-def ask_all(
-    section: params.Evaluate, folders: dict[str, Path], onnx: str, questions: Questions, new_tokens: int, job: cli.Job
-) -> dict[str, runtimes.Run]:
-    """Every model's run. The exported one is first: its memory is measured before torch is there."""
-    runs = {}
-    if onnx in folders:
-        runs[onnx] = runtimes.ask_onnx(folders[onnx], questions, new_tokens, job, onnx)
-    timed = "merged" if "merged" in folders else "base"
-    model = None
-    for name in ("base", "adapter", "merged"):
-        if name not in folders:
-            continue
-        if name == "adapter":
-            model = model or runtimes.Transformers(folders["adapter_base"])
-            model.add_adapter(folders[name])
-        else:
-            del model
-            gc.collect()
-            model = runtimes.Transformers(folders[name])
-        rows = section.latency_rows if name == timed else 0
-        runs[name] = model.ask(questions, new_tokens, section.batch_size, rows, job, name)
-    return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.scoring import metrics as metrics_module
+from slmake.scoring.measure import ask_all, compare, measure
+from slmake.scoring.questions import Questions
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             questions = Questions(args.dataset, section.max_samples)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
-            weights = scores.resamples(questions.scored, section.bootstrap_samples, section.seed)
+            weights = metrics_module.resamples(questions.scored, section.bootstrap_samples, section.seed)
             runs = ask_all(section, folders, onnx, questions, new_tokens, job)
             metrics: dict = {"test_rows": questions.scored}
             answers: dict[str, list[str]] = {}

@@ -15,6 +15,8 @@ from tiny import ROOT, make_model, make_rows, run_script, write_gguf, write_para
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Scripts are modules: a process that a test starts elsewhere finds them, too (`project.environment` takes this out again).
+os.environ["PYTHONPATH"] = str(ROOT)
 # What a shell starts in the background ignores SIGINT, and so would the scripts that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

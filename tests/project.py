@@ -88,7 +88,7 @@ def new_project(folder: Path, base: Path) -> Path:
     """The pipeline's own files with tiny data and a tiny base model; nothing built."""
     folder.mkdir()
     for name in (
-        *("Snakefile", "dvc.yaml", "scripts", "envs", "profiles", "report", "LICENSE"),
+        *("Snakefile", "dvc.yaml", "rules", "scripts", "slmake", "tools", "envs", "profiles", "report", "LICENSE"),
         *(".dvcignore", ".gitignore", "pyproject.toml"),
     ):
         source = ROOT / name

@@ -1,6 +1,7 @@
 """Tiny models and data sets, made on the spot, and ways to run the project's scripts."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -165,6 +166,7 @@ def write_wheel(gguf: Path, folder: Path) -> Path:
 def run_script(
     name: str, *arguments: object, cwd: Path | None = None, **options: object
 ) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts as a user does; output is captured as text."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    """Run one of the project's scripts (or another module, by its dotted name) as a user does; output is captured as text."""
+    command = [sys.executable, "-m", name if "." in name else f"scripts.{name}", *map(str, arguments)]
+    options["env"] = {**options.get("env", os.environ), "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from azure_ml.step import sums
+from slmake.azureml.step import sums
 
 
 class Runner:

@@ -1,4 +1,4 @@
-"""A stand-in for Azure Machine Learning: its REST interface as far as `scripts/azureml.py` and the SDK behind it use it.
+"""A stand-in for Azure Machine Learning: its REST interface as far as `tools/azureml.py` and the SDK behind it use it.
 
 Written from the published API description and from what the SDK sends and expects. Resources are kept as they were put; blobs are in a
 real Azurite; jobs run for real (aml_runner), with the reuse of unchanged steps, failure and cancellation that Azure ML promises.
@@ -20,7 +20,7 @@ from pathlib import Path
 from aml_runner import Runner
 from aml_server import API, ARM, DOMAIN, REGISTRY, Server, error
 
-from azure_ml.step import sums
+from slmake.azureml.step import sums
 
 SUBSCRIPTION, GROUP, WORKSPACE = "11111111-2222-3333-4444-555555555555", "group", "workspace"
 PREFIX = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/{GROUP}/providers/Microsoft.MachineLearningServices/workspaces/{WORKSPACE}"

@@ -15,8 +15,8 @@ def git(project: Path, *command: str) -> None:
 
 
 def remote(project: Path, *command: str):
-    """scripts/remote.py in a project."""
-    return run(project, "python", "scripts/remote.py", *command)
+    """tools/remote.py in a project."""
+    return run(project, "python", "-m", "tools.remote", *command)
 
 
 def contents(project: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ from conftest import IMAGE
 from project import change, new_project, run
 from test_azureml_service import fill_in
 
-from azure_ml.pipeline import port
-from azure_ml.step import sums
+from slmake.azureml.pipeline import port
+from slmake.azureml.step import sums
 
 VARYING = {"results/benchmark.json", "build/report/cost.html"}  # timings
 
@@ -26,7 +26,7 @@ def compiled(tmp_path_factory, base) -> Path:
     """A tiny project after `compile`."""
     project = new_project(tmp_path_factory.mktemp("compiled") / "project", base)
     fill_in(project)
-    done = run(project, "python", "scripts/azureml.py", "compile")
+    done = run(project, "python", "-m", "tools.azureml", "compile")
     assert done.returncode == 0, done.stdout
     return project
 
@@ -56,7 +56,7 @@ def test_a_finetune_that_loses_its_machine_goes_on(compiled, built, tmp_path):
     """Killed after its first checkpoint, started again on another machine with the same mounts: it resumes, and ends in the same bytes."""
     project = Path(shutil.copytree(compiled, tmp_path / "project"))
     change(project, "finetune", num_train_epochs=20.0, save_steps=2)
-    assert run(project, "python", "scripts/azureml.py", "compile").returncode == 0
+    assert run(project, "python", "-m", "tools.azureml", "compile").returncode == 0
     step = yaml.safe_load((project / "azureml" / "pipeline.yml").read_text())["jobs"]["finetune"]
     runner = Runner(tmp_path / "machines")
     code = project / "build" / "azureml" / "code" / "finetune"

@@ -1,4 +1,4 @@
-"""scripts/azureml.py through the unmodified SDK, over real HTTPS, against the stand-in (aml_service.py) with a real blob server and jobs
+"""tools/azureml.py through the unmodified SDK, over real HTTPS, against the stand-in (aml_service.py) with a real blob server and jobs
 that really run: a run from `submit --wait` to `register`, reuse, cancellation, and everything that can go wrong on the way."""
 
 import json
@@ -19,9 +19,9 @@ from project import change, digests, new_project
 from test_azure_doc import equip
 from tiny import ROOT
 
-from azure_ml import service, settings
-from common import cli
-from common.errors import UserError
+from slmake import cli
+from slmake.azureml import service, settings
+from slmake.errors import UserError
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
@@ -60,8 +60,8 @@ def environment(aml) -> dict[str, str]:
 
 
 def azureml(aml, project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """Run scripts/azureml.py as a user does; both streams in stdout."""
-    command = ["python", "scripts/azureml.py", *arguments]
+    """Run tools/azureml.py as a user does; both streams in stdout."""
+    command = ["python", "-m", "tools.azureml", *arguments]
     return subprocess.run(command, cwd=project, env=environment(aml), **STREAMS, **options)
 
 

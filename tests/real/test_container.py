@@ -11,7 +11,7 @@ import pytest
 from project import RULES, change, digests, elsewhere, new_project, planned, run, snakemake
 from safetensors.numpy import load_file
 
-import container
+from slmake.platforms import container
 
 PROFILE = ("--profile", "profiles/container")
 

@@ -19,9 +19,9 @@ from azurite import Azurite
 from project import environment
 from proxy import Faulty
 from sharing import contents, git, remote
-from tiny import ROOT, write_params
+from tiny import write_params
 
-from common.outputs import folder_digest
+from slmake.outputs import folder_digest
 
 pytestmark = pytest.mark.real
 AGAIN = "same command again"
@@ -67,14 +67,14 @@ class Case:
 
 
 class Push(Case):
-    """scripts/remote.py push, to an empty remote."""
+    """tools/remote.py push, to an empty remote."""
 
     def __init__(self, folder, server, pushed, full):
         super().__init__(folder, server, pushed)
         self.cwd = folder / "full"
         subprocess.run(["cp", "-a", full, self.cwd], check=True)
         self.aim(self.container)
-        self.command = ["scripts/remote.py", "push"]
+        self.command = ["tools/remote.py", "push"]
 
     def aim(self, container: str) -> None:
         config = self.cwd / ".dvc" / "config"
@@ -100,7 +100,7 @@ class Push(Case):
 
 
 class Pull(Push):
-    """scripts/remote.py pull, into a fresh clone."""
+    """tools/remote.py pull, into a fresh clone."""
 
     def __init__(self, folder, server, pushed, full):
         Case.__init__(self, folder, server, pushed)
@@ -110,7 +110,7 @@ class Pull(Push):
         cache = full / ".dvc" / "cache"
         for path in cache.glob("files/md5/*/*"):
             self.blobs.upload_blob(f"tones/{path.relative_to(cache).as_posix()}", path.read_bytes())
-        self.command = ["scripts/remote.py", "pull"]
+        self.command = ["tools/remote.py", "pull"]
 
     def wanted(self):
         return {name: (self.project / name).read_bytes() for name in contents(self.project)}
@@ -147,7 +147,8 @@ class Publish(Case):
     def arguments(self, model: Path, name: str) -> list:
         output = self.cwd / f"{name}.json"
         return [
-            ROOT / "scripts" / "publish.py",
+            "-m",
+            "scripts.publish",
             "--params",
             self.cwd / "params.yaml",
             "--model",
@@ -195,7 +196,7 @@ class Fetch(Case):
         self.aim(self.container)
         self.place = folder
         self.command = [
-            *(ROOT / "scripts" / "fetch_model.py", "--params", "params.yaml", "--output", folder / "base"),
+            *("-m", "scripts.fetch_model", "--params", "params.yaml", "--output", folder / "base"),
             *("--report", folder / "base.json", "--log", folder / "log", "--downloads", folder / "downloads"),
         ]
 

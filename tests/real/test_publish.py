@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, run_script, write_params
 
-from common.outputs import folder_digest
-from sources import blob
+from slmake.outputs import folder_digest
+from slmake.sources import blob
 
 pytestmark = pytest.mark.real
 
@@ -93,7 +93,8 @@ def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
         subprocess.Popen(
             [
                 sys.executable,
-                str(ROOT / "scripts" / "publish.py"),
+                "-m",
+                "scripts.publish",
                 *map(str, arguments(tmp_path, container, model, model.name)),
             ],
             stderr=subprocess.PIPE,
@@ -113,18 +114,18 @@ def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
 
 def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, container, monkeypatch):
     """Exactly between reading and writing, somebody else's pointer appears: the condition fails, and theirs becomes `previous`."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import publish
-    from common import cli
-    from sources.syntax import parse
+    monkeypatch.syspath_prepend(str(ROOT))
+    from slmake import cli
+    from slmake.packaging import blob_store
+    from slmake.sources.syntax import parse
 
     model = make_exported(tmp_path / "model")
-    store = publish.Store(parse(f"az://{container}/models/tones", must_pin=False))
+    store = blob_store.Store(parse(f"az://{container}/models/tones", must_pin=False))
     theirs, swaps = {"digest": "f" * 64}, []
     original = store.swap
 
     def swap(name, content, etag):
-        if name == publish.POINTER:
+        if name == blob_store.POINTER:
             swaps.append(etag)
             if len(swaps) == 1:
                 blob_server.client().get_blob_client(container, "models/tones/latest.json").upload_blob(
@@ -133,7 +134,7 @@ def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, conta
         return original(name, content, etag)
 
     monkeypatch.setattr(store, "swap", swap)
-    publish.publish(store, model, publish.describe(model, None), cli.Job("publish", sys.stderr, None))
+    blob_store.publish(store, model, blob_store.describe(model, None), cli.Job("publish", sys.stderr, None))
     assert swaps[0] is None
     assert len(swaps) == 2
     assert pointer(blob_server, container)["previous"] == "f" * 64

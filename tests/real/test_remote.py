@@ -120,7 +120,7 @@ def test_push_brings_back_what_is_gone_though_dvc_remembers_it(pushed, clone, bl
 
 @pytest.mark.parametrize("url", ["az://data/x", "azure://UPPER/x", "azure://data/x?sig=abc", "https://host/x", ""])
 def test_remote_of_another_form_is_refused(tmp_path, url):
-    done = run(ROOT, "python", "scripts/remote.py", "add", url)
+    done = run(ROOT, "python", "-m", "tools.remote", "add", url)
     assert done.returncode == 1
     assert "not of the form azure://container/path" in done.stdout
     assert "abc" not in done.stdout

@@ -165,9 +165,9 @@ def test_tasks_of_srun_train_together(base, dataset, slurm, tmp_path):
     from test_finetune import command
 
     tune_by_two(tmp_path / "pair", base, dataset)
-    arguments = [str(ROOT / "scripts" / "finetune.py"), *command(tmp_path / "spread", base, dataset)]
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import devices; devices._spread(1, 2, [sys.executable, *sys.argv[2:]])"
-    script = shlex.join([sys.executable, "-c", code, str(ROOT / "scripts"), *arguments])
+    arguments = ["-m", "scripts.finetune", *command(tmp_path / "spread", base, dataset)]
+    code = "import sys; from slmake.training import distributed; distributed._spread(1, 2, [sys.executable, *sys.argv[1:]])"
+    script = f"PYTHONPATH={shlex.quote(str(ROOT))} " + shlex.join([sys.executable, "-c", code, *arguments])
     done = run(
         tmp_path, "sbatch", "--wait", "--ntasks=2", "--mem=4000", "--time=20", f"--wrap={script}", "--output=log"
     )

@@ -9,9 +9,9 @@ import pytest
 from azurite import ACCOUNT
 from tiny import make_model, make_rows, run_script, write_params
 
-from common.outputs import folder_digest
-from sources import blob, resolve
-from sources.syntax import parse
+from slmake.outputs import folder_digest
+from slmake.sources import blob, resolve
+from slmake.sources.syntax import parse
 
 pytestmark = pytest.mark.real
 
@@ -27,8 +27,8 @@ def upload(server, container: str, path: Path, name: str) -> str:
 
 
 def pinned(source: str) -> str:
-    """What scripts/pin.py prints."""
-    done = run_script("pin", source)
+    """What tools/pin.py prints."""
+    done = run_script("tools.pin", source)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -106,7 +106,7 @@ def test_unpinned_source_is_refused_with_the_command_that_pins_it(tmp_path):
     done, _, _ = fetch(tmp_path, "az://data/tiny")
     assert done.returncode == 1
     assert "`az://data/tiny` is not pinned" in done.stderr
-    assert "python scripts/pin.py 'az://data/tiny'" in done.stderr
+    assert "python -m tools.pin 'az://data/tiny'" in done.stderr
 
 
 def test_mlflow_folder_of_a_registry(tmp_path, blob_server, container, base):
@@ -196,7 +196,7 @@ def test_download_that_broke_for_good_goes_on_where_it_stopped(tmp_path, blob_se
 
     fs = blob.filesystem()
     (entry,) = blob.listing(fs, container, source.path)
-    from sources import download
+    from slmake.sources import download
 
     sizes = []
     original = proxy._strike

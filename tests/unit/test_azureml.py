@@ -12,9 +12,9 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from azure_ml import errors, pipeline, settings, step
-from common import params
-from common.errors import UserError
+from slmake import params
+from slmake.azureml import errors, pipeline, settings, step
+from slmake.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::Warning:azure", "ignore::Warning:marshmallow"
@@ -27,7 +27,20 @@ DIGEST = "sha256:" + "a" * 64
 def compiled(tmp_path_factory):
     """What `compile` makes of the project as it stands: the file's text, and the steps' code."""
     folder = tmp_path_factory.mktemp("compiled")
-    for name in ("Snakefile", "params.yaml", "scripts", "envs", "profiles", "report", "data", "containers", "LICENSE"):
+    for name in (
+        "Snakefile",
+        "params.yaml",
+        "rules",
+        "scripts",
+        "slmake",
+        "tools",
+        "envs",
+        "profiles",
+        "report",
+        "data",
+        "containers",
+        "LICENSE",
+    ):
         target = folder / name
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__", "*.sif", ".*"))
@@ -36,7 +49,7 @@ def compiled(tmp_path_factory):
     (folder / "azureml").mkdir()
     shutil.copy2(SHIPPED, folder / "azureml")
     done = subprocess.run(
-        [sys.executable, "scripts/azureml.py", "compile"], cwd=folder, capture_output=True, text=True,
+        [sys.executable, "-m", "tools.azureml", "compile"], cwd=folder, capture_output=True, text=True,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -175,7 +188,9 @@ def test_a_search_is_one_step(compiled, tmp_path):
     sections = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     sections["quantize"]["search"] = {"block_size": [32, 64], "budget": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
-    done = subprocess.run([sys.executable, "scripts/azureml.py", "compile"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.azureml", "compile"], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     jobs = yaml.safe_load((folder / "azureml" / "pipeline.yml").read_text(encoding="utf-8"))["jobs"]
     made = ["results_search_json", "search_0", "search_1", "search_merged"]
@@ -308,7 +323,7 @@ def test_an_image_without_the_environment_is_refused(tmp_path, monkeypatch):
 
 def test_checkpoints_outlive_the_end_of_a_run(tmp_path, monkeypatch):
     """finetune removes what it left, and neither the folder that Azure ML mounts nor the link to it."""
-    from finetune import Checkpoints
+    from slmake.training.checkpoints import Checkpoints
 
     monkeypatch.chdir(tmp_path)
     step.keep_checkpoints(tmp_path / "mount")

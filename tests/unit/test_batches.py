@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-import batches
-from common import params
+from slmake import params
+from slmake.training import schedule as schedule_module
 
 SETTINGS = {
     "learning_rate": 5e-3,
@@ -23,14 +23,14 @@ SETTINGS = {
 @pytest.mark.parametrize("grouped", [True, False])
 def test_epoch_order_visits_every_row_once_and_depends_on_seed_and_epoch_alone(grouped):
     lengths = np.random.default_rng(0).integers(5, 90, size=333)
-    order = batches.epoch_order(lengths, 8, 3, 42, grouped)
+    order = schedule_module.epoch_order(lengths, 8, 3, 42, grouped)
     assert sorted(np.concatenate(order)) == list(range(333))
     assert sorted(len(batch) for batch in order) == [5] + [8] * 41
     np.random.seed(1)  # noqa: NPY002 (a global state that must not matter)
-    again = batches.epoch_order(lengths, 8, 3, 42, grouped)
+    again = schedule_module.epoch_order(lengths, 8, 3, 42, grouped)
     assert [batch.tolist() for batch in again] == [batch.tolist() for batch in order]
     for epoch, seed in ((4, 42), (3, 43)):
-        other = batches.epoch_order(lengths, 8, epoch, seed, grouped)
+        other = schedule_module.epoch_order(lengths, 8, epoch, seed, grouped)
         assert [batch.tolist() for batch in other] != [batch.tolist() for batch in order]
 
 
@@ -38,32 +38,32 @@ def test_grouping_by_length_saves_padding():
     lengths = np.random.default_rng(0).integers(5, 90, size=512)
 
     def waste(grouped: bool) -> int:
-        order = batches.epoch_order(lengths, 8, 0, 42, grouped)
+        order = schedule_module.epoch_order(lengths, 8, 0, 42, grouped)
         return sum(int(lengths[batch].max()) * len(batch) for batch in order) - int(lengths.sum())
 
     assert waste(True) < 0.1 * waste(False)
-    firsts = [lengths[batch].max() for batch in batches.epoch_order(lengths, 8, 0, 42, True)]
+    firsts = [lengths[batch].max() for batch in schedule_module.epoch_order(lengths, 8, 0, 42, True)]
     assert firsts != sorted(firsts, reverse=True)  # batches are shuffled again
 
 
 def test_steps_of_every_epoch_cover_all_rows():
     section = params.Finetune(**{**SETTINGS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
     lengths = np.full(40, 10)
-    schedule = batches.Schedule(section, lengths)
+    schedule = schedule_module.Schedule(section, lengths)
     assert schedule.per_epoch == 10
     assert schedule.steps == 10
     for epoch in range(2):
         passes = [batch for step in range(5 * epoch, 5 * epoch + 5) for batch in schedule.batches(step)]
         assert len(passes) == 10
         assert sorted(np.concatenate(passes)) == list(range(40))
-    jumped = batches.Schedule(section, lengths).batches(7)
+    jumped = schedule_module.Schedule(section, lengths).batches(7)
     assert [batch.tolist() for batch in jumped] == [batch.tolist() for batch in schedule.batches(7)]
 
 
-def schedule(**changes: object) -> batches.Schedule:
+def schedule(**changes: object) -> schedule_module.Schedule:
     """A schedule of 20 steps with the peak 0.01."""
     settings = {**SETTINGS, "learning_rate": 0.01, "max_steps": 20, "warmup_ratio": 0.25, **changes}
-    return batches.Schedule(params.Finetune(**settings), np.full(96, 10))
+    return schedule_module.Schedule(params.Finetune(**settings), np.full(96, 10))
 
 
 def test_cosine_learning_rate_rises_from_above_zero_to_its_peak_and_falls():

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bench import document, flops, job, measure, models, prepare, quantize, results
 from tiny import make_model, write_params
+
+from bench import document, flops, job, measure, models, prepare, quantize, results
 
 
 def test_ratios_are_taken_round_by_round():
@@ -135,7 +136,7 @@ def test_import_times_are_summed_by_rule(tmp_path):
         "import time:   1500000 |    2000000 |   torch\nother text\nimport time:    500000 |     500000 | json\n"
     )
     assert job.import_seconds(tmp_path) == {"merge": 2.0}
-    code = "import sys; sys.path.insert(0, 'scripts'); import merge"
+    code = "import scripts.merge"
     with open(tmp_path / "real.log", "w") as log:
         command = [sys.executable, "-X", "importtime", "-c", code]
         subprocess.run(command, cwd=measure.ROOT, stderr=log, check=True)

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from common import cli
-from common.errors import UserError
+from slmake import cli
+from slmake.errors import UserError
 
 SCRIPT = """
     import errno, os, subprocess, sys, time, warnings
     from pathlib import Path
     from common import cli, outputs
-    from common.errors import UserError
+    from slmake.errors import UserError
 
     with cli.job("merge", Path("logs/merge.log") if "--log" in sys.argv else None) as job:
 """
@@ -37,7 +37,7 @@ def script(tmp_path):
         return [sys.executable, str(file), *(["--log"] if log else [])]
 
     def run(body: str, after: str = "", log: bool = True, start: bool = False):
-        options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}, "text": True}
+        options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
         if start:
             pipe = subprocess.PIPE
             return subprocess.Popen(command(body, after, log), stdout=pipe, stderr=pipe, **options)
@@ -290,7 +290,7 @@ def test_disk_full_is_known_by_its_number():
 
 
 def test_parser_has_the_manual_and_the_common_arguments(capsys):
-    parser = cli.parser("Merge it.\n\n    python scripts/merge.py --base build/base\n")
+    parser = cli.parser("Merge it.\n\n    python -m scripts.merge --base build/base\n")
     given = parser.parse_args([])
     assert (given.params, given.log) == ("params.yaml", None)
     given = parser.parse_args(["--params", "other.yaml", "--log", "logs/x.log"])
@@ -298,7 +298,7 @@ def test_parser_has_the_manual_and_the_common_arguments(capsys):
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args(["--help"])
     assert stopped.value.code == 0
-    assert "\n    python scripts/merge.py --base build/base\n" in capsys.readouterr().out
+    assert "\n    python -m scripts.merge --base build/base\n" in capsys.readouterr().out
 
 
 def test_wrong_arguments_exit_with_2(capsys):
@@ -310,9 +310,9 @@ def test_wrong_arguments_exit_with_2(capsys):
 
 def test_nothing_phones_home():
     """Set before any library is imported, unless the user decided otherwise."""
-    code = "import os, common.cli; print(os.environ['HF_HUB_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
+    code = "import os, slmake.cli; print(os.environ['HF_HUB_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
     plain = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
-    plain["PYTHONPATH"] = str(ROOT / "scripts")
+    plain["PYTHONPATH"] = str(ROOT)
     for given, printed in (({}, "1 1\n"), ({"DO_NOT_TRACK": "0"}, "1 0\n")):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **given})
         assert done.stdout == printed

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_finetune import FILES, command, contents, curve, tune
-from tiny import ROOT
 
-from devices import Group
+from slmake.training.distributed import Group
 
-SCRIPT = str(ROOT / "scripts" / "finetune.py")
+SCRIPT = ("-m", "scripts.finetune")
 # One process sums a batch's losses and gradients in one order, two in another. In float32 that is an error of about 1e-7
 # of each sum, which 20 steps of AdamW carry on; seen: 1e-6 in the losses, written with six digits.
 CLOSE = 5e-6
@@ -25,7 +24,7 @@ CLOSE = 5e-6
 def start(folder: Path, base: Path, dataset: Path, launcher: tuple = (), **changes: object) -> subprocess.Popen:
     """The script in processes of its own; what they print to the terminal is its stdout."""
     arguments = [*command(folder, base, dataset, **changes), "--log", str(folder / "logs" / "finetune.log")]
-    how = [*launcher, SCRIPT, *arguments] if launcher else [SCRIPT, *arguments, "--nproc-per-node", "2"]
+    how = [*launcher, *SCRIPT, *arguments] if launcher else [*SCRIPT, *arguments, "--nproc-per-node", "2"]
     return subprocess.Popen(
         [sys.executable, *how], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -257,10 +256,10 @@ def test_an_error_of_all_is_told_once(tmp_path, base, dataset):
 def test_adapters_that_drift_apart_are_noticed(tmp_path):
     """Two processes that hold different bytes: both are told, with the step."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, devices\n"
-        "from common.errors import UserError\n"
-        "with devices.joined() as group:\n"
+        "import torch\n"
+        "from slmake.errors import UserError\n"
+        "from slmake.training import distributed\n"
+        "with distributed.joined() as group:\n"
         "    group.check_same([torch.ones(3)], 1)\n"
         "    try:\n"
         "        group.check_same([torch.ones(3) + group.rank * 1e-7], 7)\n"
@@ -269,14 +268,14 @@ def test_adapters_that_drift_apart_are_noticed(tmp_path):
     )
     (tmp_path / "code.py").write_text(code)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "code.py"]
-    done = subprocess.run([*run, ROOT / "scripts"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at step 7 the processes hold different adapters") == 2
 
 
 def test_slurm_tasks_know_their_places(monkeypatch, tmp_path):
     """A task of srun takes rank and size from Slurm's variables."""
-    import devices
+    from slmake.training import distributed
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
@@ -284,7 +283,7 @@ def test_slurm_tasks_know_their_places(monkeypatch, tmp_path):
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLMAKE_SPREAD", "1")
-    assert devices.one_voice(tmp_path / "log") == tmp_path / "log"
+    assert distributed.one_voice(tmp_path / "log") == tmp_path / "log"
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
         "0",
         "4",

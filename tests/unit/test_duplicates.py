@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from dataset.duplicates import BANDS, band_keys, copies_of_held_out, jaccard, normalized, shingles
-from dataset.store import Row, Store
+from slmake.data.near_duplicates import BANDS, band_keys, copies_of_held_out, jaccard, normalized, shingles
+from slmake.data.store import Row, Store
 
 TRAIN, EVAL, TEST, LEFT_OUT = 0, 1, 2, -1
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny import make_rows, write_params
 
-import evaluate
-import prepare
-import quantize
-from common import cli, params, prompts
-from scoring import runtimes, scores
-from scoring.questions import Questions
+from scripts import evaluate, prepare
+from slmake import cli, params, prompts
+from slmake.export import builder
+from slmake.scoring import metrics as metrics_module
+from slmake.scoring import onnx_runner, transformers_runner
+from slmake.scoring.questions import Questions
 
 TONES = ("sadness", "joy", "fear", "surprise")
 BENCHMARK = {"load_s", "score_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"}
@@ -43,7 +43,7 @@ def export(model: Path, folder: Path, precision: str) -> Path:
     """The model as ONNX."""
     section = params.Quantize(precision=precision, algo_config="rtn", matmul_mixed_precision=None)
     folder.mkdir(parents=True)
-    quantize.export(section, model, folder, folder.parent / "cache")
+    builder.export(section, model, folder, folder.parent / "cache")
     return folder
 
 
@@ -135,13 +135,13 @@ def read_rows(path: Path) -> list[dict]:
 def test_macro_f1_of_a_small_example():
     """a: 1 hit, 1 missed: 2/3. b: 2 hits, 1 wrong: 4/5. c: 1 missed: 0. Mean: 22/45."""
     expected, answers = ["a", "a", "b", "b", "c"], ["a", "b", "b", "b", "x"]
-    assert scores.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
+    assert metrics_module.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
 
 
 def test_macro_f1_counts_every_label_the_same():
     """Ninety right of one label and ten wrong of another: accuracy 0.9, but F1 of 90/95 and 0."""
     expected, answers = ["a"] * 90 + ["b"] * 10, ["a"] * 100
-    assert scores.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
+    assert metrics_module.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
 
 
 @pytest.mark.parametrize(
@@ -150,12 +150,12 @@ def test_macro_f1_counts_every_label_the_same():
     ids=["right", "swapped", "empty", "half"],
 )
 def test_macro_f1_at_its_ends(answers, value):
-    assert scores.macro_f1(["a", "b"], answers, ["a", "b"]) == value
+    assert metrics_module.macro_f1(["a", "b"], answers, ["a", "b"]) == value
 
 
 def score(questions: Questions, answers: list[str]) -> dict:
-    weights = scores.resamples(questions.scored, 200, 1)
-    return scores.score(questions.expected, answers, questions.form["labels"], weights)
+    weights = metrics_module.resamples(questions.scored, 200, 1)
+    return metrics_module.score(questions.expected, answers, questions.form["labels"], weights)
 
 
 def test_score_of_a_classification(dataset):
@@ -179,28 +179,28 @@ def test_score_of_a_classification(dataset):
 
 def test_per_class_scores_and_confusion_of_a_small_example():
     expected, answers, labels = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "?"], ["a", "b", "c"]
-    found = scores.per_class(expected, answers, labels)
+    found = metrics_module.per_class(expected, answers, labels)
     assert found["a"] == {"precision": 1.0, "recall": 0.666667, "f1": 0.8, "rows": 3}
     assert found["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 2}
     assert found["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
-    assert scores.confusion(expected, answers, labels) == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+    assert metrics_module.confusion(expected, answers, labels) == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
 
 
 def test_interval_of_accuracy_is_that_of_the_binomial():
     """80 of 100 right: the normal approximation gives 0.8 ± 1.96 √(0.8 · 0.2 / 100) = 0.7216 to 0.8784."""
     expected, answers = ["a"] * 100, ["a"] * 80 + ["b"] * 20
-    found = scores.score(expected, answers, ["a", "b"], scores.resamples(100, 4000, 7))
+    found = metrics_module.score(expected, answers, ["a", "b"], metrics_module.resamples(100, 4000, 7))
     assert found["accuracy_low"] == pytest.approx(0.7216, abs=0.015)
     assert found["accuracy_high"] == pytest.approx(0.8784, abs=0.015)
-    assert found == scores.score(expected, answers, ["a", "b"], scores.resamples(100, 4000, 7))
-    assert not np.array_equal(scores.resamples(100, 50, 7), scores.resamples(100, 50, 8))
+    assert found == metrics_module.score(expected, answers, ["a", "b"], metrics_module.resamples(100, 4000, 7))
+    assert not np.array_equal(metrics_module.resamples(100, 50, 7), metrics_module.resamples(100, 50, 8))
 
 
 def test_drop_is_resampled_in_pairs():
     """Both models err on the same rows but for 4 of 100: the drop's interval is that of the 4, far narrower than of accuracy."""
     expected = ["a"] * 100
     before, after = ["a"] * 80 + ["b"] * 20, ["a"] * 76 + ["b"] * 24
-    found = scores.drop(expected, before, after, None, scores.resamples(100, 4000, 7))
+    found = metrics_module.drop(expected, before, after, None, metrics_module.resamples(100, 4000, 7))
     assert found["accuracy"] == 0.04
     assert 0.0 <= found["accuracy_low"] <= 0.01
     assert 0.07 <= found["accuracy_high"] <= 0.09
@@ -209,13 +209,13 @@ def test_drop_is_resampled_in_pairs():
 def test_parity_of_a_small_example():
     """KL((1/2, 1/2) || (1/4, 3/4)) = ln 2 - ln(3) / 2; the second prompt is the same in both."""
     p, q = np.log([[0.5, 0.5], [0.9, 0.1]]).astype(np.float32), np.log([[0.25, 0.75], [0.9, 0.1]]).astype(np.float32)
-    found = scores.parity(p, q)
+    found = metrics_module.parity(p, q)
     kl = np.log(2) - np.log(3) / 2
     assert found["kl_max"] == pytest.approx(kl, abs=1e-6)
     assert found["kl_mean"] == pytest.approx(kl / 2, abs=1e-6)
     assert found["prompts"] == 2
     assert found["logit_diff_max"] == pytest.approx(np.log(2), abs=1e-4)
-    assert scores.parity(p, p + 3) == {
+    assert metrics_module.parity(p, p + 3) == {
         "prompts": 2,
         "kl_mean": 0.0,
         "kl_max": 0.0,
@@ -350,7 +350,7 @@ def test_label_choice_and_likelihoods_are_those_of_whole_sequences(base, dataset
             ]
         )
     with cli.job("test") as job:
-        run = runtimes.Transformers(base).ask(questions, 4, 5, 0, job, "base")
+        run = transformers_runner.Transformers(base).ask(questions, 4, 5, 0, job, "base")
     assert run.choices == brute.argmax(axis=1).tolist()
     expected = [questions.form["labels"].index(label) for label in questions.expected]
     assert run.choices != expected
@@ -370,12 +370,12 @@ def test_both_runtimes_give_the_same_scores(tmp_path, base, taught, exported, da
     onnx = export(base, tmp_path / "random", "fp32") if model == "base" else exported["fp32"]
     questions = Questions(dataset, 16)
     with cli.job("test") as job:
-        one = runtimes.Transformers(folder).ask(questions, 4, 5, 4, job, "merged")
-        two = runtimes.ask_onnx(onnx, questions, 4, job, "fp32")
+        one = transformers_runner.Transformers(folder).ask(questions, 4, 5, 4, job, "merged")
+        two = onnx_runner.ask_onnx(onnx, questions, 4, job, "fp32")
     np.testing.assert_allclose(np.stack(one.logits), np.stack(two.logits), atol=2e-3)
     np.testing.assert_allclose(one.answer_nll, two.answer_nll, atol=5e-3)
     assert one.choices == two.choices
-    assert scores.parity(np.stack(one.logits), np.stack(two.logits))["kl_max"] < 1e-4
+    assert metrics_module.parity(np.stack(one.logits), np.stack(two.logits))["kl_max"] < 1e-4
 
 
 def test_labels_that_share_their_first_tokens(tmp_path, base):
@@ -388,8 +388,8 @@ def test_labels_that_share_their_first_tokens(tmp_path, base):
     assert len(first) == 1
     onnx = export(base, tmp_path / "random", "fp32")
     with cli.job("test") as job:
-        one = runtimes.Transformers(base).ask(questions, 6, 32, 0, job, "base")
-        two = runtimes.ask_onnx(onnx, questions, 6, job, "fp32")
+        one = transformers_runner.Transformers(base).ask(questions, 6, 32, 0, job, "base")
+        two = onnx_runner.ask_onnx(onnx, questions, 6, job, "fp32")
     assert one.choices == two.choices
     assert set(one.choices) <= {0, 1, 2}
 
@@ -553,7 +553,7 @@ def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys)
 
 def test_an_answer_that_was_generated_is_not_computed_again():
     """onnxruntime-genai leaves out the end token; the logits that chose it are there all the same."""
-    row = runtimes._OnnxRow(3)
+    row = onnx_runner._OnnxRow(3)
     row.steps = list(np.random.default_rng(1).normal(size=(3, 8)))
     row.generator = None  # using it would fail
     logs = [step - np.log(np.exp(step).sum()) for step in row.steps]

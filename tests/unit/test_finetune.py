@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import ROOT, make_model, make_rows, write_params
+from tiny import make_model, make_rows, write_params
 
-import batches
-import finetune
-import prepare
-from common import params
+from scripts import finetune, prepare
+from slmake import params
+from slmake.training import checkpoints as checkpoints_module
+from slmake.training import data as data_module
+from slmake.training import model as model_module
+from slmake.training import schedule
 
 SETTINGS = {
     "method": "lora",
@@ -220,12 +222,12 @@ def joined(tmp_path_factory, base) -> Path:
 def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kind, longest):
     import torch
 
-    import prefix
+    from slmake.training import shared_prefix
 
     folder = request.getfixturevalue(kind)
     section = params.Finetune(**SETTINGS)
     device = torch.device("cpu")
-    data = batches.Data(folder / "train.parquet")
+    data = data_module.Data(folder / "train.parquet")
     chosen = np.array([5, 0, 2, 9])
     batch = data.batch(chosen, device)
     if kind == "padded":
@@ -233,7 +235,7 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
         assert batch["attention_mask"].sum() == batch["tokens"] < 4 * 64
     if kind == "joined":
         assert batch["attention_mask"] is None
-    peft = finetune.load_model(section, base, device)
+    peft = model_module.load_model(section, base, device)
     with torch.no_grad():
         for name, value in peft.named_parameters():
             if "lora_B" in name:
@@ -244,8 +246,8 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
         logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=-100, reduction="sum"
     )
     if longest:
-        prefix.share(peft.get_base_model())
-    found, count = finetune.loss_sum(peft, finetune.Head(peft.get_base_model()), data, chosen, device, longest)
+        shared_prefix.share(peft.get_base_model())
+    found, count = model_module.loss_sum(peft, model_module.Head(peft.get_base_model()), data, chosen, device, longest)
     assert count == int((targets != -100).sum())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
@@ -263,12 +265,12 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
 )
 def test_plain_batches_give_the_losses_of_shared_beginnings(tmp_path, base, dataset, monkeypatch, capsys, changes):
     """And the log says which of the two it was."""
-    import prefix
+    from slmake.training import shared_prefix
 
     said = []
     for name in ("shared", "plain"):
         if name == "plain":
-            monkeypatch.setattr(prefix, "agrees", lambda *_: False)
+            monkeypatch.setattr(shared_prefix, "agrees", lambda *_: False)
         tune(tmp_path / name, base, dataset, max_steps=6, **changes)
         printed = capsys.readouterr().err.splitlines()
         said.append(next(line for line in printed if "begin with is computed" in line))
@@ -282,7 +284,7 @@ def test_plain_batches_give_the_losses_of_shared_beginnings(tmp_path, base, data
 def test_loss_does_not_depend_on_padding(tmp_path, base, dataset, padded):
     """The same rows padded to 64 tokens give the same curve."""
     train = "train.parquet"
-    assert len(batches.Data(padded / train)) == len(batches.Data(dataset / train))
+    assert len(data_module.Data(padded / train)) == len(data_module.Data(dataset / train))
     same = {"group_by_length": False, "max_steps": 4}
     short = curve(tune(tmp_path / "short", base, dataset, **same) / "train_loss.csv")
     long = curve(tune(tmp_path / "long", base, padded, **same) / "train_loss.csv")
@@ -311,7 +313,7 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path, base, dataset, t
     import torch
 
     section = params.Finetune(**{**SETTINGS, "gradient_checkpointing": True})
-    assert finetune.load_model(section, base, torch.device("cpu")).get_base_model().is_gradient_checkpointing
+    assert model_module.load_model(section, base, torch.device("cpu")).get_base_model().is_gradient_checkpointing
     folder = tune(tmp_path / "run", base, dataset, gradient_checkpointing=True)
     expected, found = curve(tuned / "train_loss.csv"), curve(folder / "train_loss.csv")
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
@@ -331,7 +333,7 @@ def test_logging_steps_average_over_answer_tokens(tmp_path, base, dataset, tuned
 
 
 def test_bfloat16_base_keeps_a_float32_adapter(tmp_path, base, dataset):
-    from fetch_model import check_safetensors
+    from slmake.model_folder import check_safetensors
 
     folder = tune(tmp_path / "run", base, dataset, compute_dtype="bfloat16")
     assert set(check_safetensors(folder / "adapter/adapter_model.safetensors").values()) == {"F32"}
@@ -368,13 +370,13 @@ def test_qlora_trains_as_lora_over_the_dequantized_base_does(tmp_path, base, dat
     import torch
     from safetensors.torch import load_file, save_file
 
-    import merge
+    from slmake.merging import shards
 
     plain = Path(shutil.copytree(base, tmp_path / "base"))
     tensors = load_file(plain / "model.safetensors")
     for name, value in tensors.items():
         if name.endswith("_proj.weight"):
-            tensors[name] = merge.fake_quantize(value, torch.float32, "nf4", True)
+            tensors[name] = shards.fake_quantize(value, torch.float32, "nf4", True)
             assert not torch.equal(tensors[name], value)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     expected = tune(tmp_path / "lora", plain, dataset)
@@ -394,7 +396,7 @@ def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    import lora
+    from slmake.training import qat
 
     changes = {"qat": "int4", "qat_block_size": 32, "qat_target_modules": modules, "qat_rate": rate}
     folder = tune(tmp_path / "run", base, dataset, **changes)
@@ -402,7 +404,7 @@ def test_quantization_aware_training_scores_the_weights_it_will_be_quantized_to(
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
     for name, module in model.named_modules():
         if name.endswith("_proj") and (modules == "all-linear" or name.rsplit(".", 1)[-1] in modules):
-            module.weight.data = lora.round_to_nearest(module.weight.data, 4, 32)
+            module.weight.data = qat.round_to_nearest(module.weight.data, 4, 32)
     expected = curve(folder / "eval_loss.csv")[-1]["loss"]
     assert plain_loss(model, dataset) == pytest.approx(expected, abs=1e-4)
     losses = [line["loss"] for line in curve(folder / "train_loss.csv")]
@@ -431,7 +433,7 @@ ENDED = {
 
 def interrupt(folder: Path, number: signal.Signals, base: Path, dataset: Path, **changes: object):
     """Start the script, wait for its fifth checkpoint, send a signal; returns the exit code and its messages."""
-    arguments = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *command(folder, base, dataset, **changes)]
+    arguments = [sys.executable, "-m", "scripts.finetune", *command(folder, base, dataset, **changes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
         deadline = time.monotonic() + 600
@@ -542,19 +544,19 @@ def test_checkpoint_of_other_parameters_is_not_used(tmp_path, base, dataset, kil
 
 def test_fingerprint_depends_on_parameters_base_and_dataset_and_not_on_places(tmp_path, base, dataset):
     section = params.Finetune(**SETTINGS)
-    key = finetune.fingerprint(section, base, dataset, "float32")
+    key = checkpoints_module.fingerprint(section, base, dataset, "float32")
     assert len(key) == 32
     copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (base, dataset)]
     (copies[1] / ".snakemake_timestamp").touch()
-    assert finetune.fingerprint(section, *copies, "float32") == key
-    assert finetune.fingerprint(section, base, dataset, "bfloat16") != key
-    assert finetune.fingerprint(params.Finetune(**{**SETTINGS, "seed": 1}), base, dataset, "float32") != key
+    assert checkpoints_module.fingerprint(section, *copies, "float32") == key
+    assert checkpoints_module.fingerprint(section, base, dataset, "bfloat16") != key
+    assert checkpoints_module.fingerprint(params.Finetune(**{**SETTINGS, "seed": 1}), base, dataset, "float32") != key
     for folder, name in zip(copies, ("config.json", "prompt.json"), strict=True):
         text = (folder / name).read_text(encoding="utf-8")
         (folder / name).write_text(text + " ", encoding="utf-8")
-        assert finetune.fingerprint(section, *copies, "float32") != key
+        assert checkpoints_module.fingerprint(section, *copies, "float32") != key
         (folder / name).write_text(text, encoding="utf-8")
-    assert finetune.fingerprint(section, *copies, "float32") == key
+    assert checkpoints_module.fingerprint(section, *copies, "float32") == key
 
 
 # -- early stopping ----------------------------------------------------------------------------------------------------
@@ -597,7 +599,7 @@ def test_early_stop_before_the_first_line_of_the_curve(tmp_path, base, dataset, 
 
 def test_fraction_of_an_epoch(tmp_path, base, dataset):
     folder = tune(tmp_path / "run", base, dataset, num_train_epochs=0.5)
-    per_epoch = math.ceil(len(batches.Data(dataset / "train.parquet")) / 8)
+    per_epoch = math.ceil(len(data_module.Data(dataset / "train.parquet")) / 8)
     train = curve(folder / "train_loss.csv")
     assert len(train) == math.ceil(per_epoch / 2)
     assert train[-1]["epoch"] == pytest.approx(math.ceil(per_epoch / 2) / per_epoch, abs=1e-4)
@@ -612,7 +614,7 @@ def test_max_steps_overrides_epochs(tmp_path, base, dataset):
 def test_empty_eval_split(tmp_path, base, capsys):
     """No eval loss, and no trouble."""
     dataset = make_dataset(tmp_path / "data", base, eval_fraction=0.0)
-    assert len(batches.Data(dataset / "eval.parquet")) == 0
+    assert len(data_module.Data(dataset / "eval.parquet")) == 0
     capsys.readouterr()
     folder = tune(tmp_path / "run", base, dataset, max_steps=4)
     assert (folder / "eval_loss.csv").read_text() == "step,epoch,loss\n"
@@ -622,7 +624,7 @@ def test_empty_eval_split(tmp_path, base, capsys):
 
 
 def test_learning_rate_of_the_curve_is_the_schedules(tuned, dataset):
-    plan = batches.Schedule(params.Finetune(**SETTINGS), batches.Data(dataset / "train.parquet").lengths)
+    plan = schedule.Schedule(params.Finetune(**SETTINGS), data_module.Data(dataset / "train.parquet").lengths)
     for line in curve(tuned / "train_loss.csv"):
         assert line["learning_rate"] == pytest.approx(plan.learning_rate(int(line["step"]) - 1), rel=1e-5)
 
@@ -651,7 +653,7 @@ def test_adapter_on_tied_weights_is_refused_before_training(tmp_path, base, data
 
 
 def test_adapter_on_an_output_head_of_its_own(tmp_path, dataset):
-    from fetch_model import check_safetensors
+    from slmake.model_folder import check_safetensors
 
     base = make_model(tmp_path / "base", tie_word_embeddings=False)
     folder = tune(tmp_path / "run", base, dataset, target_modules=["lm_head"], max_steps=1)
@@ -666,7 +668,7 @@ def test_early_stopping_without_eval_rows(tmp_path, base, capsys):
 
 
 def test_target_modules_by_name(tmp_path, base, dataset):
-    from fetch_model import check_safetensors
+    from slmake.model_folder import check_safetensors
 
     folder = tune(tmp_path / "run", base, dataset, target_modules=["q_proj", "v_proj"], max_steps=1)
     names = {name.split(".")[-3] for name in check_safetensors(folder / "adapter/adapter_model.safetensors")}
@@ -682,8 +684,8 @@ def test_poisoned_weights_stop_at_the_first_step(tmp_path, base, dataset, capsys
     tensors = load_file(poisoned / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, poisoned / "model.safetensors", metadata={"format": "pt"})
-    data = batches.Data(dataset / "train.parquet")
-    plan = batches.Schedule(params.Finetune(**SETTINGS), data.lengths)
+    data = data_module.Data(dataset / "train.parquet")
+    plan = schedule.Schedule(params.Finetune(**SETTINGS), data.lengths)
     rows = ", ".join(map(str, sorted(data.rows[plan.batches(0)[0]])))
     message = refused(capsys, tmp_path / "run", poisoned, dataset)
     assert f"the loss is nan at step 1 (rows {rows} of the dataset)." in message
@@ -696,9 +698,9 @@ def test_row_that_breaks_the_loss_is_named(tmp_path, dataset, capsys):
     from safetensors.torch import load_file, save_file
 
     base = make_model(tmp_path / "base", tie_word_embeddings=False)
-    data = batches.Data(dataset / "train.parquet")
+    data = data_module.Data(dataset / "train.parquet")
     settings = {"per_device_train_batch_size": 1, "group_by_length": False, "max_steps": 40, "eval_steps": 0}
-    plan = batches.Schedule(params.Finetune(**{**SETTINGS, **settings}), data.lengths)
+    plan = schedule.Schedule(params.Finetune(**{**SETTINGS, **settings}), data.lengths)
     order = [int(plan.batches(step)[0][0]) for step in range(40)]
     tokens = [set(data.ids[data.offsets[i] : data.offsets[i + 1]].tolist()) for i in range(len(data))]
     # The first row from step 4 on with a token that no row before it has.

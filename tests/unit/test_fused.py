@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_model
 
-import fused
+from slmake.training import fused_ops
 
 
 def load(folder):
@@ -43,25 +43,25 @@ def test_a_fused_model_gives_the_same_logits_and_gradients(folder, padded):
     if padded:
         mask = (torch.arange(19) < torch.tensor([[19], [7], [12]])).long()
     expected = outcome(model, ids, mask)
-    count = fused.fuse(model)
+    count = fused_ops.fuse(model)
     assert count["attention"] == 1
     assert count["norm"] == 5  # two in each of two layers, one at the end
     assert_equal(outcome(model, ids, mask), expected)
 
 
 def test_rotary_embedding_is_fused_where_it_is_llamas_own(tmp_path):
-    assert fused.fuse(load(make_model(tmp_path / "llama", "llama")))["rotary"] == 1
+    assert fused_ops.fuse(load(make_model(tmp_path / "llama", "llama")))["rotary"] == 1
     # Phi-3 has one projection for q, k and v; its rotary embedding may be partial and is left alone.
-    assert fused.fuse(load(make_model(tmp_path / "phi3", "phi3")))["rotary"] == 0
+    assert fused_ops.fuse(load(make_model(tmp_path / "phi3", "phi3")))["rotary"] == 0
 
 
 def test_long_sequences_go_to_the_librarys_attention(tmp_path, monkeypatch):
     model = load(make_model(tmp_path / "llama"))
     ids = torch.randint(5, 500, (1, 40))
     expected = outcome(model, ids, None)
-    fused.fuse(model)
-    monkeypatch.setattr(fused, "SHORT", 39)
-    monkeypatch.setattr(fused.Attention, "apply", lambda *_: pytest.fail("40 tokens are too long"))
+    fused_ops.fuse(model)
+    monkeypatch.setattr(fused_ops, "SHORT", 39)
+    monkeypatch.setattr(fused_ops.Attention, "apply", lambda *_: pytest.fail("40 tokens are too long"))
     assert_equal(outcome(model, ids, None), expected)
 
 
@@ -78,7 +78,7 @@ def test_a_norm_that_means_something_else_is_left_alone():
             wide = x.float()
             return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)) * (1 + self.weight)
 
-    assert fused._fuse_norm(OnePlusRMSNorm()) == 0
+    assert fused_ops._fuse_norm(OnePlusRMSNorm()) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
@@ -87,7 +87,9 @@ def test_gradient_of_the_norm_by_finite_differences(shape):
     torch.manual_seed(3)
     x = torch.randn(shape, dtype=torch.float32, requires_grad=True)
     weight = torch.rand(8) + 0.5
-    assert torch.autograd.gradcheck(lambda x: fused.RMSNorm.apply(x, weight, 1e-5), x, eps=1e-2, atol=5e-3, rtol=5e-3)
+    assert torch.autograd.gradcheck(
+        lambda x: fused_ops.RMSNorm.apply(x, weight, 1e-5), x, eps=1e-2, atol=5e-3, rtol=5e-3
+    )
 
 
 def test_gradients_of_attention_and_rotary_embedding_by_finite_differences():
@@ -96,5 +98,5 @@ def test_gradients_of_attention_and_rotary_embedding_by_finite_differences():
     k, v = (torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mask = torch.full((1, 1, 5, 5), -torch.inf, dtype=torch.float64).triu(1)
     angles = torch.rand(1, 1, 5, 3, dtype=torch.float64).repeat(1, 1, 1, 2)
-    assert torch.autograd.gradcheck(lambda q, k, v: fused.Attention.apply(q, k, v, mask, 0.4), (q, k, v))
-    assert torch.autograd.gradcheck(lambda q: fused.Rotary.apply(q, angles.cos(), angles.sin()), q)
+    assert torch.autograd.gradcheck(lambda q, k, v: fused_ops.Attention.apply(q, k, v, mask, 0.4), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q: fused_ops.Rotary.apply(q, angles.cos(), angles.sin()), q)

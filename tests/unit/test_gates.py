@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from tiny import write_params
 
-import gates
-from common import params
-from common.errors import UserError
+from scripts import gates
+from slmake import params
+from slmake.errors import UserError
+from slmake.scoring import judge
 
 METRICS = {
     "test_rows": 240,
@@ -77,7 +78,7 @@ def missed(folder: Path, capsys, metrics: dict = METRICS, **section: object) -> 
 def verdict(published: dict | None = None, **gate: object) -> dict:
     """One gate judged on the metrics above."""
     section = params.Gates(checks=[params.Gate(**gate)], published="last.json" if published else None)
-    (found,) = gates.judge(section, METRICS, TIMES, published)
+    (found,) = judge.judge(section, METRICS, TIMES, published)
     return found
 
 
@@ -192,18 +193,18 @@ def test_published_metrics_are_read_as_they_come(tmp_path):
     metrics = {"int4": {"accuracy": 0.9}}
     section = params.Gates(published=str(tmp_path / "last.json"))
     with pytest.raises(UserError, match=r"gates.published: .*last.json: no such file"):
-        gates.read_published(section)
+        judge.read_published(section)
     for content in (metrics, {"digest": "x", "metrics": metrics}):
         (tmp_path / "last.json").write_text(json.dumps(content), encoding="utf-8")
-        assert gates.read_published(section) == metrics
+        assert judge.read_published(section) == metrics
     for content in ("[]", "{", '{"metrics": {}}', '{"metrics": 5}', '{"int4": 5}', '{"int4": {"accuracy": "high"}}'):
         (tmp_path / "last.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=r"gates.published: .*last.json: .* It should be .* metrics.json"):
-            gates.read_published(section)
+            judge.read_published(section)
     (tmp_path / "last.json").unlink()
     (tmp_path / "last.json").mkdir()
     with pytest.raises(UserError, match=r"gates.published: .*last.json: a folder. It should be .* metrics.json"):
-        gates.read_published(section)
+        judge.read_published(section)
 
 
 @pytest.mark.parametrize(
@@ -267,10 +268,10 @@ def test_figures_that_are_not_there(tmp_path, capsys, gate, told):
 def test_last_model_is_judged_against_the_one_before():
     """Without the exported model: merged against base, and never against adapter; without finetune: the export against base."""
     section = params.Gates(min_accuracy=0.5, max_accuracy_drop=0.1)
-    first, second = gates.judge(section, {name: METRICS[name] for name in ("test_rows", "base", "adapter", "merged")})
+    first, second = judge.judge(section, {name: METRICS[name] for name in ("test_rows", "base", "adapter", "merged")})
     assert (first["model"], first["value"], first["passed"]) == ("merged", 0.82, True)
     assert (second["against"], second["value"], second["passed"]) == ("base", -0.57, True)
-    first, second = gates.judge(section, {"test_rows": 90, "base": {"accuracy": 0.7}, "fp32": {"accuracy": 0.55}})
+    first, second = judge.judge(section, {"test_rows": 90, "base": {"accuracy": 0.7}, "fp32": {"accuracy": 0.55}})
     assert (first["model"], first["passed"]) == ("fp32", True)
     assert (second["against"], second["value"], second["passed"]) == ("base", 0.15, False)
 
@@ -318,7 +319,7 @@ def test_damaged_metrics_are_named(tmp_path, capsys, change, told):
 def test_damaged_timings_are_named(tmp_path):
     (tmp_path / "benchmark.json").write_text('{"int4": {"latency_ms_p95": "fast"}}', encoding="utf-8")
     with pytest.raises(UserError, match=r"benchmark.json is damaged: `benchmark.int4.latency_ms_p95` is no number"):
-        gates.read_timings(tmp_path / "benchmark.json")
+        judge.read_timings(tmp_path / "benchmark.json")
 
 
 def test_existing_judgement_is_refused(tmp_path, capsys):

@@ -9,11 +9,11 @@ import torch
 from onnx import numpy_helper
 from tiny import make_model, write_params
 
-import gptq
-import quantize
-from common import params
-from common.errors import UserError
-from lora import round_to_nearest
+from scripts import quantize
+from slmake import params
+from slmake.errors import UserError
+from slmake.export import gptq
+from slmake.training.qat import round_to_nearest
 
 GPTQ = {
     "precision": "int4",

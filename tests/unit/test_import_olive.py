@@ -8,9 +8,9 @@ import pytest
 import yaml
 from tiny import run_script
 
-from azure_ml import settings
-from common import params
-from from_olive.reader import Reader
+from slmake import params
+from slmake.azureml import settings
+from slmake.olive.reader import Reader
 
 HERE = Path(__file__).parent / "olive"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import make_model
 
-import lora
+from slmake.training import lora_linear, qat
 
 
 def layers(kind: torch.dtype, bias: bool, shape=(24, 16), rank: int = 4, alpha: int = 8):
@@ -25,7 +25,7 @@ def layers(kind: torch.dtype, bias: bool, shape=(24, 16), rank: int = 4, alpha: 
             value.data = value.data.to(kind)
             assert "lora_" in name
     twin = copy.deepcopy(peft)
-    assert lora.fuse(twin) == 1
+    assert lora_linear.fuse(twin) == 1
     return peft, twin
 
 
@@ -60,8 +60,10 @@ def test_fused_layer_passes_torchs_gradient_check():
     x, weight, bias, a, b = (torch.randn(s, dtype=torch.float64) for s in ((3, 2, 5), (4, 5), (4,), (2, 5), (4, 2)))
     for value in (x, a, b):
         value.requires_grad_(True)
-    frozen = lora.Frozen(weight)
-    assert torch.autograd.gradcheck(lambda x, a, b: lora.LoraLinear.apply(x, frozen, bias, 1.7, True, a, b), (x, a, b))
+    frozen = lora_linear.Frozen(weight)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora_linear.LoraLinear.apply(x, frozen, bias, 1.7, True, a, b), (x, a, b)
+    )
 
 
 def test_layers_with_one_input_pass_torchs_gradient_check():
@@ -71,9 +73,9 @@ def test_layers_with_one_input_pass_torchs_gradient_check():
     x, weight, bias, *adapters = (torch.randn(s, dtype=torch.float64) for s in sizes)
     for value in (x, *adapters):
         value.requires_grad_(True)
-    frozen = lora.Frozen(weight)
+    frozen = lora_linear.Frozen(weight)
     assert torch.autograd.gradcheck(
-        lambda x, *ab: lora.LoraLinear.apply(x, frozen, bias, 1.7, True, *ab), (x, *adapters)
+        lambda x, *ab: lora_linear.LoraLinear.apply(x, frozen, bias, 1.7, True, *ab), (x, *adapters)
     )
 
 
@@ -134,12 +136,14 @@ def test_whole_model_gives_the_same_loss_and_gradients(base, together, settled):
         return loss.item(), {n: v.grad.clone() for n, v in peft.named_parameters() if v.requires_grad}
 
     loss, expected = run()
-    assert len(lora.lora_layers(peft)) == lora.fuse(peft, together, settled) == 14
+    assert len(lora_linear.lora_layers(peft)) == lora_linear.fuse(peft, together, settled) == 14
     counted = []
-    original = lora.LoraLinear.forward
+    original = lora_linear.LoraLinear.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            lora.LoraLinear, "forward", lambda ctx, *given: (counted.append(len(given)), original(ctx, *given))[1]
+            lora_linear.LoraLinear,
+            "forward",
+            lambda ctx, *given: (counted.append(len(given)), original(ctx, *given))[1],
         )
         fused_loss, found = run()
     assert len(counted) == (8 if together else 14)  # two layers
@@ -166,7 +170,7 @@ def siblings(settled: bool = True, widths=(16, 16, 16), biases=(True, True, True
         if "lora_B" in name:
             torch.nn.init.normal_(value.data, std=0.3)
     twin = copy.deepcopy(peft)
-    assert lora.fuse(twin, True, settled) == 3
+    assert lora_linear.fuse(twin, True, settled) == 3
     return [[one.base_model.model[name] for name in names] for one in (peft, twin)]
 
 
@@ -197,13 +201,13 @@ def test_layers_that_differ_are_no_siblings(different):
 def test_bfloat16_weights_are_packed_and_multiply_as_before():
     torch.manual_seed(10)
     weight, x, grad = torch.randn(24, 16).bfloat16(), torch.randn(7, 16).bfloat16(), torch.randn(7, 24).bfloat16()
-    packed, plain = lora.Frozen(weight, pack=True), lora.Frozen(weight)
+    packed, plain = lora_linear.Frozen(weight, pack=True), lora_linear.Frozen(weight)
     able = (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )  # not by every processor
     assert (packed.packed is not None) == able
     assert plain.packed is None
-    assert lora.Frozen(weight.float(), pack=True).packed is None
+    assert lora_linear.Frozen(weight.float(), pack=True).packed is None
     for found, expected in (
         (packed.forward(x), x.float() @ weight.float().t()),
         (packed.backward(grad), grad.float() @ weight.float()),
@@ -217,8 +221,8 @@ def test_layers_with_dropout_are_left_alone():
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     peft = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["0"]))
-    assert len(lora.lora_layers(peft)) == 1
-    assert lora.fuse(peft) == 0
+    assert len(lora_linear.lora_layers(peft)) == 1
+    assert lora_linear.fuse(peft) == 0
 
 
 # -- round to nearest --------------------------------------------------------------------------------------------------
@@ -242,7 +246,7 @@ def test_round_to_nearest_equals_the_formula(bits, block, width):
     weight = np.random.default_rng(bits * block + width).normal(size=(6, width)).astype(np.float32)
     weight[2, : min(block, width)] = 0  # a block of zeros
     weight[4] = 0
-    found = lora.round_to_nearest(torch.from_numpy(weight), bits, block)
+    found = qat.round_to_nearest(torch.from_numpy(weight), bits, block)
     assert found.shape == weight.shape
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), by_hand(weight, bits, block), rtol=0, atol=1e-6)
@@ -256,16 +260,16 @@ def test_round_to_nearest_of_known_numbers():
     """Scale 7.5 / 7.5 = 1: levels are whole numbers from -8 to 7; halves go to the even neighbour."""
     weight = torch.tensor([[7.5, -7.5, 0.5, 1.5, -2.5, 3.2, 0.0, -0.4] + [0.0] * 8])
     expected = [7.0, -8.0, 0.0, 2.0, -2.0, 3.0, 0.0, 0.0] + [0.0] * 8
-    assert lora.round_to_nearest(weight, 4, 16).tolist() == [expected]
+    assert qat.round_to_nearest(weight, 4, 16).tolist() == [expected]
 
 
 def test_round_to_nearest_leaves_its_input_and_keeps_its_type():
     weight = torch.randn(4, 32, dtype=torch.bfloat16)
     before = weight.clone()
-    found = lora.round_to_nearest(weight, 4, 32)
+    found = qat.round_to_nearest(weight, 4, 32)
     assert found.dtype == torch.bfloat16
     assert torch.equal(weight, before)
-    expected = lora.round_to_nearest(weight.float(), 4, 32).bfloat16()
+    expected = qat.round_to_nearest(weight.float(), 4, 32).bfloat16()
     assert torch.equal(found, expected)
 
 
@@ -282,7 +286,7 @@ def test_round_to_nearest_equals_onnxruntimes_rtn_quantizer(bits, width, block):
     assert set(np.unique(zero)) == {2 ** (bits - 1)}
     expected = (levels.astype(np.uint8).astype(np.float64) - zero) * scale.astype(np.float32)
     expected = expected.reshape(24, -1)[:, :width]
-    found = lora.round_to_nearest(torch.from_numpy(weight), bits, block).numpy()
+    found = qat.round_to_nearest(torch.from_numpy(weight), bits, block).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -311,7 +315,7 @@ def test_round_to_nearest_equals_the_node_onnxruntime_writes(bits, tmp_path):
     packed, scales = stored[node.input[1]], stored[node.input[2]].reshape(24, -1, 1)
     levels = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
     expected = ((levels.astype(np.float32) - 2 ** (bits - 1)) * scales).reshape(24, 64)
-    found = lora.round_to_nearest(torch.from_numpy(weight.T.copy()), bits, 32).numpy()
+    found = qat.round_to_nearest(torch.from_numpy(weight.T.copy()), bits, 32).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -324,10 +328,10 @@ def test_quantized_forward_and_straight_through_gradients():
     x, grad = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 5, 24, dtype=torch.float64)
     weight, bias = torch.randn(24, 16, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
     a, b, scaling = torch.randn(4, 16, dtype=torch.float64), torch.randn(24, 4, dtype=torch.float64), 1.7
-    quantized = lora.round_to_nearest(weight + scaling * b @ a, 4, 16)
+    quantized = qat.round_to_nearest(weight + scaling * b @ a, 4, 16)
     for value in (x, a, b):
         value.requires_grad_(True)
-    y = lora.LoraLinear.apply(x, lora.Frozen(quantized), bias, scaling, False, a, b)[0]
+    y = lora_linear.LoraLinear.apply(x, lora_linear.Frozen(quantized), bias, scaling, False, a, b)[0]
     torch.testing.assert_close(y, x @ quantized.T + bias, rtol=1e-12, atol=1e-12)
     y.backward(grad)
     flat, g = x.detach().reshape(-1, 16), grad.reshape(-1, 24)
@@ -350,14 +354,14 @@ def deep(tmp_path_factory):
     for name, value in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value.data, std=0.1)
-    lora.fuse(peft)
+    lora_linear.fuse(peft)
     return peft
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["gate_proj", "up_proj"]], ids=["all", "two"])
 def test_refresh_quantizes_the_merged_weights(deep, modules):
     """The layers named answer with W + s B A in four bits, the model as one whose weights were replaced."""
-    aware = lora.QuantizationAware(deep, 32, modules, 1.0, 42)
+    aware = qat.QuantizationAware(deep, 32, modules, 1.0, 42)
     assert len(aware.layers) == (14 if modules == "all-linear" else 4)
     aware.refresh(None)
     ids = torch.arange(2, 42).reshape(2, 20)
@@ -367,24 +371,24 @@ def test_refresh_quantizes_the_merged_weights(deep, modules):
         merged = plain(input_ids=ids).logits
         for name, module in plain.named_modules():
             if f"base_model.model.{name}" in aware.layers:
-                expected = lora.round_to_nearest(module.weight, 4, 32)
+                expected = qat.round_to_nearest(module.weight, 4, 32)
                 stand_in = deep.get_submodule(f"base_model.model.{name}").fake_quantized
                 torch.testing.assert_close(stand_in, expected, rtol=0, atol=1e-6, msg=name)
                 module.weight.data = expected
         expected = plain(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (found - merged).abs().max() > 1e-3  # quantization is not a no-op
-    for module in lora.lora_layers(deep).values():
+    for module in lora_linear.lora_layers(deep).values():
         module.fake_quantized = None
 
 
-def stand_ins(aware: lora.QuantizationAware) -> set[str]:
+def stand_ins(aware: qat.QuantizationAware) -> set[str]:
     """Names of the layers that are quantized now."""
     return {name for name, layer in aware.layers.items() if layer.fake_quantized is not None}
 
 
 def test_refresh_follows_the_adapter(deep):
-    aware = lora.QuantizationAware(deep, 32, "all-linear", 1.0, 42)
+    aware = qat.QuantizationAware(deep, 32, "all-linear", 1.0, 42)
     aware.refresh(None)
     module = next(iter(aware.layers.values()))
     before = module.fake_quantized.clone()
@@ -398,14 +402,14 @@ def test_refresh_follows_the_adapter(deep):
 
 def test_rate_draws_layers_by_seed_and_step_alone(deep):
     """Half of 14 layers on average; all of them to evaluate, whatever the rate."""
-    aware = lora.QuantizationAware(deep, 32, "all-linear", 0.5, 42)
+    aware = qat.QuantizationAware(deep, 32, "all-linear", 0.5, 42)
     drawn = []
     for step in range(40):
         aware.refresh(step)
         drawn.append(stand_ins(aware))
     assert 0.4 < sum(map(len, drawn)) / (40 * 14) < 0.6
     assert len({frozenset(names) for names in drawn}) > 30
-    again, other = (lora.QuantizationAware(deep, 32, "all-linear", 0.5, seed) for seed in (42, 43))
+    again, other = (qat.QuantizationAware(deep, 32, "all-linear", 0.5, seed) for seed in (42, 43))
     again.refresh(7)
     assert stand_ins(again) == drawn[7]
     other.refresh(7)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, make_model, write_params
 
-import merge
+from scripts import merge
+from slmake.merging import shards as shards_module
 
 IDS = torch.arange(2, 42).reshape(2, 20)
 
@@ -111,11 +112,11 @@ def adapter(base, tmp_path_factory) -> Path:
 # -- the sums ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", [merge.PIECE, 1000])
+@pytest.mark.parametrize("piece", [shards_module.PIECE, 1000])
 def test_float32_equals_merge_and_unload_bit_for_bit(tmp_path, monkeypatch, pair, piece):
     """Every tensor, by name, whole or in pieces; the adapter's products changed and nothing else did."""
     base, adapter = pair
-    monkeypatch.setattr(merge, "PIECE", piece)
+    monkeypatch.setattr(shards_module, "PIECE", piece)
     merged = tensors_of(run(tmp_path, base, adapter))
     before = tensors_of(base)
     assert merged.keys() == before.keys()
@@ -305,10 +306,10 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, capsys, base, 
     assert "model.layers.1.mlp.up_proj.weight: 64 values are not finite after the merge" in message
 
 
-@pytest.mark.parametrize("piece", [merge.PIECE, 64])
+@pytest.mark.parametrize("piece", [shards_module.PIECE, 64])
 def test_infinities_that_cancel_in_a_sum_are_found(tmp_path, capsys, monkeypatch, base, adapter, piece):
     """Counted over the whole tensor, also where its rows are merged one by one."""
-    monkeypatch.setattr(merge, "PIECE", piece)
+    monkeypatch.setattr(shards_module, "PIECE", piece)
 
     def spoil(tensors):
         tensors[f"{UP}B.weight"][3, 0], tensors[f"{UP}B.weight"][4, 0] = math.inf, -math.inf
@@ -486,7 +487,7 @@ with cli.job("merge") as job:
     merge.merge(params.Merge(), params.Finetune(), base, adapter, target, job)
 print(peak() - before)
 """
-    environment = {"PYTHONPATH": str(ROOT / "scripts"), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
     command = [sys.executable, "-c", code, base, adapter, tmp_path / "merged"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common import outputs
-from common.errors import UserError
+from slmake import outputs
+from slmake.errors import UserError
 
 
 def names(folder: Path) -> list[str]:

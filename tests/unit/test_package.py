@@ -11,12 +11,12 @@ import pytest
 import yaml
 from tiny import ROOT, write_params
 
-import package
-import quantize
-import verify
-from common import generation, params
-from common.errors import UserError
-from shipping import records
+from scripts import package
+from slmake import generation, params
+from slmake.errors import UserError
+from slmake.export import builder
+from slmake.packaging import checksums, provenance, sbom, signature
+from tools import verify
 
 FIGURES = {
     "accuracy": 0.8,
@@ -78,7 +78,7 @@ def parts(tmp_path_factory, base, dataset) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     (folder / "model").mkdir()
     section = params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None)
-    quantize.export(section, base, folder / "model", folder / "cache")
+    builder.export(section, base, folder / "model", folder / "cache")
     shutil.copytree(dataset, folder / "dataset")
     (folder / "rows.json").write_text("[]", encoding="utf-8")
     reports = {
@@ -218,7 +218,7 @@ def test_checksums_are_what_sha256sum_reads(packed):
 
 def test_bill_of_materials_is_valid_and_complete(packed):
     text = (packed / "bom.cdx.json").read_text(encoding="utf-8")
-    records.check_bom(text)
+    sbom.check_bom(text)
     bom = json.loads(text)
     assert bom["metadata"]["component"]["type"] == "machine-learning-model"
     figures = {
@@ -231,11 +231,11 @@ def test_bill_of_materials_is_valid_and_complete(packed):
     assert {"hf:org/name@1234", "model.onnx.data", "onnxruntime-genai", "numpy"} <= names
     for wrong in ({"bomFormat": "SPDX"}, {"components": [{"type": "modle", "name": "x"}]}, {"unknown": 1}):
         with pytest.raises(UserError, match=r"breaks the CycloneDX schema"):
-            records.check_bom(json.dumps(bom | wrong))
+            sbom.check_bom(json.dumps(bom | wrong))
 
 
 def test_provenance_names_every_input_and_every_file(packed, parts):
-    statement = records.check_statement((packed / "provenance.intoto.json").read_text(encoding="utf-8"))
+    statement = provenance.check_statement((packed / "provenance.intoto.json").read_text(encoding="utf-8"))
     subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
     assert subjects.keys() == FILES - {"provenance.intoto.json", "SHA256SUMS"}
     assert subjects["model.onnx"] == hashlib.sha256((packed / "model.onnx").read_bytes()).hexdigest()
@@ -250,14 +250,14 @@ def test_provenance_names_every_input_and_every_file(packed, parts):
         "base": {"source": "x"},
         "dataset": {"source": {"train": {"source": "az://c/rows", "sha256": "b" * 64}}},
     }
-    other = records.provenance({}, [], {}, recorded, f"containers/one.sif@sha256:{'a' * 64}")
+    other = provenance.provenance({}, [], {}, recorded, f"containers/one.sif@sha256:{'a' * 64}")
     there = {
         one["name"]: one["digest"]["sha256"] for one in other["predicate"]["buildDefinition"]["resolvedDependencies"]
     }
     assert there == {"az://c/rows": "b" * 64, "containers/one.sif": "a" * 64}
     for wrong in ({"_type": "https://example.org"}, {"subject": []}, {"predicate": {"surprise": 1}}):
         with pytest.raises(UserError, match=r"no valid provenance"):
-            records.check_statement(json.dumps(statement | wrong))
+            provenance.check_statement(json.dumps(statement | wrong))
 
 
 def test_a_good_package_verifies(packed, capsys):
@@ -290,7 +290,7 @@ def test_missing_and_foreign_files_are_named(copy, capsys):
 def test_consistently_forged_sums_do_not_help(copy, capsys):
     """Someone who changes a file and SHA256SUMS alike is caught by the provenance."""
     (copy / "run.py").write_text("print('hello')\n", encoding="utf-8")
-    (copy / "SHA256SUMS").write_text(records.sums_text(records.digests(copy, ("SHA256SUMS",))), encoding="utf-8")
+    (copy / "SHA256SUMS").write_text(checksums.sums_text(checksums.digests(copy, ("SHA256SUMS",))), encoding="utf-8")
     assert "its subjects are not the files of this package" in refused(capsys, copy, "--package-only")
 
 
@@ -328,7 +328,7 @@ def test_signed_package(parts, tmp_path, capsys):
     key, other = make_key(tmp_path / "key.pem"), make_key(tmp_path / "other.pem")
     folder = pack(parts, tmp_path / "signed", signing_key=str(key))
     assert "signed" in capsys.readouterr().err
-    (tmp_path / "public.pem").write_bytes(records.public_key(key))
+    (tmp_path / "public.pem").write_bytes(signature.public_key(key))
     for one in (key, tmp_path / "public.pem"):
         verify.main([str(folder), "--package-only", "--key", str(one)])
         assert "signature good" in capsys.readouterr().err
@@ -344,12 +344,12 @@ def test_forger_without_the_key_is_caught(parts, tmp_path, capsys):
     """File, checksums and provenance changed alike: only the signature tells."""
     key = make_key(tmp_path / "key.pem")
     folder = pack(parts, tmp_path / "signed", signing_key=str(key))
-    own = (records.SUMS, records.SIGNATURE, records.PROVENANCE)
+    own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
     (folder / "metrics.json").write_text("{}", encoding="utf-8")
-    statement = json.loads((folder / records.PROVENANCE).read_text())
-    statement["subject"] = [{"name": n, "digest": {"sha256": d}} for n, d in records.digests(folder, own).items()]
-    (folder / records.PROVENANCE).write_text(records.canonical(statement), encoding="utf-8")
-    (folder / records.SUMS).write_text(records.sums_text(records.digests(folder, own[:2])), encoding="utf-8")
+    statement = json.loads((folder / checksums.PROVENANCE).read_text())
+    statement["subject"] = [{"name": n, "digest": {"sha256": d}} for n, d in checksums.digests(folder, own).items()]
+    (folder / checksums.PROVENANCE).write_text(checksums.canonical(statement), encoding="utf-8")
+    (folder / checksums.SUMS).write_text(checksums.sums_text(checksums.digests(folder, own[:2])), encoding="utf-8")
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", key)
 
 

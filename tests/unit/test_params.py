@@ -13,8 +13,9 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from common import params, params_docs
-from common.errors import UserError
+from slmake import params
+from slmake.errors import UserError
+from slmake.params import docs
 
 SMALLEST = {
     "fetch_model": {"source": "models/tiny"},
@@ -533,15 +534,15 @@ def test_the_projects_file_hides_no_default():
 
 def test_generated_pages_are_up_to_date(tmp_path):
     """`make docs` would change nothing."""
-    params_docs.write_docs(tmp_path)
+    docs.write_docs(tmp_path)
     for name in ("params.md", "params.schema.json"):
         assert (ROOT / "docs" / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name}: run `make docs`"
-    assert (tmp_path / "params.md").read_text(encoding="utf-8") == params_docs.reference()
+    assert (tmp_path / "params.md").read_text(encoding="utf-8") == docs.reference()
 
 
 def test_reference_has_every_field():
     """A heading per section and a row per field, with default, bounds and meaning."""
-    page = params_docs.reference()
+    page = docs.reference()
     assert [line[4:-1] for line in page.splitlines() if line.startswith("## ")] == SECTIONS
     assert "| `lora_r` | `16` | integer ≥ 1 ≤ 1024 | Rank of the update. |" in page
     assert "| `source` | required | string or `Files` |" in page
@@ -598,20 +599,20 @@ def test_schema_refuses_what_load_refuses(schema, section, field, value):
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def test_check_a_file(write):
     path = write()
-    done = run("-m", "common.params", path.name, cwd=path.parent)
+    done = run("-m", "slmake.params", path.name, cwd=path.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "params.yaml: 2 sections, valid\n", "")
 
 
 def test_check_a_wrong_file(write):
     path = write(finetune={"lora_r": 0})
-    done = run("-m", "common.params", cwd=path.parent)
+    done = run("-m", "slmake.params", cwd=path.parent)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: params.yaml: 1 error; nothing was run. See docs/params.md.\n"
@@ -620,13 +621,13 @@ def test_check_a_wrong_file(write):
 
 
 def test_write_the_pages(tmp_path):
-    assert run("-m", "common.params_docs", "--output", tmp_path, cwd=tmp_path).returncode == 0
+    assert run("-m", "slmake.params.docs", "--output", tmp_path, cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["params.md", "params.schema.json"]
 
 
 def test_import_loads_no_heavy_library(tmp_path):
     """common/ needs the standard library, PyYAML and pydantic only, so that parameters are checked in no time."""
     heavy = ["torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "pandas", "onnxruntime"]
-    code = f"import sys, common.params; print(sorted(set({heavy}) & set(sys.modules)), 'pydantic' in sys.modules)"
+    code = f"import sys, slmake.params; print(sorted(set({heavy}) & set(sys.modules)), 'pydantic' in sys.modules)"
     done = run("-c", code, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("[] True\n", "")

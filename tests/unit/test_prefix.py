@@ -5,8 +5,7 @@ import pytest
 import torch
 from tiny import make_model
 
-import fused
-import prefix
+from slmake.training import fused_ops, shared_prefix
 
 CASES = {
     "a common beginning": [[1, 5, 9, 20, 21], [1, 5, 9, 30], [1, 5, 9, 20, 41, 42, 43]],
@@ -30,8 +29,8 @@ def one_by_one(model, rows):
 
 
 def together(model, rows):
-    layout = prefix.Layout([np.array(row) for row in rows], torch.device("cpu"))
-    logits = prefix.forward(model, layout)[0]
+    layout = shared_prefix.Layout([np.array(row) for row in rows], torch.device("cpu"))
+    logits = shared_prefix.forward(model, layout)[0]
     return [logits[layout.token[k, : len(row)]] for k, row in enumerate(rows)], layout
 
 
@@ -55,8 +54,8 @@ def test_logits_and_gradients_are_those_of_rows_computed_one_by_one(folder, rows
     wanted = one_by_one(model, rows)
     wanted_gradient = gradient(model, wanted)
     if fuse:
-        fused.fuse(model)
-    assert prefix.share(model) == float("inf")
+        fused_ops.fuse(model)
+    assert shared_prefix.share(model) == float("inf")
     found, _ = together(model, rows)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=3e-6 * float(other.abs().max()))
@@ -76,7 +75,7 @@ def test_logits_and_gradients_are_those_of_rows_computed_one_by_one(folder, rows
 )
 def test_common_tokens_are_there_once_and_nothing_is_padded(name, common, tokens):
     rows = CASES[name]
-    layout = prefix.Layout([np.array(row) for row in rows], torch.device("cpu"))
+    layout = shared_prefix.Layout([np.array(row) for row in rows], torch.device("cpu"))
     assert (layout.common, layout.tokens, len(layout.ids)) == (common, tokens, tokens)
     for k, row in enumerate(rows):
         there = layout.token[k, : len(row)]
@@ -89,14 +88,14 @@ def test_a_plain_batch_still_goes_through_a_model_that_shares(folder):
     ids = torch.randint(5, 400, (3, 9), generator=torch.Generator().manual_seed(3))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
     wanted = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-    prefix.share(model)
+    shared_prefix.share(model)
     found = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(found, wanted)
 
 
 def test_a_sliding_window_bounds_the_rows(tmp_path):
     model = load(make_model(tmp_path / "mistral", "mistral", sliding_window=6))
-    assert prefix.share(model) == 6
+    assert shared_prefix.share(model) == 6
     rows = [[1, 5, 9, 20, 21, 22], [1, 5, 9, 30]]
     wanted = one_by_one(load(tmp_path / "mistral"), rows)
     for one, other in zip(together(model, rows)[0], wanted, strict=True):
@@ -106,24 +105,24 @@ def test_a_sliding_window_bounds_the_rows(tmp_path):
 def test_a_model_whose_attention_cannot_be_replaced_is_left_alone(folder):
     from transformers import AutoModelForCausalLM
 
-    assert prefix.share(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")) == 0
+    assert shared_prefix.share(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")) == 0
 
 
 def test_a_model_that_gives_another_result_is_found_out(folder):
     model = load(folder)
-    prefix.share(model)
-    assert prefix.agrees(model, 512, torch.device("cpu"))
+    shared_prefix.share(model)
+    assert shared_prefix.agrees(model, 512, torch.device("cpu"))
     # What a convolution over neighbouring tokens would do: the second row's first token lies behind the first row's last.
     layer = model.model.layers[0].mlp
     forward = layer.forward
     layer.forward = lambda x: forward(x) + torch.roll(x, 1, dims=1)
-    assert not prefix.agrees(model, 512, torch.device("cpu"))
+    assert not shared_prefix.agrees(model, 512, torch.device("cpu"))
 
 
 def test_a_model_whose_layers_hand_nothing_on_to_attention_is_found_out(folder):
     model = load(folder)
-    prefix.share(model)
+    shared_prefix.share(model)
     for layer in model.model.layers:
         forward = layer.forward
         layer.forward = lambda *args, layout=None, forward=forward, **kwargs: forward(*args, **kwargs)
-    assert not prefix.agrees(model, 512, torch.device("cpu"))
+    assert not shared_prefix.agrees(model, 512, torch.device("cpu"))

@@ -18,9 +18,11 @@ import pyarrow.parquet
 import pytest
 from tiny import TONES, make_rows, make_tokenizer, run_script, write_params
 
-import prepare
-from dataset.rows import read_rows
-from dataset.store import Row, Store
+from scripts import prepare
+from slmake.data import splits as splits_module
+from slmake.data import tokenize
+from slmake.data.rows import read_rows
+from slmake.data.store import Row, Store
 
 END = 0  # id of <|end|> in the test tokenizer
 TEMPLATE = "### Text: {phrase}\n### The tone is:\n{tone}"
@@ -85,12 +87,12 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
     """The test tokenizer."""
-    return prepare.load_tokenizer(tokenizer_folder)
+    return tokenize.load_tokenizer(tokenizer_folder)
 
 
 def other_chat(tokenizer_folder: Path, folder: Path, chat_template: str | None) -> Path:
     """A copy of the test tokenizer with another chat template, or with none."""
-    tokenizer = prepare.load_tokenizer(tokenizer_folder)
+    tokenizer = tokenize.load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
@@ -109,7 +111,7 @@ def build(tmp_path, tokenizer_folder):
         folder, report = tmp_path / name, tmp_path / f"{name}-report.json"
         places = ["--base", base or tokenizer_folder, "--output", folder, "--report", report]
         prepare.main([str(part) for part in ["--params", params, *places]])
-        tables = [pyarrow.parquet.read_table(folder / f"{split}.parquet").to_pylist() for split in prepare.SPLITS]
+        tables = [pyarrow.parquet.read_table(folder / f"{split}.parquet").to_pylist() for split in splits_module.SPLITS]
         return Built(folder, json.loads(report.read_text(encoding="utf-8")), *tables)
 
     return run
@@ -258,7 +260,7 @@ def test_another_seed_gives_another_split(build):
 def test_fractions(build, eval_fraction, test_fraction, counts):
     built = build(make_rows(96), eval_fraction=eval_fraction, test_fraction=test_fraction)
     assert [len(built.train), len(built.eval), len(built.test)] == counts
-    assert [built.report["rows"][name] for name in prepare.SPLITS] == counts
+    assert [built.report["rows"][name] for name in splits_module.SPLITS] == counts
 
 
 def test_free_text_is_split_without_strata(build):
@@ -511,10 +513,10 @@ def test_long_prompts_lose_their_start_and_are_counted(build, tokenizer):
 
 
 def test_truncation_keeps_the_begin_token():
-    assert prepare.truncate([1, 5, 6, 7, 8], [9, 0], 5, 1) == [1, 7, 8]
-    assert prepare.truncate([1, 5, 6, 7, 8], [9, 0], 5, None) == [6, 7, 8]
-    assert prepare.truncate([5, 6, 7, 8], [9, 0], 5, 1) == [6, 7, 8]
-    assert prepare.truncate([1, 5, 6], [9, 0], 5, 1) == [1, 5, 6]
+    assert tokenize.truncate([1, 5, 6, 7, 8], [9, 0], 5, 1) == [1, 7, 8]
+    assert tokenize.truncate([1, 5, 6, 7, 8], [9, 0], 5, None) == [6, 7, 8]
+    assert tokenize.truncate([5, 6, 7, 8], [9, 0], 5, 1) == [6, 7, 8]
+    assert tokenize.truncate([1, 5, 6], [9, 0], 5, 1) == [1, 5, 6]
 
 
 def test_answer_that_does_not_fit_is_an_error(refused, tmp_path, tokenizer):
@@ -1000,14 +1002,14 @@ def test_statistics_add_up(build, tmp_path, strategy):
 
 
 def test_lengths_summary():
-    assert prepare.lengths_summary(Counter({9: 1, 3: 2, 5: 1})) == {
+    assert tokenize.lengths_summary(Counter({9: 1, 3: 2, 5: 1})) == {
         "min": 3,
         "median": 3,
         "p95": 9,
         "max": 9,
         "histogram": {"3": 2, "5": 1, "9": 1},
     }
-    assert prepare.lengths_summary(Counter()) == {"min": 0, "median": 0, "p95": 0, "max": 0, "histogram": {}}
+    assert tokenize.lengths_summary(Counter()) == {"min": 0, "median": 0, "p95": 0, "max": 0, "histogram": {}}
 
 
 # The store
@@ -1082,7 +1084,7 @@ def test_help_loads_no_torch(tmp_path):
     """--help and wrong arguments are answered without the heavy libraries."""
     done = run_script("prepare", "--help", env={"PATH": "/usr/bin:/bin", "PYTHONPROFILEIMPORTTIME": "1"}, cwd=tmp_path)
     assert done.returncode == 0
-    assert "python scripts/prepare.py --params params.yaml --base build/base" in done.stdout
+    assert "python -m scripts.prepare --params params.yaml --base build/base" in done.stdout
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert "argparse" in loaded
     assert loaded.isdisjoint({"torch", "transformers", "datasets", "pyarrow"})

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny import make_model, write_params
 
-import quantize
-from common import params
-from common.errors import UserError
+from scripts import quantize
+from slmake import params
+from slmake.errors import UserError
+from slmake.export import builder, graph_checks
 
 FILES = {
     "chat_template.jinja",
@@ -131,7 +132,7 @@ def exported(request, tmp_path_factory, base) -> tuple[str, Path]:
 def test_graph_has_the_bits_asked_for(exported):
     name, folder = exported
     changes, bits = KINDS[name]
-    found = quantize.check_graph(section(**changes), folder)
+    found = graph_checks.check_graph(section(**changes), folder)
     assert found["quantized_matmuls_by_bits"] == bits
     assert found["block_sizes"] == ([32] if bits else [])
     assert found["plain_matmuls"] == (0 if bits else 11)
@@ -141,10 +142,10 @@ def test_folder_is_complete_and_generates_the_same_tokens_twice(exported):
     _, folder = exported
     assert {path.name for path in folder.iterdir()} == FILES
     assert sorted(path.name for path in folder.parent.iterdir()) == ["onnx"]
-    tokens = quantize.check_generates(folder, tokens=8)
+    tokens = graph_checks.check_generates(folder, tokens=8)
     assert 1 <= len(tokens) <= 8
     assert all(0 <= token < 512 for token in tokens)
-    assert quantize.check_generates(folder, tokens=8) == tokens
+    assert graph_checks.check_generates(folder, tokens=8) == tokens
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     assert config["model"]["decoder"]["filename"] == "model.onnx"
     assert config["model"]["vocab_size"] == 512
@@ -178,7 +179,7 @@ def test_message_counts_products_by_bits(tmp_path, base, capsys):
 @pytest.mark.parametrize("mixed", [False, True], ids=["4 bits", "8 bits in part"])
 def test_rtn_graph_computes_with_the_weights_that_training_rounds_to(tmp_path, untied, mixed):
     """Logits of the export = logits of the model with `lora.round_to_nearest` weights, without activation rounding."""
-    import lora
+    from slmake.training import qat
 
     nodes = ["*/attn/*", "*/down_proj/*"] if mixed else []
     folder = run(tmp_path, untied, accuracy_level=1, int8_nodes=nodes)
@@ -186,7 +187,7 @@ def test_rtn_graph_computes_with_the_weights_that_training_rounds_to(tmp_path, u
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             eight = mixed and ("self_attn" in name or "down_proj" in name)
-            module.weight.data = lora.round_to_nearest(module.weight.data, 8 if eight else 4, 32)
+            module.weight.data = qat.round_to_nearest(module.weight.data, 8 if eight else 4, 32)
     np.testing.assert_allclose(onnx_logits(folder), torch_logits(model), rtol=0, atol=1e-4)
     assert np.abs(onnx_logits(folder) - torch_logits(load(untied))).max() > 1e-2
 
@@ -254,7 +255,7 @@ def test_every_allowed_combination_works_or_is_refused_clearly(
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_block_size_is_honoured(tmp_path, untied, block):
     folder = run(tmp_path, untied, block_size=block)
-    assert quantize.check_graph(section(block_size=block), folder)["block_sizes"] == [block]
+    assert graph_checks.check_graph(section(block_size=block), folder)["block_sizes"] == [block]
 
 
 # -- products in 8 bits ------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def test_int8_nodes_chooses_products_by_name(tmp_path, model_of, mixed):
     for name, value in bits.items():
         eight = "/attn/" in name or "down_proj" in name or (mixed and "lm_head" in name)
         assert value == (8 if eight else 4), name
-    found = quantize.check_graph(section(int8_nodes=["*/attn/*"], matmul_mixed_precision=mixed), folder)
+    found = graph_checks.check_graph(section(int8_nodes=["*/attn/*"], matmul_mixed_precision=mixed), folder)
     assert found["plain_matmuls"] == 0
     assert divergence(torch_logits(load(model)), onnx_logits(folder)) < 0.02
 
@@ -322,9 +323,9 @@ def test_accuracy_levels_of_groups_of_nodes(tmp_path, base):
         level = next(a.i for a in node.attribute if a.name == "accuracy_level")
         assert level == (0 if "layers.1/mlp/down_proj" in name else 1 if "/mlp/" in name else 4), name
     assert (grouped / "model.onnx.data").read_bytes() == (plain / "model.onnx.data").read_bytes()
-    quantize.check_graph(section(node_accuracy_levels=groups), grouped)
+    graph_checks.check_graph(section(node_accuracy_levels=groups), grouped)
     with pytest.raises(UserError, match=r"accuracy_level 4 was asked for, the graph has \[0, 1\]"):
-        quantize.check_graph(section(), grouped)
+        graph_checks.check_graph(section(), grouped)
     assert not np.array_equal(onnx_logits(plain), onnx_logits(grouped))
 
 
@@ -344,7 +345,7 @@ def test_int8_nodes_that_match_nothing(tmp_path, capsys, base):
 def test_nodes_to_exclude_is_honoured(tmp_path, untied):
     names = ["/lm_head/MatMul", "/model/layers.0/mlp/up_proj/MatMul"]
     folder = run(tmp_path, untied, nodes_to_exclude=names)
-    found = quantize.check_graph(section(nodes_to_exclude=names), folder)
+    found = graph_checks.check_graph(section(nodes_to_exclude=names), folder)
     assert found == {
         "quantized_matmuls_by_bits": {"4": 9},
         "block_sizes": [32],
@@ -431,7 +432,7 @@ WRONG = [
 @pytest.mark.parametrize(("built", "asked", "text"), WRONG, ids=[f"{one[0]}-{one[1]}" for one in WRONG])
 def test_graph_that_is_not_what_was_asked_for(graphs, built, asked, text):
     with pytest.raises(UserError) as caught:
-        quantize.check_graph(section(**asked), graphs[built])
+        graph_checks.check_graph(section(**asked), graphs[built])
     message = str(caught.value)
     assert message.startswith("the model builder did not do what the section quantize asks for:\n")
     assert text in message
@@ -442,7 +443,7 @@ def test_graph_that_is_not_what_was_asked_for(graphs, built, asked, text):
 
 def test_all_differences_are_told_at_once(graphs):
     with pytest.raises(UserError) as caught:
-        quantize.check_graph(section(block_size=64, is_symmetric=False, accuracy_level=0), graphs["int4"])
+        graph_checks.check_graph(section(block_size=64, is_symmetric=False, accuracy_level=0), graphs["int4"])
     assert str(caught.value).count("was asked for") == 3
 
 
@@ -460,7 +461,7 @@ def test_truncated_weights_are_found(damaged, share):
     path = damaged / "model.onnx.data"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match="ONNX Runtime cannot run the exported model: "):
-        quantize.check_generates(damaged)
+        graph_checks.check_generates(damaged)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "text", "half"])
@@ -468,14 +469,14 @@ def test_damaged_graph_is_found(damaged, content):
     path = damaged / "model.onnx"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
     with pytest.raises(UserError, match="ONNX Runtime cannot run the exported model: "):
-        quantize.check_generates(damaged)
+        graph_checks.check_generates(damaged)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"])
 def test_missing_file_is_found(damaged, name):
     (damaged / name).unlink()
     with pytest.raises(UserError, match="ONNX Runtime cannot run the exported model: "):
-        quantize.check_generates(damaged)
+        graph_checks.check_generates(damaged)
 
 
 # -- models that are refused -------------------------------------------------------------------------------------------
@@ -534,7 +535,7 @@ def test_builder_options_have_the_names_of_today():
         nodes_to_exclude=["/a/MatMul", "/b/MatMul"],
         shared_embeddings=False,
     )
-    options = quantize.builder_options(asked)
+    options = builder.builder_options(asked)
     assert options == {
         "hf_token": "false",
         "prune_lm_head": "false",
@@ -550,8 +551,8 @@ def test_builder_options_have_the_names_of_today():
 
 
 def test_builder_options_of_other_precisions():
-    assert quantize.builder_options(section(precision="fp32")) == {"hf_token": "false", "prune_lm_head": "false"}
-    assert quantize.builder_options(section(precision="int8", matmul_mixed_precision=None)) == {
+    assert builder.builder_options(section(precision="fp32")) == {"hf_token": "false", "prune_lm_head": "false"}
+    assert builder.builder_options(section(precision="int8", matmul_mixed_precision=None)) == {
         "hf_token": "false",
         "prune_lm_head": "false",
         "block_size": "32",

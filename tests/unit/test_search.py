@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny import write_params
 
-import candidate
-import quantize
-import search
-from common import params
-from common.errors import UserError
-from scoring.questions import Questions
+from scripts import candidate, quantize, search
+from slmake import params
+from slmake.errors import UserError
+from slmake.export import proposals
+from slmake.scoring import selection
+from slmake.scoring.questions import Questions
 
 MANY = {
     "algo_config": ["default", "rtn", "k_quant"],
@@ -64,42 +64,42 @@ def everything(tmp_path: Path, gates: dict, **fields: object) -> params.Params:
 
 def test_grid_is_every_possible_combination():
     """Mixed precision does not go with `default`: of 2 · 2 combinations 3 are left; the section's own options stand for the rest."""
-    found = search.grid(section(algo_config=["default", "rtn"], matmul_mixed_precision=[None, "last_matmul:int8"]))
+    found = proposals.grid(section(algo_config=["default", "rtn"], matmul_mixed_precision=[None, "last_matmul:int8"]))
     assert [(one["algo_config"], one["matmul_mixed_precision"]) for one in found] == [
         *(("default", None), ("rtn", None), ("rtn", "last_matmul:int8")),
     ]
     assert {one["block_size"] for one in found} == {32}
-    assert search.count(section(algo_config=["default", "rtn"])) == 2
-    assert search.earlier(section(algo_config=["default", "rtn"]), 1) == 0
+    assert proposals.count(section(algo_config=["default", "rtn"])) == 2
+    assert proposals.earlier(section(algo_config=["default", "rtn"]), 1) == 0
 
 
 def test_a_longer_list_builds_only_what_is_new():
     before, after = section(block_size=[16, 32]), section(block_size=[16, 32, 64], budget=20, objective="latency")
     for name in ("merged", "0", "1"):
-        assert search.depends_on(before, name) == search.depends_on(after, name)
-    assert search.depends_on(before, "0") != search.depends_on(before, "1")
-    assert search.depends_on(section(block_size=[16, 32], rows=50), "0") != search.depends_on(before, "0")
-    assert search.depends_on(section(**MANY), "0") != search.depends_on(section(**MANY, seed=1), "0")
+        assert proposals.depends_on(before, name) == proposals.depends_on(after, name)
+    assert proposals.depends_on(before, "0") != proposals.depends_on(before, "1")
+    assert proposals.depends_on(section(block_size=[16, 32], rows=50), "0") != proposals.depends_on(before, "0")
+    assert proposals.depends_on(section(**MANY), "0") != proposals.depends_on(section(**MANY, seed=1), "0")
 
 
 def test_impossible_search_is_refused():
     with pytest.raises(UserError, match="none of the combinations is possible"):
-        search.count(section(algo_config=["default"], int8_nodes=[["*/attn/*"]]))
+        proposals.count(section(algo_config=["default"], int8_nodes=[["*/attn/*"]]))
 
 
 def test_optuna_proposes_under_the_budget_and_every_job_agrees():
     """Two batches of three: the second depends on what the first measured, and on nothing else."""
     some = section(**MANY, budget=6, batch=3)
-    assert search.count(some) == 6
-    assert [search.earlier(some, number) for number in range(6)] == [0, 0, 0, 3, 3, 3]
-    first = [search.proposal(some, number, []) for number in range(3)]
+    assert proposals.count(some) == 6
+    assert [proposals.earlier(some, number) for number in range(6)] == [0, 0, 0, 3, 3, 3]
+    first = [proposals.proposal(some, number, []) for number in range(3)]
     measured = [(0.3, 100.0), None, (0.1, 90.0)]
-    second = [search.proposal(some, number, measured) for number in (3, 4, 5)]
-    assert second == [search.proposal(some, number, measured) for number in (3, 4, 5)]
+    second = [proposals.proposal(some, number, measured) for number in (3, 4, 5)]
+    assert second == [proposals.proposal(some, number, measured) for number in (3, 4, 5)]
     proposed = first + second
-    assert all(one in search.grid(some) for one in proposed)
+    assert all(one in proposals.grid(some) for one in proposed)
     assert all(proposed.count(one) == 1 for one in proposed)
-    assert first == [search.proposal(some, number, measured) for number in range(3)]
+    assert first == [proposals.proposal(some, number, measured) for number in range(3)]
 
 
 def test_optuna_comes_down_to_the_better_region():
@@ -114,7 +114,7 @@ def test_optuna_comes_down_to_the_better_region():
 
     measured: list = []
     for batch in range(5):
-        options = [search.proposal(some, 4 * batch + k, measured) for k in range(4)]
+        options = [proposals.proposal(some, 4 * batch + k, measured) for k in range(4)]
         measured += [figures(one) for one in options]
     early, late = measured[:8], measured[12:]
     assert sum(kl for kl, _ in late) / len(late) < sum(kl for kl, _ in early) / len(early)
@@ -124,7 +124,7 @@ def test_optuna_comes_down_to_the_better_region():
 
 
 def test_the_smallest_that_passes_wins(tmp_path):
-    found = search.choose(
+    found = selection.choose(
         everything(tmp_path, {"max_accuracy_drop": 0.02}),
         REFERENCE,
         [
@@ -141,7 +141,7 @@ def test_the_smallest_that_passes_wins(tmp_path):
 
 def test_the_fastest_wins_when_asked(tmp_path):
     some = everything(tmp_path, {"max_accuracy_drop": 0.02}, objective="latency")
-    found = search.choose(
+    found = selection.choose(
         some, REFERENCE, [entry(0, 0.89, 100, 20.0), entry(1, 0.89, 140, 9.0), entry(2, 0.7, 80, 1.0)]
     )
     assert found["winner"] == 1
@@ -149,7 +149,7 @@ def test_the_fastest_wins_when_asked(tmp_path):
 
 
 def test_pareto_front():
-    assert search.pareto([(0.9, 100), (0.8, 100), (0.9, 120), (0.95, 150), (0.9, 100)]) == [
+    assert selection.pareto([(0.9, 100), (0.8, 100), (0.9, 120), (0.95, 150), (0.9, 100)]) == [
         True,
         False,
         False,
@@ -162,7 +162,7 @@ def test_no_survivor_shows_the_nearest_misses(tmp_path):
     some = everything(tmp_path, {"max_accuracy_drop": 0.01})
     failed = {"candidate": 3, "options": {}, "failed": "ONNX Runtime cannot run it"}
     with pytest.raises(UserError) as caught:
-        search.choose(some, REFERENCE, [entry(0, 0.5, 100), entry(1, 0.88, 140), entry(2, 0.8, 200), failed])
+        selection.choose(some, REFERENCE, [entry(0, 0.5, 100), entry(1, 0.88, 140), entry(2, 0.8, 200), failed])
     message = str(caught.value)
     assert message.startswith(
         "none of 4 candidates passes the gates on the tuning rows. The nearest:\ncandidate 1: block_size 32\n"
@@ -182,7 +182,7 @@ def test_gates_that_tuning_rows_cannot_judge_are_left_out():
             params.Gate(metric="kl_mean", maximum=0.1),
         ],
     )
-    assert [gate.metric for gate in search.tuning_gates(gates).every().values()] == [
+    assert [gate.metric for gate in selection.tuning_gates(gates).every().values()] == [
         "accuracy",
         "size_bytes",
         "kl_mean",
@@ -193,7 +193,7 @@ def test_too_few_tuning_rows_are_told(tmp_path):
     with pytest.raises(
         UserError, match=r"on the 100 tuning rows of quantize.search: gates.max_accuracy_drop: .* at least 200"
     ):
-        search.choose(everything(tmp_path, {"max_accuracy_drop": 0.005}), REFERENCE, [entry(0, 0.9, 1)])
+        selection.choose(everything(tmp_path, {"max_accuracy_drop": 0.005}), REFERENCE, [entry(0, 0.9, 1)])
 
 
 # -- end to end on a tiny model ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slurm import reasons
+from slmake.platforms.slurm import reasons
 
 SAID = """\
 Job 4 has been submitted with SLURM jobid 17 (log: {log}).

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sources import syntax
+from slmake.sources import syntax
 
 SUM = "a" * 64
 
@@ -54,7 +54,7 @@ def test_forms(text, expected):
 @pytest.mark.parametrize("text", ["https://host/x.jsonl", "az://data/a", "azureml://datastores/b/paths/a"])
 def test_remote_sources_must_be_pinned(text):
     with pytest.raises(
-        ValueError, match=r"is not pinned, so its content could change unnoticed. `python scripts/pin.py '"
+        ValueError, match=r"is not pinned, so its content could change unnoticed. `python -m tools.pin '"
     ):
         syntax.parse(text)
     assert syntax.parse(text, must_pin=False).pin is None

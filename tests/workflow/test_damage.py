@@ -71,7 +71,9 @@ def test_the_damaged_file_is_named(copy_of_built, monkeypatch, capsys, script, f
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     before = digests(copy_of_built)
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(script).main(["--params", "params.yaml", *map(str, ARGUMENTS[script])])
+        importlib.import_module(f"{'tools' if script == 'ask' else 'scripts'}.{script}").main(
+            ["--params", "params.yaml", *map(str, ARGUMENTS[script])]
+        )
     assert stopped.value.code == 1
     message = capsys.readouterr().err.partition(f"{script}: error: ")[2]
     assert re.search(told, message), message
@@ -83,7 +85,7 @@ def test_a_missing_result_names_the_command_that_makes_it(copy_of_built, monkeyp
     monkeypatch.chdir(copy_of_built)
     shutil.rmtree("build/dataset")
     with pytest.raises(SystemExit):
-        importlib.import_module("evaluate").main(["--params", "params.yaml", *map(str, ARGUMENTS["evaluate"])])
+        importlib.import_module("scripts.evaluate").main(["--params", "params.yaml", *map(str, ARGUMENTS["evaluate"])])
     assert "Build it with `snakemake --cores all build/dataset`" in capsys.readouterr().err
 
 
@@ -93,12 +95,12 @@ def test_a_missing_result_names_the_command_that_makes_it(copy_of_built, monkeyp
 def test_texts_that_cannot_be_asked(built, monkeypatch, capsys, text, told):
     monkeypatch.chdir(built)
     with pytest.raises(SystemExit):
-        importlib.import_module("ask").main([text])
+        importlib.import_module("tools.ask").main([text])
     assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{phrase} {} {{ }", "--help", "'; echo no; '"])
 def test_texts_that_only_look_odd(built, monkeypatch, capsys, text):
     monkeypatch.chdir(built)
-    importlib.import_module("ask").main(["--", text])
+    importlib.import_module("tools.ask").main(["--", text])
     assert capsys.readouterr().out.endswith(" ms)\n")

@@ -34,7 +34,7 @@ def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
     assert snakemake(repository, "--force", "build/base", "results/base.json").returncode == 0
     assert snakemake(repository, "--forceall").returncode == 0
     assert planned(repository) == set()
-    done = run(repository, "python", "scripts/commit.py")
+    done = run(repository, "python", "-m", "tools.record")
     assert done.returncode == 0, done.stdout
     assert planned(repository) == set()
     assert "up to date" in run(repository, "dvc", "repro").stdout
@@ -43,7 +43,7 @@ def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
 def test_what_was_damaged_after_it_was_built_is_no_receipt(repository, damage):
     """Snakemake does not look into folders: nothing to do for it."""
-    done = run(repository, "python", "scripts/commit.py")
+    done = run(repository, "python", "-m", "tools.record")
     assert done.returncode == 0, done.stdout
     weights = repository / "build" / "adapter" / "adapter_model.safetensors"
     good, receipts = weights.read_bytes(), (repository / "dvc.lock").read_bytes()
@@ -51,15 +51,15 @@ def test_what_was_damaged_after_it_was_built_is_no_receipt(repository, damage):
     if damage == "cut":
         weights.write_bytes(good[:1000])
     assert planned(repository) == set()
-    done = run(repository, "python", "scripts/commit.py")
+    done = run(repository, "python", "-m", "tools.record")
     assert done.returncode == 1
     assert "record: error: build/adapter was modified since finetune built it; nothing was recorded." in done.stdout
     assert (repository / "dvc.lock").read_bytes() == receipts
-    done = run(repository, "python", "scripts/remote.py", "restore")
+    done = run(repository, "python", "-m", "tools.remote", "restore")
     assert done.returncode == 0, done.stdout
     assert weights.read_bytes() == good
     assert planned(repository) == set()
-    assert run(repository, "python", "scripts/commit.py").returncode == 0
+    assert run(repository, "python", "-m", "tools.record").returncode == 0
 
 
 def test_a_failed_rule_s_former_output_is_restored(repository):
@@ -70,7 +70,7 @@ def test_a_failed_rule_s_former_output_is_restored(repository):
     assert done.returncode == 1
     assert "`make restore`" in done.stdout
     (repository / "params.yaml").write_bytes(parameters)
-    done = run(repository, "python", "scripts/remote.py", "restore")
+    done = run(repository, "python", "-m", "tools.remote", "restore")
     assert done.returncode == 0, done.stdout
     assert (repository / "build" / "adapter" / "adapter_model.safetensors").read_bytes() == before
     assert planned(repository) == set()
@@ -82,7 +82,7 @@ def test_a_stage_that_is_left_out_is_not_recorded(repository):
     change(repository, "all", stages=["finetune", "merge", "quantize"])
     change(repository, "quantize", accuracy_level=0)
     assert snakemake(repository).returncode == 0
-    done = run(repository, "python", "scripts/commit.py")
+    done = run(repository, "python", "-m", "tools.record")
     assert done.returncode == 0, done.stdout
     lock = yaml.safe_load((repository / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     made = {out["path"]: out["md5"] for out in lock["quantize"]["outs"]}
@@ -93,7 +93,7 @@ def test_a_stage_that_is_left_out_is_not_recorded(repository):
 
 def test_what_dvc_says_is_shown_when_it_cannot_record(repository):
     (repository / ".dvc").rename(repository / ".nothing")
-    done = run(repository, "python", "scripts/commit.py")
+    done = run(repository, "python", "-m", "tools.record")
     assert done.returncode == 1
     assert (
         "record: error: everything was built, but DVC could not record it: you are not inside of a DVC repository"
@@ -110,9 +110,9 @@ def ran(output: str) -> set[str]:
 def test_dvc_yaml_agrees_with_the_snakefile():
     """Names, dependencies, outputs and parameter sections: dvc.yaml is what the Snakefile generates."""
     done = subprocess.run(
-        [sys.executable, "-c", "import dvc_yaml, sys; sys.stdout.write(dvc_yaml.text())"],
+        [sys.executable, "-c", "import sys; from slmake.platforms import dvc_yaml; sys.stdout.write(dvc_yaml.text())"],
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
         capture_output=True,
         text=True,
     )

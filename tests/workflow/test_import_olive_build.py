@@ -53,5 +53,5 @@ def test_the_tutorial_builds_an_int4_model(tmp_path, base):
         path.name for path in made.iterdir()
     }
     assert sum(path.stat().st_size for path in made.iterdir()) < 150e6
-    answer = run(project, "python", "scripts/ask.py", "We danced in the car park!")
+    answer = run(project, "python", "-m", "tools.ask", "We danced in the car park!")
     assert answer.returncode == 0, answer.stdout

@@ -184,13 +184,13 @@ def test_files_of_stages_that_are_left_out_may_be_missing(base, tmp_path):
 
 
 def test_ask_answers_with_a_latency(built):
-    done = run(built, "python", "scripts/ask.py", "We buried the old dog at home")
+    done = run(built, "python", "-m", "tools.ask", "We buried the old dog at home")
     assert done.returncode == 0, done.stdout
     assert done.stdout.rstrip().endswith("ms)")
 
 
 def test_ask_without_a_model_says_what_to_do(base, tmp_path):
     project = new_project(tmp_path / "project", base)
-    done = run(project, "python", "scripts/ask.py", "Hello")
+    done = run(project, "python", "-m", "tools.ask", "Hello")
     assert done.returncode == 1
     assert "no such file. Build it with" in done.stdout or "no exported model. Build it with" in done.stdout

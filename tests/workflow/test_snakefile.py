@@ -33,12 +33,13 @@ def test_one_name_everywhere():
     }  # of the search in quantize
     for name in rules:
         body = text.split(f"rule {name}:")[1].split("\nrule ")[0]
-        assert f'script="scripts/{name}.py"' in body
+        assert f'code=code_of("{name}"),' in body
+        assert f'code=digest_of("{name}"),' in body
+        assert f'"python -m scripts.{name}"' in body
         file, section = parts.get(name, (name, name))
         assert f'"logs/{file}.log"' in body
         assert f'"benchmarks/{file}.tsv"' in body
-        assert f"as_json(PARAMS.{section})" in body
-        assert re.search(r"container:\n        IMAGE\n", body)
+        assert f'section_of("{section}"' in body or name == "candidate"
         assert "container=CONTAINER," in body
         assert (ROOT / "scripts" / f"{name}.py").exists()
     assert not re.search(r"^\s+(script|run|notebook):\s*$", text, re.M)
@@ -61,7 +62,8 @@ def test_help_loads_no_heavy_library():
         "report",
         "ask",
     ):
-        code = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_path('scripts/{name}.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-        done = run(ROOT, "python", "-c", f"import sys; sys.path.insert(0, 'scripts')\n{code}")
+        module = f"{'tools' if name in ('ask', 'verify') else 'scripts'}.{name}"
+        code = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        done = run(ROOT, "python", "-c", code)
         assert done.returncode == 0, f"{name}: {done.stdout}"
         assert "--params" in done.stdout

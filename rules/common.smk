@@ -1,0 +1,102 @@
+# What Snakemake needs and no reader of the pipeline does: parameters, checks before anything runs, containers, messages.
+
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
+
+from slmake import params
+from slmake.code_inputs import code, digest, remember
+from slmake.errors import UserError
+from slmake.outputs import break_readonly_hardlink
+from slmake.plan import LOCKS, Plan
+from slmake.platforms import container as containers
+from slmake.platforms import dvc, slurm
+
+if config:
+    raise WorkflowError(f"--config and --configfile are not used here (got {', '.join(config)}): edit params.yaml.")
+
+# The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
+
+# DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
+# (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
+for folder in () if "SLMAKE_PULL" in os.environ else ("results", "build/report"):
+    for result in Path(folder).glob("*"):
+        break_readonly_hardlink(result)
+
+try:
+    PLAN = Plan(params.load("params.yaml"))
+    STAGES = PLAN.stages
+    CONTAINER = PLAN.params.all.container
+    # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
+    IMAGE = containers.image(CONTAINER)
+    IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+    # Who allows one rule alone (DVC, Azure ML, Snakemake for a job) brings the inputs of that rule, and no others.
+    if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
+        raise UserError(problem)
+    if CONTAINER and IN_CONTAINERS:
+        containers.prepare(CONTAINER, [*PLAN.data, PLAN.params.fetch_model.source], online=PLAN.online)
+    if not workflow.is_main_process:
+        slurm.refuse_missing_gpu(CONTAINER if IN_CONTAINERS else None)
+    PLAN.candidates  # refused here, if none is possible
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def code_of(rule):
+    """The code that a rule runs and the environment's locks: inputs that are compared by content (see `digest_of`)."""
+    return ancient([*code(rule), *LOCKS])
+
+
+def digest_of(rule):
+    """Digest of `code_of(rule)`, for the rule's params."""
+    return digest([*code(rule), *LOCKS])
+
+
+def section_of(*names):
+    """The text of sections of params.yaml, as a function: Snakemake would take the braces of a text for wildcards."""
+    return lambda wildcards: PLAN.section(*names)
+
+
+mark = report  # at the start of a line Snakemake would take `report` for a keyword
+FIGURES = [
+    mark(
+        f"build/report/{file}", caption=f"../report/{Path(file).stem}.rst", category=category, labels={"figure": title}
+    )
+    for file, category, title in PLAN.figures
+]
+
+
+onstart:
+    for folder in ("build", "results", "logs", "benchmarks"):
+        if Path(folder).exists() and not os.access(folder, os.W_OK):  # Snakemake would end in a traceback
+            raise WorkflowError(
+                f"cannot write to {folder}/: it is read-only here. Check its owner, its permissions and how it is mounted; "
+                "what was built is untouched."
+            )
+    if CONTAINER and IN_CONTAINERS:
+        try:
+            containers.check(CONTAINER)
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+    elif IN_CONTAINERS and workflow.local_exec:
+        raise WorkflowError(
+            "all.container in params.yaml names no image. `make image sif` builds one and prints the line."
+        )
+    elif CONTAINER and "SLMAKE_MACHINE" not in os.environ:
+        print(f"note: not in {IMAGE}: that takes --profile profiles/container.", file=sys.stderr)
+
+
+onerror:
+    if gone := dvc.lost():
+        print(
+            f"note: {gone[0]} of the last recorded build is not here any more. Undo what you changed, then `make restore` brings it back "
+            "from DVC's cache.",
+            file=sys.stderr,
+        )
+    if not workflow.local_exec:
+        for reason in slurm.reasons(Path(log[0]).read_text(encoding="utf-8")):
+            print(f"error: {reason}", file=sys.stderr)

@@ -1,0 +1,295 @@
+"""The Snakefile's graph as an Azure ML pipeline job: one command step per rule, and the code that each step is sent.
+
+Rules, inputs and outputs are read from Snakemake, as for dvc.yaml, so that nothing is written twice. A step's command places
+what is mounted where the rule looks for it and calls Snakemake for this rule alone (slmake/azureml/step.py).
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from slmake import outputs, params
+from slmake.azureml.settings import REGISTRY, Cluster, Environment, Settings
+from slmake.errors import UserError
+from slmake.params.errors import Loader
+from slmake.platforms import dvc_yaml
+from slmake.sources.syntax import parse
+
+HEADER = """\
+# Generated from the Snakefile, params.yaml and azureml/settings.yaml by `python -m tools.azureml compile`; a test compares.
+# One command step per rule; what a step runs stands in the Snakefile.
+"""
+SCHEMA = "https://azuremlschemas.azureedge.net/latest/pipelineJob.schema.json"
+CODE = Path("build/azureml/code")  # what the steps are sent, one folder per rule
+# What Snakemake and the step's check of its image read, whatever the rule.
+ALWAYS = (
+    "Snakefile",
+    "rules",
+    "scripts",
+    "slmake",
+    "tools",
+    "profiles/default",
+    "report",
+    "envs/cpu.in",
+    "envs/cuda.in",
+)
+LEFT_HERE = ("publish",)  # sends the model elsewhere: `register` is Azure ML's way
+RESUMES = "finetune"  # its checkpoints outlive a machine that is taken away
+
+
+class Mount(NamedTuple):
+    """Something outside the pipeline that a step reads: where the rule looks for it, and where it lies."""
+
+    local: str  # path in the project's folder
+    uri: str  # azureml:…, azureml://…, or a local path that the SDK uploads
+    kind: str  # Azure ML's type of the input
+
+
+class Plan(NamedTuple):
+    """What `compile` works out before it writes anything."""
+
+    rules: dict[str, dict[str, list[str]]]  # in order of execution, as dvc_yaml.rules returns them
+    makers: dict[str, str]  # output path to the rule that makes it
+    data: dict[str, Mount]  # pipeline input to the data file
+    model: Mount | None  # the base model, where it is mounted
+    sections: dict  # params.yaml, with sources as the steps see them
+
+
+def port(path: str) -> str:
+    """The name of an input or output: `build/onnx-int4` is onnx_int4, `results/base.json` is results_base_json.
+
+    None begins with another's whole name (base, base_json): the SDK downloads what begins with an output's path.
+    """
+    return re.sub(r"\W+", "_", path.removeprefix("build/")).lower()
+
+
+def plan(settings: Settings) -> Plan:
+    """Read the Snakefile's graph and decide what is mounted.
+
+    Raises:
+        UserError: params.yaml is not valid, or asks for what cannot be done on Azure ML.
+    """
+    everything = params.load("params.yaml")
+    if everything.package.signing_key:
+        raise UserError(
+            "params.yaml: package.signing_key: a private key is not sent to Azure ML. Set it to null here, and sign after `download`."
+        )
+    found = dvc_yaml.rules()
+    rules = {name: found[name] for name in dvc_yaml.in_order(found) if name not in LEFT_HERE}
+    for stage in rules.keys() & set(dvc_yaml.MEMBERS.values()):
+        rules[stage]["output"].sort()  # its members' jobs are printed in any order
+    sections = yaml.load(Path("params.yaml").read_text(encoding="utf-8"), Loader)
+    data = _data(everything, settings, sections)
+    model = _model(everything, settings, sections)
+    makers = {path: name for name, rule in rules.items() for path in rule["output"]}
+    return Plan(rules, makers, data, model, sections)
+
+
+def _data(everything: params.Params, settings: Settings, sections: dict) -> dict[str, Mount]:
+    """Data files by input name; `sections` is changed to name the paths at which steps find them."""
+    given = everything.prepare.files
+    named = settings.data if isinstance(settings.data, dict) else {"train": settings.data} if settings.data else {}
+    if named and set(named) != set(given):
+        raise UserError(
+            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(given)}: name the same."
+        )
+    mounts, paths = {}, {}
+    for split, text in given.items():
+        source = parse(text)
+        uri = named.get(split) or (source.text if source.kind == "datastore" else None)
+        if not source.remote:
+            local = source.path
+        elif uri:
+            local = f"data/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
+        else:
+            paths[split] = text  # the step reads it from where it is
+            continue
+        name = "data" if len(given) == 1 else f"data_{split}"
+        mounts[name] = Mount(_inside(local, "prepare.source"), uri or local, "uri_file")
+        paths[split] = local + _sum(source)
+    sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
+    return mounts
+
+
+def _model(everything: params.Params, settings: Settings, sections: dict) -> Mount | None:
+    section = sections["fetch_model"]
+    source = parse(everything.fetch_model.source)
+    if settings.model and settings.model.startswith("hf:"):
+        section.update(source=settings.model, sha256=None)
+        return None
+    uri = settings.model or (source.text if source.kind in ("datastore", "registry") else None)
+    if uri:
+        registered = re.fullmatch(REGISTRY, uri) or not uri.startswith("azureml://")
+        file = Path(uri).name if uri.endswith(".gguf") else "model"
+        kind = settings.model_type if registered else "uri_file" if uri.endswith(".gguf") else "uri_folder"
+        local = f"data/{file}"
+        section.update(source=local + ("" if settings.model else _sum(source)))
+        if settings.model:
+            section["sha256"] = None
+        return Mount(local, uri, kind)
+    if source.remote:
+        return None
+    path = _inside(source.path, "fetch_model.source")
+    if not Path(path).exists():
+        raise UserError(f"params.yaml: fetch_model.source: {path}: no such file or folder.")
+    return Mount(path, path, "uri_folder" if Path(path).is_dir() else "uri_file")
+
+
+def _sum(source) -> str:
+    """The pin that still holds for a mounted file."""
+    return f"#sha256={source.sha256}" if source.sha256 else ""
+
+
+def _inside(path: str, field: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise UserError(
+            f"params.yaml: {field}: {path} lies outside the project's folder, which steps do not have. Copy it into data/, or name it "
+            "in azureml/settings.yaml as it lies on Azure."
+        )
+    return path
+
+
+def before(planned: Plan, rule: str) -> set[str]:
+    """A rule and all rules whose outputs it needs."""
+    needed = {planned.makers[path] for path in planned.rules[rule]["input"] if path in planned.makers}
+    return {rule}.union(*(before(planned, name) for name in needed))
+
+
+def step_params(planned: Plan, rule: str) -> dict:
+    """What a step gets of params.yaml: the sections that can change its result, and no other.
+
+    Azure ML takes a step's earlier result when its code and inputs are the same; so a changed gate must not change the code that
+    trains. Left-out sections have their defaults, which nothing in this step reads.
+    """
+    upstream = before(planned, rule)
+    kept = {name for one in upstream for name in dvc_yaml.SECTIONS.get(one, [one])}
+    stages = upstream | ({"quantize"} & kept)  # `search` belongs to quantize
+    sections = {name: value for name, value in planned.sections.items() if name in kept | {"fetch_model", "prepare"}}
+    chosen = planned.sections.get("all", {}).get("stages", params.All().stages)
+    return {"all": {"stages": [name for name in chosen if name in stages], "container": None}, **sections}
+
+
+def code_files(planned: Plan, rule: str) -> list[Path]:
+    """Every file of the project that a step is sent, but params.yaml."""
+    mounted = {mount.local for mount in [*planned.data.values(), *filter(None, [planned.model])]}
+    needed = [path for path in planned.rules[rule]["input"] if path not in planned.makers and path not in mounted]
+    files = []
+    for path in map(Path, [*ALWAYS, *needed]):
+        files += [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sorted({file for file in files if "__pycache__" not in file.parts and file.suffix != ".sif"})
+
+
+def write_code(planned: Plan, folder: Path = CODE) -> None:
+    """Write each step's code folder anew."""
+    outputs.remove(folder)
+    for rule in planned.rules:
+        place = folder / rule
+        for file in code_files(planned, rule):
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place / file)
+        text = yaml.safe_dump(step_params(planned, rule), sort_keys=False, allow_unicode=True)
+        (place / "params.yaml").write_text(text, encoding="utf-8")
+
+
+def job(planned: Plan, settings: Settings, folder: Path) -> dict:
+    """The pipeline job.
+
+    Args:
+        folder: where the file will lie: Azure ML's paths are relative to it.
+    """
+    mounts = planned.data | ({"model": planned.model} if planned.model else {})
+    made = {port(path): path for path in planned.makers}
+    return {
+        "$schema": SCHEMA,
+        "type": "pipeline",
+        "display_name": "slmake",
+        "experiment_name": settings.experiment_name,
+        "settings": {"default_compute": f"azureml:{settings.cluster('default').name}", "force_rerun": False},
+        "inputs": {
+            name: {"type": mount.kind, "path": _relative(mount.uri, folder), "mode": "ro_mount"}
+            for name, mount in mounts.items()
+        },
+        "outputs": {
+            **{name: _output(path) for name, path in made.items()},
+            **{f"receipt_{rule}": {"type": "uri_file", "mode": "upload"} for rule in planned.rules},
+        },
+        "jobs": {rule: step(planned, settings, rule, folder) for rule in planned.rules},
+    }
+
+
+def _output(path: str) -> dict:
+    return {"type": "uri_file" if Path(path).suffix else "uri_folder", "mode": "upload"}
+
+
+def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
+    """One rule's command step."""
+    cluster, parts = settings.cluster(rule), planned.rules[rule]
+    # The Snakefile wants to see every data file that params.yaml names, whatever the rule.
+    inputs = {name: (mount.local, f"${{{{parent.inputs.{name}}}}}") for name, mount in planned.data.items()}
+    if rule == "fetch_model" and planned.model:
+        inputs["model"] = (planned.model.local, "${{parent.inputs.model}}")
+    for path in parts["input"]:
+        if path in planned.makers:
+            inputs[port(path)] = (path, f"${{{{parent.jobs.{planned.makers[path]}.outputs.{port(path)}}}}}")
+    results = {port(path): path for path in parts["output"]}
+    command = [f"python -m tools.azureml step {rule}"]
+    command += [f"--input {path}=${{{{inputs.{name}}}}}" for name, (path, _) in inputs.items()]
+    command += [f"--output {path}=${{{{outputs.{name}}}}}" for name, path in results.items()]
+    command += [f"--receipt ${{{{outputs.receipt_{rule}}}}}"]
+    bound = {name: f"${{{{parent.outputs.{name}}}}}" for name in [*results, f"receipt_{rule}"]}
+    made: dict = {
+        "type": "command",
+        "display_name": rule,
+        "code": _relative(str(CODE / rule), folder),
+        "environment": _environment(cluster.environment or settings.environment, folder),
+        "compute": f"azureml:{cluster.name}",
+        "inputs": {name: binding for name, (_, binding) in inputs.items()},
+        "outputs": bound,
+    }
+    if rule == RESUMES:
+        command += ["--checkpoints ${{outputs.checkpoints}}"]
+        bound["checkpoints"] = {"type": "uri_folder", "mode": "rw_mount"}
+    if cluster.instance_type:
+        made["resources"] = {"instance_type": cluster.instance_type, "instance_count": 1}
+    return {"type": "command", "display_name": rule, "command": Folded(" ".join(command)), **made}
+
+
+def _environment(given: Environment, folder: Path) -> dict:
+    if given.build:
+        return {"build": {"path": _relative(given.build.context, folder), "dockerfile_path": given.build.dockerfile}}
+    conda = {"conda_file": _relative(given.conda_file, folder)} if given.conda_file else {}
+    return {"image": given.image, **conda}
+
+
+def _relative(path: str, folder: Path) -> str:
+    return path if path.startswith("azureml:") else Path(os.path.relpath(path, folder)).as_posix()
+
+
+class Folded(str):
+    """Text that is written over several lines."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(
+    Folded, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style=">")
+)
+
+
+def text(planned: Plan, settings: Settings, folder: Path) -> str:
+    """pipeline.yml as it should be now."""
+    return HEADER + yaml.dump(
+        job(planned, settings, folder), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
+    )
+
+
+def clusters(settings: Settings, planned: Plan) -> dict[str, Cluster]:
+    """The clusters that this pipeline uses, by their names in the settings file."""
+    used = {settings.compute.get(rule, settings.compute["default"]) for rule in planned.rules}
+    return {name: cluster for name, cluster in settings.clusters.items() if name in used}

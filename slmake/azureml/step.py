@@ -1,0 +1,103 @@
+"""One step of the pipeline, on a machine of Azure ML: put what is mounted where the rule looks for it, run the rule, hand over what it made.
+
+The rule sees the same paths as everywhere else, so it is the Snakefile's own command that runs. The receipt has the SHA-256 of every
+file that was handed over; `download` checks them.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from slmake import outputs
+from slmake.errors import UserError
+from slmake.platforms import container, dvc_yaml
+
+MARKERS = (".snakemake_timestamp",)
+
+
+def check_environment() -> None:
+    """Raise UserError unless this image's packages are those of the lock that was sent along."""
+    try:
+        found = container.differences(Path("envs"))
+    except ModuleNotFoundError as error:
+        found = [f"{error.name}: missing in the image"]
+    if found:
+        rest = [f"… and {len(found) - 10} more"] * (len(found) > 10)
+        raise UserError(
+            "the image that `environment` in azureml/settings.yaml names does not hold the locked environment. Build it again (`make "
+            "image`), push it, and put its new digest there.\n  " + "\n  ".join([*found[:10], *rest])
+        )
+
+
+def place(inputs: dict[str, Path]) -> None:
+    """Link every mounted input to the path at which the rule reads it.
+
+    Raises:
+        UserError: an input is not there.
+    """
+    for path, mounted in inputs.items():
+        if not mounted.exists():
+            raise UserError(f"{path}: the input {mounted} is not there. Did the step that makes it fail?")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(mounted.resolve())
+
+
+def run(rule: str, targets: list[str]) -> None:
+    """Let Snakemake build the rule's outputs, by that rule alone.
+
+    Raises:
+        UserError: the rule failed; it has said why itself.
+    """
+    allowed = [rule, *(member for member, stage in dvc_yaml.MEMBERS.items() if stage == rule)]
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "host", "progress"]
+    done = subprocess.run([*command, "--allowed-rules", *allowed, "--", *targets])
+    if done.returncode:
+        raise UserError(
+            f"{rule} failed (exit code {done.returncode}). The reason stands above, details in logs/{rule}.log."
+        )
+
+
+def hand_over(path: str, target: Path) -> dict[str, str]:
+    """Copy one output to where Azure ML takes it from; SHA-256 of its files by relative name (a file's own name is `.`)."""
+    made = Path(path)
+    if made.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made, target)
+        return {".": outputs.sha256(made)}
+    shutil.copytree(
+        made, target, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(*MARKERS)
+    )
+    return sums(made)
+
+
+def sums(path: Path) -> dict[str, str]:
+    """SHA-256 of a folder's files by relative name; of a file, under the name `.`."""
+    if path.is_file():
+        return {".": outputs.sha256(path)}
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in MARKERS]
+    return {file.relative_to(path).as_posix(): outputs.sha256(file) for file in files}
+
+
+def keep_checkpoints(folder: Path) -> None:
+    """Let checkpoints go to a folder that outlives this machine.
+
+    The text file keeps the folder from being empty, which storage would take for absent, and finetune from removing the link.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.txt").write_text("Checkpoints of a run that has not ended. It goes on from the last one.\n")
+    Path("build").mkdir(exist_ok=True)
+    Path("build/checkpoints").symlink_to(folder.resolve())
+
+
+def main(rule: str, inputs: dict[str, Path], results: dict[str, Path], receipt: Path, checkpoints: Path | None) -> None:
+    """Run one step. See the module."""
+    check_environment()
+    place(inputs)
+    if checkpoints:
+        keep_checkpoints(checkpoints)
+    run(rule, list(results))
+    handed = {path: hand_over(path, target) for path, target in results.items()}
+    receipt.parent.mkdir(parents=True, exist_ok=True)
+    outputs.write_json(receipt, {"rule": rule, "outputs": handed})

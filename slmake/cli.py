@@ -1,0 +1,215 @@
+"""What every script's command line shares: arguments, the log, the terminal and the way errors are told.
+
+A script's `main` runs inside `job(...)`: library chatter on stdout and stderr (C++ libraries' too) goes to the log
+file, the terminal gets the few lines meant for a person, and any failure ends in one clear message and exit code 1.
+"""
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from slmake.errors import UserError
+
+# No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def parser(module_doc: str) -> argparse.ArgumentParser:
+    """An argument parser whose help is the module's docstring, with the two arguments that every rule's script has."""
+    made = argparse.ArgumentParser(description=module_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
+    made.add_argument("--log", type=Path, help="write library output and details here (default: the terminal)")
+    return made
+
+
+class Job:
+    """A running script: `say` speaks to the person at the terminal, `log` to the log file."""
+
+    def __init__(self, name: str, terminal, log_path: Path | None):
+        self.name, self.terminal, self.log_path = name, terminal, log_path
+        self.started = time.monotonic()
+        self.logger = logging.getLogger(name)
+
+    def say(self, message: str) -> None:
+        """One line on the terminal and in the log."""
+        print(f"{self.name}: {message}", file=self.terminal, flush=True)
+        if self.log_path:
+            self.log(message)
+
+    def log(self, message: str) -> None:
+        """One line in the log only."""
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {message}", file=sys.stderr, flush=True)
+
+    def seconds(self) -> float:
+        """Wall time since the script's job began, in seconds."""
+        return time.monotonic() - self.started
+
+    @contextlib.contextmanager
+    def progress(self, total: int | None, unit: str, initial: int = 0) -> Iterator["Progress"]:
+        """A tqdm bar on a terminal; plain lines in the log (and on a terminal that is a file) otherwise.
+
+        `total` is None where it is not known; the unit "B" counts bytes and shows megabytes.
+        """
+        bar = Progress(self, total, unit, initial)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+
+class Progress:
+    """Progress of long work, with optional figures such as the loss beside it."""
+
+    def __init__(self, job: Job, total: int | None, unit: str, initial: int):
+        from tqdm import tqdm
+
+        self.job, self.total, self.unit, self.done = job, total, unit, initial
+        self.live = job.terminal.isatty()
+        self.last_line = time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            initial=initial,
+            unit=unit,
+            unit_scale=unit == "B",
+            desc=job.name,
+            file=job.terminal,
+            disable=not self.live,
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def update(self, count: int = 1, **figures: str) -> None:
+        """Advance by `count`; `figures` are shown beside the bar and in the log's lines."""
+        self.done += count
+        if figures:
+            self.bar.set_postfix(figures, refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if now - self.last_line >= 10 or self.done == self.total:
+            self.last_line = now
+            rate = self.bar.format_dict["elapsed"] / max(1, self.done - self.bar.initial) if self.live else None
+            left = f", {rate * (self.total - self.done):.0f} s left" if rate and self.total else ""
+            text = ", ".join(f"{key} {value}" for key, value in figures.items())
+            line = f"{self._counted()}{', ' + text if text else ''}{left}"
+            (self.job.log if self.live or self.job.log_path is None else self.job.say)(line)
+
+    def _counted(self) -> str:
+        scale, digits, unit = (1e6, 1, "MB") if self.unit == "B" else (1, 0, self.unit)
+        total = "" if self.total is None else f"/{self.total / scale:.{digits}f}"
+        return f"{self.done / scale:.{digits}f}{total} {unit}"
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+FULL = "No space left on device"
+
+
+class Interrupted(BaseException):
+    """SIGTERM: the scheduler or the user asked the job to end."""
+
+
+def _on_sigterm(signum, frame):
+    raise Interrupted
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Interrupted in the block."""
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
+    """Run a script's body: redirect chatter to the log, and turn every failure into one message and exit code 1.
+
+    Args:
+        name: the rule's name, shown before every line.
+        log_path: where file descriptors 1 and 2 go meanwhile; None leaves them alone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = None
+    if log_path is not None:
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        except OSError as error:
+            _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
+        saved = (os.dup(1), os.dup(2))
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        os.close(target)
+        terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
+    else:
+        terminal = sys.stderr
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
+    )
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    current = Job(name, terminal, log_path)
+    try:
+        yield current
+    except UserError as error:
+        _fail(current, str(error))
+    except (KeyboardInterrupt, Interrupted):
+        _fail(current, "interrupted. Run the same command again to go on.", code=130)
+    except MemoryError:
+        traceback.print_exc()
+        _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
+    except OSError as error:
+        traceback.print_exc()
+        _fail(current, _explain_os_error(error))
+    except Exception as error:
+        traceback.print_exc()
+        if FULL in str(error):  # told by a library in an exception of its own
+            _fail(current, _explain_os_error(OSError(FULL)))
+        text = str(error).strip().splitlines()
+        where = f" Details: {log_path}" if log_path else ""
+        _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if saved:
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+            terminal.close()
+
+
+def _explain_os_error(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC or FULL in str(error):
+        return f"the disk is full{where}. Free some space and run the same command again; what was built before is untouched."
+    if error.errno == errno.EDQUOT:
+        return f"your disk quota is used up{where}. Free some space and run the same command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot write here{where}: {error.strerror}. Check the folder's owner and permissions."
+    if error.errno == errno.ENOMEM:
+        return "out of memory. Use smaller batches or a machine with more memory."
+    return f"{type(error).__name__}: {error}"
+
+
+def _fail(current: Job, message: str, code: int = 1) -> None:
+    print(f"{current.name}: error: {message}", file=current.terminal, flush=True)
+    if current.log_path:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

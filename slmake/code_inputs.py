@@ -1,0 +1,153 @@
+"""The code that a rule runs, found from its imports, and digests of source files.
+
+Source files (code, locks, data, a local base model) are compared by content, not by time: the Snakefile lists them as
+`ancient` inputs and puts their digest among the rule's params, which Snakemake compares with those of the last run.
+"""
+
+import ast
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from slmake.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("scripts", "slmake", "tools")
+# No result depends on them: the terminal, error messages, and parameter models (a rule's section is among its params).
+WITHOUT_RESULT = ("slmake.cli", "slmake.errors", "slmake.params")
+
+
+def code(rule: str) -> list[str]:
+    """Files of the code that a rule runs: its script and the project's modules that it imports, directly and through others."""
+    return modules(f"scripts.{rule}")
+
+
+def modules(start: str, root: Path = ROOT) -> list[str]:
+    """The project's files that a module consists of: its own and those of what it imports, anywhere in the code.
+
+    Args:
+        start: dotted name of a module.
+        root: the project's folder.
+
+    Returns:
+        Paths relative to `root`, the module's own first, then sorted. Without modules that no result depends on.
+
+    Raises:
+        UserError: there is no such module, or a module is not valid Python.
+    """
+    seen: dict[str, Path] = {}
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or any(name == skipped or name.startswith(f"{skipped}.") for skipped in WITHOUT_RESULT):
+            continue
+        file = _file(name, root)
+        if file is None:
+            if name == start:
+                raise UserError(f"{name}: no such module in {root}.")
+            continue
+        seen[name] = file
+        waiting += _facts(file)["imports"]
+    found = {path.relative_to(root).as_posix() for path in seen.values() if path.stat().st_size}
+    own = seen[start].relative_to(root).as_posix()
+    return [own, *sorted(found - {own})]
+
+
+def _file(name: str, root: Path) -> Path | None:
+    path = root.joinpath(*name.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    return None
+
+
+def digest(files: Iterable[str | Path], exact: bool = False) -> str:
+    """SHA-256 over names and content of files, 64 hex digits; of a folder, of the files in it. A missing file counts as empty.
+
+    Args:
+        exact: over the very bytes; otherwise comments, docstrings and layout of Python files do not count.
+    """
+    whole = hashlib.sha256()
+    for name in files:
+        path = Path(name)
+        inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in inside:
+            facts = _facts(file) if file.is_file() else {"bytes": ""}
+            whole.update(
+                f"{name}\0{file.relative_to(path)}\0{facts['bytes'] if exact else facts.get('meaning', facts['bytes'])}\n".encode()
+            )
+    return whole.hexdigest()
+
+
+class _Facts:
+    """What is known of files, kept beside Snakemake's records: a file of the same size, times and inode is not read again."""
+
+    def __init__(self, path: Path):
+        self.path, self.changed = path, False
+        try:
+            self.known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.known = {}
+        if not isinstance(self.known, dict):
+            self.known = {}
+
+    def __call__(self, file: Path) -> dict:
+        status = file.stat()
+        mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        key = str(file.resolve())
+        entry = self.known.get(key)
+        if not entry or entry.get("mark") != mark:
+            entry = self.known[key] = {"mark": mark, **_read(file)}
+            self.changed = True
+        return entry
+
+    def save(self) -> None:
+        """Write what was learned; where that is not possible, it is learned again next time."""
+        if not self.changed:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps(self.known), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError:
+            pass
+        self.changed = False
+
+
+def _read(file: Path) -> dict:
+    with open(file, "rb") as handle:
+        content = {"bytes": hashlib.file_digest(handle, "sha256").hexdigest()}
+    if file.suffix != ".py":
+        return content
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file}: not valid Python: {error}.") from None
+    imports = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "with_name" and _is_text(node.args[0]):
+            beside = file.with_name(node.args[0].value)
+            if beside.suffix == ".py" and beside.is_file():  # a script that is copied, not imported
+                imports.add(".".join(beside.relative_to(ROOT).with_suffix("").parts))
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+            body[0] = ast.Pass()
+    return content | {
+        "meaning": hashlib.sha256(ast.dump(tree).encode()).hexdigest(),
+        "imports": sorted(name for name in imports if name.split(".")[0] in PACKAGES),
+    }
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+_facts = _Facts(ROOT / ".snakemake" / "slmake.json")
+remember = _facts.save

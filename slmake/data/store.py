@@ -1,0 +1,112 @@
+"""Validated rows on disk while a dataset is prepared, so that memory does not grow with the text."""
+
+import sqlite3
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from slmake.data.near_duplicates import normalized
+
+
+class Row(NamedTuple):
+    """One validated example."""
+
+    file: str  # file it came from
+    line: int  # its number there, from 1
+    prompt: str  # what the model sees
+    answer: str  # what the model shall say
+    text: str  # the values of the prompt's fields, without the template: what duplicates are judged by
+    tail: str = ""  # the answer with what closes it: the tokens behind the prompt
+
+
+class Store:
+    """An SQLite file of rows, numbered from 0 in the order they were added.
+
+    Held in memory per row: 8 bytes of hash and 4 bytes of answer code.
+    """
+
+    def __init__(self, path: Path, few_answers: int):
+        self.path, self.few_answers = path, few_answers
+        self.hashes, self.codes = array("Q"), array("i")
+        self._answers: dict[str, int] | None = {}
+
+    def __enter__(self) -> "Store":
+        self.database = sqlite3.connect(self.path, isolation_level=None)
+        self.database.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
+            "CREATE TABLE rows (number INTEGER PRIMARY KEY, file TEXT, line INTEGER, prompt TEXT, answer TEXT, text TEXT, tail TEXT);"
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.database.close()
+        self.path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def add(self, rows: Iterable[Row]) -> int:
+        """Append rows; return how many."""
+        before = len(self)
+        rows = iter(rows)
+        while batch := list(islice(rows, 4096)):
+            start = len(self)
+            self.database.executemany(
+                "INSERT INTO rows VALUES (?,?,?,?,?,?,?)", ((start + i, *row) for i, row in enumerate(batch))
+            )
+            self.hashes.extend(xxhash.xxh3_64_intdigest(normalized(row.text).encode()) for row in batch)
+            codes = [self._code(row.answer) for row in batch]  # may find that there are many answers
+            if self._answers is None:
+                self.codes = array("i", bytes(4 * (len(self.codes) + len(codes))))
+            else:
+                self.codes.extend(codes)
+        return len(self) - before
+
+    def _code(self, answer: str) -> int:
+        """A small number for the answer, while there are few different ones; then 0 for all."""
+        if self._answers is None:
+            return 0
+        code = self._answers.setdefault(answer, len(self._answers))
+        if len(self._answers) > self.few_answers:
+            self._answers = None
+            return 0
+        return code
+
+    def answers(self) -> list[str] | None:
+        """The different answers by code, or None if there are more than `few_answers`."""
+        return None if self._answers is None else list(self._answers)
+
+    def answer_codes(self) -> np.ndarray:
+        """int32 [rows]: each row's answer as a number (all 0 if there are many different ones)."""
+        return np.frombuffer(self.codes, dtype=np.int32) if self.codes else np.zeros(0, np.int32)
+
+    def row(self, number: int) -> Row:
+        """One row by number."""
+        found = self.database.execute(
+            "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number=?", (int(number),)
+        )
+        return Row(*found.fetchone())
+
+    def batches(self, size: int = 4096) -> Iterator[tuple[np.ndarray, list[Row]]]:
+        """All rows in order, `size` at a time, with their numbers."""
+        for start in range(0, len(self), size):
+            found = self.database.execute(
+                "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number>=? AND number<? ORDER BY number",
+                (start, start + size),
+            )
+            rows = [Row(*values) for values in found]
+            yield np.arange(start, start + len(rows)), rows
+
+    def text_hashes(self) -> np.ndarray:
+        """uint64 [rows]: equal for rows whose texts are exact copies."""
+        return np.frombuffer(self.hashes, dtype=np.uint64) if self.hashes else np.zeros(0, np.uint64)
+
+    def exact_duplicates(self, chosen: np.ndarray) -> int:
+        """How many of the chosen rows (bool [rows]) repeat the text of another chosen row."""
+        hashes = self.text_hashes()[chosen]
+        return int(len(hashes) - len(np.unique(hashes)))

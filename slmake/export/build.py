@@ -1,0 +1,46 @@
+"""Export one model: calibrate, build, check."""
+
+from pathlib import Path
+
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.export.builder import export, set_accuracy_levels
+from slmake.export.graph_checks import check_generates, check_graph
+from slmake.model_folder import weight_files
+
+
+def build(
+    section: params.Quantize, model: Path, dataset: Path | None, folder: Path, scratch: Path, job: cli.Job
+) -> dict:
+    """Export into an empty folder and prove that it is what was asked for, loads and generates.
+
+    Returns:
+        What is in the graph, as `check_graph` counts it.
+
+    Raises:
+        UserError: no model there, or an export that is refused, is not what was asked for, or does not run.
+    """
+    if not (model / "config.json").exists():
+        raise UserError(f"{model}: no model here. Build it with `snakemake --cores all {model}`.")
+    weight_files(model)
+    name, placed = model, None
+    try:
+        if section.calibration == "gptq":
+            from slmake.export import gptq
+
+            if dataset is None:
+                raise UserError("quantize.calibration: gptq needs training prompts: give --dataset.")
+            calibrated = scratch / "calibrated"
+            calibrated.mkdir(parents=True)
+            placed = gptq.calibrate(section, model, dataset, calibrated, job)
+            model = calibrated
+        export(section, model, folder, scratch, name)
+    finally:
+        outputs.remove(scratch)
+    if section.node_accuracy_levels:
+        set_accuracy_levels(section, folder)
+    found = check_graph(section, folder)
+    if placed is not None:
+        gptq.check_placed(folder, placed)
+    check_generates(folder)
+    return found

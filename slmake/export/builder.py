@@ -1,0 +1,158 @@
+"""The ONNX Runtime GenAI model builder: options, export, and what is written into its graph afterwards."""
+
+import contextlib
+import fnmatch
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from slmake import outputs, params
+from slmake.errors import UserError
+
+
+def builder_options(section: params.Quantize) -> dict[str, str]:
+    """The builder's extra options (onnxruntime-genai 0.18 names), as KEY=VALUE text values."""
+    options: dict[str, object] = {"hf_token": "false", "prune_lm_head": str(section.prune_lm_head).lower()}
+    if section.precision in ("int4", "int8"):
+        options |= {
+            "block_size": section.block_size,
+            "is_symmetric": str(section.is_symmetric).lower(),
+            "accuracy_level": section.accuracy_level,
+        }
+    if section.precision == "int4":
+        options["algo_config"] = section.algo_config
+        if section.matmul_mixed_precision:
+            options["matmul_mixed_precision"] = section.matmul_mixed_precision.replace(" ", "")
+    if section.op_types_to_quantize:
+        options["op_types_to_quantize"] = "/".join(section.op_types_to_quantize)
+    if section.nodes_to_exclude:
+        options["nodes_to_exclude"] = ",".join(section.nodes_to_exclude)
+    if section.shared_embeddings is not None:
+        options["shared_embeddings"] = str(section.shared_embeddings).lower()
+    return {key: str(value) for key, value in options.items()}
+
+
+# Products of a decoder layer by the builder's names, and what stands there instead where it fuses or splits them.
+PARTS = ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+OTHERWISE = {
+    "attn/qkv_proj": ("attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    "mlp/gate_proj": ("mlp/gate_up_proj", "mlp/fc1"),
+    "mlp/down_proj": ("mlp/fc2",),
+}
+
+
+def int8_overrides(section: params.Quantize, model: Path, parts: tuple[str, ...]) -> list[dict]:
+    """The builder's structured overrides for `int8_nodes` and `matmul_mixed_precision`; it takes exact names only.
+
+    Raises:
+        UserError: a pattern that fits no name.
+    """
+    depth = json.loads((model / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 0)
+    names = [f"/model/layers.{layer}/{part}/MatMul" for layer in range(depth) for part in parts] + ["/lm_head/MatMul"]
+    for pattern in section.int8_nodes:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            shown = f"{names[0]} and {names[-1]}"
+            raise UserError(f"quantize.int8_nodes: `{pattern}` matches no node. Names look like {shown}.")
+    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in section.int8_nodes)]
+    presets = [part.strip().split(":") for part in (section.matmul_mixed_precision or "").split(",") if part.strip()]
+    overrides = [{"match": {"preset": where}, "type": what} for where, what in presets]
+    out = [{"match": {"name": name}, "exclude": True} for name in section.nodes_to_exclude]
+    return out + overrides + [{"match": {"name": name}, "type": "int8"} for name in chosen]
+
+
+def shares_embeddings(section: params.Quantize, model: Path) -> bool:
+    """Whether embedding and output head become one quantized matrix."""
+    tied = json.loads((model / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False)
+    return bool(tied if section.shared_embeddings is None else section.shared_embeddings)
+
+
+@contextlib.contextmanager
+def no_git() -> Iterator[None]:
+    """Hide Git from the model builder, which stamps its own revision into the graph but finds that of the repository around .venv."""
+    before = os.environ.get("GIT_DIR")
+    os.environ["GIT_DIR"] = os.devnull
+    try:
+        yield
+    finally:
+        os.environ.pop("GIT_DIR")
+        if before is not None:
+            os.environ["GIT_DIR"] = before
+
+
+def export(section: params.Quantize, model: Path, target: Path, scratch: Path, name: Path | None = None) -> None:
+    """Run the model builder in this process; its output goes to the log.
+
+    Args:
+        name: what to call the model in a message, if `model` is a copy of it.
+
+    Raises:
+        UserError: the builder refused the model or the options; its reason is passed on.
+    """
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    extra = [f"{key}={value}" for key, value in builder_options(section).items()]
+    where = ("", str(model), str(target), section.precision, section.execution_provider, str(scratch))
+    parts = PARTS
+    if any(name in pattern for pattern in section.int8_nodes for name in ("q_proj", "k_proj", "/v_proj")):
+        parts = tuple(name for part in PARTS for name in (OTHERWISE[part] if part == "attn/qkv_proj" else (part,)))
+    while True:
+        structured = {}
+        if section.int8_nodes:
+            weights: dict = {"overrides": int8_overrides(section, model, parts)}
+            if shares_embeddings(section, model):  # the builder adds this by itself to its flat options only
+                weights["op_types"] = ["MatMul", "Gather"]
+            structured = {"builder_config_version": 2, "target_options": {"quant_config": {"weights": weights}}}
+        try:
+            with no_git():
+                create_model(*where, **parse_extra_options(*where, extra, **structured))
+            return
+        except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
+            if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+                raise
+            # A name that this architecture does not emit: take what stands there instead, and try again.
+            missing = {
+                part for part in parts if "did not match an emitted node" in str(error) and f"/{part}/" in str(error)
+            }
+            if missing:
+                parts = tuple(
+                    name for part in parts for name in (OTHERWISE.get(part, ()) if part in missing else (part,))
+                )
+                for path in target.iterdir():
+                    outputs.remove(path)
+                continue
+            raise UserError(
+                f"the model builder refused {name or model}: {type(error).__name__}: {error}. "
+                "Check the section quantize, or the model's architecture."
+            ) from error
+
+
+def level_of(section: params.Quantize, node: str) -> int:
+    """The accuracy level that a quantized product shall have, by its name in the graph."""
+    name = node.removesuffix("_Q4").removesuffix("_Q8")
+    matching = [level for pattern, level in section.node_accuracy_levels.items() if fnmatch.fnmatchcase(name, pattern)]
+    return matching[-1] if matching else section.accuracy_level
+
+
+def set_accuracy_levels(section: params.Quantize, folder: Path) -> None:
+    """Write `node_accuracy_levels` into the exported graph; its weights stay where they are.
+
+    Raises:
+        UserError: a pattern that fits no quantized product.
+    """
+    import onnx
+
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    names = [node.name.removesuffix("_Q4").removesuffix("_Q8") for node in nodes]
+    for pattern in section.node_accuracy_levels:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"quantize.node_accuracy_levels: `{pattern}` matches no node. Names look like {names[0]} and {names[-1]}."
+            )
+    for node in nodes:
+        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level_of(section, node.name))])
+    path.write_bytes(model.SerializeToString(deterministic=True))

@@ -1,0 +1,214 @@
+"""A model folder in Hugging Face layout: its weight files, and whether weights, configuration and tokenizer fit each other."""
+
+import json
+import math
+import re
+import shutil
+import struct
+from pathlib import Path
+
+from slmake import outputs
+from slmake.errors import UserError
+from slmake.sources.syntax import PICKLES, pickle_advice
+
+KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")  # in a tensor's name: a part of a decoder layer
+
+
+def check_safetensors(path: Path, remedy: str = "Download the file again.") -> dict[str, str]:
+    """Data type of every tensor, by name. UserError, with the remedy, if the file is truncated or not safetensors.
+
+    Only the header is read: its length must match the file's, and every tensor's bytes its shape and type
+    (https://github.com/huggingface/safetensors, Format).
+    """
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(size - 8, 100_000_000):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(handle.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is not a JSON object")
+        tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
+        end = max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"the header describes {8 + length + end:,} bytes, the file has {size:,}")
+        for name, spec in tensors.items():
+            first, last = spec["data_offsets"]
+            if not 0 <= first <= last or last - first != math.prod(spec["shape"]) * element_bits(spec["dtype"]) / 8:
+                raise ValueError(
+                    f"{name}: {last - first:,} bytes do not hold a {spec['dtype']} tensor of shape {spec['shape']}"
+                )
+        return {name: spec["dtype"] for name, spec in tensors.items()}
+    except KeyError as error:
+        reason = f"no {error} in the header"
+    except (struct.error, ValueError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        reason = str(error)
+    raise UserError(f"{path}: truncated or corrupt safetensors: {reason}. {remedy}")
+
+
+def element_bits(dtype: str) -> int:
+    """Bits of one element of a safetensors type: the number in its name (F32, BF16, F8_E4M3); 8 for BOOL."""
+    return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, checked.
+
+    Raises:
+        UserError: no weights, pickled weights only, a shard of the index missing, or a damaged file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: damaged: no weight_map in it. Download the folder again.") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder}: {index.name} names {missing[0]}, which is not there. Download the folder again."
+            )
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
+    if not files:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickled:
+            raise UserError(f"{folder}: weights are in {pickle_advice(pickled[0])}.")
+        raise UserError(f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards).")
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def copy_folder(source: Path, target: Path, dtype: str) -> None:
+    """Copy a model folder, casting floating-point weights to `dtype` (`auto`: as they are), one shard at a time."""
+    files = weight_files(source)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in KEPT:
+            shutil.copyfile(path, target / path.name)
+    if dtype == "auto":
+        for file in files:
+            shutil.copyfile(file, target / file.name)
+        return
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    wanted, total = getattr(torch, dtype), 0
+    for file in files:
+        tensors = load_file(file)
+        cast = {name: value.to(wanted) if value.is_floating_point() else value for name, value in tensors.items()}
+        save_file(cast, target / file.name, metadata={"format": "pt"})
+        total += sum(value.numel() * value.element_size() for value in cast.values())
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    outputs.write_json(target / "config.json", config)
+    index = target / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content.setdefault("metadata", {})["total_size"] = total
+        outputs.write_json(index, content)
+
+
+def refuse_incomplete(source: Path, found: dict) -> None:
+    """Refuse weights that do not fit their configuration: transformers would go on with random numbers in the missing ones' place.
+
+    Args:
+        found: what `from_pretrained(output_loading_info=True)` returns beside the model.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or of a layer that the configuration does not have.
+    """
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
+    missing, over = sorted(found["missing_keys"]), sorted(filter(LAYER.search, found["unexpected_keys"]))
+    for names, reason in (
+        (missing, "not in the weights, but config.json asks for it"),
+        (other, "of another shape than config.json says"),
+        (over, "in the weights, but config.json has no such layer"),
+    ):
+        if names:
+            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
+            raise UserError(
+                f"{source}: tensor {names[0]} is {reason}{more}. Weights and configuration are of different models, or damaged: "
+                "download them again."
+            )
+
+
+def unusable(folder: Path, error: Exception) -> UserError:
+    """What to say where transformers fails on a configuration."""
+    return UserError(
+        f"{folder}/config.json: transformers cannot make a causal language model of it: {type(error).__name__}: {_first_line(error)}"
+    )
+
+
+def check_complete(folder: Path) -> None:
+    """Check the weights of a model folder against its configuration, and the tokenizer against the embedding; only headers are read.
+
+    Raises:
+        UserError: not a causal language model, a tensor too few or of another shape, or a token without an embedding.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        )
+    except Exception as error:  # as in check_loadable
+        raise unusable(folder, error) from None
+    refuse_incomplete(folder, found)
+    rows, tokenizer = model.get_input_embeddings().weight.shape[0], AutoTokenizer.from_pretrained(folder)
+    ids = {
+        token: number for token, number in tokenizer.get_vocab().items() if token not in tokenizer.all_special_tokens
+    }
+    ids[tokenizer.eos_token] = tokenizer.eos_token_id
+    token, highest = max(ids.items(), key=lambda pair: pair[1])
+    if highest >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer's token {token!r} has the number {highest}, the embedding only {rows} rows: it is another model's "
+            "tokenizer, or tokenizer_config.json names a token that the vocabulary does not have."
+        )
+
+
+def check_loadable(folder: Path) -> None:
+    """Check configuration and tokenizer of a model folder, without reading weights.
+
+    Raises:
+        UserError: no config.json, an architecture that needs remote code or is unknown, or a tokenizer without an end token.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no config.json: this is not a model folder in Hugging Face layout.")
+    try:
+        sound = isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{folder}/config.json is damaged: not a JSON object. Download it again.")
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{folder}/config.json: transformers does not know this model without remote code: {_first_line(error)}"
+        ) from None
+    except Exception as error:  # whatever a wrong number in it causes
+        raise unusable(folder, error) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {_first_line(error)}"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no end-of-text token, so a fine-tuned model could never learn to stop. "
+            "Set `eos_token` in tokenizer_config.json."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,137 @@
+"""Outputs appear whole or not at all: written to a temporary sibling, renamed at the very end."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from slmake.errors import UserError
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise UserError if an output is already there: a script never overwrites."""
+    for path in paths:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(
+                f"{path} already exists. Remove it first, or let `snakemake` decide whether to build it again."
+            )
+
+
+@contextlib.contextmanager
+def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[list[Path]]:
+    """Temporary siblings for a folder (created empty) and files; renamed when the block ends well, removed when it fails.
+
+    Yields the temporary paths in the order given, the folder's first.
+
+    Raises:
+        UserError: an output already exists.
+        OSError: the place cannot be written, or the disk is full.
+    """
+    paths = ([folder] if folder else []) + list(files)
+    refuse_existing(*paths)
+    partial = [path.parent / f".{path.name}.partial" for path in paths]
+    for path, temporary in zip(paths, partial, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        if path is folder:
+            temporary.mkdir()
+    try:
+        yield partial
+        for temporary in partial:
+            _settle(temporary)
+        for temporary in partial:
+            temporary.stat()  # all of them are there before the first is renamed
+        for path, temporary in zip(paths, partial, strict=True):
+            if path.is_dir():
+                path.rmdir()
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in partial:
+            with contextlib.suppress(OSError):
+                remove(temporary)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; nothing happens if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    """Flush to disk, and give every file the permissions that the user's umask asks for (some libraries write 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        file.chmod(0o666 & ~umask)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write `value` as indented JSON with a stable key order of insertion and a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(
+    path: Path, *fields: str, output: Path | None = None, check: Callable[[dict], None] | None = None
+) -> dict:
+    """The content of a JSON file that a rule wrote.
+
+    Args:
+        fields: names that must be in it.
+        output: the whole of what the rule wrote, if that is a folder around the file.
+        check: raises a ValueError that says what else is wrong with the content.
+
+    Raises:
+        UserError: it is not there, is damaged, or lacks a field.
+    """
+    made = output or path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [name for name in fields if not isinstance(content, dict) or name not in content]
+        if lacking:
+            raise ValueError(f"it has no `{lacking[0]}`")
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        if check:
+            check(content)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Build it with `snakemake --cores all {made}`.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}. Remove {made} and run snakemake: it is built again.") from None
+    return content
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def folder_digest(path: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files (Snakemake's and DVC's own markers left out)."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake")):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files in a folder (markers left out)."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake"))
+
+
+def break_readonly_hardlink(path: Path) -> None:
+    """Replace a file that may not be written (a read-only link into DVC's cache) by a copy of its own; its time stays."""
+    if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o200:
+        temporary = path.with_name(f".{path.name}.partial")
+        shutil.copy2(path, temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)

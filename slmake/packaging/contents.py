@@ -1,0 +1,89 @@
+"""What is in a package, and how its folder is filled."""
+
+import os
+import shutil
+from pathlib import Path
+
+from slmake import params
+from slmake.errors import UserError
+from slmake.outputs import read_json
+from slmake.packaging import card, checksums, provenance, sbom
+from slmake.prompts import load_prompt
+from slmake.scoring.judge import MODELS, table
+
+
+def copy_licences(files: list[str], target: Path) -> list[str]:
+    """Copy licence texts into a folder; returns their names.
+
+    Raises:
+        UserError: one is missing, or two have one name.
+    """
+    target.mkdir()
+    names = []
+    for file in files:
+        source = Path(file)
+        if not source.is_file():
+            raise UserError(
+                f"package.license_files: {file}: no such file. Correct params.yaml, or bring the file back."
+            )
+        if source.name in names:
+            raise UserError(f"package.license_files: two files are called {source.name}. Rename one.")
+        shutil.copyfile(source, target / source.name)
+        names.append(source.name)
+    return names
+
+
+def sections(everything: params.Params) -> dict[str, str]:
+    """Every section that can change a package, as canonical JSON. The signing key's path changes nothing, and is nobody's business."""
+    names = [name for name in type(everything).model_fields if name not in ("all", "report", "publish")]
+    package = everything.package.model_copy(update={"signing_key": None})
+    return {name: params.as_json(package if name == "package" else getattr(everything, name)) for name in names}
+
+
+def pack(everything: params.Params, args, folder: Path) -> dict:
+    """Fill `folder`; returns the facts that card and bill of materials tell."""
+    section = everything.package
+    for path in sorted(args.model.iterdir()):
+        if path.is_file() and not path.name.startswith(".snakemake"):
+            shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
+    shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
+    shutil.copyfile(args.metrics, folder / "metrics.json")
+    metrics = read_json(args.metrics, "test_rows")
+    gates = [
+        one for one in read_json(args.gates, "gates")["gates"] if one["metric"] not in params.TIMINGS
+    ]  # they differ from run to run
+    models = [name for name in MODELS if name in metrics]
+    search = read_json(args.search) if args.search else None
+    tuned = "finetune" in everything.all.stages
+    form = load_prompt(args.dataset)
+    facts = {
+        "base": read_json(args.base_report, "source"),
+        "dataset": read_json(args.dataset_report, "source", "rows"),
+        "metrics": metrics,
+        "models": models,
+        "last": models[-1],
+        "quantize": everything.quantize.model_dump(mode="json") | (search["options"] if search else {}),
+        "search": search,
+        "licences": copy_licences(section.license_files, folder / "licenses"),
+        "task": "text-classification" if form["labels"] else "text-generation",
+        "architecture": read_json(args.model / "genai_config.json", "model", output=args.model)["model"]["type"],
+    }
+    training = everything.finetune.model_dump(mode="json") if tuned else None
+    text = card.write(section, facts, form, training, gates, table(gates))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+    files = checksums.digests(folder, ())
+    bom = sbom.bill_of_materials(section.name, section.license, section.intended_use, facts, files, args.lock)
+    (folder / checksums.BOM).write_text(checksums.canonical(bom), encoding="utf-8")
+    sbom.check_bom((folder / checksums.BOM).read_text(encoding="utf-8"))
+
+    inside = "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
+    container = everything.all.container if inside else None
+    statement = provenance.provenance(
+        checksums.digests(folder, ()), args.materials, sections(everything), facts, container
+    )
+    (folder / checksums.PROVENANCE).write_text(checksums.canonical(statement), encoding="utf-8")
+    provenance.check_statement((folder / checksums.PROVENANCE).read_text(encoding="utf-8"))
+    (folder / checksums.SUMS).write_text(checksums.sums_text(checksums.digests(folder, ())), encoding="utf-8")
+    return facts

@@ -1,0 +1,99 @@
+"""The provenance of a package (SLSA, as an in-toto statement)."""
+
+import json
+import os
+from datetime import UTC, datetime
+from hashlib import sha256 as hash_of
+from pathlib import Path
+
+from slmake import outputs
+from slmake.errors import UserError
+from slmake.packaging.checksums import PROVENANCE
+
+BUILD_TYPE = "urn:slmake:package:v1"
+
+
+def build_time() -> str | None:
+    """SOURCE_DATE_EPOCH (https://reproducible-builds.org/specs/source-date-epoch/) as RFC 3339, or None where it is not set.
+
+    Raises:
+        UserError: it is no whole number of seconds.
+    """
+    text = os.environ.get("SOURCE_DATE_EPOCH")
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise UserError(f"SOURCE_DATE_EPOCH={text}: it must be a whole number of seconds since 1970.")
+    return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def provenance(
+    files: dict[str, str],
+    materials: list[Path],
+    sections: dict[str, str],
+    recorded: dict,
+    container: str | None = None,
+) -> dict:
+    """An in-toto statement (https://in-toto.io/Statement/v1) with SLSA provenance (https://slsa.dev/spec/v1.0/provenance).
+
+    Args:
+        files: SHA-256 of the package's files: the statement's subjects.
+        materials: what the build read: data, scripts, locks, container recipes.
+        sections: params.yaml's sections as canonical JSON.
+        recorded: what fetch_model and prepare wrote of the sources they read.
+        container: the image that rules ran in, as NAME@sha256:DIGEST; None outside of containers.
+    """
+    dependencies = [
+        {"name": path.as_posix(), "digest": {"sha256": outputs.sha256(path)}} for path in sorted(set(materials))
+    ]
+    dependencies += [
+        {"name": f"params.yaml#{name}", "digest": {"sha256": hash_of(text.encode()).hexdigest()}}
+        for name, text in sorted(sections.items())
+    ]
+    known = {one["name"] for one in dependencies}
+    for source in (recorded["base"], *recorded["dataset"]["source"].values()):
+        if source.get("sha256") and source["source"] not in known:
+            dependencies.append({"name": source["source"], "digest": {"sha256": source["sha256"]}})
+    if container:
+        name, _, digest = container.partition("@sha256:")
+        dependencies.append({"name": name, "digest": {"sha256": digest}})
+    details: dict = {"builder": {"id": "urn:slmake:snakemake"}}
+    if build_time():
+        details["metadata"] = {"startedOn": build_time(), "finishedOn": build_time()}
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(files.items())],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {name: json.loads(text) for name, text in sorted(sections.items())},
+                "internalParameters": {"base": recorded["base"], "dataset": recorded["dataset"]["source"]},
+                "resolvedDependencies": dependencies,
+            },
+            "runDetails": details,
+        },
+    }
+
+
+def check_statement(text: str) -> dict:
+    """The provenance as a dictionary, if it is a valid in-toto statement with SLSA provenance.
+
+    Raises:
+        UserError: it is not.
+    """
+    from google.protobuf import json_format
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1.statement import Statement
+
+    try:
+        found = json.loads(text)
+        statement = json_format.Parse(text, Statement([], "", {}).pb)
+        Statement.copy_from_pb(statement).validate()
+        json_format.ParseDict(found["predicate"], Provenance())
+    except Exception as error:
+        reason = str(error).splitlines()
+        raise UserError(
+            f"{PROVENANCE} is no valid provenance: {reason[0] if reason else type(error).__name__}"
+        ) from None
+    return found

@@ -1,0 +1,46 @@
+"""params.yaml: every knob that can change a result, one section per rule, a module per section.
+
+`load` reads and validates the whole file and reports every error in it at once; `section` gives one rule its own part.
+"""
+
+from slmake.params.all import RULES, All
+from slmake.params.base import Section
+from slmake.params.evaluate import Evaluate
+from slmake.params.fetch_model import FetchModel
+from slmake.params.finetune import Finetune
+from slmake.params.gates import FIGURES, PARITY, PER_CLASS, TIMINGS, Gate, Gates
+from slmake.params.load import Params, as_json, load, section
+from slmake.params.merge import Merge
+from slmake.params.package import Package
+from slmake.params.prepare import Files, Message, Prepare
+from slmake.params.publish import Publish
+from slmake.params.quantize import Quantize, Search
+from slmake.params.report import Report
+
+__all__ = [
+    "FIGURES",
+    "PARITY",
+    "PER_CLASS",
+    "RULES",
+    "TIMINGS",
+    "All",
+    "Evaluate",
+    "FetchModel",
+    "Files",
+    "Finetune",
+    "Gate",
+    "Gates",
+    "Merge",
+    "Message",
+    "Package",
+    "Params",
+    "Prepare",
+    "Publish",
+    "Quantize",
+    "Report",
+    "Search",
+    "Section",
+    "as_json",
+    "load",
+    "section",
+]

@@ -1,0 +1,48 @@
+"""The section `all` of params.yaml: which stages to build, and in which container."""
+
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from slmake.params.base import Section
+
+Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "package", "report", "publish"]
+
+
+RULES = ("fetch_model", "prepare", *get_args(Stage))  # in order of execution
+
+
+class All(Section):
+    """What `snakemake --cores all` builds."""
+
+    stages: list[Stage] = Field(
+        ["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"],
+        description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
+        "leave out all but finetune to stop after the adapter.",
+    )
+    container: str | None = Field(
+        None,
+        pattern=r"^(docker://[^@\s]+|oras://[^@\s]+|[^@:\s]+\.sif)@sha256:[0-9a-f]{64}$",
+        description="Image in which `snakemake --profile profiles/container` (or `profiles/slurm`) runs every rule, with its digest: "
+        "`containers/slmake-cpu.sif@sha256:…` (`make sif` prints it) or `docker://HOST/NAME@sha256:…`. Another image is another "
+        "environment: everything is built again. See docs/containers.md.",
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self):
+        chosen = set(self.stages)
+        if len(chosen) != len(self.stages):
+            raise ValueError("a stage is listed twice")
+        if "merge" in chosen and "finetune" not in chosen:
+            raise ValueError("merge needs finetune: list finetune too, or leave merge out")
+        if "quantize" in chosen and "finetune" in chosen and "merge" not in chosen:
+            raise ValueError("quantize after finetune needs merge: list merge too")
+        if "publish" in chosen and "quantize" not in chosen:
+            raise ValueError("publish needs quantize: it uploads the exported model")
+        if "gates" in chosen and "evaluate" not in chosen:
+            raise ValueError("gates needs evaluate: list evaluate too, or leave gates out")
+        if "report" in chosen and "evaluate" not in chosen:
+            raise ValueError("report needs evaluate: list evaluate too, or leave report out")
+        if "package" in chosen and not {"quantize", "gates"} <= chosen:
+            raise ValueError("package needs quantize and gates: list both, or leave package out")
+        return self

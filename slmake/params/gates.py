@@ -1,0 +1,139 @@
+"""The section `gates` of params.yaml: figures that can be bounded, and bounds that make sense."""
+
+import difflib
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from slmake.params.base import Section
+
+# Figures that a gate can bound: name, whether more is better, and whether it is a share of rows (so that rows limit how finely it can be told).
+SHARES = ("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement")
+WITH_INTERVAL = ("accuracy", "macro_f1")
+PARITY = ("kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
+TIMINGS = (
+    *("latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s"),
+    *("generated_tokens_per_s", "load_s", "score_s", "peak_memory_bytes"),
+)
+FIGURES = (*SHARES[:5], "outside_labels", "answer_perplexity", "size_bytes", *PARITY, *TIMINGS)
+PER_CLASS = ("precision", "recall", "f1")
+Z = 1.959964  # of a 95% interval
+
+
+class Gate(Section):
+    """One bound on one figure of one model."""
+
+    metric: str = Field(
+        description="A figure of results/metrics.json or results/benchmark.json, such as `accuracy`, `per_class.joy.recall`, `kl_mean` or "
+        "`latency_ms_p95` (docs/quality.md lists them)."
+    )
+    model: Literal["last", "base", "adapter", "merged", "onnx"] = Field(
+        "last", description="Whose figure; `last` is the last model built."
+    )
+    minimum: float | None = Field(None, ge=0, description="The figure must be at least this.")
+    maximum: float | None = Field(None, ge=0, description="The figure must be at most this.")
+    maximum_drop: float | None = Field(
+        None, ge=-1, le=1, description="The figure may be at most this much lower than that of `against`."
+    )
+    minimum_ratio: float | None = Field(
+        None, gt=0, description="The figure must be at least this share of `against`'s."
+    )
+    maximum_ratio: float | None = Field(None, gt=0, description="The figure must be at most this share of `against`'s.")
+    against: Literal["previous", "base", "merged", "published"] = Field(
+        "previous",
+        description="What drops and ratios are measured from; `previous` is merged (base without finetune), `published` the model of "
+        "gates.published.",
+    )
+    interval: Literal["ignore", "worst", "best"] = Field(
+        "ignore",
+        description="The 95% interval (accuracy and macro_f1): `worst` asks its worst end to hold the bound, so that chance cannot pass; "
+        "`best` fails only when its best end misses, so that chance cannot fail.",
+    )
+
+    @property
+    def kind(self) -> str:
+        """Which of the five bounds is set."""
+        return next(name for name in _BOUNDS if getattr(self, name) is not None)
+
+    @property
+    def bound(self) -> float:
+        return getattr(self, self.kind)
+
+    def rows_needed(self) -> int:
+        """Test rows below which this bound says nothing.
+
+        Without the interval's worst end: one row must not weigh more than what is left up to a perfect score (or the drop
+        allowed). With it: a perfect score must pass, by Wilson's interval (1927): n ≥ z² p / (1 - p).
+        """
+        if (self.metric not in SHARES and self.metric.split(".")[0] != "per_class") or self.kind.endswith("ratio"):
+            return 1
+        room = {"minimum": 1 - self.bound, "maximum": self.bound, "maximum_drop": abs(self.bound)}[self.kind]
+        if not 0 < room < 1:
+            return 1
+        return math.ceil(round(Z**2 * (1 - room) / room if self.interval == "worst" else 1 / room, 6))
+
+    @model_validator(mode="after")
+    def _one_bound_on_a_known_figure(self):
+        given = [name for name in _BOUNDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{self.metric}: give exactly one of {', '.join(_BOUNDS)}")
+        parts = self.metric.split(".")
+        of_class = parts[0] == "per_class" and parts[-1] in PER_CLASS and any(parts[1:-1])
+        if self.metric not in FIGURES and not of_class:
+            near = difflib.get_close_matches(self.metric, FIGURES, n=1)
+            hint = f"did you mean `{near[0]}`" if near else f"known: {', '.join(FIGURES)}, per_class.LABEL.f1"
+            raise ValueError(f"unknown metric `{self.metric}`; {hint}")
+        if (
+            (of_class or self.metric in (*SHARES, "outside_labels"))
+            and self.kind in ("minimum", "maximum")
+            and self.bound > 1
+        ):
+            raise ValueError(f"{self.metric}: {self.kind} {self.bound:g} is not allowed: it is a share, from 0 to 1")
+        if self.interval != "ignore" and (self.metric not in WITH_INTERVAL or self.kind.endswith("ratio")):
+            raise ValueError(
+                f"{self.metric}: there are intervals for minimum, maximum and maximum_drop of {' and '.join(WITH_INTERVAL)} only"
+            )
+        if self.kind == "maximum_drop" and self.metric not in SHARES and not of_class:
+            raise ValueError(f"{self.metric}: more is not better, so a drop is no loss: use maximum or maximum_ratio")
+        if self.metric in PARITY and self.kind not in ("minimum", "maximum"):
+            raise ValueError(f"{self.metric} compares two models already: use minimum or maximum")
+        return self
+
+
+_BOUNDS = ("minimum", "maximum", "maximum_drop", "minimum_ratio", "maximum_ratio")
+
+
+class Gates(Section):
+    """What the last model built must reach; a missed gate fails the build. docs/quality.md tells how to choose."""
+
+    min_accuracy: float | None = Field(None, ge=0, le=1, description="Lowest accuracy on the test split.")
+    max_accuracy_drop: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Largest loss of accuracy from merged (or base, without finetune) to the exported model.",
+    )
+    checks: list[Gate] = Field(
+        [],
+        description="More gates: `{metric, model, one of minimum, maximum, maximum_drop, minimum_ratio, maximum_ratio, against, interval}`.",
+    )
+    published: str | None = Field(
+        None,
+        description="The last published model's metrics, for `against: published`: a metrics.json, or a file with it under `metrics`.",
+    )
+
+    @model_validator(mode="after")
+    def _published_is_named(self):
+        if self.published is None and any(gate.against == "published" for gate in self.checks):
+            raise ValueError("a gate is against `published`: name the last published model's metrics.json in published")
+        return self
+
+    def every(self) -> dict[str, Gate]:
+        """All gates by name, the two short forms first."""
+        found = {}
+        if self.min_accuracy is not None:
+            found["min_accuracy"] = Gate(metric="accuracy", minimum=self.min_accuracy)
+        if self.max_accuracy_drop is not None:
+            found["max_accuracy_drop"] = Gate(metric="accuracy", maximum_drop=self.max_accuracy_drop)
+        return found | {f"checks[{i}]": gate for i, gate in enumerate(self.checks)}

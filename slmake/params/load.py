@@ -1,0 +1,115 @@
+"""params.yaml: every knob that can change a result, one section per rule.
+
+`load` reads and validates the whole file and reports every error in it at once; `section` gives one rule its own
+part. The models of the sections are the single source of names, bounds, defaults and descriptions: the JSON Schema
+(docs/params.schema.json) and the reference page (docs/params.md) are generated from them (slmake/params/docs.py).
+"""
+
+import json
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from slmake.errors import UserError
+from slmake.params.all import All
+from slmake.params.base import Section
+from slmake.params.errors import Loader, lines
+from slmake.params.evaluate import Evaluate
+from slmake.params.fetch_model import FetchModel
+from slmake.params.finetune import Finetune
+from slmake.params.gates import Gates
+from slmake.params.merge import Merge
+from slmake.params.package import Package
+from slmake.params.prepare import Prepare
+from slmake.params.publish import Publish
+from slmake.params.quantize import Quantize
+from slmake.params.report import Report
+
+
+class Params(Section):
+    """The whole file."""
+
+    all: All = Field(default_factory=All)
+    fetch_model: FetchModel
+    prepare: Prepare
+    finetune: Finetune = Field(default_factory=Finetune)
+    merge: Merge = Field(default_factory=Merge)
+    quantize: Quantize = Field(default_factory=Quantize)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    gates: Gates = Field(default_factory=Gates)
+    package: Package = Field(default_factory=Package)
+    report: Report = Field(default_factory=Report)
+    publish: Publish = Field(default_factory=Publish)
+
+
+def between_sections(data: dict) -> list[str]:
+    """Mistakes between sections, one line each, in a file whose other fields may be wrong too."""
+
+    def value(section: str, field: str) -> object:
+        given = data.get(section)
+        default = Params.model_fields[section].annotation.model_fields[field].default
+        return given.get(field, default) if isinstance(given, dict) else default
+
+    found = []
+    if value("merge", "onto") == "dequantized" and value("finetune", "method") == "lora":
+        found.append("merge.onto: dequantized goes with finetune.method: qlora.")
+    source = value("prepare", "source")
+    eval_rows = (isinstance(source, dict) and source.get("eval")) or value("prepare", "eval_fraction") != 0
+    if value("finetune", "early_stopping_patience") and not eval_rows:
+        found.append(
+            "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
+            "name a file in prepare.source.eval, or set early_stopping_patience to 0."
+        )
+    stages = value("all", "stages")
+    if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
+        found.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
+    return found
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and validate params.yaml.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or breaks the schema; every broken field is named at once.
+    """
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`."
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a parameter file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        raise UserError(f"{path}: empty. Restore it with `git checkout {path}`.")
+    if not isinstance(data, dict):
+        found = "a list" if isinstance(data, list) else "a single value"
+        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {found}.")
+    checked, errors = None, []
+    try:
+        checked = Params.model_validate(data)
+    except ValidationError as error:
+        errors = lines(error.errors(), data, Params)
+    unique = list(dict.fromkeys(errors + between_sections(data)))
+    if unique or checked is None:
+        count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
+        raise UserError(
+            f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
+        )
+    return checked
+
+
+def section(path: str | Path, name: str) -> Section:
+    """The validated section `name` of the params file."""
+    return getattr(load(path), name)
+
+
+def as_json(value: Section) -> str:
+    """One section with its defaults as canonical JSON: what Snakemake compares to decide whether a rule must run again."""
+    return json.dumps(value.model_dump(mode="json"), sort_keys=True)

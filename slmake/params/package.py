@@ -1,0 +1,29 @@
+"""The section `package` of params.yaml."""
+
+from pydantic import Field
+
+from slmake.params.base import Section
+
+
+class Package(Section):
+    """What a user ships: build/package."""
+
+    name: str = Field("slmake-model", min_length=1, pattern=r"^[\w.-]+$", description="The model's name.")
+    license: str = Field("Apache-2.0", min_length=1, description="SPDX identifier of the model's licence.")
+    license_files: list[str] = Field(["LICENSE"], min_length=1, description="Licence texts to ship.")
+    language: list[str] = Field(["en"], description="Languages, as ISO 639 codes.")
+    tags: list[str] = Field([], description="More tags for a model hub.")
+    intended_use: str = Field(
+        "Not described yet: say in package.intended_use what the model is for.",
+        min_length=1,
+        description="What the model is for.",
+    )
+    limitations: str = Field(
+        "Scores hold for texts like those it was tested on. It was not tested for bias or misuse.",
+        min_length=1,
+        description="What a user must know before relying on it.",
+    )
+    signing_key: str | None = Field(
+        None,
+        description="File with an elliptic-curve private key (PEM, no password) to sign the package with; keep it out of the repository.",
+    )

@@ -1,0 +1,138 @@
+"""The section `prepare` of params.yaml."""
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from slmake.errors import UserError
+from slmake.params.base import Fraction, Section
+from slmake.prompts import fields_of, split_at_answer
+from slmake.sources.syntax import KINDS, parse
+
+
+class Message(Section):
+    """One turn of a chat; `content` is a template over the row's fields."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+class Files(Section):
+    """One file per split."""
+
+    train: str = Field(min_length=1, description="Training rows.")
+    eval: str | None = Field(
+        None, description="Rows for the loss during training; cut from train by `eval_fraction` if absent."
+    )
+    test: str | None = Field(
+        None, description="Held-out rows for evaluate; cut from train by `test_fraction` if absent."
+    )
+
+
+class Prepare(Section):
+    """Rows in, tokenized train, eval and test splits out."""
+
+    source: Annotated[str, Field(min_length=1)] | Files = Field(
+        description="The dataset: one file (JSON array, JSON Lines, CSV or Parquet), split by the fractions below, "
+        f"or a mapping of train, eval and test to files. Each file as {KINDS}; a hub's is a data set's."
+    )
+    text_template: str | None = Field(
+        None,
+        description="Text of one example over the row's fields, such as `### Text: {phrase}\\n### The tone is:\\n{tone}`. "
+        "Give this or `messages`. `{{` and `}}` are literal braces.",
+    )
+    messages: str | list[Message] | None = Field(
+        None,
+        description="Chat instead of text: a list of role and content templates, or the name of a column that holds such a list. "
+        "The tokenizer's chat template is applied, and the last assistant turn is the answer.",
+    )
+    answer: str | None = Field(
+        None,
+        description="The field whose placeholder starts the answer in `text_template`; the last placeholder if absent.",
+    )
+    strategy: Literal["line-by-line", "join"] = Field(
+        "line-by-line",
+        description="`line-by-line`: one sequence per row. `join`: whole rows packed into sequences of up to `max_seq_len` "
+        "(train and eval; test is always line by line).",
+    )
+    max_seq_len: int = Field(
+        1024,
+        ge=8,
+        le=1_048_576,
+        validation_alias=AliasChoices("max_seq_len", "source_max_len"),
+        description="Longest sequence in tokens (`source_max_len` is accepted too). A longer prompt loses tokens at its start "
+        "and is counted as truncated; a row whose answer alone does not fit is an error.",
+    )
+    pad_to_max_len: bool = Field(
+        False, description="Pad every sequence to `max_seq_len` instead of to the longest of its batch."
+    )
+    use_attention_mask: bool = Field(
+        True,
+        description="Pass a padding mask to the model. Padding is on the right and attention is causal, so no real token sees "
+        "padding either way.",
+    )
+    eval_fraction: Fraction = Field(0.05, description="Share of the rows for the eval split (0 to 0.5).")
+    test_fraction: Fraction = Field(
+        0.2,
+        description="Share of the rows for the test split (0 to 0.5), stratified by answer when there are few different ones.",
+    )
+    duplicates: Literal["remove", "refuse"] = Field(
+        "remove",
+        description="What to do with training rows that are exact or near copies of an eval or test row: leave them out of "
+        "train, or stop with an error that names them.",
+    )
+    near_duplicate_threshold: float = Field(
+        0.8,
+        gt=0.5,
+        le=1.0,
+        description="Jaccard similarity of word 3-shingles of the prompt's fields from which two rows count as near duplicates. "
+        "1.0 finds exact copies (after folding case and white space) only.",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the split.")
+    max_samples: int | None = Field(None, ge=1, description="Use a random sample of this many rows (before splitting).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, data):
+        if isinstance(data, dict) and {"max_seq_len", "source_max_len"} <= data.keys():
+            raise ValueError("max_seq_len and source_max_len are two names of one field: give one of them")
+        return data
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The source of each split that has one."""
+        given = self.source.model_dump() if isinstance(self.source, Files) else {"train": self.source}
+        return {name: file for name, file in given.items() if file}
+
+    @model_validator(mode="after")
+    def _sources(self):
+        for file in self.files.values():
+            source = parse(file)
+            if source.kind == "hf" and not source.path:
+                raise ValueError(f"`{source.text}` names no file: hf:ORG/NAME@REVISION/FILE")
+            if source.kind in ("registry", "pypi") or source.member:
+                raise ValueError(f"`{source.text}` is a source of models, not of rows")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        if (self.text_template is None) == (self.messages is None):
+            raise ValueError("give either text_template or messages")
+        if self.answer is not None and self.messages is not None:
+            raise ValueError("answer goes with text_template; with messages the last assistant turn is the answer")
+        if isinstance(self.messages, list) and (not self.messages or self.messages[-1].role != "assistant"):
+            raise ValueError("the last of messages must be the assistant's turn: it is the answer")
+        if self.eval_fraction + self.test_fraction > 0.9:
+            raise ValueError("eval_fraction and test_fraction leave less than a tenth of the rows for training")
+        return self
+
+    @model_validator(mode="after")
+    def _templates(self):
+        try:
+            if self.text_template is not None:
+                split_at_answer(self.text_template, self.answer)
+            for turn in self.messages if isinstance(self.messages, list) else []:
+                fields_of(turn.content, "prepare.messages")
+        except UserError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        return self

@@ -1,0 +1,146 @@
+"""What the Snakefile asks for: paths, stages, and the files that a rule reads."""
+
+import functools
+import os
+from pathlib import Path
+
+from slmake.code_inputs import code
+from slmake.params import Params, as_json
+from slmake.sources.syntax import is_remote, local_path, parse
+
+LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
+FIGURES = [  # of the report: file, category, title
+    ("overview.html", "1. Overview", "What was built from what"),
+    ("scores.svg", "2. Quality", "Accuracy"),
+    ("scores.html", "2. Quality", "All scores, parity and drops"),
+    ("confusion.svg", "2. Quality", "Confusion matrices"),
+    ("gates.html", "2. Quality", "Gates"),
+    ("wrong_answers.html", "2. Quality", "Wrong answers"),
+    ("loss.svg", "3. Training", "Loss"),
+    ("data.svg", "3. Training", "Lengths and labels"),
+    ("cost.html", "4. Cost", "Time and memory"),
+    ("candidates.svg", "4. Cost", "Quantization candidates"),
+    ("candidates.html", "4. Cost", "Quantization candidates, all figures"),
+]
+
+
+def when(condition: object, files: str | list[str]) -> list[str]:
+    """Inputs that a rule has under a condition only: `files` as a list if it holds, else none."""
+    if not condition:
+        return []
+    return [files] if isinstance(files, str) else list(files)
+
+
+class Plan:
+    """What params.yaml asks for, as paths."""
+
+    def __init__(self, params: Params):
+        self.params, self.stages = params, params.all.stages
+        self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
+        self.onnx = f"build/onnx-{params.quantize.precision}"
+        self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
+        self.model_source = self._local_model()
+        self.data = [local_path(source) for source in params.prepare.files.values() if not is_remote(source)]
+        self.published_metrics = when(params.gates.published, str(params.gates.published))
+        self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
+        self.search = params.quantize.search if "quantize" in self.stages else None
+        self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
+
+    def _local_model(self) -> list[str]:
+        source = parse(self.params.fetch_model.source)
+        return when(source.kind == "local", source.text)
+
+    @functools.cached_property
+    def candidates(self) -> list[str]:
+        """Folders of the quantization search's candidates.
+
+        Raises:
+            UserError: none of the combinations is possible.
+        """
+        if not self.search:
+            return []
+        from slmake.export.proposals import count
+
+        return [f"build/search/{number}" for number in range(count(self.params.quantize))]
+
+    def earlier(self, candidate: str) -> list[str]:
+        """Candidates that must be measured before this one can be proposed."""
+        if candidate == "merged":
+            return []
+        from slmake.export.proposals import earlier
+
+        return self.candidates[: earlier(self.params.quantize, int(candidate))]
+
+    def candidate_section(self, candidate: str) -> str:
+        """What a candidate is built again for, as text."""
+        from slmake.export.proposals import depends_on
+
+        return depends_on(self.params.quantize, candidate) + self.section("evaluate")
+
+    @functools.cached_property
+    def scored(self) -> dict[str, str]:
+        """Folder of each model that evaluate scores, by the name of its argument."""
+        folders = {
+            "base": "build/base",
+            "adapter": "build/adapter" * ("finetune" in self.stages),
+            "merged": "build/merged" * ("merge" in self.stages),
+            "onnx": self.onnx * ("quantize" in self.stages),
+        }
+        scored = {name: folders[name] for name in self.params.evaluate.models if folders[name]}
+        if "adapter" in scored:
+            scored["adapter-base"] = "build/base"
+        return scored
+
+    @property
+    def online(self) -> list[str]:
+        """Modules of the rules that need the network."""
+        remote = len(self.data) < len(self.params.prepare.files)
+        return ["scripts.fetch_model", "scripts.publish", *when(remote, "scripts.prepare")]
+
+    @property
+    def figures(self) -> list[tuple[str, str, str]]:
+        """The report's figures: file, category, title."""
+        return [figure for figure in FIGURES if self.search or not figure[0].startswith("candidates")]
+
+    def missing(self) -> str | None:
+        """The first file that params.yaml names and that cannot be used, as an error message.
+
+        Snakemake by itself does not ask for a lost input while all outputs are there.
+        """
+        needed = {
+            "params.yaml: prepare.source": self.data,
+            "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
+            "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
+            "params.yaml: package.signing_key": when("package" in self.stages, self.signing_key),
+            "environment": LOCKS,
+        }
+        for name, files in needed.items():
+            for file in files:
+                if "{" in file or "}" in file:
+                    return f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file."
+                if not os.path.isfile(file):  # noqa: PTH113 (False, where Path.is_file raises, for a name that is too long)
+                    kind = "a folder, not a file" if os.path.isdir(file) else "no such file"  # noqa: PTH112
+                    return f"{name}: {file}: {kind}. Correct the name, or bring the file back."
+        return None
+
+    def section(self, *names: str) -> str:
+        """Sections of params.yaml as text: a rule runs again when its own differ."""
+        return "".join(as_json(getattr(self.params, name)) for name in names)
+
+    def named_in_package(self) -> list[str]:
+        """Files whose very bytes a package names or holds."""
+        return [*self.materials(), *self.params.package.license_files, *self.signing_key]
+
+    def materials(self) -> list[str]:
+        """Files that the provenance of a package names: what can change the package, except models and results."""
+        rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in ("report", "publish"))]
+        rules += when(self.search, ["candidate", "search"])
+        files = {file for rule in rules for file in code(rule)}
+        return [
+            *self.data,
+            "Snakefile",
+            "rules/common.smk",
+            *sorted(files),
+            *LOCKS,
+            *sorted(path.as_posix() for path in Path("containers").glob("Containerfile*")),
+        ]

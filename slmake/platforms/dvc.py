@@ -1,0 +1,115 @@
+"""DVC as this project uses it: its command line, the receipts in dvc.lock, and what they say of the files here."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from slmake import outputs, params
+from slmake.errors import UserError
+
+LOCK = Path("dvc.lock")
+NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
+
+
+def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
+    """Run DVC of this environment; its progress bars go to the terminal, its errors are kept."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE if capture else None, stderr=subprocess.PIPE, text=True)
+
+
+def reason(done: subprocess.CompletedProcess) -> str:
+    """DVC's own reason for a failure, one sentence."""
+    lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()]
+    said = next(
+        (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no reason given"
+    )
+    return re.sub(r"^ERROR: |\x1b\[[0-9;]*m", "", said).rstrip(".") + "."
+
+
+def stages() -> list[str]:
+    """The stages of dvc.yaml that params.yaml asks for."""
+    import yaml
+
+    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return [name for name in named if name in ("fetch_model", "prepare", *params.load("params.yaml").all.stages)]
+
+
+def now() -> dict:
+    """The sum of the receipts, and the time of every rule's last run: Snakemake writes its benchmark then."""
+    ran = {path.stem: path.stat().st_mtime_ns for path in sorted(Path("benchmarks").glob("*.tsv"))}
+    return {"lock": outputs.sha256(LOCK) if LOCK.exists() else None, "ran": ran}
+
+
+def note() -> None:
+    """Remember that what is here now is what the receipts say."""
+    NOTE.parent.mkdir(parents=True, exist_ok=True)
+    NOTE.write_text(json.dumps(now()), encoding="utf-8")
+
+
+def refuse_damaged(wanted: list[str]) -> None:
+    """Compare what was not built since the last record with its receipt.
+
+    Raises:
+        UserError: it is not what it was.
+    """
+    try:
+        before, present = json.loads(NOTE.read_text(encoding="utf-8")), now()
+    except (OSError, ValueError):
+        return
+    if before["lock"] != present["lock"]:
+        return  # the receipts are of another build, or DVC ran the rules itself
+    kept = [name for name in wanted if before["ran"].get(name) == present["ran"].get(name)]
+    status = dvc("status", "--json", *kept, capture=True) if kept else None
+    if status is None or status.returncode:
+        return  # `dvc commit` says what is wrong
+    found = json.loads(status.stdout or "{}")
+    changes = [(stage, change) for stage in found for change in found[stage] if isinstance(change, dict)]
+    damaged = [(path, how, stage) for stage, change in changes for path, how in change.get("changed outs", {}).items()]
+    if damaged:
+        path, how, stage = damaged[0]
+        raise UserError(
+            f"{path} was {how} since {stage} built it; nothing was recorded. `make restore` brings back what was built, or remove {path} "
+            "and run make: it is built again."
+        )
+
+
+def receipts() -> list[dict]:
+    """What the receipts say of every output that DVC keeps: `path` and `md5` (32 hex digits, `.dir` behind those of folders)."""
+    import yaml
+
+    outs = []
+    for path in filter(Path.is_file, [Path("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]):
+        receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for stage in [receipt, *receipt.get("stages", {}).values()]:
+            outs += [out for out in stage.get("outs", []) if "md5" in out]
+    return outs
+
+
+def recorded() -> dict[str, int]:
+    """Bytes of every object that the receipts name and DVC's cache here holds, by its MD5 as in `stored`."""
+    found: dict[str, int] = {}
+    for name in (out["md5"] for out in receipts()):
+        members = json.loads(cached(name).read_bytes()) if name.endswith(".dir") and cached(name).is_file() else []
+        for md5 in [name, *(entry["md5"] for entry in members)]:
+            if cached(md5).is_file():
+                found[md5] = cached(md5).stat().st_size
+    return found
+
+
+def lost() -> list[str]:
+    """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
+    return [out["path"] for out in receipts() if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
+
+
+@functools.cache
+def cache() -> Path:
+    """The folder of DVC's cache that holds objects by their MD5."""
+    return Path(dvc("cache", "dir", capture=True).stdout.strip()) / "files" / "md5"
+
+
+def cached(md5: str) -> Path:
+    """Where the cache keeps an object, if it has it."""
+    return cache() / md5[:2] / md5[2:]

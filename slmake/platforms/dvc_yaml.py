@@ -1,0 +1,147 @@
+"""Write dvc.yaml from the Snakefile: one stage per rule, each of which calls Snakemake for that rule alone.
+
+    python -m slmake.platforms.dvc_yaml --output dvc.yaml
+
+Snakemake alone knows commands, environments and resources; DVC decides by content what is out of date. The rules, their
+inputs and outputs are read from `snakemake -n -F`, so that nothing is written twice.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+HEADER = """\
+# Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
+# out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
+"""
+MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
+SECTIONS = {
+    "search": ["quantize", "evaluate", "gates"],
+    "report": ["report", "gates"],
+}  # where it is not the rule's own section alone
+METRICS = {"results/metrics.json"}  # small and the same in every run: kept in Git
+TIMINGS = ["results/benchmark.json"]
+CURVES = ["results/train_loss.csv", "results/eval_loss.csv"]
+PREDICTIONS = "results/predictions.csv"
+
+
+def rules() -> dict[str, dict[str, list[str]]]:
+    """Rule name to its inputs and outputs, in the Snakefile's order, as a forced dry run of Snakemake prints them.
+
+    Raises:
+        SystemExit: Snakemake refuses the Snakefile or params.yaml.
+    """
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nocolor", "--printshellcmds"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    if done.returncode:
+        sys.exit(f"snakemake --dry-run failed:\n{text}")
+    found: dict[str, dict[str, list[str]]] = {}
+    name = None
+    for line in text.splitlines():
+        if line.startswith(("rule ", "localrule ")) and line.endswith(":"):
+            name = line.split()[1].rstrip(":")
+            name = MEMBERS.get(name, name)
+            found.setdefault(name, {"input": [], "output": []})
+        elif name and line.startswith(("    input: ", "    output: ")):
+            key, _, value = line.strip().partition(": ")
+            found[name][key] = list(dict.fromkeys(found[name][key] + value.split(", ")))
+        elif not line.startswith("    "):
+            name = None
+    found.pop("all", None)
+    for rule in found.values():  # what the members of a stage make for each other
+        rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
+    written = re.findall(r"^rule (\w+):", Path("Snakefile").read_text(encoding="utf-8"), re.M)
+    return {name: found[name] for name in written if name in found}  # independent jobs are printed in any order
+
+
+def in_order(found: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Rule names, each after the rules whose outputs it needs."""
+    makers = {path: name for name, rule in found.items() for path in rule["output"]}
+    done: list[str] = []
+
+    def visit(name: str) -> None:
+        for path in found[name]["input"]:
+            if path in makers and makers[path] not in done:
+                visit(makers[path])
+        if name not in done:
+            done.append(name)
+
+    for name in found:
+        visit(name)
+    return done
+
+
+def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -> dict:
+    """The content of dvc.yaml.
+
+    Args:
+        found: rules as `rules` returns them.
+        metric_models: columns of the predictions, for the confusion matrices.
+    """
+    stages, outputs = {}, set()
+    for name in in_order(found):
+        rule = found[name]
+        outputs |= set(rule["output"])
+        allowed = " ".join([name, *(member for member, stage in MEMBERS.items() if stage == name)])
+        target = "results/search.json" if name == "search" else rule["output"][0]
+        stages[name] = {
+            # The environment's own programs first, whether or not it is activated.
+            "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet host progress --allowed-rules {allowed} -- {target}',
+            "deps": sorted(rule["input"]),
+            "params": [*SECTIONS.get(name, [name]), "all.container"],
+            "outs": [{path: {"cache": False}} if path in METRICS else path for path in rule["output"]],
+        }
+    plots: list[dict] = []
+    if CURVES[0] in outputs:
+        plots.append(
+            {"Loss": {"x": "step", "y": dict.fromkeys(CURVES, "loss"), "y_label": "cross entropy per answer token"}}
+        )
+    if PREDICTIONS in outputs:
+        for model in metric_models:
+            plots.append(
+                {f"Confusion of {model}": {"template": "confusion", "x": model, "y": {PREDICTIONS: "expected"}}}
+            )
+    document: dict = {"stages": stages}
+    metrics = [path for path in [*METRICS, *TIMINGS] if path in outputs]
+    if metrics:
+        document["metrics"] = metrics
+    if plots:
+        document["plots"] = plots
+    return document
+
+
+def scored_models() -> list[str]:
+    """The columns of predictions.csv that params.yaml asks for."""
+    from slmake.params import load
+
+    everything = load("params.yaml")
+    built = {
+        "base": True,
+        "adapter": "finetune" in everything.all.stages,
+        "merged": "merge" in everything.all.stages,
+        "onnx": "quantize" in everything.all.stages,
+    }
+    names = {"onnx": everything.quantize.precision}
+    return [names.get(name, name) for name in everything.evaluate.models if built[name]]
+
+
+def text() -> str:
+    """dvc.yaml as it should be now."""
+    body = yaml.safe_dump(dvc_yaml(rules(), scored_models()), sort_keys=False, width=1000, allow_unicode=True)
+    return HEADER + body
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
+    args = parser.parse_args(argv)
+    args.output.write_text(text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

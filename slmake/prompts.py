@@ -1,0 +1,80 @@
+"""Templates: how a row of fields becomes a prompt and an answer. Shared by prepare, evaluate and ask."""
+
+import re
+import string
+from pathlib import Path
+
+from slmake.errors import UserError
+from slmake.outputs import read_json
+
+
+def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
+    """Names of the placeholders of a template, in order.
+
+    Raises:
+        UserError: half a surrogate pair, unbalanced braces, or a placeholder that is not a plain field name.
+    """
+    if not encodes(template):
+        raise UserError(f"{where}: holds half a surrogate pair: text that was cut inside a character. Write it again.")
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}. Write {{{{ and }}}} for literal braces.") from None
+    names = []
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion or f"{{{name}:" in template:
+            written = re.search(rf"{{{re.escape(name)}[!:][^}}]*}}", template)
+            shown = written[0] if written else f"{{{name}}}"
+            raise UserError(f"{where}: `{shown}` is not a plain field name such as {{phrase}}.")
+        names.append(name)
+    return names
+
+
+def encodes(text: str) -> bool:
+    """Whether a text can be written as UTF-8; half a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
+    """Cut a template before the placeholder of the answer.
+
+    Args:
+        template: text with `{field}` placeholders.
+        answer: field that starts the answer; None for the last placeholder.
+
+    Returns:
+        Prompt template, answer template, and the name of the answer's field.
+
+    Raises:
+        UserError: no placeholder, the answer's field is not in the template, or the prompt part is empty.
+    """
+    names = fields_of(template)
+    if not names:
+        raise UserError("prepare.text_template: no placeholder such as {phrase} in it.")
+    answer = answer or names[-1]
+    if answer not in names:
+        raise UserError(
+            f"prepare.answer: `{answer}` is not a placeholder of text_template. Placeholders: {', '.join(names)}."
+        )
+    at = next(found.start() for found in re.finditer(r"{{|}}|{(\w*)}", template) if found[1] == answer)
+    head, tail = template[:at], template[at + len(answer) + 2 :]
+    if not head.strip():
+        raise UserError("prepare.text_template: nothing stands before the answer, so there is no prompt.")
+    return head, "{" + answer + "}" + tail, answer
+
+
+def load_prompt(dataset: Path) -> dict:
+    """`prompt.json` of a prepared dataset: prompt and answer templates, fields, labels, end token."""
+    fields = ("prompt", "fields", "labels", "end_token_id", "longest_answer_tokens")
+    return read_json(dataset / "prompt.json", *fields, output=dataset)
+
+
+def first_answer(text: str, expected_lines: int = 1) -> str:
+    """What counts as the answer in generated text: its first lines (as many as answers have), without outer white space."""
+    return "\n".join(text.strip().split("\n")[:expected_lines]).strip()

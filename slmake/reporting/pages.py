@@ -1,0 +1,311 @@
+"""HTML pages of the report."""
+
+import csv
+from html import escape
+from pathlib import Path
+
+from slmake import params
+from slmake.errors import UserError
+from slmake.export.proposals import described
+from slmake.scoring.judge import MODELS, SIGNS, judge, number, read_published
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
+h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
+table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
+td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+.ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+"""
+
+
+def page(title: str, *parts: str) -> str:
+    """A small self-contained HTML page."""
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n{body}\n</html>\n'
+
+
+def html_table(head: list[str], rows: list[list[object]], classes: list[str] | None = None) -> str:
+    """A table; numbers stand right, `classes` adds a class to the first cell of each row."""
+    numbers = [
+        all(isinstance(row[i], (int, float)) or _looks_numeric(str(row[i])) for row in rows) for i in range(len(head))
+    ]
+    mark = [' class="n"' if number and rows else "" for number in numbers]
+    lines = ["<table>"]
+    if any(head):
+        lines.append(
+            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>"
+        )
+    for k, row in enumerate(rows):
+        own = [f' class="{classes[k]}"' if classes and i == 0 else mark[i] for i in range(len(row))]
+        lines.append(
+            "<tr>" + "".join(f"<td{m}>{escape(str(cell))}</td>" for m, cell in zip(own, row, strict=True)) + "</tr>"
+        )
+    return "\n".join([*lines, "</table>"])
+
+
+def _looks_numeric(text: str) -> bool:
+    return (
+        text.replace(",", "").replace(".", "", 1).replace("-", "", 1).replace("%", "", 1).replace(" MB", "").isdigit()
+        or text == "–"
+    )
+
+
+def models_of(metrics: dict) -> list[str]:
+    return [name for name in MODELS if name in metrics]
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
+    """The last model in one sentence, and whether it passed."""
+    names = models_of(metrics)
+    last, first = metrics[names[-1]], metrics[names[0]]
+    ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+    share = f", {last['size_bytes'] / first['size_bytes']:.0%} of {names[0]}'s size" if len(names) > 1 else ""
+    passed = sum(gate["passed"] for gate in gates)
+    judged = (
+        f"{passed} of {len(gates)} gates passed"
+        if gates
+        else "the gates cannot be judged"
+        if problem
+        else "no gate is set"
+    )
+    look = "bad" if problem or passed < len(gates) else "ok"
+    return (
+        f'<p class="verdict"><b>{escape(names[-1])}</b>: accuracy {last["accuracy"]:.1%} ({ends}) on {metrics["test_rows"]:,} held-out rows, '
+        f'{megabytes(last["size_bytes"])}{share}. <span class="{look}">{judged}</span>.</p>'
+    )
+
+
+def overview(
+    everything: params.Params, base: dict, dataset: dict, metrics: dict, summary: str, found: dict | None = None
+) -> str:
+    """What was built from what, with digests, and the settings that matter most."""
+    made = [["base model", base["source"], base.get("sha256") or "–"]]
+    for split, source in dataset["source"].items():
+        made.append([f"data ({split})", source["source"], source.get("sha256", "–")])
+    rows = dataset["rows"]
+    sizes = [
+        [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
+        for name in models_of(metrics)
+    ]
+    settings = []
+    if "finetune" in everything.all.stages:
+        tune = everything.finetune
+        settings = [["method", f"{tune.method}, r {tune.lora_r}, alpha {tune.lora_alpha}, {tune.target_modules}"]]
+        settings += [["learning rate", f"{tune.learning_rate:g}, {tune.lr_scheduler_type}"]]
+        settings += [["steps", tune.max_steps] if tune.max_steps else ["epochs", f"{tune.num_train_epochs:g}"]]
+        settings += [["batch", tune.per_device_train_batch_size * tune.gradient_accumulation_steps]]
+    quantize = everything.quantize
+    if found:
+        quantize = quantize.model_copy(update=found["options"])
+        settings += [["search", f"candidate {found['winner']} of {len(found['candidates'])}, by {found['objective']}"]]
+    if "quantize" in everything.all.stages:
+        export = [quantize.precision, f"for {quantize.execution_provider}"]
+        if quantize.precision in ("int4", "int8"):
+            export += [f"blocks of {quantize.block_size}"]
+        if quantize.precision == "int4":
+            export += [quantize.algo_config] + ["after GPTQ"] * (quantize.calibration == "gptq")
+        settings += [["export", ", ".join(export)]]
+        if quantize.precision == "int4":
+            eight = ", ".join(filter(None, [quantize.matmul_mixed_precision, *quantize.int8_nodes]))
+            settings += [["kept in 8 bits", eight or "nothing"]]
+    return page(
+        "What was built from what",
+        summary,
+        "<h2>Inputs</h2>",
+        html_table(["", "source", "SHA-256"], made),
+        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
+        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of held-out rows left out.</p>",
+        "<h2>Models</h2>",
+        html_table(["model", "size", "accuracy"], sizes),
+        "<h2>Settings</h2>",
+        html_table(["", ""], settings),
+    )
+
+
+def scores_page(metrics: dict) -> str:
+    """All scores of all models, and the parity of each step."""
+    names = models_of(metrics)
+    keys = [
+        key
+        for key, value in metrics[names[-1]].items()
+        if isinstance(value, (int, float)) and not key.endswith(("_low", "_high"))
+    ]
+    rows = []
+    for key in keys:
+        cells: list[object] = [key]
+        for name in names:
+            one = metrics[name]
+            if key == "size_bytes":
+                cells.append(megabytes(one[key]))
+            else:
+                ends = f" ({one[f'{key}_low']:.3f} to {one[f'{key}_high']:.3f})" if f"{key}_low" in one else ""
+                cells.append(f"{one[key]:,.3f}{ends}" if key in one else "–")
+        rows.append(cells)
+    parts = [
+        f"<p>{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets.</p>",
+        html_table(["", *names], rows),
+    ]
+    if metrics.get("parity"):
+        parts.append("<h2>Parity of the first answer token, step by step</h2>")
+        head = ["step", "prompts", "mean KL (nats)", "largest KL", "same first token", "largest logit difference"]
+        rows = [
+            [
+                " against ".join(key.split("_vs_")),
+                one["prompts"],
+                *(f"{one[field]:.4f}" for field in ("kl_mean", "kl_max")),
+                f"{one['top1_agreement']:.1%}",
+                f"{one['logit_diff_max']:.4f}",
+            ]
+            for key, one in metrics["parity"].items()
+        ]
+        parts.append(html_table(head, rows))
+    if metrics.get("drop"):
+        parts.append("<h2>Accuracy lost, in points</h2>")
+        lost = [
+            [
+                " against ".join(key.split("_vs_")),
+                f"{100 * one['accuracy']:.1f}",
+                f"{100 * one['accuracy_low']:.1f} to {100 * one['accuracy_high']:.1f}",
+            ]
+            for key, one in metrics["drop"].items()
+        ]
+        parts.append(html_table(["step", "points", "95% interval (paired)"], lost))
+    return page("Scores", *parts)
+
+
+def gates_page(found: list[dict]) -> str:
+    """The judged gates."""
+    if not found:
+        return page("Gates", "<p>No gate is set. docs/quality.md tells how to choose some.</p>")
+    rows = [
+        [
+            "passed" if one["passed"] else "missed",
+            one["metric"],
+            one["model"] + (f" against {one['against']}" if "against" in one else ""),
+            one["kind"].replace("_", " "),
+            number(one["value"]) + (f" ({number(one['low'])} to {number(one['high'])})" if "low" in one else ""),
+            f"{SIGNS[one['kind']]} {number(one['bound'])}"
+            + (f", {one['interval']} end" if one.get("interval", "ignore") != "ignore" else ""),
+        ]
+        for one in found
+    ]
+    classes = ["ok" if one["passed"] else "bad" for one in found]
+    return page(
+        "Gates", html_table(["verdict", "figure", "model", "kind", "value (95% interval)", "bound"], rows, classes)
+    )
+
+
+def candidates_page(result: dict, section: params.Quantize) -> str:
+    """Every candidate of a search: its options, its figures on the tuning rows, and whether it passed."""
+    head = ["", "candidate", "options", "accuracy", "mean KL", "same first token", "MB", "p50 ms", "front", "gates"]
+    rows, classes = [], []
+    for one in result["candidates"]:
+        options, chosen = described(one["options"], section), one["candidate"] == result["winner"]
+        if "failed" in one:
+            options += f"\ncould not be built: {one['failed'].splitlines()[0]}"
+            cells = ["–"] * 7
+        else:
+            cells = [
+                f"{one['metrics']['accuracy']:.1%}",
+                f"{one['parity']['kl_mean']:.4f}",
+                f"{one['parity']['top1_agreement']:.1%}",
+                f"{one['metrics']['size_bytes'] / 1e6:,.1f}",
+                f"{one['benchmark']['latency_ms_p50']:,.1f}",
+                "yes" if one["pareto"] else "no",
+                "passed" if one["passed"] else "missed",
+            ]
+        rows.append(["chosen" if chosen else "", one["candidate"], options, *cells])
+        classes.append("ok" if chosen else "")
+    return page(
+        "Quantization candidates",
+        f"<p>On {result['tuning_rows']} tuning rows; merged, not quantized, has {result['merged']['accuracy']:.1%}. Of the candidates that pass "
+        f"the gates there the {'smallest' if result['objective'] == 'size' else 'fastest'} is chosen. "
+        "No other candidate is better in accuracy and cost than one on the front.</p>",
+        html_table(head, rows, classes),
+    )
+
+
+def cost_page(timings: dict, benchmarks: Path) -> str:
+    """Seconds and memory of every rule, and what each model costs to run."""
+    rules = []
+    for file in sorted(benchmarks.glob("*.tsv"), key=lambda path: path.stat().st_mtime):
+        with open(file, encoding="utf-8") as handle:
+            runs = list(csv.DictReader(handle, delimiter="\t"))
+        if runs:
+            last = runs[-1]
+            rss = last["max_rss"]
+            rules.append(
+                [file.stem, f"{float(last['s']):,.1f}", f"{float(rss):,.0f}" if rss not in ("-", "NA") else "–"]
+            )
+    fields = {
+        "load_s": "load s",
+        "latency_ms_p50": "p50 ms",
+        "latency_ms_p95": "p95 ms",
+        "latency_ms_p99": "p99 ms",
+        "prefill_tokens_per_s": "prefill tokens/s",
+        "decode_tokens_per_s": "decode tokens/s",
+        "peak_memory_bytes": "peak MB",
+    }
+    models = []
+    for name in [name for name in MODELS if name in timings]:
+        values = [timings[name].get(field) for field in fields]
+        cells = [
+            "–"
+            if value is None
+            else f"{value / (1e6 if field == 'peak_memory_bytes' else 1):,.{0 if value > 1000 else 1}f}"
+            for field, value in zip(fields, values, strict=True)
+        ]
+        models.append([name, *cells])
+    return page(
+        "Time and memory",
+        "<h2>Per rule</h2>",
+        html_table(["rule", "seconds", "peak MB"], rules) if rules else "<p>Nothing recorded.</p>",
+        "<h2>Per model</h2>",
+        html_table(["model", *fields.values()], models),
+        "<p>Latency is from the prompt to the end of the answer, one row at a time. base, adapter and merged read prompts in batches.</p>",
+    )
+
+
+def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
+    """The lines of a CSV file that a rule wrote; the columns named in `numbers` as numbers.
+
+    Raises:
+        UserError: it is damaged: no header, a column that is missing, a cell that is no number.
+    """
+    with open(path, newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        try:
+            lacking = [name for name in numbers if name not in (reader.fieldnames or [])]
+            if lacking:
+                raise ValueError(f"it has no column `{lacking[0]}`")
+            return [row | {name: float(row[name] or "") for name in numbers} for row in reader]
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"{path}, line {max(1, reader.line_num)}, is damaged: {error}. Remove it and run snakemake: it is built again."
+            ) from None
+
+
+def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
+    """The first wrong answers of the last model, with every model's answer beside."""
+    last = models[-1]
+    wrong = [row for row in predictions if row[last] != row["expected"]]
+    head = ["row", "prompt", "expected", *models]
+    rows = [
+        [f"{row['row']:.0f}", row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
+        for row in wrong[:limit]
+    ]
+    said = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
+    return page("Wrong answers", said, html_table(head, rows) if rows else "")
+
+
+def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:
+    """The gates' verdicts; where they cannot be judged, the reason."""
+    try:
+        return judge(section, metrics, timings, read_published(section)), ""
+    except UserError as error:
+        return [], str(error)

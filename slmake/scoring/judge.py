@@ -1,0 +1,276 @@
+"""Judge metrics against gates."""
+
+import json
+from pathlib import Path
+
+from slmake import outputs, params
+from slmake.errors import UserError
+
+MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
+SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ratio": "≤", "maximum_drop": "≤"}
+INTERVAL = ("accuracy", "accuracy_low", "accuracy_high")
+# What evaluate always writes into each entry of these parts of metrics.json.
+PARTS = {"parity": ("prompts", *params.PARITY), "drop": INTERVAL, "per_class": ("precision", "recall", "f1", "rows")}
+ADVICE = {
+    "minimum": "train longer (finetune.num_train_epochs), raise finetune.lora_r, or add training rows",
+    "maximum_drop": "choose a milder quantization (quantize.algo_config k_quant, matmul_mixed_precision, int8_nodes, or precision int8), or "
+    "let quantize.search find one",
+}
+
+
+def judge(
+    section: params.Gates, metrics: dict, benchmark: dict | None = None, published: dict | None = None
+) -> list[dict]:
+    """One entry per gate: its name, figure, models, bound, value (with its interval where there is one), and whether it passed.
+
+    Raises:
+        UserError: a gate that cannot be judged: its figure or model is not there, or the test split is too small for it.
+    """
+    names = [name for name in MODELS if name in metrics]
+    if not names:
+        raise UserError("no model was scored, so no gate can be judged. Build results/metrics.json again.")
+    found = []
+    for name, gate in section.every().items():
+        model = _model(name, gate, names)
+        rows = _rows(name, gate, metrics, model)
+        if rows < gate.rows_needed():
+            raise UserError(
+                f"gates.{name}: {gate.kind} {gate.bound:g} of {gate.metric} needs at least {gate.rows_needed()} test rows; there are {rows}. "
+                "Add rows, raise prepare.test_fraction, or set a wider bound."
+            )
+        entry = {"gate": name, "metric": gate.metric, "kind": gate.kind, "model": model}
+        value, low, high = _value(name, gate, model, names, metrics, benchmark or {}, published, entry)
+        upward = gate.kind.startswith("minimum")
+        decisive = value
+        if gate.interval != "ignore":
+            decisive = low if upward == (gate.interval == "worst") else high
+        passed = decisive >= gate.bound if upward else decisive <= gate.bound
+        entry |= {"bound": gate.bound, "value": value}
+        if low is not None:
+            entry |= {"low": low, "high": high, "interval": gate.interval}
+        entry["passed"] = bool(passed)
+        found.append(entry if passed else entry | {"missed_by": round(abs(decisive - gate.bound), 6)})
+    return found
+
+
+def _model(name: str, gate: params.Gate, names: list[str]) -> str:
+    if gate.model == "last":
+        return names[-1]
+    wanted = (
+        next((one for one in names if one not in ("base", "adapter", "merged")), "onnx")
+        if gate.model == "onnx"
+        else gate.model
+    )
+    if wanted not in names:
+        raise UserError(
+            f"gates.{name}: {gate.model} was not scored. Add it to evaluate.models, or change the gate's model."
+        )
+    return wanted
+
+
+def _rows(name: str, gate: params.Gate, metrics: dict, model: str) -> int:
+    """Rows behind the figure: those of the class for a class's figure, the compared prompts for a parity."""
+    if gate.metric in params.PARITY:
+        return max((entry["prompts"] for entry in metrics.get("parity", {}).values()), default=0)
+    if gate.metric.startswith("per_class."):
+        return _figure(name, gate.metric.rpartition(".")[0] + ".rows", metrics[model], model)
+    return metrics["test_rows"]
+
+
+def _figure(name: str, metric: str, figures: dict, model: str) -> float:
+    """A figure by its dotted name (a label may have dots in it itself).
+
+    Raises:
+        UserError: this model has no such figure.
+    """
+    first, _, rest = metric.partition(".")
+    if first == "per_class" and first in figures:
+        label, _, what = rest.rpartition(".")
+        if label in figures[first]:
+            return figures[first][label][what]
+        raise UserError(f"gates.{name}: no label `{label}`. Labels: {', '.join(figures[first])}.")
+    if metric not in figures:
+        there = [key for key in figures if isinstance(figures[key], (int, float))]
+        raise UserError(f"gates.{name}: {model} has no figure `{metric}` on this task. It has: {', '.join(there)}.")
+    return figures[metric]
+
+
+def _value(name, gate, model, names, metrics, benchmark, published, entry) -> tuple[float, float | None, float | None]:
+    """The gated value, and the ends of its interval (None where there is none). Adds `against` to the entry."""
+    if gate.metric in params.PARITY:
+        pair = next((key for key in metrics.get("parity", {}) if key.startswith(f"{model}_vs_")), None)
+        if pair is None:
+            raise UserError(
+                f"gates.{name}: {model} was compared with no model. Score the one before it too (evaluate.models)."
+            )
+        entry["against"] = pair.partition("_vs_")[2]
+        return metrics["parity"][pair][gate.metric], None, None
+
+    def figures(one: str) -> dict:
+        return metrics[one] | benchmark.get(one, {})
+
+    value = _figure(name, gate.metric, figures(model), model)
+    ends = figures(model).get(f"{gate.metric}_low"), figures(model).get(f"{gate.metric}_high")
+    if gate.kind in ("minimum", "maximum"):
+        return _with_interval(name, gate, value, *ends)
+    if gate.against == "published":
+        other, before = "published", published[[one for one in MODELS if one in published][-1]]
+    else:
+        wanted = [one for one in names[: names.index(model)] if one != "adapter"]
+        wanted = wanted[-1:] if gate.against == "previous" else [one for one in wanted if one == gate.against]
+        if not wanted:
+            raise UserError(
+                f"gates.{name}: no model {'before ' + model if gate.against == 'previous' else gate.against} was scored to compare with; "
+                "add it to evaluate.models, or take the gate out."
+            )
+        other, before = wanted[0], figures(wanted[0])
+    entry["against"] = other
+    was = _figure(name, gate.metric, before, other)
+    if gate.kind.endswith("ratio"):
+        if not was:
+            raise UserError(f"gates.{name}: {gate.metric} of {other} is 0, so there is no ratio to it.")
+        return round(value / was, 6), None, None
+    drop = round(was - value, 6)
+    paired = metrics.get("drop", {}).get(f"{model}_vs_{other}", {})
+    if f"{gate.metric}_low" in paired:
+        return _with_interval(name, gate, drop, paired[f"{gate.metric}_low"], paired[f"{gate.metric}_high"])
+    if (
+        None not in ends and f"{gate.metric}_low" in before
+    ):  # another test set, perhaps: independent, so the variances add up
+        halves = ((ends[1] - ends[0]) / 2, (before[f"{gate.metric}_high"] - before[f"{gate.metric}_low"]) / 2)
+        wide = (halves[0] ** 2 + halves[1] ** 2) ** 0.5
+        return _with_interval(name, gate, drop, round(drop - wide, 6), round(drop + wide, 6))
+    return _with_interval(name, gate, drop, None, None)
+
+
+def _with_interval(name, gate, value, low, high) -> tuple[float, float | None, float | None]:
+    if gate.interval != "ignore" and low is None:
+        raise UserError(
+            f"gates.{name}: there is no interval for {gate.metric} here. Run evaluate again, or set interval: ignore."
+        )
+    return value, low, high
+
+
+def number(value: float) -> str:
+    """A figure as a person reads it: four digits behind the point, none for large ones."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def table(found: list[dict]) -> str:
+    """The judged gates as aligned lines of text."""
+    rows = []
+    for one in found:
+        gate = (
+            one["gate"] if not one["gate"].startswith("checks") else f"{one['gate']} {one['kind']} of {one['metric']}"
+        )
+        models = one["model"] + (f" against {one['against']}" if "against" in one else "")
+        ends = f"[{number(one['low'])}, {number(one['high'])}]" if "low" in one else ""
+        asked = f" ({one['interval']} end)" if one.get("interval", "ignore") != "ignore" else ""
+        verdict = "passed" if one["passed"] else "MISSED"
+        rows.append(
+            (verdict, gate, models, number(one["value"]), ends, f"{SIGNS[one['kind']]} {number(one['bound'])}{asked}")
+        )
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def read_metrics(path: Path) -> dict:
+    """metrics.json of evaluate, in the shape that evaluate writes.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    return outputs.read_json(path, "test_rows", check=check_metrics)
+
+
+def read_timings(path: Path) -> dict:
+    """benchmark.json of evaluate.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    return outputs.read_json(path, check=lambda timings: _check_part("benchmark", timings))
+
+
+def check_metrics(metrics: dict) -> None:
+    """Raise ValueError where metrics do not have the shape that evaluate writes."""
+    _check_figures("metrics", {"test_rows": metrics["test_rows"]})
+    names = [name for name in MODELS if name in metrics]
+    if not names:
+        raise ValueError("no model was scored in it")
+    for name in names:
+        _check_model(name, metrics[name], (*INTERVAL, "size_bytes"))
+    for part in ("parity", "drop"):
+        _check_part(part, metrics.get(part, {}), PARTS[part])
+
+
+def _check_model(name: str, entry: object, needed: tuple[str, ...] = ()) -> None:
+    entry = _named(name, entry)
+    labels, counts = entry.get("per_class", {}), entry.get("confusion")
+    _check_figures(name, {key: entry[key] for key in entry if key not in ("per_class", "confusion")}, needed)
+    _check_part(f"{name}.per_class", labels, PARTS["per_class"])
+    width = len(labels) + 1
+    rows = counts if isinstance(counts, list) else [counts]
+    fits = len(rows) == len(labels) and all(isinstance(row, list) and len(row) == width for row in rows)
+    if counts is not None and not (fits and all(_is_number(count) for row in rows for count in row)):
+        raise ValueError(f"`{name}.confusion` is not {len(labels)} rows of {width} counts")
+
+
+def _check_part(where: str, entries: object, needed: tuple[str, ...] = ()) -> None:
+    for name, figures in _named(where, entries).items():
+        _check_figures(f"{where}.{name}", figures, needed)
+
+
+def _check_figures(where: str, figures: object, needed: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless these are numbers by name, the needed ones and both ends of every interval among them."""
+    figures = _named(where, figures)
+    ends = [name.removesuffix("_low") + "_high" for name in figures if name.endswith("_low")]
+    for name in (*needed, *ends):
+        if name not in figures:
+            raise ValueError(f"`{where}` has no `{name}`")
+    for name, value in figures.items():
+        if not _is_number(value):
+            raise ValueError(f"`{where}.{name}` is no number but {json.dumps(value)[:60]}")
+
+
+def _named(where: str, value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"`{where}` is no object of figures but {json.dumps(value)[:60]}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_published(section: params.Gates) -> dict | None:
+    """The last published model's metrics, from a metrics.json or a file that has it under `metrics`.
+
+    Raises:
+        UserError: the file is not there or holds no model's metrics.
+    """
+    if section.published is None:
+        return None
+    path = Path(section.published)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            content = content.get("metrics", content)
+        names = [name for name in MODELS if isinstance(content, dict) and name in content]
+        if not names:
+            raise ValueError("no model's metrics in it")
+        for name in names:
+            _check_model(name, content[name])
+    except FileNotFoundError:
+        raise UserError(
+            f"gates.published: {path}: no such file. Save the published model's metrics.json there; nothing published yet: set it to null."
+        ) from None
+    except (IsADirectoryError, ValueError, RecursionError) as error:
+        reason = "a folder" if isinstance(error, IsADirectoryError) else error
+        raise UserError(
+            f"gates.published: {path}: {reason}. It should be the published model's metrics.json, or a file with it under `metrics`."
+        ) from None
+    return content

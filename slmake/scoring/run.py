@@ -1,0 +1,84 @@
+"""What one model answered, and what it cost in time and memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from slmake.errors import UserError
+from slmake.scoring.questions import Questions
+
+WARM_UP = 3
+
+
+@dataclass
+class Run:
+    """What one model made of the questions.
+
+    Attributes:
+        texts: generated text of every prompt.
+        choices: index of the most likely label of every prompt; empty for open text.
+        answer_nll: negative log likelihood in nats of every expected answer (all its tokens).
+        logits: one float32 array [vocabulary] per prompt that parity compares, for the first answer token.
+        timings: seconds, milliseconds, tokens per second and bytes, for benchmark.json.
+    """
+
+    texts: list[str]
+    choices: list[int]
+    answer_nll: np.ndarray
+    logits: list[np.ndarray]
+    timings: dict = field(default_factory=dict)
+
+
+def empty_run(questions: Questions) -> Run:
+    count = len(questions.prompts)
+    return Run(
+        [""] * count, [-1] * count if questions.label_tokens else [], np.zeros(count), [None] * questions.compared
+    )
+
+
+def reset_peak() -> None:
+    """Forget the process's peak memory (Linux; elsewhere the peak is that of the whole run)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since `reset_peak`, in bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def percentiles(milliseconds: list[float]) -> dict:
+    """Latency p50, p95 and p99 in milliseconds."""
+    p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
+    return {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Whatever a library says of a damaged model is told with the model's folder.
+
+    Raises:
+        UserError: the folder cannot be loaded.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+            raise
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {reason[0] if reason else 'no message'} "
+            "Remove the folder and run snakemake: it is built again."
+        ) from error

@@ -1,0 +1,240 @@
+"""Ask a transformers model: answers, probabilities, logits for parity, latency."""
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from slmake import cli
+from slmake.scoring.questions import Questions
+from slmake.scoring.run import WARM_UP, Run, empty_run, peak_bytes, percentiles, readable, reset_peak
+
+CHUNK = 2**26  # logits (rows x tokens x vocabulary) that may be held at once
+AHEAD = 3  # labels of a row that are followed in one pass
+
+
+class Transformers:
+    """A Hugging Face model, with or without an adapter on it."""
+
+    def __init__(self, folder: Path):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        reset_peak()
+        began = time.monotonic()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with readable(folder):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
+            ).to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model.eval()
+        config = self.model.config.get_text_config()
+        self.vocabulary = config.vocab_size
+        # Tokens that its cache can take back: a sliding window's that has not slid yet, none of a recurrent state's.
+        self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
+        self.load_s = time.monotonic() - began
+
+    def add_adapter(self, folder: Path) -> None:
+        """Put a LoRA adapter on the model, unmerged."""
+        from peft import PeftModel
+
+        began = time.monotonic()
+        with readable(folder):
+            self.model = PeftModel.from_pretrained(self.model, folder).to(self.device).eval()
+        self.load_s += time.monotonic() - began
+
+    def ask(
+        self, questions: Questions, new_tokens: int, batch_size: int, latency_rows: int, job: cli.Job, name: str
+    ) -> Run:
+        """Greedy answers, label choices and answer likelihoods, in batches of similar length, in the model's own data type.
+
+        Args:
+            latency_rows: so many rows are asked again one by one, to time what a user waits for; 0 for none.
+        """
+        import torch
+
+        run, began = empty_run(questions), time.monotonic()
+        order = sorted(range(len(run.texts)), key=lambda i: -len(questions.prompts[i]))
+        seconds = {"prefill": 0.0, "decode": 0.0}
+        tokens = {"prefill": 0, "decode": 0}
+        with job.progress(len(order), f"rows of {name}") as bar, torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                self._batch(questions, order[start : start + batch_size], new_tokens, run, seconds, tokens)
+                bar.update(min(batch_size, len(order) - start))
+            run.timings = {"load_s": self.load_s, "score_s": time.monotonic() - began}
+            run.timings |= {f"{key}_tokens_per_s": tokens[key] / max(seconds[key], 1e-9) for key in seconds}
+            chosen = [int(i) for i in np.linspace(0, questions.scored - 1, min(latency_rows, questions.scored))]
+            if chosen:
+                waits = []
+                for i in [chosen[0]] * WARM_UP + chosen:
+                    start = time.perf_counter()
+                    logits, cache, mask, _ = self._prefill([questions.prompts[i]], [[]])
+                    self._greedy(logits[:, 0], cache, mask, new_tokens, questions.end)
+                    waits.append(1000 * (time.perf_counter() - start))
+                run.timings |= percentiles(waits[WARM_UP:])
+        run.timings["peak_memory_bytes"] = peak_bytes()
+        return run
+
+    def _prefill(self, rows: list[np.ndarray], answers: list[list[int]]):
+        """One pass over prompts and the answers behind them.
+
+        Returns:
+            float32 logits [rows, 1 + longest answer, vocabulary] behind each prompt and each answer token; the cache and the
+            mask [rows, longest prompt] of the prompts alone; seconds taken.
+        """
+        import torch
+
+        longest, more = max(len(row) for row in rows), max(len(answer) for answer in answers)
+        ids = torch.zeros((len(rows), longest + more), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for k, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            # Left padding of prompts: generation goes on at their right end. What stands behind an answer is not looked at.
+            ids[k, longest - len(row) : longest] = torch.from_numpy(row)
+            ids[k, longest : longest + len(answer)] = torch.tensor(answer, dtype=torch.long)
+            mask[k, longest - len(row) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        start = time.perf_counter()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1 + more
+        )
+        cache = out.past_key_values
+        if more:
+            cache.crop(-more)
+        return out.logits.float(), cache, mask[:, :longest], time.perf_counter() - start
+
+    def _batch(
+        self, questions: Questions, chosen: list[int], new_tokens: int, run: Run, seconds: dict, tokens: dict
+    ) -> None:
+        import torch
+
+        answers = [questions.answers[i] for i in chosen]
+        longest = max(len(answer) for answer in answers)
+        room = max(len(questions.prompts[i]) for i in chosen) + longest
+        joined = len(chosen) * longest * self.vocabulary <= CHUNK and room < self.croppable
+        behind = [answer[:-1] if joined else [] for answer in answers]
+        logits, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen], behind)
+        seconds["prefill"] += taken
+        tokens["prefill"] += int(mask.sum()) + sum(map(len, behind))
+        first = logits[:, 0]
+        log_first = first.log_softmax(-1)
+        if joined:
+            scores = self._summed(logits.log_softmax(-1), answers)
+        else:
+            scores = self._score(log_first, cache, mask, list(range(len(chosen))), answers)
+        run.answer_nll[chosen] = -scores
+        if questions.label_tokens:
+            picked = self._best_labels(questions, chosen, scores, log_first, cache, mask)
+            for i, label in zip(chosen, picked, strict=True):
+                run.choices[i] = label
+        made: list[list[int] | None] = [None] * len(chosen)
+        if joined and tokens["decode"]:  # the first batch is generated token by token: it is timed
+            likeliest = logits.argmax(-1).tolist()
+            for k, answer in enumerate(answers):
+                whole = answer[-1] == questions.end or len(answer) >= new_tokens
+                if whole and likeliest[k][: len(answer)] == answer:
+                    made[k] = [token for token in answer[:new_tokens] if token != questions.end]
+        left = [k for k, answer in enumerate(made) if answer is None]
+        if left:
+            start = time.perf_counter()
+            if len(left) < len(chosen):
+                cache.batch_select_indices(torch.tensor(left, device=self.device))
+            found = self._greedy(first[left], cache, mask[left], new_tokens, questions.end)
+            seconds["decode"] += time.perf_counter() - start
+            tokens["decode"] += sum(map(len, found))
+            for k, answer in zip(left, found, strict=True):
+                made[k] = answer
+        kept = first.cpu().numpy()
+        for k, i in enumerate(chosen):
+            run.texts[i] = self.tokenizer.decode(made[k], skip_special_tokens=True)
+            if i < questions.compared:
+                run.logits[i] = kept[k].copy()
+
+    @staticmethod
+    def _summed(logs, answers: list[list[int]]) -> np.ndarray:
+        """Sum over each answer's tokens, float64 [rows], of log probabilities [rows, tokens, vocabulary]."""
+        import torch
+
+        return np.array(
+            [
+                float(logs[k, torch.arange(len(answer)), torch.tensor(answer)].double().sum())
+                for k, answer in enumerate(answers)
+            ]
+        )
+
+    def _best_labels(self, questions, chosen, scores, log_first, cache, mask) -> list[int]:
+        """Index of the most likely label of each row; the expected label's score is known already."""
+        labels = questions.label_tokens
+        bounds = log_first[:, [ids[0] for ids in labels]].double().cpu().numpy()
+        names = {name: index for index, name in enumerate(questions.form["labels"])}
+        picked = [names[questions.expected[i]] for i in chosen]
+        best = scores.copy()
+        for k, label in enumerate(picked):
+            bounds[k, label] = -np.inf
+        while True:
+            nearest = np.argsort(-bounds, axis=1, kind="stable")[:, :AHEAD]
+            pairs = [(k, int(label)) for k, few in enumerate(nearest) for label in few if bounds[k, label] > best[k]]
+            if not pairs:
+                return picked
+            found = self._score(log_first, cache, mask, [k for k, _ in pairs], [labels[label] for _, label in pairs])
+            for (k, label), value in zip(pairs, found, strict=True):
+                bounds[k, label] = -np.inf
+                if value > best[k]:
+                    best[k], picked[k] = value, label
+
+    def _score(self, log_first, cache, mask, rows: list[int], answers: list[list[int]]) -> np.ndarray:
+        """Log probability, float64 [rows], of an answer's tokens behind each chosen row's prompt; the cache stays as it is."""
+        import torch
+
+        longest = max(len(answer) for answer in answers) - 1
+        total = np.array([float(log_first[row, answer[0]]) for row, answer in zip(rows, answers, strict=True)])
+        if not longest:
+            return total
+        step = max(1, CHUNK // (longest * log_first.shape[-1]))
+        for start in range(0, len(rows), step):
+            some, wanted = rows[start : start + step], answers[start : start + step]
+            ids = torch.zeros((len(some), longest), dtype=torch.long)
+            for k, answer in enumerate(wanted):  # right padding: what stands behind an answer is not looked at
+                ids[k, : len(answer) - 1] = torch.tensor(answer[:-1])
+            own = copy.deepcopy(cache)
+            own.batch_select_indices(torch.tensor(some, device=self.device))
+            before = mask[some]
+            out = self.model(
+                input_ids=ids.to(self.device),
+                attention_mask=torch.cat([before, torch.ones_like(ids, device=self.device)], dim=1),
+                position_ids=before.sum(-1, keepdim=True) + torch.arange(longest, device=self.device),
+                past_key_values=own,
+                use_cache=True,
+            )
+            total[start : start + len(some)] += self._summed(
+                out.logits.float().log_softmax(-1), [answer[1:] for answer in wanted]
+            )
+        return total
+
+    def _greedy(self, logits, cache, mask, new_tokens: int, end: int) -> list[list[int]]:
+        """The most likely tokens of each row, up to its end token (which is left out); the cache grows."""
+        import torch
+
+        made: list[list[int]] = [[] for _ in range(len(mask))]
+        alive = [True] * len(mask)
+        for step in range(new_tokens):
+            token = logits.argmax(-1)
+            for k, one in enumerate(token.tolist()):
+                alive[k] = alive[k] and one != end
+                if alive[k]:
+                    made[k].append(one)
+            if step == new_tokens - 1 or not any(alive):
+                break
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            out = self.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1].float()
+        return made

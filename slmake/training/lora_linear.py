@@ -1,0 +1,210 @@
+"""LoRA's linear layers as one differentiable operation.
+
+PEFT computes the base product, the update, its scaling and the sum as separate operations that each read and write a
+full activation. Here they are one: y = x W' + s (x A') B', with the gradients written out (Hu et al. 2021,
+arXiv:2106.09685). Layers that read the same input (q, k and v; gate and up) are one layer with a longer W: fewer and larger
+products. The parameters stay PEFT's own; only `forward` of its layers is replaced.
+"""
+
+import types
+
+import torch
+
+# Layers of one module that read the same input, by the names that most architectures give them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Frozen:
+    """A frozen weight [out, in] with its two products; in bfloat16 on a CPU packed once for both, instead of in every product.
+
+    The operators are those that torch's compiler emits for frozen weights on CPUs (oneDNN). The packed copies take twice
+    the weight's memory.
+    """
+
+    def __init__(self, weight: torch.Tensor, pack: bool = False):
+        self.weight, self.packed = weight, None
+        narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if pack and narrow and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.packed = [
+                torch.ops.mkldnn._reorder_linear_weight(one.contiguous())
+                for one in (weight.detach(), weight.detach().t())
+            ]
+
+    def _product(self, x: torch.Tensor, backward: bool) -> torch.Tensor:
+        if self.packed is None:
+            return x @ (self.weight if backward else self.weight.t())
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[backward], None, "none", [], "")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W': [rows, in] to [rows, out]."""
+        return self._product(x, False)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad W: [rows, out] to [rows, in]."""
+        return self._product(grad, True)
+
+
+class Gathered:
+    """The frozen weights of some layers as one, put together for each product: sharded weights are only there while they are used."""
+
+    def __init__(self, bases: list):
+        self.bases = bases
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W': [rows, in] to [rows, out]."""
+        return x @ torch.cat([base.weight for base in self.bases]).t()
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad W: [rows, out] to [rows, in]."""
+        return grad @ torch.cat([base.weight for base in self.bases])
+
+
+class LoraLinear(torch.autograd.Function):
+    """y_i = x W_i' + s (x A_i') B_i' for layers i that read the same x, or y = x Q' where a quantized Q stands for W + s B A.
+
+    Shapes: x [..., in]; frozen (`Frozen` of W or Q, or `Gathered`) [out, in] and bias [out] or None of all layers, out being the sum of
+    out_i; scaling s; update False with Q, which has the update in it; adapters a_1 [r_1, in], b_1 [out_1, r_1], a_2, b_2, …
+    Returns a tuple of [..., out_i].
+    The adapters' matrices may be float32 over a bfloat16 base; products are taken in x's type.
+    """
+
+    @staticmethod
+    def forward(ctx, x, frozen, bias, scaling, update, *adapters):
+        a, b = adapters[0::2], adapters[1::2]
+        flat = x.reshape(-1, x.shape[-1])
+        # One product for all layers: A stacked, B as blocks of a diagonal.
+        a_ = (torch.cat(a) if len(a) > 1 else a[0]).to(x.dtype)
+        b_ = (torch.block_diag(*b) if len(b) > 1 else b[0]).to(x.dtype)
+        inner = flat @ a_.t()
+        y = frozen.forward(flat)
+        if update:
+            y.addmm_(inner, b_.t(), alpha=scaling)
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(flat, inner, a_, b_)
+        ctx.frozen, ctx.scaling, ctx.update, ctx.type = frozen, scaling, update, a[0].dtype
+        ctx.shape, ctx.ranks, ctx.sizes = x.shape, [len(one) for one in a], [len(one) for one in b]
+        return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in y.split(ctx.sizes, dim=1))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        flat, inner, a, b = ctx.saved_tensors
+        parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        grad_inner = (grad @ b).mul_(ctx.scaling)
+        grad_a = (grad_inner.t() @ flat).to(ctx.type).split(ctx.ranks)
+        grad_b = (grad.t() @ inner).mul_(ctx.scaling).to(ctx.type)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.frozen.backward(grad)
+            if ctx.update:
+                grad_x.addmm_(grad_inner, a)
+            grad_x = grad_x.view(ctx.shape)
+        adapters, row, column = [], 0, 0
+        for one, size, rank in zip(grad_a, ctx.sizes, ctx.ranks, strict=True):
+            adapters += [one, grad_b[row : row + size, column : column + rank]]
+            row, column = row + size, column + rank
+        return grad_x, None, None, None, None, *adapters
+
+
+def _adapter(module) -> tuple[torch.Tensor, torch.Tensor]:
+    name = module.active_adapters[0]
+    return module.lora_A[name].weight, module.lora_B[name].weight
+
+
+def _forward(self, x, *args, **kwargs):
+    base, scaling, stand_in = self.get_base_layer(), self.scaling[self.active_adapters[0]], self.fake_quantized
+    frozen = self.frozen or Frozen(base.weight if stand_in is None else stand_in)
+    return LoraLinear.apply(x, frozen, base.bias, scaling, stand_in is None, *_adapter(self))[0]
+
+
+class Siblings:
+    """Layers of one module that are computed together when the first of them is asked; the others' results wait for their turn."""
+
+    def __init__(self, layers: list, settled: bool):
+        """Where the weights are settled, lay them into one matrix; each layer's own becomes a view of its part."""
+        self.layers, self.bases = layers, [layer.get_base_layer() for layer in layers]
+        self.scaling = layers[0].scaling[layers[0].active_adapters[0]]
+        if settled:
+            weight = torch.cat([base.weight.data for base in self.bases])
+            self.frozen = Frozen(weight, pack=True)
+            for base, part in zip(self.bases, weight.split([len(base.weight) for base in self.bases]), strict=True):
+                base.weight.data = part
+        else:
+            self.frozen = Gathered(self.bases)
+        self.x, self.waiting = None, []
+        for index, layer in enumerate(layers):
+            layer.forward = types.MethodType(self._forward_of(index), layer)
+
+    @staticmethod
+    def fit(layers: list) -> bool:
+        """Whether these layers can be one: same input width, scaling and type, all with a bias or none."""
+        bases = [layer.get_base_layer() for layer in layers]
+        alike = {
+            (
+                base.in_features,
+                base.weight.dtype,
+                base.bias is None,
+                layer.scaling[layer.active_adapters[0]],
+                _adapter(layer)[0].dtype,
+            )
+            for base, layer in zip(bases, layers, strict=True)
+        }
+        return len(alike) == 1
+
+    def _forward_of(self, index: int):
+        def forward(layer, x, *args, **kwargs):
+            if index == 0:
+                matrices = [matrix for one in self.layers for matrix in _adapter(one)]
+                bias = None if self.bases[0].bias is None else torch.cat([base.bias for base in self.bases])
+                first, *rest = LoraLinear.apply(x, self.frozen, bias, self.scaling, True, *matrices)
+                self.x, self.waiting = x, [None, *rest]
+                return first
+            if self.x is not x:  # not the input that the first one had
+                return _forward(layer, x)
+            out, self.waiting[index] = self.waiting[index], None
+            if index == len(self.layers) - 1:
+                self.x = None
+            return _forward(layer, x) if out is None else out
+
+        return forward
+
+
+def lora_layers(peft) -> dict[str, torch.nn.Module]:
+    """PEFT's LoRA layers over plain linear ones, by module name."""
+    from peft.tuners.lora.layer import Linear
+
+    return {
+        name: module
+        for name, module in peft.named_modules()
+        if type(module) is Linear and type(module.get_base_layer()) is torch.nn.Linear
+    }
+
+
+def fuse(peft, together: bool = False, settled: bool = False) -> int:
+    """Replace the forward of every plain LoRA layer without dropout; returns how many were replaced.
+
+    Args:
+        together: compute layers that read the same input as one (not with quantized stand-ins).
+        settled: the base's weights stay as and where they are (no stand-ins, no shards), and are packed where that helps.
+    """
+    plain = {
+        name: module
+        for name, module in lora_layers(peft).items()
+        if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity)
+    }
+    for module in plain.values():
+        module.fake_quantized = module.frozen = None
+        module.forward = types.MethodType(_forward, module)
+    alone = dict(plain)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if together else ():
+        for names in SIBLINGS:
+            layers = [plain.get(f"{parent}.{name}") for name in names]
+            if None not in layers and Siblings.fit(layers):
+                Siblings(layers, settled)
+                for name in names:
+                    del alone[f"{parent}.{name}"]
+    if settled:
+        for module in alone.values():
+            module.frozen = Frozen(module.get_base_layer().weight, pack=True)
+    return len(plain)

@@ -1,0 +1,282 @@
+"""The training loop: steps, evaluation, early stopping, checkpoints, loss curves."""
+
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.training import distributed
+from slmake.training.checkpoints import STATE, Checkpoints, fingerprint
+from slmake.training.data import Data
+from slmake.training.model import Head, load_model, loss_sum, pick_device, pick_dtype
+from slmake.training.schedule import Schedule
+
+
+class Trainer:
+    """Model, optimizer and curves of one run."""
+
+    def __init__(
+        self,
+        section: params.Finetune,
+        base: Path,
+        dataset: Path,
+        checkpoints: Path,
+        job: cli.Job,
+        group: distributed.Group | None = None,
+    ):
+        import torch
+
+        self.section, self.job, self.group = section, job, group or distributed.Group()
+        self.device = pick_device(self.group.local_rank)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
+        self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
+        if section.early_stopping_patience and not len(self.eval):
+            raise UserError(
+                "finetune.early_stopping_patience: the eval split is empty, so nothing says when to stop. Raise "
+                "prepare.eval_fraction, or set early_stopping_patience to 0."
+            )
+        self.schedule = Schedule(section, self.train.lengths)
+        key = None
+        if self.group.first:
+            dtype = pick_dtype(section.compute_dtype, self.device)
+            key = fingerprint(section, base, dataset, dtype, self.group.world)
+        self.checkpoints = Checkpoints(checkpoints, self.group.agree(key))
+        if section.sharding == "full" and self.group.world > 1:
+            with self.group.turn():
+                self._load(base, place=torch.device("cpu"))
+                kept = {value for value in self.peft.parameters() if value.requires_grad}
+                held, of = self.group.shard(self.peft, self.device, kept)
+                self.job.log(f"holds {held} of {of} weights of the base")
+        else:
+            self._load(base)
+        self.longest = self._longest()
+        self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=section.learning_rate,
+            betas=(section.adam_beta1, section.adam_beta2),
+            weight_decay=section.weight_decay,
+            fused=True,
+        )
+        self.step, self.bad_evaluations, self.best, self.stopped = 0, 0, None, False
+        self.best_tensors: dict | None = None
+        self.train_curve: list[list] = []
+        self.eval_curve: list[list] = []
+        self.window = [0.0, 0]  # loss sum and answer tokens since the last line of the curve
+        self._resume()
+
+    def _load(self, base: Path, place=None) -> None:
+        """The model with its fused operations, on its device or first in `place`."""
+        from slmake.training import fused_ops, lora_linear, qat
+
+        section = self.section
+        self.peft = load_model(section, base, self.device, place)
+        self.head = Head(self.peft.get_base_model())
+        together = section.qat == "none"
+        replaced = {"lora": lora_linear.fuse(self.peft, together, settled=together and section.sharding == "none")}
+        if self.device.type == "cpu":
+            replaced |= fused_ops.fuse(self.peft.get_base_model())
+        self.qat = None
+        if section.qat != "none":
+            chosen, rate = section.qat_target_modules, section.qat_rate
+            self.qat = qat.QuantizationAware(self.peft, section.qat_block_size, chosen, rate, section.seed)
+            names = {name.rsplit(".", 1)[-1] for name in self.qat.layers}
+            lost = [] if isinstance(chosen, str) else [name for name in chosen if name not in names]
+            if lost or not names:
+                raise UserError(f"finetune.qat_target_modules: {lost or chosen} matches no layer that has an adapter.")
+        self.job.log(f"fused: {replaced}, qat {section.qat}")
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        found = self.group.agree(self.checkpoints.load(self.job.say) if self.group.first else None)
+        if found is None:
+            return
+        import torch
+
+        tensors, state = found
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(tensors[f"adapter/{name}"])
+                if f"exp_avg/{name}" in tensors:
+                    self.optimizer.state[value] = {
+                        "step": tensors[f"step/{name}"],
+                        "exp_avg": tensors[f"exp_avg/{name}"].to(self.device),
+                        "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(self.device),
+                    }
+        best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
+        self.best_tensors = best or None
+        for name in ("step", *STATE):
+            setattr(self, name, state[name])
+        self.job.say(f"goes on from step {self.step} of {self.schedule.steps}")
+
+    def _save(self) -> None:
+        self.group.check_same(self.trained.values(), self.step)
+        if not self.group.first:
+            return
+        tensors = {}
+        for name, value in self.trained.items():
+            moments = self.optimizer.state[value]
+            tensors[f"adapter/{name}"] = value.detach().contiguous()
+            tensors[f"step/{name}"] = moments["step"]
+            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        for name, value in (self.best_tensors or {}).items():
+            tensors[f"best/{name}"] = value
+        self.checkpoints.save(self.step, tensors, {name: getattr(self, name) for name in STATE})
+
+    def _longest(self) -> float:
+        """Longest sequence that goes through the model by `prefix.Layout`; 0 where the model cannot, or gives another result."""
+        from slmake.training import shared_prefix
+
+        longest = shared_prefix.share(self.peft.get_base_model())
+        vocabulary = self.peft.get_input_embeddings().num_embeddings
+        if longest and not shared_prefix.agrees(self.peft, vocabulary, self.device):
+            longest = 0
+        self.job.log(
+            f"what all rows of a batch begin with is computed {'once' if longest else 'for each: not with this model'}"
+        )
+        return longest
+
+    def _loss(self, data: Data, chosen: np.ndarray):
+        return loss_sum(self.peft, self.head, data, chosen, self.device, self.longest)
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _optimizer_step(self) -> tuple[float, float, int]:
+        """Forward, backward and update; returns the mean loss, the learning rate and the number of real tokens."""
+        import torch
+
+        if self.qat:
+            self.qat.refresh(self.step)
+        rate = self.schedule.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        chosen = self.schedule.batches(self.step)
+        rows = np.concatenate(chosen)
+        wanted = int(self.train.answers[rows].sum())
+        total = 0.0
+        for number, one, counts in self.group.share(chosen):
+            # Dropout depends on the step alone, so that a resumed run draws what an undisturbed one does.
+            torch.manual_seed((self.section.seed * 1_000_003 + self.step * 1009 + number) % 2**63)
+            loss, _ = self._loss(self.train, one)
+            if not counts:
+                loss = loss * 0
+            (loss / wanted).backward()
+            total += loss.item()
+        (total,) = self.group.sums(total)
+        self.group.add_gradients(self.trained.values())
+        if not math.isfinite(total):
+            named = sorted(int(row) for row in self.train.rows[rows])
+            raise UserError(
+                f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, named[:32]))} of the dataset). Lower "
+                "finetune.learning_rate, set max_grad_norm, or look at these rows."
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.section.max_grad_norm or math.inf)
+        if not math.isfinite(float(norm)):
+            raise UserError(f"the gradient is not finite at step {self.step + 1}. Lower finetune.learning_rate.")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window[0] += total
+        self.window[1] += wanted
+        return total / wanted, rate, int(self.train.real[rows].sum())
+
+    def evaluate(self) -> float | None:
+        """Mean cross entropy per answer token on the eval split; None if it is empty."""
+        import torch
+
+        if not len(self.eval):
+            return None
+        if self.qat:
+            self.qat.refresh(None)
+        self.peft.eval()
+        total, count = 0.0, 0
+        order = np.argsort(-self.eval.lengths, kind="stable")
+        size = self.section.per_device_train_batch_size
+        with torch.no_grad():
+            for _, one, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):
+                loss, wanted = self._loss(self.eval, one)
+                if counts:
+                    total, count = total + loss.item(), count + wanted
+        total, count = self.group.sums(total, count)
+        self.peft.train()
+        return total / count
+
+    def _note_evaluation(self) -> None:
+        loss = self.evaluate()
+        if loss is None:
+            return
+        self.eval_curve.append([self.step, round(self.schedule.epoch(self.step), 4), round(loss, 6)])
+        if not self.section.early_stopping_patience:
+            return
+        if self.best is None or loss < self.best - self.section.early_stopping_threshold:
+            self.best, self.bad_evaluations = loss, 0
+            self.best_tensors = {name: value.detach().clone() for name, value in self.trained.items()}
+        else:
+            self.bad_evaluations += 1
+            self.stopped = self.bad_evaluations >= self.section.early_stopping_patience
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict:
+        """All remaining steps. Returns steps, tokens, seconds and the final losses."""
+        section, total = self.section, self.schedule.steps
+        self.peft.train()
+        began, tokens, loss = time.monotonic(), 0, float("nan")
+        with self.job.progress(total, "steps", initial=self.step) as bar:
+            while self.step < total and not self.stopped:
+                loss, rate, count = self._optimizer_step()
+                self.step += 1
+                tokens += count
+                last = self.step == total
+                if self.step % section.logging_steps == 0 or last:
+                    mean = self.window[0] / self.window[1]
+                    self.train_curve.append(
+                        [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
+                    )
+                    self.window = [0.0, 0]
+                if last or (section.eval_steps and self.step % section.eval_steps == 0):
+                    self._note_evaluation()
+                if self.step % section.save_steps == 0 and not last:
+                    self._save()
+                bar.update(1, loss=f"{loss:.3f}", **{"tokens/s": f"{tokens / (time.monotonic() - began):.0f}"})
+        if self.window[1]:
+            rate = self.schedule.learning_rate(self.step - 1)
+            mean = self.window[0] / self.window[1]
+            self.train_curve.append(
+                [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
+            )
+        if self.best_tensors is not None:
+            import torch
+
+            with torch.no_grad():
+                for name, value in self.trained.items():
+                    value.copy_(self.best_tensors[name])
+        self.group.check_same(self.trained.values(), self.step)
+        seconds = time.monotonic() - began
+        return {"steps": self.step, "tokens": tokens, "seconds": seconds, "stopped": self.stopped}
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as PEFT does, without what differs between runs (order of sets, its model card)."""
+        # An adapted output head is frozen like the rest: its weights are the base's.
+        self.peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in config.items():
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                config[key] = sorted(value)
+        outputs.write_json(path, dict(sorted(config.items())))
+
+
+def write_curve(path: Path, header: list[str], lines: list[list]) -> None:
+    """A loss curve as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)

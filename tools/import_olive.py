@@ -1,0 +1,88 @@
+"""Turn an Olive configuration into params.yaml and azureml/settings.yaml.
+
+    python -m tools.import_olive olive-config.json --output imported
+
+Reads the forms of Olive 0.5 to 0.9.2 (with Azure ML systems and datastores) and the present one. Writes imported/params.yaml, and
+imported/settings.yaml where the configuration speaks of Azure ML, and prints what became of every field: taken over, taken over under
+another name, or without meaning here and why. A field that is not understood is named and stops the import, unless
+--leave-out says to go on without it. docs/from-olive.md walks through it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from slmake import cli, outputs, params
+from slmake.azureml import settings
+from slmake.errors import UserError
+from slmake.olive import reader
+from slmake.params.errors import Loader
+
+
+def read(path: Path) -> dict:
+    """The configuration, JSON or YAML.
+
+    Raises:
+        UserError: no such file, neither JSON nor YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = yaml.load(text, Loader) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping with `input_model` and `passes`, found {type(data).__name__}.")
+    return data
+
+
+def table(rows: list[reader.Row]) -> str:
+    """What became of every field, as text."""
+    width = min(58, max((len(row.field) for row in rows), default=0))
+    lines = []
+    for kind, title in reader.KINDS.items():
+        chosen = [row for row in rows if row.kind == kind]
+        if chosen:
+            lines += ["", f"{title} ({len(chosen)})", *(f"  {row.field:{width}}  {row.note}" for row in chosen)]
+    return "\n".join(lines[1:])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="Olive's configuration, JSON or YAML")
+    parser.add_argument("--output", type=Path, default=Path("imported"), help="folder to write to (default: imported)")
+    parser.add_argument(
+        "--revision", help="revision of a hub model that the configuration does not pin (default: main)"
+    )
+    parser.add_argument("--leave-out", action="store_true", help="go on without the fields that are not understood")
+    args = parser.parse_args(argv)
+    with cli.job("import_olive") as job:
+        if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
+            raise UserError(f"{args.output} already exists. Remove it, or name another folder: --output.")
+        found = reader.Reader(read(args.config), args.revision or "main").run()
+        print(table(found.rows))
+        strange = [row for row in found.rows if row.kind == "unknown"]
+        if strange and not args.leave_out:
+            raise UserError(
+                f"{args.config}: {len(strange)} field{'s' * (len(strange) > 1)} not understood: {', '.join(row.field for row in strange)}. Nothing was "
+                "written. Correct or remove them, or go on without them: --leave-out."
+            )
+        with outputs.written(args.output) as (folder,):
+            (folder / "params.yaml").write_text(reader.as_yaml(found.params), encoding="utf-8")
+            try:
+                params.load(folder / "params.yaml")
+            except UserError as error:
+                told = str(error).replace(str(folder / "params.yaml"), f"{args.config}, as params.yaml")
+                raise UserError(told) from None
+            if found.settings:
+                (folder / "settings.yaml").write_text(reader.settings_text(found.settings), encoding="utf-8")
+                settings.load(folder / "settings.yaml")
+        more = f" and {args.output}/settings.yaml (for azureml/)" if found.settings else ""
+        job.say(f"wrote {args.output}/params.yaml{more}")
+
+
+if __name__ == "__main__":
+    main()

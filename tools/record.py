@@ -1,0 +1,41 @@
+"""Record what was built with DVC, and keep the times by which Snakemake knows it.
+
+    python -m tools.record
+
+Only the stages that params.yaml asks for are recorded. What changed although its rule did not run since the last record is damaged:
+it is named, and no receipt is touched.
+
+`dvc commit` puts a file of its cache in the place of one that was built. Where the same content was built before, that is the
+old file with its old time, and Snakemake would take it for older than what it was made from, and build again at every call.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from slmake import cli
+from slmake.errors import UserError
+from slmake.platforms.dvc import dvc, note, reason, refuse_damaged, stages
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    with cli.job("record"):
+        wanted = stages()
+        refuse_damaged(wanted)
+        files = [path for folder in ("results", "build") for path in Path(folder).rglob("*") if path.is_file()]
+        times = {path: path.stat().st_mtime_ns for path in files}
+        done = dvc("commit", "--force", *wanted, capture=True)
+        for path, before in times.items():
+            if path.exists() and path.stat().st_mtime_ns != before:
+                os.utime(path, ns=(before, before))
+        if done.returncode:
+            raise UserError(
+                f"everything was built, but DVC could not record it: {reason(done)} Then `.venv/bin/python -m tools.record`."
+            )
+        note()
+
+
+if __name__ == "__main__":
+    main()

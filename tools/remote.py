@@ -1,0 +1,280 @@
+"""Share data and everything that was built through Azure Blob, with DVC.
+
+    python -m tools.remote add azure://container/path     make that the place to push to and pull from (a missing container is created)
+    python -m tools.remote push                           upload what is recorded and not there yet
+    python -m tools.remote pull                           download what is recorded, prove it, and tell Snakemake
+    python -m tools.remote restore                        the same from DVC's cache on this disk, without a remote
+
+`dvc push` and `dvc pull` do the same transfers. `push` and `pull` here say what is wrong with the account before anything moves, go on
+after a broken connection a bounded number of times, and check: `push`, that every file lies there in its full size (DVC does not look); `pull`,
+by `dvc status`, that every hash matches, and only then it records the outputs in Snakemake's own books, so that
+`snakemake --cores all` has nothing to do and still notices every later change. Credentials come from the environment (docs/azure.md).
+"""
+
+import argparse
+import configparser
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+from slmake import cli
+from slmake.errors import UserError
+from slmake.platforms.dvc import cached, dvc, note, reason, recorded
+
+NAME = "storage"  # what the remote is called in .dvc/config
+ATTEMPTS = 2  # runs of dvc; within each the Azure SDK tries every request four times, waiting longer each time
+# Measured with bench/transfer.py (docs/azure.md): more files at a time than the default of 4 x cores help nothing.
+SETTINGS = {"verify": "true", "jobs": "8"}
+
+
+def add(url: str) -> None:
+    """Make `url` the default remote, in .dvc/config, which holds no credential and belongs into Git.
+
+    Raises:
+        UserError: not of the form azure://container/path, or with a credential in it.
+    """
+    if not re.fullmatch(r"azure://[a-z0-9](-?[a-z0-9]){2,62}(/[^\s?#@]+)?", url):
+        raise UserError(
+            "the remote is not of the form azure://container/path (lower-case letters, digits and `-` in the container's name; no "
+            "account, query or SAS). Example: make remote URL=azure://models/tones"
+        )
+    settings = dict(SETTINGS)
+    if account := account_name():
+        settings["account_name"] = account
+    steps = [["remote", "add", "--force", "--default", NAME, url]]
+    steps += [["remote", "modify", NAME, key, value] for key, value in settings.items()]
+    for step in steps:
+        done = dvc(*step)
+        if done.returncode:
+            raise UserError(f"dvc {' '.join(step)}: {reason(done)}")
+
+
+def ensure_container(url: str) -> str:
+    """Create the container where it is missing; says what was found.
+
+    Raises:
+        UserError: no access, or out of reach.
+    """
+    from slmake.sources import blob
+
+    if not account_name():
+        return "its container was not checked, because the environment names no account (docs/azure.md)"
+    container = url.removeprefix("azure://").partition("/")[0]
+    fs = blob.filesystem()
+
+    async def create() -> str:
+        client = fs.service_client.get_container_client(container)
+        if await client.exists(**blob.RETRIES):
+            return f"the container {container} is there"
+        await client.create_container(**blob.RETRIES)
+        return f"the container {container} was created"
+
+    try:
+        return blob.run(fs, create)
+    except Exception as error:
+        raise blob.explain(error, url) from None
+
+
+def account_name() -> str | None:
+    """The account that the environment names."""
+    found = re.search(r"AccountName=([^;]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
+    return found[1] if found else os.environ.get("AZURE_STORAGE_ACCOUNT")
+
+
+def place() -> tuple[str, str, str]:
+    """Account (or ""), container and path of the default remote.
+
+    Raises:
+        UserError: there is none, or it is not in Azure Blob.
+    """
+    config = configparser.ConfigParser()
+    config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
+    name = config.get("core", "remote", fallback=None)
+    section = f"'remote \"{name}\"'"
+    if name is None or section not in config:
+        raise UserError("no remote is set up. Name one: `make remote URL=azure://container/path`.")
+    url = config[section].get("url", "")
+    if not url.startswith("azure://"):
+        raise UserError(f"the remote {name} is {url}, not in Azure Blob: use `dvc push` and `dvc pull`.")
+    container, _, path = url.removeprefix("azure://").partition("/")
+    return config[section].get("account_name", ""), container, path.strip("/")
+
+
+def stored() -> dict[str, int]:
+    """Bytes of every DVC object in the remote, by its MD5 (32 hex digits, `.dir` behind those of folders).
+
+    Raises:
+        UserError: no container, no access, or out of reach.
+    """
+    from slmake.sources import blob
+
+    account, container, path = place()
+    fs = blob.filesystem(account)
+    prefix = f"{path}/files/md5/" if path else "files/md5/"
+
+    async def walk() -> dict[str, int]:
+        client = fs.service_client.get_container_client(container)
+        return {
+            one.name[len(prefix) :].replace("/", ""): one.size
+            async for one in client.list_blobs(prefix, **blob.RETRIES)
+        }
+
+    try:
+        return blob.run(fs, walk)
+    except Exception as error:
+        raise blob.explain(error, f"azure://{container}/{path}") from None
+
+
+def transfer(verb: str, job: cli.Job) -> None:
+    """`dvc push` or `dvc pull`, again after a failure that may pass.
+
+    Raises:
+        UserError: it failed ATTEMPTS times, or for a reason that stays.
+    """
+    from slmake.sources import blob
+
+    for attempt in range(1, ATTEMPTS + 1):
+        done = dvc(verb)
+        if done.returncode == 0:
+            return
+        text = blob.scrub(done.stderr)
+        print(text, file=sys.stderr)
+        if "No space left" in text or "Errno 28" in text:
+            raise UserError(
+                f"dvc {verb}: the disk is full. Free some space and run the same command again: what is here already is not moved again."
+            )
+        stored()  # says what is wrong with the account, the container or the network, if that is it
+        if attempt < ATTEMPTS:
+            job.say(f"dvc {verb} failed (attempt {attempt} of {ATTEMPTS}); going on with what is missing")
+            time.sleep(2**attempt)
+    done.stderr = text
+    raise UserError(
+        f"dvc {verb} failed {ATTEMPTS} times: {reason(done)} Nothing was lost: run the same command again, it moves only what is missing."
+    )
+
+
+def push(job: cli.Job) -> None:
+    """Upload, and check that everything that the receipts name lies there in its full size; what does not is uploaded again.
+
+    `dvc push` takes the object of a folder for a proof that its files are there. It is not, where a blob was deleted or cut
+    later, or where a file that two folders share failed: only the first folder counts as failed then.
+
+    Raises:
+        UserError: see `transfer`; or a blob is still not what it should be.
+    """
+    stored()  # says what is wrong with the account or the network before anything moves
+    transfer("push", job)
+    here = recorded()
+    there = stored()
+    if bad := [name for name, size in here.items() if there.get(name) != size]:
+        upload(bad)
+        job.say(f"of what DVC took for granted, {len(bad)} blobs were missing or cut; they were uploaded again")
+        there = stored()
+        if bad := [name for name in bad if there.get(name) != here[name]]:
+            raise UserError(f"{len(bad)} blobs there are not what was uploaded. Run the same command again.")
+    _, container, path = place()
+    job.say(
+        f"azure://{container}/{path} holds {len(there)} files, {sum(there.values()) / 1e6:.0f} MB ({job.seconds():.0f} s)"
+    )
+
+
+def upload(names: list[str]) -> None:
+    """Upload objects of the cache, over what is there, by MD5; folders last."""
+    from slmake.sources import blob
+
+    account, container, path = place()
+    fs = blob.filesystem(account)
+
+    async def put(name: str) -> None:
+        client = fs.service_client.get_container_client(container)
+        target = "/".join(filter(None, [path, "files/md5", name[:2], name[2:]]))
+        with open(cached(name), "rb") as handle:
+            await client.upload_blob(target, handle, overwrite=True, **blob.RETRIES)
+
+    try:
+        for name in sorted(names, key=lambda name: name.endswith(".dir")):
+            blob.run(fs, functools.partial(put, name))
+    except Exception as error:
+        raise blob.explain(error, f"azure://{container}/{path}") from None
+
+
+def pull(job: cli.Job) -> None:
+    """Download, prove by content that everything is what was recorded, then record it as built in Snakemake's books.
+
+    Raises:
+        UserError: see `transfer`; or the receipts, the parameters and the files here do not agree.
+    """
+    there = stored()
+    if not there:
+        raise UserError("nothing is in the remote. Where it was built: `make push`.")
+    transfer("pull", job)
+    prove(job)
+
+
+def restore(job: cli.Job) -> None:
+    """Put back what DVC's cache has of the recorded outputs, over what is here, then as `pull`.
+
+    Raises:
+        UserError: the cache lacks something; or the receipts, the parameters and the files here do not agree.
+    """
+    done = dvc("checkout", "--force", capture=True)
+    if done.returncode:
+        raise UserError(
+            f"dvc checkout: {reason(done)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` builds again."
+        )
+    prove(job)
+
+
+def prove(job: cli.Job) -> None:
+    """Prove by content that everything is what was recorded, then record it as built in Snakemake's books.
+
+    Raises:
+        UserError: the receipts, the parameters and the files here do not agree.
+    """
+    status = dvc("status", "--json", capture=True)
+    if status.returncode:
+        raise UserError(f"dvc status: {reason(status)}")
+    changed = json.loads(status.stdout or "{}")
+    if changed:
+        raise UserError(
+            f"what was recorded is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "
+            "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
+        )
+    record(job)
+
+
+def record(job: cli.Job) -> None:
+    """Let Snakemake note every output as made from the inputs and parameters of now. Only after the hashes were checked."""
+    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLMAKE_PULL": "1"})
+    if done.returncode:
+        raise UserError(f"snakemake --touch: {(done.stdout + done.stderr).strip()}")
+    note()
+    job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="add|push|pull|restore")
+    verbs.add_parser("add", help="set up the remote").add_argument("url", help="azure://container/path")
+    verbs.add_parser("push", help="upload")
+    verbs.add_parser("pull", help="download, prove, and tell Snakemake")
+    verbs.add_parser("restore", help="the same from the cache on this disk")
+    args = parser.parse_args(argv)
+    with cli.job("remote") as job:
+        if args.verb == "add":
+            add(args.url)
+            job.say(
+                f"{args.url} is the remote now, in .dvc/config (commit that file); {ensure_container(args.url)}. "
+                "Then `make push`; elsewhere `make pull`."
+            )
+        else:
+            {"push": push, "pull": pull, "restore": restore}[args.verb](job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Build everything again in another folder and compare the bytes with this folder's build.
+
+    python -m tools.reproduce
+
+Copies the files that Git tracks into a temporary folder, runs `snakemake --cores all` there, and compares the SHA-256 of
+every built file that must not differ: base, dataset, adapter, merged and exported model, metrics, curves and predictions.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from slmake.outputs import sha256
+
+COMPARED = ("build", "results")
+DIFFER = {"results/benchmark.json", "results/search.json", "build/report/cost.html", "build/report.html"}  # timings
+
+
+def built_files(root: Path) -> dict[str, str]:
+    """Relative path to SHA-256 of every built file under `root`."""
+    found = {}
+    for folder in COMPARED:
+        for path in sorted((root / folder).rglob("*")):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and not path.name.startswith(".") and name not in DIFFER:
+                found[name] = sha256(path)
+    return found
+
+
+def copy_tracked(source: Path, target: Path) -> None:
+    """Copy what Git tracks (as it is in the working tree), without anything built."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=source, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        if not name.startswith("results/") and (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    here = Path.cwd()
+    first = built_files(here)
+    if not first:
+        sys.exit("reproduce: nothing is built here. Run `make` first.")
+    with tempfile.TemporaryDirectory(prefix="slmake-again-") as other:
+        copy_tracked(here, Path(other))
+        done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "progress"], cwd=other)
+        if done.returncode:
+            sys.exit("reproduce: the second build failed.")
+        second = built_files(Path(other))
+    different = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
+    for name in sorted(first.keys() | second.keys()):
+        print(f"{'DIFFERS' if name in different else 'same   '}  {second.get(name, first.get(name))[:16]}  {name}")
+    print(f"{len(first) - len(different)} of {len(first)} files are byte-identical")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
