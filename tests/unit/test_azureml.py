@@ -296,7 +296,7 @@ def test_a_step_places_and_hands_over(tmp_path, monkeypatch):
     mounted = tmp_path / "mnt" / "abc"
     mounted.mkdir(parents=True)
     (mounted / "weights").write_text("w")
-    step.place({"build/base": mounted})
+    step.link_inputs({"build/base": mounted})
     assert Path("build/base/weights").read_text() == "w"
     made = Path("build/adapter")
     (made / "sub").mkdir(parents=True)
@@ -306,7 +306,7 @@ def test_a_step_places_and_hands_over(tmp_path, monkeypatch):
     assert handed == step.sums(tmp_path / "out" / "x") == step.sums(made)
     assert list(handed) == ["sub/a"]
     with pytest.raises(UserError, match=r"build/dataset: the input .* is not there"):
-        step.place({"build/dataset": tmp_path / "none"})
+        step.link_inputs({"build/dataset": tmp_path / "none"})
 
 
 def test_an_image_without_the_environment_is_refused(tmp_path, monkeypatch):
