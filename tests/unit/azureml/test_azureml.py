@@ -84,7 +84,7 @@ def given(**changes: object) -> dict:
                 "instance_type": "gpu-large",
                 "environment": {
                     "image": "registry.example.org/base:1",
-                    "conda_file": str(Path(__file__).with_name("azureml_conda.yml")),
+                    "conda_file": str(Path(__file__).with_name("conda.yml")),
                 },
             },
             "own": {
@@ -162,7 +162,7 @@ def test_what_is_sent_is_what_is_expected(tmp_path, monkeypatch):
         environment.pop("version")  # a digest of the environment's files
         environment.pop("conda_file", None)  # their content
         environment.get("build", {}).pop("path", None)
-    expected = json.loads(Path(__file__).with_name("azureml_rest.json").read_text(encoding="utf-8"))
+    expected = json.loads(Path(__file__).with_name("rest.json").read_text(encoding="utf-8"))
     assert sent == expected
 
 
