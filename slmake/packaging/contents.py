@@ -44,7 +44,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     """Fill `folder`; returns the facts that card and bill of materials tell."""
     section = everything.package
     for path in sorted(args.model.iterdir()):
-        if path.is_file() and not path.name.startswith(".snakemake"):
+        if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
     shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
