@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_model, write_params
 
-from bench import document, flops, job, measure, models, prepare, quantize, results
+from bench import document, finetune, flops, inference, job, measure, models, prepare, quantize, results
 
 
 def test_ratios_are_taken_round_by_round():
@@ -263,3 +263,35 @@ def test_dropping_the_cache_keeps_the_files(tmp_path):
     assert measure.flush(tmp_path) >= 0
     assert (tmp_path / "a").read_bytes() == b"x" * 10_000
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
+
+
+def test_bars_of_time_to_an_accuracy():
+    def runs(seconds: list[float], accuracy: float) -> list[dict]:
+        return [{"int4_s": value, "accuracy": accuracy} for value in seconds]
+
+    peers = {"olive": runs([30, 40], 0.3), "trl": runs([20, 30], 0.9)}
+    olive, trl = job.accuracy_bars({"ours": runs([10, 10], 0.85), **peers}, 0.8)
+    assert olive["met"] is None
+    assert "does not reach it (30.0%), so there is no bar (3 x was wanted)" in olive["note"]
+    assert (trl["median"], trl["min"], trl["met"]) == (2.5, 2.0, True)
+    _, trl = job.accuracy_bars({"ours": runs([10, 10], 0.75), **peers}, 0.8)
+    assert trl["met"] is False
+    assert "ours does not reach it (75.0%)" in trl["note"]
+
+
+def test_bars_of_training_speed():
+    speed = {"ours": [300.0, 330.0], "trl": [100.0, 110.0]}
+    limit = [{"square": 1000.0, "shapes": 600.0}, {"square": 1100.0, "shapes": 660.0}]
+    over, square, shapes = finetune.speed_bars(speed, limit, per_token=2.0, dtype="float32")
+    assert (over["median"], over["met"]) == (3.0, True)
+    assert (square["median"], square["met"]) == (0.6, True)
+    assert (shapes["median"], shapes["met"]) == (1.0, None)
+
+
+def test_bars_of_latency():
+    middle = {"int4": [50.0], "int4, 4 bits throughout": [40.0], "float32 ONNX": [100.0], "llama.cpp": [80.0]}
+    sizes = dict.fromkeys(middle, 90.0)
+    bars = inference.latency_bars(middle, sizes)
+    assert [bar["median"] for bar in bars] == [0.625, 0.5, 2.0]
+    without = {name: values for name, values in middle.items() if name != "llama.cpp"}
+    assert [bar["median"] for bar in inference.latency_bars(without, sizes)] == [2.0]
