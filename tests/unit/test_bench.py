@@ -65,11 +65,11 @@ def test_step_flops_are_those_that_torch_counts(tmp_path, kv):
         logits = model(input_ids=ids).logits
         logits.float().square().mean().backward()
     config = json.loads((base / "config.json").read_text())
-    found = flops.step_flops(config, 4, rows * time, np.full(rows, time), rows * time)
-    found["attention"] = found["attention"] * 2 * time // (time + 1)
+    counted = flops.step_flops(config, 4, rows * time, np.full(rows, time), rows * time)
+    counted["attention"] = counted["attention"] * 2 * time // (time + 1)
     # The counter also sees the rotary embedding's product of positions and frequencies.
     rotary = 2 * time * config["hidden_size"] // config["num_attention_heads"] // 2
-    assert counter.get_total_flops() - sum(found.values()) in (0, rotary)
+    assert counter.get_total_flops() - sum(counted.values()) in (0, rotary)
 
 
 def test_step_flops_of_smollm2_by_hand():
@@ -81,11 +81,11 @@ def test_step_flops_of_smollm2_by_hand():
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     }
-    found = flops.step_flops(config, 64, 30, np.array([10, 20]), 6)
-    assert found["base"] == 30 * (4 * 30 * 3_538_944 - 2 * 576 * (576 + 192 + 192))
-    assert found["lora"] == 30 * 64 * (6 * 30 * 10_176 - 2 * 3 * 576)
-    assert found["attention"] == 3 * 4 * 576 * 30 * (55 + 210)
-    assert found["head"] == 4 * 6 * 576 * 49152
+    counted = flops.step_flops(config, 64, 30, np.array([10, 20]), 6)
+    assert counted["base"] == 30 * (4 * 30 * 3_538_944 - 2 * 576 * (576 + 192 + 192))
+    assert counted["lora"] == 30 * 64 * (6 * 30 * 10_176 - 2 * 3 * 576)
+    assert counted["attention"] == 3 * 4 * 576 * 30 * (55 + 210)
+    assert counted["head"] == 4 * 6 * 576 * 49152
 
 
 def test_random_models_load_strictly_and_merge(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_random_models_load_strictly_and_merge(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_a_failing_child_is_told_with_its_output():
+def test_a_failing_child_is_reported_with_its_output():
     with pytest.raises(measure.BenchError, match=r"code 3:(?s:.)*something broke"):
         measure.run([sys.executable, "-c", "import sys; print('something broke'); sys.exit(3)"])
     assert measure.last_json('noise\n{"a": 1}\nmore noise\n') == {"a": 1}
@@ -125,9 +125,9 @@ def test_a_failing_child_is_told_with_its_output():
 def test_contenders_run_interleaved():
     seen = []
     contenders = {name: lambda number, name=name: seen.append((number, name)) or {"n": number} for name in "abc"}
-    found = measure.interleaved(2, **contenders)
+    runs = measure.interleaved(2, **contenders)
     assert seen == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
-    assert found["b"] == [{"n": 0}, {"n": 1}]
+    assert runs["b"] == [{"n": 0}, {"n": 1}]
 
 
 def test_import_times_are_summed_by_rule(tmp_path):
@@ -150,7 +150,7 @@ def test_the_bare_builder_is_asked_for_what_quantize_asks(tmp_path):
     command = [str(word) for word in quantize.builder_command(params, model, tmp_path / "out", tmp_path / "cache")]
     assert "block_size=16" in command
     overrides = json.loads(command[command.index("--target_options") + 1])["quant_config"]["weights"]["overrides"]
-    names = {one["match"]["name"] for one in overrides if "name" in one["match"]}
+    names = {word["match"]["name"] for word in overrides if "name" in word["match"]}
     assert names == {f"/model/layers.{layer}/mlp/down_proj/MatMul" for layer in range(2)}
 
 
@@ -219,8 +219,8 @@ def test_another_machine_adds_to_the_document_and_a_newer_run_replaces(tmp_path)
 
     def measured(kept: str, when: str, ratio: float, **machine) -> None:
         bars = [results.bar("merge: time over a plain copy", [ratio], at_most=1.5)]
-        found = {**RESULT, "machine": {**RESULT["machine"], **machine, "when": when}, "bars": bars, "runs": "/a/path"}
-        results.save(tmp_path / kept / "merge.json", found)
+        report = {**RESULT, "machine": {**RESULT["machine"], **machine, "when": when}, "bars": bars, "runs": "/a/path"}
+        results.save(tmp_path / kept / "merge.json", report)
         document.write(["merge"], tmp_path / kept, page)
 
     measured("here", "2026-11-24 10:00 UTC", 1.1)
