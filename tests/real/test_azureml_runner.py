@@ -69,7 +69,7 @@ def test_a_finetune_that_loses_its_machine_resumes(compiled, built, tmp_path):
 
     def outputs() -> dict[str, Path]:
         return {
-            reference(value) if isinstance(value, str) else name: runner.place("out")
+            reference(value) if isinstance(value, str) else name: runner.new_path("out")
             for name, value in step["outputs"].items()
         }
 
