@@ -98,9 +98,40 @@ rule prepare:
         " --log {log}"
 
 
+rule rehearse:
+    input:
+        code=code_of("rehearse"),
+        base="build/base",
+        dataset="build/dataset",
+    output:
+        checks="results/rehearsal.json",
+        estimate="results/estimate.json",
+    log:
+        "logs/rehearse.log",
+    benchmark:
+        "benchmarks/rehearse.tsv"
+    threads: 2
+    resources:
+        mem_mb=memory(4000, 2),
+        runtime=60,
+    params:
+        section=section_of("rehearse", "finetune", "merge", "quantize"),
+        code=digest_of("rehearse"),
+        container=CONTAINER,
+    shell:
+        "python -m scripts.rehearse"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --dataset {input.dataset}"
+        " --output {output.checks}"
+        " --estimate {output.estimate}"
+        " --log {log}"
+
+
 rule finetune:
     input:
         code=code_of("finetune"),
+        rehearsal=when("rehearse" in STAGES, ancient("results/rehearsal.json")),
         base="build/base",
         dataset="build/dataset",
     output:

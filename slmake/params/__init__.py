@@ -15,6 +15,7 @@ from slmake.params.package import Package
 from slmake.params.prepare import Files, Message, Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize, Search
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Prepare",
     "Publish",
     "Quantize",
+    "Rehearse",
     "Report",
     "Search",
     "Section",

@@ -24,6 +24,7 @@ from slmake.params.package import Package
 from slmake.params.prepare import Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 
@@ -33,6 +34,7 @@ class Params(Section):
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
     prepare: Prepare
+    rehearse: Rehearse = Field(default_factory=Rehearse)
     finetune: Finetune = Field(default_factory=Finetune)
     merge: Merge = Field(default_factory=Merge)
     quantize: Quantize = Field(default_factory=Quantize)
