@@ -55,16 +55,16 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {metrics['test_rows']}: remove both and run snakemake."
             )
         result = read_json(args.search) if args.search else None
-        found, problem = judged(everything.gates, metrics, timings)
+        gates, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
         names += ["gates.html", "cost.html", "wrong_answers.html"]
         names += ["candidates.svg", "candidates.html"] if args.search else []
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
             pages = {
-                "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, found, problem), result),
+                "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),
                 "scores.html": scores_page(metrics),
-                "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(found),
+                "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
                 "cost.html": cost_page(timings, args.benchmarks),
                 "wrong_answers.html": wrong_page(predictions, models_of(metrics), everything.report.wrong_answers),
             }

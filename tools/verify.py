@@ -32,25 +32,27 @@ def changed_files(folder: Path) -> list[str]:
     listed = dict(reversed(line.split("  ", 1)) for line in text.split("\n") if "  " in line)
     try:
         statement = json.loads((folder / checksums.PROVENANCE).read_text(encoding="utf-8", errors="replace"))
-        subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
     except (ValueError, KeyError, TypeError):
         subjects = {}
-    found = []
+    problems = []
     for name in sorted(actual.keys() | listed.keys() | subjects.keys()):
         if name not in actual and name not in subjects and subjects and name != checksums.PROVENANCE:
-            found.append(f"{checksums.SUMS}: names {name!r}, which is no file of the package")
+            problems.append(f"{checksums.SUMS}: names {name!r}, which is no file of the package")
         elif name not in actual:
-            found.append(f"{name}: missing")
+            problems.append(f"{name}: missing")
         elif name not in listed and name not in subjects and name != checksums.PROVENANCE:
-            found.append(f"{name}: not part of the package")
+            problems.append(f"{name}: not part of the package")
         elif actual[name] != listed.get(name):
             if name in subjects and actual[name] == subjects[name]:
-                found.append(f"{checksums.SUMS}: its line for {name} is damaged (the file is as the provenance says)")
+                problems.append(
+                    f"{checksums.SUMS}: its line for {name} is damaged (the file is as the provenance says)"
+                )
             elif name == checksums.PROVENANCE:
-                found.append(f"{name}: changed (or its line in {checksums.SUMS} is)")
+                problems.append(f"{name}: changed (or its line in {checksums.SUMS} is)")
             else:
-                found.append(f"{name}: changed")
-    return list(dict.fromkeys(found)) or [f"{checksums.SUMS}: changed"]
+                problems.append(f"{name}: changed")
+    return list(dict.fromkeys(problems)) or [f"{checksums.SUMS}: changed"]
 
 
 def changed_inputs(statement: dict, params_file: Path) -> list[str]:
@@ -59,14 +61,14 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
     if params_file.is_file():
         texts = sections(params.load(params_file))
         now = {f"params.yaml#{name}": sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    found = []
-    for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
-        path = Path(one["name"])
+    problems = []
+    for dependency in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        path = Path(dependency["name"])
         if path.is_file() and not path.is_absolute():
-            now[one["name"]] = outputs.sha256(path)
-        if now.get(one["name"], one["digest"]["sha256"]) != one["digest"]["sha256"]:
-            found.append(f"{one['name']}: changed since the package was made; build again")
-    return found
+            now[dependency["name"]] = outputs.sha256(path)
+        if now.get(dependency["name"], dependency["digest"]["sha256"]) != dependency["digest"]["sha256"]:
+            problems.append(f"{dependency['name']}: changed since the package was made; build again")
+    return problems
 
 
 def check_signature(folder: Path, key: Path | None) -> str:
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.package} is not what was built:\n  " + "\n  ".join(wrong))
         signed = check_signature(args.package, key)
         statement = provenance.check_statement((args.package / checksums.PROVENANCE).read_text(encoding="utf-8"))
-        subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
         own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
         if subjects != checksums.digests(args.package, own):
             raise UserError(f"{checksums.PROVENANCE}: its subjects are not the files of this package.")

@@ -20,26 +20,26 @@ def metrics_table(metrics: dict, models: list[str]) -> list[str]:
         "|---|---|---|---|---|" + "---|" * classes,
     ]
     for name in models:
-        one = metrics[name]
+        scores = metrics[name]
         cells = [NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)]
-        cells.append(f"{percent(one['accuracy'])} ({percent(one['accuracy_low'])} to {percent(one['accuracy_high'])})")
+        cells.append(
+            f"{percent(scores['accuracy'])} ({percent(scores['accuracy_low'])} to {percent(scores['accuracy_high'])})"
+        )
         if classes:
-            cells.append(f"{one['macro_f1']:.3f} ({one['macro_f1_low']:.3f} to {one['macro_f1_high']:.3f})")
-            cells.append(percent(one["outside_labels"]))
+            cells.append(f"{scores['macro_f1']:.3f} ({scores['macro_f1_low']:.3f} to {scores['macro_f1_high']:.3f})")
+            cells.append(percent(scores["outside_labels"]))
         else:
-            cells.append(f"{one['rouge_l']:.3f}")
-        cells += [f"{one['answer_perplexity']:,.3f}", f"{one['size_bytes'] / 1e6:,.1f} MB"]
+            cells.append(f"{scores['rouge_l']:.3f}")
+        cells += [f"{scores['answer_perplexity']:,.3f}", f"{scores['size_bytes'] / 1e6:,.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def class_table(one: dict) -> list[str]:
+def class_table(scores: dict) -> list[str]:
     """Precision, recall and F1 of every label."""
     lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
-    for label, found in one["per_class"].items():
-        lines.append(
-            f"| {label} | {found['precision']:.3f} | {found['recall']:.3f} | {found['f1']:.3f} | {found['rows']} |"
-        )
+    for label, row in scores["per_class"].items():
+        lines.append(f"| {label} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['rows']} |")
     return lines
 
 
@@ -49,11 +49,11 @@ def parity_table(parity: dict) -> list[str]:
         "| step | prompts | mean KL | largest KL | same first token | largest logit difference |",
         "|---|---|---|---|---|---|",
     ]
-    for key, one in parity.items():
+    for key, distance in parity.items():
         after, _, before = key.partition("_vs_")
         lines.append(
-            f"| {before} to {after} | {one['prompts']} | {one['kl_mean']:.4f} | {one['kl_max']:.4f} | "
-            f"{percent(one['top1_agreement'])} | {one['logit_diff_max']:.3f} |"
+            f"| {before} to {after} | {distance['prompts']} | {distance['kl_mean']:.4f} | {distance['kl_max']:.4f} | "
+            f"{percent(distance['top1_agreement'])} | {distance['logit_diff_max']:.3f} |"
         )
     return lines
 
@@ -61,7 +61,7 @@ def parity_table(parity: dict) -> list[str]:
 def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
     """The YAML head that model hubs read."""
     source = base["source"]
-    found: dict = {
+    head: dict = {
         "license": section.license.lower(),
         "language": list(section.language),
         "library_name": "onnxruntime-genai",
@@ -69,13 +69,13 @@ def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | 
         "tags": ["onnx", "onnxruntime-genai", last, *section.tags],
     }
     if source.startswith("hf:"):
-        found["base_model"] = source.removeprefix("hf:").partition("@")[0]
+        head["base_model"] = source.removeprefix("hf:").partition("@")[0]
     kinds = [("accuracy", "accuracy")] + ([("f1", "macro_f1")] if labels else [("rouge", "rouge_l")])
     results = [{"type": kind, "value": metrics[last][key], "name": key} for kind, key in kinds]
-    task = {"type": found["pipeline_tag"]}
+    task = {"type": head["pipeline_tag"]}
     data = {"name": section.name, "type": "held-out test split"}
-    found["model-index"] = [{"name": section.name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
-    return found
+    head["model-index"] = [{"name": section.name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
+    return head
 
 
 def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict], table: str) -> str:
@@ -149,12 +149,12 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
     ]
     lines += [*metrics_table(metrics, facts["models"]), ""]
     if form["labels"]:
-        one = metrics[last]
+        scores = metrics[last]
         lines += [
-            f"This package by label (choosing among the labels only, accuracy is {percent(one['restricted_accuracy'])}):",
+            f"This package by label (choosing among the labels only, accuracy is {percent(scores['restricted_accuracy'])}):",
             "",
         ]
-        lines += [*class_table(one), ""]
+        lines += [*class_table(scores), ""]
     if metrics.get("parity"):
         lines += [
             "Step by step, over the distribution of the first answer token:",

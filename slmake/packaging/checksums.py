@@ -18,13 +18,13 @@ def files_of(folder: Path) -> list[str]:
 
 
 def digests(folder: Path, leave_out: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of every file of a package but those left out."""
+    """SHA-256 of every file of a package except those in `leave_out`."""
     return {name: outputs.sha256(folder / name) for name in files_of(folder) if name not in leave_out}
 
 
-def sums_text(found: dict[str, str]) -> str:
+def sums_text(digests: dict[str, str]) -> str:
     """The content of SHA256SUMS, as `sha256sum --check` reads it."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items()))
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
 def canonical(value: object) -> str:

@@ -51,7 +51,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     shutil.copyfile(args.metrics, folder / "metrics.json")
     metrics = read_json(args.metrics, "test_rows")
     gates = [
-        one for one in read_json(args.gates, "gates")["gates"] if one["metric"] not in params.TIMINGS
+        gate for gate in read_json(args.gates, "gates")["gates"] if gate["metric"] not in params.TIMINGS
     ]  # they differ from run to run
     models = [name for name in MODELS if name in metrics]
     search = read_json(args.search) if args.search else None

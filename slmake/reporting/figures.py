@@ -9,7 +9,7 @@ COLOURS = {
     "adapter": "#56b4e9",
     "merged": "#0072b2",
     "last": "#d55e00",
-}  # told apart by the colour-blind
+}  # distinct for colour-blind readers
 
 
 def colour(name: str) -> str:
@@ -107,13 +107,18 @@ def draw_scores(plt, metrics: dict, path: Path) -> None:
     """Accuracy of every model with its 95% interval."""
     names = models_of(metrics)
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.6))
-    for place, name in enumerate(names):
-        one = metrics[name]
-        ends = [[max(0, one["accuracy"] - one["accuracy_low"])], [max(0, one["accuracy_high"] - one["accuracy"])]]
-        axes.barh(place, one["accuracy"], xerr=ends, color=colour(name), height=0.6, capsize=4, ecolor="#1f2328")
-        axes.text(min(one["accuracy_high"] + 0.015, 1.02), place, f"{one['accuracy']:.1%}", va="center")
-        if "restricted_accuracy" in one:
-            axes.plot(one["restricted_accuracy"], place, marker="D", color="#1f2328", markersize=5, linestyle="none")
+    for position, name in enumerate(names):
+        scores = metrics[name]
+        ends = [
+            [max(0, scores["accuracy"] - scores["accuracy_low"])],
+            [max(0, scores["accuracy_high"] - scores["accuracy"])],
+        ]
+        axes.barh(position, scores["accuracy"], xerr=ends, color=colour(name), height=0.6, capsize=4, ecolor="#1f2328")
+        axes.text(min(scores["accuracy_high"] + 0.015, 1.02), position, f"{scores['accuracy']:.1%}", va="center")
+        if "restricted_accuracy" in scores:
+            axes.plot(
+                scores["restricted_accuracy"], position, marker="D", color="#1f2328", markersize=5, linestyle="none"
+            )
     axes.set(
         xlim=(0, 1.1),
         xlabel="accuracy with 95% interval (diamond: choosing among the labels only)",
@@ -158,21 +163,23 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
 
 def draw_candidates(plt, result: dict, path: Path) -> None:
     """Accuracy on the tuning rows over the cost that was searched by, the other cost as colour; the Pareto front as a line."""
-    built = [one for one in result["candidates"] if "failed" not in one]
+    built = [candidate for candidate in result["candidates"] if "failed" not in candidate]
     figure, axes = plt.subplots(figsize=(8, 5))
     costs = {
-        "size (MB)": [one["metrics"]["size_bytes"] / 1e6 for one in built],
-        "latency p50 (ms)": [one["benchmark"]["latency_ms_p50"] for one in built],
+        "size (MB)": [candidate["metrics"]["size_bytes"] / 1e6 for candidate in built],
+        "latency p50 (ms)": [candidate["benchmark"]["latency_ms_p50"] for candidate in built],
     }
     along, shade = list(costs) if result["objective"] == "size" else list(costs)[::-1]
-    sizes, values = costs[along], [one["metrics"]["accuracy"] for one in built]
+    sizes, values = costs[along], [candidate["metrics"]["accuracy"] for candidate in built]
     dots = axes.scatter(sizes, values, c=costs[shade], cmap="viridis", s=60, zorder=3)
     figure.colorbar(dots, ax=axes, label=shade)
-    front = sorted((size, value) for size, value, one in zip(sizes, values, built, strict=True) if one["pareto"])
+    front = sorted(
+        (size, value) for size, value, candidate in zip(sizes, values, built, strict=True) if candidate["pareto"]
+    )
     axes.plot(*zip(*front, strict=True), color="#57606a", linewidth=1, zorder=2, label="Pareto front")
-    for size, value, one in zip(sizes, values, built, strict=True):
-        axes.annotate(str(one["candidate"]), (size, value), textcoords="offset points", xytext=(6, 5))
-    winner = [one["candidate"] for one in built].index(result["winner"])
+    for size, value, candidate in zip(sizes, values, built, strict=True):
+        axes.annotate(str(candidate["candidate"]), (size, value), textcoords="offset points", xytext=(6, 5))
+    winner = [candidate["candidate"] for candidate in built].index(result["winner"])
     axes.scatter(
         [sizes[winner]],
         [values[winner]],
