@@ -18,7 +18,7 @@ include: "rules/common.smk"
 report: "report/workflow.rst"
 
 
-container: IMAGE
+container: lambda wildcards: IMAGE  # a function, because there may be none
 
 
 localrules:

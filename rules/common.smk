@@ -47,7 +47,7 @@ except UserError as error:
 
 
 def code_of(rule):
-    """The code that a rule runs and the environment's locks: inputs that are compared by content (see `digest_of`)."""
+    """Code and environment's locks as inputs that are compared by content (see `digest_of`)."""
     return ancient([*code(rule), *LOCKS])
 
 

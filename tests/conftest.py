@@ -8,10 +8,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
 from filelock import FileLock
 from project import change, new_project, snakemake
-from tiny import ROOT, make_model, make_rows, run_script, write_gguf, write_params, write_wheel
+from tiny import ROOT, make_model, make_rows, write_gguf, write_params, write_wheel
+
+from scripts import prepare
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,8 +62,7 @@ def dataset(tmp_path_factory, base) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     (folder / "rows.json").write_text(json.dumps(make_rows(96)), encoding="utf-8")
     params = write_params(folder / "params.yaml", prepare={"source": str(folder / "rows.json")})
-    done = run_script(
-        "prepare",
+    arguments = [
         "--params",
         params,
         "--base",
@@ -69,16 +71,26 @@ def dataset(tmp_path_factory, base) -> Path:
         folder / "dataset",
         "--report",
         folder / "dataset.json",
-    )
-    assert done.returncode == 0, done.stderr
+    ]
+    prepare.main([str(argument) for argument in arguments])
     return folder / "dataset"
+
+
+def shared(tmp_path_factory) -> Path:
+    """The folder of this test run that all its processes share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(tmp_path_factory) -> None:
+    """Where a test run's preloaded programs are; the first that is used starts their server."""
+    preloaded.FOLDER = shared(tmp_path_factory) / "programs"
 
 
 def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that all processes of a test run share: the first one that needs it makes it, the others wait."""
-    common = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        common = common.parent
+    common = shared(tmp_path_factory)
     folder, made = common / name, common / f"{name}.made"
     with FileLock(common / f"{name}.lock"):
         if not made.exists():
