@@ -24,6 +24,7 @@ export TEXT URL
 .PHONY: build setup image sif test test-fast faults lint format docs lock ask report screenshots verify remote push pull restore azurite azureml reproduce bench peers clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
+	@$(BIN)/python -m slmake.platforms.dvc_yaml --before-build
 	$(BIN)/snakemake --cores all
 	@if [ -e build/report/overview.html ]; then $(BIN)/snakemake --quiet all --report build/report.html; fi
 	@$(BIN)/python -m tools.record
