@@ -54,7 +54,8 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
                 raise UserError(f"{name}: no such module in {root}.")
             continue
         seen[name] = file
-        waiting += _facts(file)["imports"]
+        package = name.rpartition(".")[0]
+        waiting += [f"{package}{other}" if other.startswith(".") else other for other in _facts(file)["imports"]]
     found = {path.relative_to(root).as_posix() for path in seen.values() if path.stat().st_size}
     own = seen[start].relative_to(root).as_posix()
     return [own, *sorted(found - {own})]
@@ -99,9 +100,9 @@ class _Facts:
                 self.known = dict(saved["files"])
 
     def __call__(self, file: Path) -> dict:
-        status = file.stat()
+        status = os.stat(file)  # noqa: PTH116 (faster than Path.stat; every parse of the Snakefile asks for hundreds)
         mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        key = str(file.resolve())
+        key = os.path.abspath(file)  # noqa: PTH100
         entry = self.known.get(key)
         if not entry or entry["mark"] != mark:
             settled = time.time() - status.st_ctime > SETTLED
@@ -136,15 +137,15 @@ def _read(file: Path) -> dict:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "with_name" and _is_text(node.args[0]):
-            beside = file.with_name(node.args[0].value)
-            if beside.suffix == ".py" and beside.is_file():  # a script that is copied, not imported
-                imports.add(".".join(beside.relative_to(ROOT).with_suffix("").parts))
+            name, _, suffix = node.args[0].value.rpartition(".")
+            if suffix == "py":  # a script beside this one that is copied, not imported
+                imports.add(f".{name}")
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
             body[0] = ast.Pass()
     return content | {
         "meaning": hashlib.sha256(ast.dump(tree).encode()).hexdigest(),
-        "imports": sorted(name for name in imports if name.split(".")[0] in PACKAGES),
+        "imports": sorted(name for name in imports if name.split(".")[0] in ("", *PACKAGES)),
     }
 
 

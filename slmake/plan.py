@@ -114,6 +114,7 @@ class Plan:
         Snakemake by itself does not ask for a lost input while all outputs are there.
         """
         needed = {
+            "params.yaml: fetch_model.source": self.model_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
@@ -124,8 +125,9 @@ class Plan:
             for file in files:
                 if "{" in file or "}" in file:
                     return f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file."
-                if not os.path.isfile(file):  # noqa: PTH113 (False, where Path.is_file raises, for a name that is too long)
-                    kind = "a folder, not a file" if os.path.isdir(file) else "no such file"  # noqa: PTH112
+                folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
+                if not (os.path.isfile(file) or (folder and file in self.model_source)):  # noqa: PTH113
+                    kind = "a folder, not a file" if folder else "no such file"
                     return f"{name}: {file}: {kind}. Correct the name, or bring the file back."
         return None
 
