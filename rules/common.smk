@@ -46,6 +46,7 @@ try:
     # Who allows one rule alone (DVC, Azure ML, Snakemake for a job) brings the inputs of that rule, and no others.
     if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
         raise UserError(problem)
+    dvc.refuse_other_sources(PLAN)
     if CONTAINER and IN_CONTAINERS:
         containers.prepare(CONTAINER, [*PLAN.data, PLAN.params.fetch_model.source], online=PLAN.online)
     if not workflow.is_main_process:

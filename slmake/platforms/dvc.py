@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,23 +16,11 @@ from slmake.plan import Plan
 LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
 KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
-# DVC writes dvc.lock in place, so a kill would leave a part of it: written beside and renamed instead.
-ATOMIC = """
-import os, sys
-from dvc.utils.serialize import _common
-def dump(path, data, dumper, fs=None, **options):
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        dumper(data, file, **options)
-    os.replace(f"{path}.partial", path)
-_common._dump_data = dump
-from dvc.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
     """Run DVC of this environment; its progress bars go to the terminal, its errors are kept. It ends when this process is killed."""
-    command = [sys.executable, "-c", ATOMIC, *arguments]
+    command = [sys.executable, "-m", "slmake.platforms.atomic_dvc", *arguments]
     return subprocess.run(
         command,
         stdout=subprocess.PIPE if capture else None,
@@ -56,6 +45,21 @@ def stages() -> list[str]:
 
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return [name for name in named if name in ("fetch_model", "prepare", *params.load("params.yaml").all.stages)]
+
+
+def refuse_other_sources(plan: Plan) -> None:
+    """Raise UserError if DVC runs this rule by a dvc.yaml that does not watch the files that params.yaml names."""
+    import yaml
+
+    if "DVC_STAGE" not in os.environ:
+        return
+    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    watched = {path for stage in stages.values() for path in stage.get("deps", [])}
+    for file in [*plan.data, *plan.model_source]:
+        if file not in watched:
+            raise UserError(
+                f"dvc.yaml does not watch {file}, which params.yaml names. `make docs` writes dvc.yaml anew (`make` does it by itself)."
+            )
 
 
 def now() -> dict:

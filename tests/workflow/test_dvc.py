@@ -10,25 +10,6 @@ from project import change, planned, run, snakemake
 from tiny import ROOT
 
 
-@pytest.fixture
-def repository(copy_of_built):
-    """The built project as a Git and DVC repository whose receipts are committed."""
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "test"],
-        ["dvc", "init", "-q"],
-        ["dvc", "config", "core.analytics", "false"],
-        ["dvc", "config", "core.autostage", "false"],
-        ["dvc", "commit", "--force", "--quiet"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-q", "-m", "build"],
-    ):
-        done = run(copy_of_built, *command)
-        assert done.returncode == 0, f"{command}: {done.stdout}"
-    return copy_of_built
-
-
 def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
     """`dvc commit` alone puts the first build's files, with their times, in the place of the second's."""
     assert snakemake(repository, "--force", "build/base", "results/base.json").returncode == 0
