@@ -156,8 +156,9 @@ def update() -> None:
     if NOTE.is_file() and NOTE.read_text() == origin():
         return
     outputs.replace(Path("dvc.yaml"), text().encode())
-    NOTE.parent.mkdir(parents=True, exist_ok=True)
-    outputs.replace(NOTE, origin().encode())
+    if Path(".dvc").is_dir():
+        NOTE.parent.mkdir(exist_ok=True)
+        outputs.replace(NOTE, origin().encode())
     remember()
 
 
