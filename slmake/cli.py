@@ -129,7 +129,9 @@ def _on_sigterm(signum, frame):
 
 def die_with_parent() -> None:
     """Let the kernel end this process when its parent ends: a rule does not outlive a killed Snakemake and write beside the next."""
-    if sys.platform == "linux":
+    if (
+        sys.platform == "linux" and "APPTAINER_CONTAINER" not in os.environ
+    ):  # there a thread of the engine may be the parent
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

@@ -9,6 +9,8 @@ import yaml
 from project import change, planned, run, snakemake
 from tiny import ROOT
 
+from slmake.plan import SECTIONS
+
 
 def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
     """`dvc commit` alone puts the first build's files, with their times, in the place of the second's."""
@@ -104,7 +106,7 @@ def test_dvc_yaml_agrees_with_the_snakefile():
         *("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"),
     ]
     for name, stage in stages.items():
-        assert stage["params"] == [*([name, "gates"] if name == "report" else [name]), "all.container"]
+        assert stage["params"] == [*SECTIONS.get(name, [name]), "all.container"]
         assert f"--allowed-rules {name} --" in stage["cmd"]
         assert f"scripts/{name}.py" in stage["deps"]
 
