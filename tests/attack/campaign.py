@@ -27,7 +27,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 
 import inputs  # noqa: E402
 import kills  # noqa: E402
-from project import digests, new_project, run, snakemake  # noqa: E402
+from project import new_project, run, snakemake  # noqa: E402
 from tiny import make_model  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -48,7 +48,7 @@ class Campaign:
 
     def __init__(self, folder: Path, whole: Path, seed: int):
         self.work, self.whole, self.seed = folder / "work", whole, seed
-        self.reference = digests(whole)
+        self.reference = kills.seen(whole)
         self.durations: dict[str, float] = {}  # of commands, learned on the way
         self.spent: collections.Counter = collections.Counter()  # seconds by kind
         self.cases: collections.Counter = collections.Counter()
