@@ -105,21 +105,23 @@ def refuse_unbuilt(wanted: list[str]) -> None:
 
     plan = Plan(params.load("params.yaml"))
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    unknown: dict[str, str] = {}  # an output without record, by stage
     for stage in wanted:
         for output in (path for out in named[stage]["outs"] for path in ([out] if isinstance(out, str) else out)):
             record = metadata(output)
             if record is None:
-                status = dvc("status", "--json", stage, capture=True)
-                if status.returncode or json.loads(status.stdout or "{}"):
-                    raise UserError(
-                        f"nothing says what {output} was built from; nothing was recorded. `make restore` brings back what was "
-                        f"recorded, and `.venv/bin/snakemake --cores all --force {output}` builds it again; then `make`."
-                    )
+                unknown[stage] = output
             elif not {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"]):
                 raise UserError(
                     f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
                     "Run `make`: it builds what changed."
                 )
+    status = dvc("status", "--json", *unknown, capture=True) if unknown else None
+    for stage in json.loads(status.stdout or "{}") if status else ():
+        raise UserError(
+            f"nothing says what {unknown[stage]} was built from; nothing was recorded. `make restore` brings back what was recorded, "
+            f"and `.venv/bin/snakemake --cores all --force {unknown[stage]}` builds it again; then `make`."
+        )
 
 
 def metadata(output: str) -> dict | None:
