@@ -105,12 +105,12 @@ def refuse_unbuilt(wanted: list[str]) -> None:
 
     plan = Plan(params.load("params.yaml"))
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    unknown: dict[str, str] = {}  # an output without record, by stage
+    unknown: dict[str, str] = {}  # the first output without record, by stage
     for stage in wanted:
         for output in (path for out in named[stage]["outs"] for path in ([out] if isinstance(out, str) else out)):
             record = metadata(output)
             if record is None:
-                unknown[stage] = output
+                unknown.setdefault(stage, output)
             elif not {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"]):
                 raise UserError(
                     f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
