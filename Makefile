@@ -21,9 +21,10 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build setup image sif test test-fast faults lint format docs lock ask report screenshots verify remote push pull restore azurite azureml reproduce bench peers clean help
+.PHONY: build setup image sif test test-fast faults attack lint format docs lock ask report screenshots verify remote push pull restore azurite azureml reproduce bench peers clean help
 
 build: setup ## set up if needed, build what params.yaml asks for, record it with DVC
+	@$(BIN)/python -m slmake.platforms.dvc_yaml --before-build
 	$(BIN)/snakemake --cores all
 	@if [ -e build/report/overview.html ]; then $(BIN)/snakemake --quiet all --report build/report.html; fi
 	@$(BIN)/python -m tools.record
@@ -71,6 +72,9 @@ test-fast: setup ## the unit tests only
 faults: setup azurite ## break networks, servers and disks under push, pull, publish and fetch_model; figures to docs/reliability.md
 	@rm -f build/faults.jsonl
 	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl
+
+attack: setup ## kill, edit and mislead a tiny project for SECONDS=600; figures to docs/reliability.md
+	$(BIN)/python tests/attack/campaign.py --document --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 lint: setup ## check code, Snakefile and generated files
 	$(BIN)/ruff check .

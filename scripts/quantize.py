@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> None:
                 found = check_graph(section, folder)
                 check_generates(folder)
             else:
-                found = build(
-                    section, args.model, args.dataset, folder, folder.parent / f".{args.output.name}.cache", job
-                )
+                found = build(section, args.model, args.dataset, folder, outputs.scratch(folder), job)
             job.log(f"graph: {json.dumps(found)}")
         bits = (
             ", ".join(f"{count} products in {key} bits" for key, count in found["quantized_matmuls_by_bits"].items())

@@ -11,7 +11,7 @@ from pathlib import Path
 import preloaded
 import pytest
 from filelock import FileLock
-from project import change, new_project, snakemake
+from project import change, new_project, run, snakemake
 from tiny import ROOT, make_model, make_rows, write_gguf, write_params, write_wheel
 
 from scripts import prepare
@@ -116,6 +116,38 @@ def copy_of_built(built, tmp_path) -> Path:
     """A private copy of the built project, file times and Snakemake's records included."""
     target = tmp_path / "project"
     subprocess.run(["cp", "-a", built, target], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def repository_of_built(built, tmp_path_factory) -> Path:
+    """The built project as a Git and DVC repository, recorded as `make` does. Do not change it: take `repository`."""
+
+    def make(target: Path) -> None:
+        subprocess.run(["cp", "-a", built, target], check=True)
+        for command in (
+            "git init -q",
+            "git config user.email test@example.org",
+            "git config user.name test",
+            "dvc init -q",
+            "dvc config core.analytics false",
+            "dvc config core.autostage false",
+            "python -m slmake.platforms.dvc_yaml --before-build",
+            "python -m tools.record",
+            "git add -A",
+            "git commit -q -m build",
+        ):
+            done = run(target, *command.split())
+            assert done.returncode == 0, f"{command}: {done.stdout}"
+
+    return once(tmp_path_factory, "repository", make)
+
+
+@pytest.fixture
+def repository(repository_of_built, tmp_path) -> Path:
+    """A private copy of the built project as a Git and DVC repository whose receipts are committed."""
+    target = tmp_path / "project"
+    subprocess.run(["cp", "-a", repository_of_built, target], check=True)
     return target
 
 

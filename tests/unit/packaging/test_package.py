@@ -499,3 +499,17 @@ def test_missing_licence_and_missing_package_are_named(parts, tmp_path, capsys):
         pack(parts, tmp_path / "run", license_files=["NO-LICENCE"])
     assert "package.license_files: NO-LICENCE: no such file." in capsys.readouterr().err
     assert "no package here. Build it with `make`." in refused(capsys, tmp_path / "no")
+
+
+@pytest.mark.parametrize("read", ["same", "other"])
+def test_a_dataset_that_was_another_while_it_was_read_is_not_named(tmp_path, monkeypatch, read):
+    """Edited while prepare ran, and taken back: the file here is not what the model was trained on."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text("[]", encoding="utf-8")
+    sha256 = hashlib.sha256(b"[]" if read == "same" else b"[1]").hexdigest()
+    recorded = {"base": {"source": "x"}, "dataset": {"source": {"train": {"source": "rows.json", "sha256": sha256}}}}
+    if read == "same":
+        provenance.provenance({}, [Path("rows.json")], {}, recorded)
+    else:
+        with pytest.raises(UserError, match=r"rows.json: its content was another one while it was read. `snakemake"):
+            provenance.provenance({}, [Path("rows.json")], {}, recorded)
