@@ -57,7 +57,7 @@ report: setup ## put figures and tables on one page, build/report.html (missed g
 	@$(BIN)/snakemake --quiet all --report build/report.html
 
 screenshots: report ## photograph the report for the README (needs chromium and chromedriver)
-	@$(BIN)/python tests/real/browser.py build/report.html docs
+	@$(BIN)/python tests/real/helpers/browser.py build/report.html docs
 
 verify: $(READY) ## check build/package: sums, signature, provenance, inputs, and that it generates
 	@$(BIN)/python -m tools.verify
@@ -70,7 +70,7 @@ test-fast: setup ## the unit tests only
 
 faults: setup azurite ## break networks, servers and disks under push, pull, publish and fetch_model; figures to docs/reliability.md
 	@rm -f build/faults.jsonl
-	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/faults_table.py build/faults.jsonl
+	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl
 
 lint: setup ## check code, Snakefile and generated files
 	$(BIN)/ruff check .

@@ -62,25 +62,25 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("import_olive") as job:
         if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
             raise UserError(f"{args.output} already exists. Remove it, or name another folder: --output.")
-        found = reader.Reader(read(args.config), args.revision or "main").run()
-        print(table(found.rows))
-        strange = [row for row in found.rows if row.kind == "unknown"]
+        imported = reader.Reader(read(args.config), args.revision or "main").run()
+        print(table(imported.rows))
+        strange = [row for row in imported.rows if row.kind == "unknown"]
         if strange and not args.leave_out:
             raise UserError(
                 f"{args.config}: {len(strange)} field{'s' * (len(strange) > 1)} not understood: {', '.join(row.field for row in strange)}. Nothing was "
                 "written. Correct or remove them, or go on without them: --leave-out."
             )
         with outputs.written(args.output) as (folder,):
-            (folder / "params.yaml").write_text(reader.as_yaml(found.params), encoding="utf-8")
+            (folder / "params.yaml").write_text(reader.as_yaml(imported.params), encoding="utf-8")
             try:
                 params.load(folder / "params.yaml")
             except UserError as error:
-                told = str(error).replace(str(folder / "params.yaml"), f"{args.config}, as params.yaml")
-                raise UserError(told) from None
-            if found.settings:
-                (folder / "settings.yaml").write_text(reader.settings_text(found.settings), encoding="utf-8")
+                message = str(error).replace(str(folder / "params.yaml"), f"{args.config}, as params.yaml")
+                raise UserError(message) from None
+            if imported.settings:
+                (folder / "settings.yaml").write_text(reader.settings_text(imported.settings), encoding="utf-8")
                 settings.load(folder / "settings.yaml")
-        more = f" and {args.output}/settings.yaml (for azureml/)" if found.settings else ""
+        more = f" and {args.output}/settings.yaml (for azureml/)" if imported.settings else ""
         job.say(f"wrote {args.output}/params.yaml{more}")
 
 

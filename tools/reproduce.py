@@ -22,13 +22,13 @@ DIFFER = {"results/benchmark.json", "results/search.json", "build/report/cost.ht
 
 def built_files(root: Path) -> dict[str, str]:
     """Relative path to SHA-256 of every built file under `root`."""
-    found = {}
+    digests = {}
     for folder in COMPARED:
         for path in sorted((root / folder).rglob("*")):
             name = path.relative_to(root).as_posix()
             if path.is_file() and not path.name.startswith(".") and name not in DIFFER:
-                found[name] = sha256(path)
-    return found
+                digests[name] = sha256(path)
+    return digests
 
 
 def copy_tracked(source: Path, target: Path) -> None:

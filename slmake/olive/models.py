@@ -1,4 +1,4 @@
-"""Olive's input_model, of each kind, as a source of a base model; and its resource paths, which data sets use too."""
+"""Olive's input_model, of each kind, as a source of a base model; and its resource paths, which datasets use too."""
 
 import re
 
@@ -169,14 +169,14 @@ def resource(reader, field: str, value: object) -> str | None:
 def client(reader, field: str, value: dict) -> None:
     """A workspace named inside a resource: it must be the one named at the top."""
     top = reader.config.get("azureml_client") or {}
-    for key, one in value.items():
+    for key, inner in value.items():
         if key not in ("subscription_id", "resource_group", "workspace_name"):
             reader.unknown(f"{field}.{key}")
-        elif reader.blank(f"{field}.{key}", one):
+        elif reader.blank(f"{field}.{key}", inner):
             continue
-        elif key in top and top[key] != one and not reader.blank(f"azureml_client.{key}", top[key]):
-            reader.unknown(f"{field}.{key}", f"{one!r}, but azureml_client says {top[key]!r}: one workspace only")
+        elif key in top and top[key] != inner and not reader.blank(f"azureml_client.{key}", top[key]):
+            reader.unknown(f"{field}.{key}", f"{inner!r}, but azureml_client says {top[key]!r}: one workspace only")
         elif key not in top:
-            reader.put(f"{field}.{key}", f"settings.{key}", one)
+            reader.put(f"{field}.{key}", f"settings.{key}", inner)
         else:
             reader.row("dropped", f"{field}.{key}", "the same workspace as azureml_client")

@@ -16,27 +16,27 @@ def flat(value: dict) -> dict:
 
 def passes(reader, field: str, value: dict) -> None:
     """Rules for `passes`, by their types."""
-    for name, given in value.items():
-        for i, one in enumerate(given if isinstance(given, list) else [given]):
-            place = f"{field}.{name}" + (f".{i}" if isinstance(given, list) and len(given) > 1 else "")
-            kind = str(one.get("type", "")).lower()
+    for name, entry in value.items():
+        for i, options in enumerate(entry if isinstance(entry, list) else [entry]):
+            base = f"{field}.{name}" + (f".{i}" if isinstance(entry, list) and len(entry) > 1 else "")
+            kind = str(options.get("type", "")).lower()
             if kind not in PASSES:
                 reader.unknown(
-                    f"{place}.type",
-                    f"{one.get('type')!r}: passes are LoRA, QLoRA, MergeAdapterWeights and ModelBuilder",
+                    f"{base}.type",
+                    f"{options.get('type')!r}: passes are LoRA, QLoRA, MergeAdapterWeights and ModelBuilder",
                 )
                 continue
             stage, rules, method = PASSES[kind]
             if stage in reader.stages:
-                reader.unknown(place, f"a second {stage}")
+                reader.unknown(base, f"a second {stage}")
                 continue
             reader.stages.add(stage)
             if method:
-                reader.put(f"{place}.type", "finetune.method", method)
+                reader.put(f"{base}.type", "finetune.method", method)
             else:
-                reader.row("renamed", f"{place}.type", f"all.stages: {stage}")
-            where = f"{place}.config" if "config" in one else place
-            reader.walk(where, flat(one), COMMON | rules)
+                reader.row("renamed", f"{base}.type", f"all.stages: {stage}")
+            where = f"{base}.config" if "config" in options else base
+            reader.walk(where, flat(options), COMMON | rules)
             if stage == "quantize" and "algo_config" not in reader.params["quantize"]:
                 reader.row(
                     "dropped",
@@ -102,10 +102,10 @@ def eval_size(reader, field: str, value: float | None) -> None:
 
 def train_data(reader, field: str, value: object) -> None:
     """The data of a pass: a name of data_configs, or the configuration itself."""
-    place, config = _named(reader, field, value)
+    where, config = _named(reader, field, value)
     if config is not None:
         reader.row("renamed", field, "prepare")
-        data(reader, place, config, "train")
+        data(reader, where, config, "train")
 
 
 def eval_data(reader, field: str, value: object) -> None:
@@ -113,10 +113,10 @@ def eval_data(reader, field: str, value: object) -> None:
     if value is None:
         reader.row("dropped", field, "cut from the training rows: prepare.eval_fraction")
         return
-    place, config = _named(reader, field, value)
+    where, config = _named(reader, field, value)
     if config is not None:
         reader.row("renamed", field, "prepare.source.eval")
-        data(reader, place, config, "eval")
+        data(reader, where, config, "eval")
 
 
 def _named(reader, field: str, value: object) -> tuple[str, dict | None]:
@@ -127,16 +127,16 @@ def _named(reader, field: str, value: object) -> tuple[str, dict | None]:
             field, f"{value!r} is none of data_configs: {', '.join(map(str, reader.data)) or 'there are none'}"
         )
         return field, None
-    place, config = reader.data[value]
-    return f"data_configs.{place}", config
+    where, config = reader.data[value]
+    return f"data_configs.{where}", config
 
 
 def read_data(reader) -> set[str]:
     """Names of the data configurations that a known pass reads."""
     named = set()
-    for given in (reader.config.get("passes") or {}).values():
-        for one in given if isinstance(given, list) else [given]:
-            options = flat(one)
+    for entry in (reader.config.get("passes") or {}).values():
+        for item in entry if isinstance(entry, list) else [entry]:
+            options = flat(item)
             named |= {
                 options.get(key)
                 for key in ("train_data_config", "eval_data_config")
@@ -145,15 +145,15 @@ def read_data(reader) -> set[str]:
     return named
 
 
-def data(reader, place: str, config: dict, split: str) -> None:
+def data(reader, base: str, config: dict, split: str) -> None:
     """One data configuration."""
     again = split == "eval" and "text_template" in reader.params["prepare"]
 
     def inside(reader, field, value):
         """The fields of a component, whether in its `params` or beside its type; what stands beside `params` is told."""
         if "params" not in value:
-            return field, {key: one for key, one in value.items() if key != "type"}
-        beside = {key: one for key, one in value.items() if key != "params"}
+            return field, {key: item for key, item in value.items() if key != "type"}
+        beside = {key: item for key, item in value.items() if key != "params"}
         reader.walk(field, beside, {"type": Drop("a component of Olive's")})
         return f"{field}.params", value["params"]
 
@@ -191,7 +191,7 @@ def data(reader, place: str, config: dict, split: str) -> None:
         "component_kwargs": component,
     }
     reader.walk(
-        place,
+        base,
         config,
         {
             "name": Drop("a name to refer to"),

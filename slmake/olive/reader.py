@@ -44,10 +44,12 @@ class Reader:
         self.stages: set[str] = set()
         self.systems: dict[str, dict] = {}
         self.data = {
-            one.get("name"): (i, one) for i, one in enumerate(config.get("data_configs") or []) if isinstance(one, dict)
+            data.get("name"): (i, data)
+            for i, data in enumerate(config.get("data_configs") or [])
+            if isinstance(data, dict)
         }
         if isinstance(config.get("data_configs"), dict):  # Olive 0.5: by name
-            self.data = {name: (name, one) for name, one in config["data_configs"].items()}
+            self.data = {name: (name, data) for name, data in config["data_configs"].items()}
 
     # -- what a rule may do ----------------------------------------------------------------------------------------
 
@@ -119,9 +121,9 @@ class Reader:
         }
         self.walk("", self.config, top)
         systems.finish(self, hosts)
-        for name, (place, _) in self.data.items():
+        for name, (key, _) in self.data.items():
             if name not in passes.read_data(self):
-                self.unknown(f"data_configs.{place}", f"no pass reads `{name}`")
+                self.unknown(f"data_configs.{key}", f"no pass reads `{name}`")
         for section in ("input_model", "passes"):
             if section not in self.config:
                 self.unknown(

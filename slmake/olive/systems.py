@@ -44,16 +44,16 @@ def azureml_client(reader, field: str, value: dict) -> None:
 def systems(reader, field: str, value: dict) -> None:
     """Rules for `systems`."""
     for name, system in value.items():
-        place = f"{field}.{name}"
+        base = f"{field}.{name}"
         kind = str(system.get("type", "")).lower()
         flat = {key: inner for key, inner in system.items() if key not in ("type", "config")}
         config = {**flat, **(system.get("config") or {})}
-        where = f"{place}.config" if "config" in system else place
+        where = f"{base}.config" if "config" in system else base
         reader.systems[name] = {"remote": kind == "azureml", "gpu": False, "provider": None}
         if kind not in ("azureml", "localsystem", "pythonenvironment", "docker", "isolatedort"):
-            reader.unknown(f"{place}.type", f"{system.get('type')!r} is no kind of system")
+            reader.unknown(f"{base}.type", f"{system.get('type')!r} is no kind of system")
             continue
-        reader.row("dropped" if kind != "azureml" else "renamed", f"{place}.type", KINDS[kind])
+        reader.row("dropped" if kind != "azureml" else "renamed", f"{base}.type", KINDS[kind])
         reader.walk(where, config, COMMON | (AZURE if kind == "azureml" else ELSEWHERE))
 
 
@@ -72,25 +72,25 @@ def _system(reader, field: str) -> dict:
 
 def accelerators(reader, field: str, value: list) -> None:
     """Devices and execution providers: `["gpu"]`, or a list of mappings."""
-    for i, one in enumerate(value if isinstance(value, list) else [value]):
-        given = {"device": one} if isinstance(one, str) else one
-        for key in given:
+    for i, item in enumerate(value if isinstance(value, list) else [value]):
+        options = {"device": item} if isinstance(item, str) else item
+        for key in options:
             if key not in ("device", "execution_providers", "memory"):
                 reader.unknown(f"{field}.{i}.{key}")
-        if given.get("device") == "gpu":
+        if options.get("device") == "gpu":
             _system(reader, field)["gpu"] = True
-        names = [name if isinstance(name, str) else name[0] for name in given.get("execution_providers") or []]
+        names = [name if isinstance(name, str) else name[0] for name in options.get("execution_providers") or []]
         strange = [name for name in names if name not in PROVIDERS]
         if strange:
             reader.unknown(f"{field}.{i}.execution_providers", f"{strange[0]}: exported are {', '.join(PROVIDERS)}")
         elif names and _system(reader, field)["provider"] is None:
             _system(reader, field)["provider"] = (f"{field}.{i}.execution_providers", PROVIDERS[names[0]])
-        elif given.get("device"):
+        elif options.get("device"):
             reader.row(
                 "dropped",
                 f"{field}.{i}.device",
                 "found out where the rule runs"
-                if given["device"] == "cpu"
+                if options["device"] == "cpu"
                 else "rules that use it are listed in compute",
             )
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from slmake.params import load
+from slmake.plan import Plan
+
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
 # out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
@@ -40,43 +43,43 @@ def rules() -> dict[str, dict[str, list[str]]]:
     text = done.stdout + done.stderr
     if done.returncode:
         sys.exit(f"snakemake --dry-run failed:\n{text}")
-    found: dict[str, dict[str, list[str]]] = {}
+    graph: dict[str, dict[str, list[str]]] = {}
     name = None
     for line in text.splitlines():
         if line.startswith(("rule ", "localrule ")) and line.endswith(":"):
             name = line.split()[1].rstrip(":")
             name = MEMBERS.get(name, name)
-            found.setdefault(name, {"input": [], "output": []})
+            graph.setdefault(name, {"input": [], "output": []})
         elif name and line.startswith(("    input: ", "    output: ")):
             key, _, value = line.strip().partition(": ")
-            found[name][key] = list(dict.fromkeys(found[name][key] + value.split(", ")))
+            graph[name][key] = list(dict.fromkeys(graph[name][key] + value.split(", ")))
         elif not line.startswith("    "):
             name = None
-    found.pop("all", None)
-    for rule in found.values():  # what the members of a stage make for each other
+    graph.pop("all", None)
+    for rule in graph.values():  # what the members of a stage make for each other
         rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
     written = re.findall(r"^rule (\w+):", Path("Snakefile").read_text(encoding="utf-8"), re.M)
-    return {name: found[name] for name in written if name in found}  # independent jobs are printed in any order
+    return {name: graph[name] for name in written if name in graph}  # independent jobs are printed in any order
 
 
-def in_order(found: dict[str, dict[str, list[str]]]) -> list[str]:
+def in_order(graph: dict[str, dict[str, list[str]]]) -> list[str]:
     """Rule names, each after the rules whose outputs it needs."""
-    makers = {path: name for name, rule in found.items() for path in rule["output"]}
+    makers = {path: name for name, rule in graph.items() for path in rule["output"]}
     done: list[str] = []
 
     def visit(name: str) -> None:
-        for path in found[name]["input"]:
+        for path in graph[name]["input"]:
             if path in makers and makers[path] not in done:
                 visit(makers[path])
         if name not in done:
             done.append(name)
 
-    for name in found:
+    for name in graph:
         visit(name)
     return done
 
 
-def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -> dict:
+def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str]) -> dict:
     """The content of dvc.yaml.
 
     Args:
@@ -84,8 +87,8 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
         metric_models: columns of the predictions, for the confusion matrices.
     """
     stages, outputs = {}, set()
-    for name in in_order(found):
-        rule = found[name]
+    for name in in_order(graph):
+        rule = graph[name]
         outputs |= set(rule["output"])
         allowed = " ".join([name, *(member for member, stage in MEMBERS.items() if stage == name)])
         target = "results/search.json" if name == "search" else rule["output"][0]
@@ -117,17 +120,9 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
 
 def scored_models() -> list[str]:
     """The columns of predictions.csv that params.yaml asks for."""
-    from slmake.params import load
-
-    everything = load("params.yaml")
-    built = {
-        "base": True,
-        "adapter": "finetune" in everything.all.stages,
-        "merged": "merge" in everything.all.stages,
-        "onnx": "quantize" in everything.all.stages,
-    }
-    names = {"onnx": everything.quantize.precision}
-    return [names.get(name, name) for name in everything.evaluate.models if built[name]]
+    params = load("params.yaml")
+    names = {"onnx": params.quantize.precision}
+    return [names.get(name, name) for name in Plan(params).scored if name in params.evaluate.models]
 
 
 def text() -> str:

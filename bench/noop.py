@@ -48,19 +48,19 @@ def bench(args: argparse.Namespace) -> dict:
         return {"wall_s": took.wall}
 
     contenders = {"snakemake": engine, "dvc repro": dvc}
-    given = SCRATCH / "job"
-    if (given / "olive" / "cache").exists():
+    folder = SCRATCH / "job"
+    if (folder / "olive" / "cache").exists():
         arguments = [
             "--base",
             PROJECT / "build" / "base",
             "--rows",
-            given / "rows.jsonl",
+            folder / "rows.jsonl",
             "--hyper",
-            given / "hyper.json",
+            folder / "hyper.json",
         ]
-        arguments += ["--output", given / "olive", "--merge"]
+        arguments += ["--output", folder / "olive", "--merge"]
         contenders["olive"] = lambda _: {"wall_s": measure.peer("olive_run", *arguments)[1].wall}
-    runs = measure.in_turn(args.rounds, **contenders)
+    runs = measure.interleaved(args.rounds, **contenders)
 
     path = PROJECT / "params.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def bench(args: argparse.Namespace) -> dict:
         if f"rule {rule}:" in changed.output:
             raise BenchError(f"a changed quantize parameter ran {rule}")
     alone = seconds("quantize") + seconds("evaluate")
-    wall = {name: [one["wall_s"] for one in found] for name, found in runs.items()}
+    wall = {name: [run["wall_s"] for run in samples] for name, samples in runs.items()}
     bars = [
         bar("nothing to do: snakemake --cores all", wall["snakemake"], at_most=3, unit="s"),
         bar("nothing to do: dvc repro", wall["dvc repro"], at_most=8, unit="s"),

@@ -1,6 +1,6 @@
 """An exported model answers prompts greedily with onnxruntime-genai, one by one: milliseconds of each.
 
-python -m bench.answers --model build/onnx-int4 --prompts prompts.json --tokens 4
+python -m bench.latency_runner --model build/onnx-int4 --prompts prompts.json --tokens 4
 """
 
 import argparse

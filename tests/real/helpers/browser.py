@@ -1,6 +1,6 @@
 """A real browser on a report: opened, clicked and photographed. `make screenshots` runs this file.
 
-    python tests/real/browser.py build/report.html docs
+    python tests/real/helpers/browser.py build/report.html docs
 
 writes the two pictures of the README, docs/report-overview.png and docs/report-confusion.png.
 """

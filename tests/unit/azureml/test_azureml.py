@@ -84,7 +84,7 @@ def given(**changes: object) -> dict:
                 "instance_type": "gpu-large",
                 "environment": {
                     "image": "registry.example.org/base:1",
-                    "conda_file": str(Path(__file__).with_name("azureml_conda.yml")),
+                    "conda_file": str(Path(__file__).with_name("conda.yml")),
                 },
             },
             "own": {
@@ -162,7 +162,7 @@ def test_what_is_sent_is_what_is_expected(tmp_path, monkeypatch):
         environment.pop("version")  # a digest of the environment's files
         environment.pop("conda_file", None)  # their content
         environment.get("build", {}).pop("path", None)
-    expected = json.loads(Path(__file__).with_name("azureml_rest.json").read_text(encoding="utf-8"))
+    expected = json.loads(Path(__file__).with_name("rest.json").read_text(encoding="utf-8"))
     assert sent == expected
 
 
@@ -296,7 +296,7 @@ def test_a_step_places_and_hands_over(tmp_path, monkeypatch):
     mounted = tmp_path / "mnt" / "abc"
     mounted.mkdir(parents=True)
     (mounted / "weights").write_text("w")
-    step.place({"build/base": mounted})
+    step.link_inputs({"build/base": mounted})
     assert Path("build/base/weights").read_text() == "w"
     made = Path("build/adapter")
     (made / "sub").mkdir(parents=True)
@@ -306,7 +306,7 @@ def test_a_step_places_and_hands_over(tmp_path, monkeypatch):
     assert handed == step.sums(tmp_path / "out" / "x") == step.sums(made)
     assert list(handed) == ["sub/a"]
     with pytest.raises(UserError, match=r"build/dataset: the input .* is not there"):
-        step.place({"build/dataset": tmp_path / "none"})
+        step.link_inputs({"build/dataset": tmp_path / "none"})
 
 
 def test_an_image_without_the_environment_is_refused(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
-"""Write the figures of a fault campaign into docs/reliability.md: python tests/real/faults_table.py build/faults.jsonl"""
+"""Write the figures of a fault campaign into docs/reliability.md: python tests/real/helpers/faults_table.py build/faults.jsonl"""
 
 import json
 import sys
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reliability.md"
 ORDER = ("pull", "push", "publish", "fetch_model")  # pull meets every kind of fault, so its rows come first
 BEGIN, END = "<!-- figures of `make faults` -->\n", "<!-- end -->\n"
 

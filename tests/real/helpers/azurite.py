@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent / "azurite"
+HERE = Path(__file__).parents[1] / "azurite"
 ACCOUNT = "slmaketest"
 
 

@@ -3,16 +3,17 @@
 import copy
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
-from tiny import run_script
 
 from slmake import params
 from slmake.azureml import settings
 from slmake.olive.reader import Reader
+from tools import import_olive
 
-HERE = Path(__file__).parent / "olive"
+HERE = Path(__file__).parent
 
 
 def config(name: str = "tutorial-lora") -> dict:
@@ -23,11 +24,31 @@ def rows(read: Reader, kind: str) -> dict[str, str]:
     return {row.field: row.note for row in read.rows if row.kind == kind}
 
 
-def imported(tmp_path: Path, content: dict, *options: str):
-    """Run the script on a configuration; the finished process and the folder it wrote."""
-    (tmp_path / "olive-config.json").write_text(json.dumps(content), encoding="utf-8")
-    done = run_script("tools.import_olive", "olive-config.json", *options, cwd=tmp_path)
-    return done, tmp_path / "imported"
+class Imported(NamedTuple):
+    """What a run of the importer left: exit code, both streams, the folder that it was to write."""
+
+    code: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+
+@pytest.fixture
+def run_import(tmp_path, capsys):
+    """Run the importer in this process on a configuration (a mapping, or the text of a file)."""
+
+    def run(content: dict | str, *options: str, name: str = "olive-config.json") -> Imported:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        code = 0
+        try:
+            import_olive.main([str(tmp_path / name), "--output", str(tmp_path / "imported"), *options])
+        except SystemExit as error:
+            code = error.code
+        stdout, stderr = capsys.readouterr()
+        return Imported(code, stdout, stderr, tmp_path / "imported")
+
+    return run
 
 
 def leaves(value: object, where: str = "") -> list[str]:
@@ -37,10 +58,10 @@ def leaves(value: object, where: str = "") -> list[str]:
     return [leaf for key, one in value.items() for leaf in leaves(one, f"{where}.{key}".lstrip("."))]
 
 
-def test_the_tutorial(tmp_path):
-    done, folder = imported(tmp_path, config())
-    assert done.returncode == 0, done.stderr
-    made = params.load(folder / "params.yaml")
+def test_the_tutorial(run_import):
+    done = run_import(config())
+    assert done.code == 0, done.stderr
+    made = params.load(done.folder / "params.yaml")
     assert made.fetch_model.source == "hf:microsoft/Phi-3-mini-4k-instruct@main"
     assert made.all.stages == ["finetune", "merge", "quantize", "evaluate", "report"]
     assert made.prepare.text_template == "<|user|>\n{phrase}<|end|>\n<|assistant|>\n{tone}\n<|end|>"
@@ -50,7 +71,7 @@ def test_the_tutorial(tmp_path):
     assert tune.target_modules == ["o_proj", "qkv_proj"]
     assert (tune.learning_rate, tune.max_steps, tune.gradient_accumulation_steps, tune.seed) == (1e-4, 100, 4, 0)
     assert (made.quantize.precision, made.quantize.execution_provider) == ("int4", "cuda")
-    azure = settings.load(folder / "settings.yaml")
+    azure = settings.load(done.folder / "settings.yaml")
     assert azure.subscription_id == "11111111-2222-3333-4444-555555555555"
     assert azure.data == "azureml://datastores/workspaceblobstore/paths/phrases/train.json"
     assert azure.cluster("finetune").name == "gpu-cluster"
@@ -61,10 +82,10 @@ def test_the_tutorial(tmp_path):
     assert "not understood" not in done.stdout
 
 
-def test_the_present_schema(tmp_path):
-    done, folder = imported(tmp_path, config("current"))
-    assert done.returncode == 0, done.stderr
-    made = params.load(folder / "params.yaml")
+def test_the_present_schema(run_import):
+    done = run_import(config("current"))
+    assert done.code == 0, done.stderr
+    made = params.load(done.folder / "params.yaml")
     assert made.fetch_model.source == "models/smollm2"
     assert made.prepare.source == "data/dataset.json"
     assert (made.finetune.method, made.finetune.lora_r, made.finetune.compute_dtype) == ("qlora", 16, "bfloat16")
@@ -74,7 +95,7 @@ def test_the_present_schema(tmp_path):
         "last_matmul:int8,mixed_layers:int8",
     )
     assert (made.quantize.block_size, made.quantize.is_symmetric, made.quantize.execution_provider) == (32, True, "cpu")
-    assert not (folder / "settings.yaml").exists()
+    assert not (done.folder / "settings.yaml").exists()
 
 
 @pytest.mark.parametrize("name", ["tutorial-lora", "current"])
@@ -90,7 +111,7 @@ def test_every_field_is_in_the_table(name):
 
 
 @pytest.mark.parametrize("name", ["tutorial-lora", "current"])
-def test_an_unknown_field_anywhere_is_named_and_stops_the_import(tmp_path, name):
+def test_an_unknown_field_anywhere_is_named_and_stops_the_import(run_import, name):
     """A strange field is put into every mapping of the configuration, one after the other."""
     places = []
 
@@ -115,15 +136,15 @@ def test_an_unknown_field_anywhere_is_named_and_stops_the_import(tmp_path, name)
         assert any("strange_field" in field for field in found), (path, found)
     content = config(name)
     content["passes"][next(iter(content["passes"]))]["strange_field"] = 1
-    done, folder = imported(tmp_path, content)
-    assert done.returncode == 1
+    done = run_import(content)
+    assert done.code == 1
     assert "not understood: passes." in done.stderr
     assert "strange_field" in done.stderr
-    assert not folder.exists()
-    done, folder = imported(tmp_path, content, "--leave-out")
-    assert done.returncode == 0, done.stderr
+    assert not done.folder.exists()
+    done = run_import(content, "--leave-out")
+    assert done.code == 0, done.stderr
     assert "strange_field" in done.stdout
-    assert folder.exists()
+    assert done.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -211,37 +232,38 @@ def test_what_cannot_be_had_is_said(path, value, said):
     assert said in found[name]
 
 
-def test_a_value_out_of_range_is_told_by_our_name(tmp_path):
+def test_a_value_out_of_range_is_told_by_our_name(run_import):
     content = config()
     content["passes"]["lora"]["config"]["lora_r"] = 0
-    done, folder = imported(tmp_path, content)
-    assert done.returncode == 1
+    done = run_import(content)
+    assert done.code == 1
     assert "olive-config.json, as params.yaml: 1 error" in done.stderr
     assert "finetune.lora_r: 0 is not allowed" in done.stderr
-    assert not folder.exists()
+    assert not done.folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("{", "cannot be read"), ("[]", "expected a mapping"), (None, "no such file")]
-)
-def test_bad_files(tmp_path, text, said):
-    if text is not None:
-        (tmp_path / "olive-config.json").write_text(text)
-    done = run_script("tools.import_olive", "olive-config.json", cwd=tmp_path)
-    assert done.returncode == 1
+@pytest.mark.parametrize(("text", "said"), [("{", "cannot be read"), ("[]", "expected a mapping")])
+def test_bad_files(run_import, text, said):
+    done = run_import(text)
+    assert done.code == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_nothing_is_overwritten(tmp_path, run_import):
     (tmp_path / "imported").mkdir()
     (tmp_path / "imported" / "mine").touch()
-    done, _ = imported(tmp_path, config())
-    assert done.returncode == 1
+    done = run_import(config())
+    assert done.code == 1
     assert "already exists" in done.stderr
 
 
-def test_yaml_is_read_too(tmp_path):
-    (tmp_path / "olive.yaml").write_text(yaml.safe_dump(config("current")), encoding="utf-8")
-    done = run_script("tools.import_olive", "olive.yaml", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_yaml_is_read_too(run_import):
+    done = run_import(yaml.safe_dump(config("current")), name="olive.yaml")
+    assert done.code == 0, done.stderr
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        import_olive.main([str(tmp_path / "none.json")])
+    assert "none.json: no such file." in capsys.readouterr().err
