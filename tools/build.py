@@ -19,12 +19,12 @@ from slmake.platforms.screen import Screen, run
 from tools import record
 
 OVERVIEW, PAGE = Path("build/report/overview.html"), Path("build/report.html")
-NEXT = """
-Next:
-  make ask TEXT="your text"    ask the exported model
-  make verify                  check the package: checksums, provenance, and that the model generates
-  edit params.yaml, then make  rebuild what depends on the change, and nothing else
-  make help                    list all commands"""
+NEXT = {  # a command to try: what it does, and the stage that it needs
+    'make ask TEXT="your text"': ("ask the exported model", "quantize"),
+    "make verify": ("check the package: checksums, provenance, and that it generates", "package"),
+    "edit params.yaml, then make": ("build what depends on the change, and nothing else", None),
+    "make help": ("list all commands", None),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         made |= {"package": Path("build/package")} if "package" in stages else {}
         scores = [accuracies("gates" in stages)] if "evaluate" in stages else []
         if screen.started:
-            print("", *scores, *(f"{name + ':':8} {path}" for name, path in made.items()), NEXT, sep="\n")
+            paths = [f"{name + ':':8} {path}" for name, path in made.items()]
+            commands = [f"  {command:28} {use}" for command, (use, stage) in NEXT.items() if stage in (None, *stages)]
+            print("", *scores, *paths, "", "Next:", *commands, sep="\n")
         else:
             names = " and ".join(map(str, made.values())) or "everything"
             print(f"build: nothing to do: {names} up to date", *scores, sep="\n")

@@ -137,33 +137,36 @@ def changes(rule: str, changed: str) -> list[str]:
     Args:
         changed: Snakemake's text, the values of before and those of now as Python literals.
     """
-    before, _, now = changed.partition(" now: ")
-    old, new = literals(before), literals(now)
+    tokens = re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"| now: ", changed)
+    border = tokens.index(" now: ")
+    old, new = (list(map(ast.literal_eval, literals)) for literals in (tokens[:border], tokens[border + 1 :]))
     causes = []
-    if sections := [text for text in new if text.startswith("{")]:
-        was = fields("".join(text for text in old if text.startswith("{")))
-        names = [name for name, value in fields("".join(sections)).items() if was.get(name, ...) != value]
-        causes.append(f"{listed(names)} changed" if names else "params.yaml changed")
-    digests = {text for text in new if re.fullmatch(r"[0-9a-f]{64}", text)}
+    was, now_is = fields(old), fields(new)
+    if was != now_is:
+        names = [name for name in now_is if was.get(name, ...) != now_is[name]]
+        causes.append(f"{listed(names) or 'params.yaml'} changed")
+    digests = sha256s(new) - sha256s(old)
     own = digest([*code(rule), *LOCKS])
     if own in digests:
         causes.append("code changed")
     if digests - {own}:
         causes.append("source files changed")
-    return causes or ["other params"]
+    return causes or ["its options changed"]
 
 
-def literals(text: str) -> list[str]:
-    """The Python string literals in a text, evaluated."""
-    return [ast.literal_eval(each) for each in re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", text)]
+def sha256s(texts: list[str]) -> set[str]:
+    """The SHA-256 digests among texts; a text may be several, one behind the other."""
+    return {each for text in texts if re.fullmatch(r"[0-9a-f]+", text) for each in re.findall(r"[0-9a-f]{64}", text)}
 
 
-def fields(text: str) -> dict[str, object]:
-    """The fields of JSON objects that stand one behind the other."""
-    decoder, end, merged = json.JSONDecoder(), 0, {}
-    while end < len(text):
-        section, end = decoder.raw_decode(text, end)
-        merged |= section
+def fields(texts: list[str]) -> dict[str, object]:
+    """The fields of sections of params.yaml, which are JSON objects, one or several in a text."""
+    decoder, merged = json.JSONDecoder(), {}
+    for text in (text for text in texts if text.startswith("{")):
+        end = 0
+        while end < len(text):
+            section, end = decoder.raw_decode(text, end)
+            merged |= section
     return merged
 
 
