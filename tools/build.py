@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             print("", *scores, *paths, "", "Next:", *commands, sep="\n")
         else:
             names = " and ".join(map(str, made.values())) or "everything"
-            print(f"build: nothing to do: {names} up to date", *scores, sep="\n")
+            print(f"build: nothing to do: {names} {'are' if len(made) > 1 else 'is'} up to date", *scores, sep="\n")
     return 0
 
 
