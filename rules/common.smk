@@ -64,7 +64,7 @@ def section_of(*names):
 mark = report  # at the start of a line Snakemake would take `report` for a keyword
 FIGURES = [
     mark(
-        f"build/report/{file}", caption=f"../report/{Path(file).stem}.rst", category=category, labels={"figure": title}
+        f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title}
     )
     for file, category, title in PLAN.figures
 ]
