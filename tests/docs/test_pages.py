@@ -15,8 +15,8 @@ PAGES = sorted(
 GENERATED = {"docs/params.md": r".*", "docs/benchmarks.md": r"<!-- generated.*?begin -->.*<!-- generated.*?end -->"}
 IDIOMS = (
     *("mend", "mended", "mends", "goes on from", "go on from", "is told", "tells", "brings", "left out of account"),
-    *("slower hour", "noisier hour", "begin with", "the process that speaks", "data set", "what all rows"),
-    *("looked for after", "in peace", "behind our back", "is left where", "phones home"),
+    *("slower hour", "noisier hour", "the process that speaks", "data set", "what all rows"),
+    *("in peace", "behind our back", "phones home"),
 )
 WORDS = 30
 
@@ -29,7 +29,7 @@ def written(page: str) -> str:
 
 def prose(page: str) -> str:
     """What a person reads as sentences: no code blocks, no tables, no headings; code and link targets as one word."""
-    text = re.sub(r"^(```|~~~).*?^\1|^    .*?$|^\|.*?$|^#.*?$|<!--.*?-->", "\n", written(page), flags=re.M | re.S)
+    text = re.sub(r"^(```|~~~).*?^\1|^    .*?$|^ *\|.*?$|^#.*?$|<!--.*?-->", "\n", written(page), flags=re.M | re.S)
     return re.sub(r"\]\([^)]*\)|[*_]{2}", "", re.sub(r"`[^`]*`", "CODE", text))
 
 
@@ -40,9 +40,9 @@ def sentences(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_are_short(page):
-    """Rows of tables cannot be broken; all other lines have fewer than 120 characters."""
-    lines = [line for line in written(page).splitlines() if not line.startswith("|")]
-    assert [line for line in lines if len(line) >= 120] == []
+    """Rows of tables and single long words cannot be broken; all other lines have fewer than 120 characters."""
+    lines = [line for line in written(page).splitlines() if not line.lstrip().startswith("|")]
+    assert [line for line in lines if len(line) >= 120 and max(map(len, line.split())) < 100] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
