@@ -120,7 +120,7 @@ def test_the_pipeline_agrees_with_dvc_yaml(compiled):
     assert list(document["jobs"]) == list(stages)
     for name, stage in stages.items():
         job = document["jobs"][name]
-        assert f"azureml.py step {name} " in job["command"]
+        assert f"tools.azureml step {name} " in job["command"]
         assert set(job["inputs"]) == {"data", *(pipeline.port(path) for path in stage["deps"] if path in made)}
         extra = {f"receipt_{name}", *["checkpoints"] * (name == "finetune")}
         assert set(job["outputs"]) == {pipeline.port(path) for path in outs[name]} | extra

@@ -19,7 +19,7 @@ from slmake.errors import UserError
 SCRIPT = """
     import errno, os, subprocess, sys, time, warnings
     from pathlib import Path
-    from common import cli, outputs
+    from slmake import cli, outputs
     from slmake.errors import UserError
 
     with cli.job("merge", Path("logs/merge.log") if "--log" in sys.argv else None) as job:

@@ -26,7 +26,7 @@ def rows(read: Reader, kind: str) -> dict[str, str]:
 def imported(tmp_path: Path, content: dict, *options: str):
     """Run the script on a configuration; the finished process and the folder it wrote."""
     (tmp_path / "olive-config.json").write_text(json.dumps(content), encoding="utf-8")
-    done = run_script("import_olive", "olive-config.json", *options, cwd=tmp_path)
+    done = run_script("tools.import_olive", "olive-config.json", *options, cwd=tmp_path)
     return done, tmp_path / "imported"
 
 
@@ -227,7 +227,7 @@ def test_a_value_out_of_range_is_told_by_our_name(tmp_path):
 def test_bad_files(tmp_path, text, said):
     if text is not None:
         (tmp_path / "olive-config.json").write_text(text)
-    done = run_script("import_olive", "olive-config.json", cwd=tmp_path)
+    done = run_script("tools.import_olive", "olive-config.json", cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -243,5 +243,5 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_yaml_is_read_too(tmp_path):
     (tmp_path / "olive.yaml").write_text(yaml.safe_dump(config("current")), encoding="utf-8")
-    done = run_script("import_olive", "olive.yaml", cwd=tmp_path)
+    done = run_script("tools.import_olive", "olive.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

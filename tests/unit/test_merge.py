@@ -471,8 +471,9 @@ def test_peak_memory_is_far_below_the_models_size(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     code = """
 import re, sys
-import torch, merge
-from common import cli, params
+import torch
+from slmake.merging import shards
+from slmake import cli, params
 from pathlib import Path
 from safetensors import safe_open
 
@@ -484,7 +485,7 @@ target.mkdir()
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = peak()
 with cli.job("merge") as job:
-    merge.merge(params.Merge(), params.Finetune(), base, adapter, target, job)
+    shards.merge(params.Merge(), params.Finetune(), base, adapter, target, job)
 print(peak() - before)
 """
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
