@@ -165,11 +165,13 @@ def update() -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
+    parser.add_argument("--before-build", action="store_true", help="leave it to the build to report what is wrong")
     args = parser.parse_args(argv)
     try:
-        outputs.replace(args.output, text().encode())
+        update() if args.before_build else outputs.replace(args.output, text().encode())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        if not args.before_build:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
