@@ -17,75 +17,73 @@ from slmake.model_folder import KEPT, check_safetensors, element_bits, weight_fi
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PIECE = 2**20  # elements of a weight that are merged at a time: as many as stay in the processor's cache
-ROWS = 32  # least rows of B whose product with A is taken at a time
-AHEAD = 2**26  # bytes that the kernel is asked to read before they are needed, and to write before the end
+ROWS = 32  # least rows of B in one product with A
+READ_AHEAD = 2**26  # bytes that the kernel is asked to read before they are needed
+WRITE_BACK = 2**26  # bytes after which the kernel is asked to start writing to the disk
 NAMES = {value: key for key, value in DTYPES.items()}
 
 
-class Memory:
-    """Memory that every tensor uses again: the kernel's work on fresh pages costs several times what the sums in them do.
+class BufferPool:
+    """Buffers that every tensor reuses: the kernel's work on new pages costs several times what the arithmetic does.
 
-    There are two of each: `turn` changes to the other one, while what the first one holds is being written.
+    Each buffer exists twice: `swap` changes to the other set, while the first is being written to the file.
     """
 
     def __init__(self):
         self.flat: dict = {}
         self.side = 0
 
-    def turn(self) -> None:
-        """Leave what is there alone until the next turn."""
+    def swap(self) -> None:
+        """Change to the other set of buffers; the current one is unchanged until the next swap."""
         self.side = 1 - self.side
 
-    def take(self, role: str, shape: tuple[int, ...], dtype, turning: bool = True):
-        """A contiguous tensor of a shape and type, with whatever was in it; what `role` held before, on this side, is lost.
+    def get(self, role: str, shape: tuple[int, ...], dtype, swapped: bool = True):
+        """A contiguous, uninitialized tensor; it overwrites the previous one of this role in the current set.
 
         Args:
-            turning: False for the one that stays whatever side it is.
+            swapped: False for a buffer that exists once.
         """
         import torch
 
-        count, key = math.prod(shape), (role, dtype, self.side if turning else None)
+        count, key = math.prod(shape), (role, dtype, self.side if swapped else None)
         if count > len(self.flat.get(key, ())):
-            self.flat[key] = None  # freed before the larger one is there
+            self.flat[key] = None  # freed before the larger one is allocated
             self.flat[key] = torch.empty(count, dtype=dtype)
         return self.flat[key][:count].view(tuple(shape))
 
 
-class Behind:
-    """A file that is written, in order, by a thread of its own while the next piece is computed.
+class AsyncWriter:
+    """A file that a thread writes, in order, while the next piece is computed: writing takes as long as the arithmetic."""
 
-    The kernel needs as long to take the bytes as the sums in them do.
-    """
-
-    def __init__(self, path: Path, memory: Memory):
-        self.memory, self.pool, self.last = memory, ThreadPoolExecutor(1), None
+    def __init__(self, path: Path, buffers: BufferPool):
+        self.buffers, self.pool, self.last = buffers, ThreadPoolExecutor(1), None
         self.file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        self.started = 0  # how far the kernel was asked to bring the bytes to the disk
+        self.started = 0  # bytes that the kernel was asked to write to the disk
 
     def __enter__(self):
         return self
 
     def write(self, tensor) -> None:
-        """Begin to write a contiguous tensor's bytes; returns when those before it are written, and then turns the memory.
+        """Start writing a contiguous tensor's bytes. Returns when the previous write has ended, and swaps the buffers.
 
         Raises:
-            OSError: what was written before did not fit, or the like.
+            OSError: the previous write failed.
         """
         import torch
 
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        before, self.last = self.last, self.pool.submit(self._write, data)
-        if before:
-            before.result()
-        self.memory.turn()
+        previous, self.last = self.last, self.pool.submit(self._write, data)
+        if previous:
+            previous.result()
+        self.buffers.swap()
 
     def _write(self, data: memoryview) -> None:
         self.file.write(data)
-        waiting = self.file.tell() - self.started
-        if waiting >= AHEAD and hasattr(os, "posix_fadvise"):
-            # Of pages that are not on the disk yet, this asks Linux to begin to write them; the disk works from now on, not at the end.
-            os.posix_fadvise(self.file.fileno(), self.started, waiting, os.POSIX_FADV_DONTNEED)
-            self.started += waiting
+        pending = self.file.tell() - self.started
+        if pending >= WRITE_BACK and hasattr(os, "posix_fadvise"):
+            # For pages that are not on the disk yet, this asks Linux to start writing them now, not at the end.
+            os.posix_fadvise(self.file.fileno(), self.started, pending, os.POSIX_FADV_DONTNEED)
+            self.started += pending
 
     def __exit__(self, kind, *_):
         self.pool.shutdown()
@@ -107,10 +105,10 @@ def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
 
 
 class Shard:
-    """A safetensors file that is read piece by piece into the same memory (a mapping costs a page fault for every few pages)."""
+    """A safetensors file that is read piece by piece into the same buffers (a mapping costs a page fault for every few pages)."""
 
-    def __init__(self, path: Path, memory: Memory):
-        self.memory, self.kinds, self.pool = memory, check_safetensors(path), ThreadPoolExecutor(1)
+    def __init__(self, path: Path, buffers: BufferPool):
+        self.buffers, self.kinds, self.pool = buffers, check_safetensors(path), ThreadPoolExecutor(1)
         self.handle = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         (length,) = struct.unpack("<Q", self.handle.read(8))
         specs = json.loads(self.handle.read(length))
@@ -118,7 +116,7 @@ class Shard:
         self.shapes = {name: spec["shape"] for name, spec in specs.items()}
         self.begin = {name: 8 + length + spec["data_offsets"][0] for name, spec in specs.items()}
         self.bytes = {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in specs.items()}
-        self.asked = 0  # how far the kernel was asked to read ahead
+        self.asked = 0  # end of what the kernel was asked to read ahead
         self.slot = 0
 
     def __enter__(self):
@@ -131,32 +129,32 @@ class Shard:
     def stream(self, name: str, step: int) -> Iterator:
         """A tensor's bytes in order, at most `step` at a time, as uint8; a thread reads the next ones meanwhile.
 
-        Three buffers take turns: one is read into, one is computed with, one may still be being written.
+        There are three buffers: one is being read into, one is computed with, one may still be being written.
         """
         import torch
 
-        coming = deque()
+        pending = deque()
         for first, last in pieces(self.bytes[name], step):
             self.slot = (self.slot + 1) % 3
-            flat = self.memory.take(f"read {self.slot}", (last - first,), torch.uint8, turning=False)
-            coming.append(self.pool.submit(self._read, flat, self.begin[name] + first))
-            if len(coming) == 2:
-                yield coming.popleft().result()
-        for one in coming:
-            yield one.result()
+            flat = self.buffers.get(f"read {self.slot}", (last - first,), torch.uint8, swapped=False)
+            pending.append(self.pool.submit(self._read, flat, self.begin[name] + first))
+            if len(pending) == 2:
+                yield pending.popleft().result()
+        for read in pending:
+            yield read.result()
 
-    def _read(self, flat, at: int):
-        """Fill a buffer from that byte of the file on."""
-        if hasattr(os, "posix_fadvise") and at + AHEAD // 2 > self.asked:
-            os.posix_fadvise(self.handle.fileno(), at, AHEAD, os.POSIX_FADV_WILLNEED)
-            self.asked = at + AHEAD
-        self.handle.seek(at)
+    def _read(self, flat, offset: int):
+        """Fill a buffer with the file's bytes from `offset`."""
+        if hasattr(os, "posix_fadvise") and offset + READ_AHEAD // 2 > self.asked:
+            os.posix_fadvise(self.handle.fileno(), offset, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            self.asked = offset + READ_AHEAD
+        self.handle.seek(offset)
         view = memoryview(flat.numpy())
         while len(view):
-            got = self.handle.readinto(view)
-            if not got:
+            count = self.handle.readinto(view)
+            if not count:
                 raise UserError(f"{self.handle.name}: became shorter while it was read. Fetch the model again.")
-            view = view[got:]
+            view = view[count:]
         return flat
 
 
@@ -174,7 +172,7 @@ def merge_shard(
     rebuild,
     where: dict[str, str],
     linear: set[str],
-    memory: Memory,
+    buffers: BufferPool,
     bar,
 ) -> None:
     """Stream one shard: the header first, then each tensor by rows, merged where the adapter has a pair for it.
@@ -182,7 +180,7 @@ def merge_shard(
     Raises:
         UserError: shapes or types do not fit, or a merged value is not finite.
     """
-    with Shard(source, memory) as shard, Behind(target, memory) as out:
+    with Shard(source, buffers) as shard, AsyncWriter(target, buffers) as out:
         kinds, shapes = shard.kinds, shard.shapes
         header, offset = ({"__metadata__": {"format": shard.metadata.get("format", "pt")}}), 0
         order = sorted(
@@ -202,7 +200,7 @@ def merge_shard(
             if kinds[name] in DTYPES:
                 change = rebuild if name in where or name in linear else None
                 transposed = bool(adapter.config.get("fan_in_fan_out"))
-                merge_tensor(shard, name, pair, transposed, change, DTYPES[written[name]], memory, out)
+                merge_tensor(shard, name, pair, transposed, change, DTYPES[written[name]], buffers, out)
             elif pair:
                 raise UserError(f"{source}: {name} is of type {kinds[name]}: an adapter cannot be merged into it.")
             else:
@@ -218,8 +216,8 @@ def merge_tensor(
     transposed: bool,
     rebuild,
     dtype: str,
-    memory: Memory,
-    out: Behind,
+    buffers: BufferPool,
+    out: AsyncWriter,
 ) -> None:
     """Write one floating-point tensor in `dtype`, with the adapter's update where there is a pair.
 
@@ -248,16 +246,16 @@ def merge_tensor(
             tensor = rebuild(tensor)
         if pair:
             if tensor.dtype != torch.float32:
-                tensor = memory.take("sum", tensor.shape, torch.float32).copy_(tensor)
+                tensor = buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
             # Never of fewer rows: such a product takes another kernel, which may round differently from the whole one.
             start = 0 if transposed else max(0, min(first, last - ROWS))
             part = b[start : None if transposed else last]
-            room = memory.take("update", (len(part), a.shape[1]), torch.float32, turning=False)
+            room = buffers.get("update", (len(part), a.shape[1]), torch.float32, swapped=False)
             update = torch.mm(part, a, out=room)
             tensor = tensor.add_((update.T if transposed else update[first - start :]).mul_(scaling))
         narrow = getattr(torch, dtype)
         if tensor.dtype != narrow:
-            tensor = memory.take("narrow", tensor.shape, narrow).copy_(tensor)
+            tensor = buffers.get("narrow", tensor.shape, narrow).copy_(tensor)
         if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
             bad += int((~torch.isfinite(tensor)).sum())
         out.write(tensor.contiguous())
@@ -306,10 +304,10 @@ def merge(
     import torch  # here, so that bad input is told before it is loaded
 
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is left to the thread that writes
-    memory = Memory()
+    buffers = BufferPool()
     with job.progress(total, "tensors") as bar:
         for file in files:
-            merge_shard(file, target / file.name, adapter, section.dtype, rebuild, where, linear, memory, bar)
+            merge_shard(file, target / file.name, adapter, section.dtype, rebuild, where, linear, buffers, bar)
     if section.dtype != "auto":
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
