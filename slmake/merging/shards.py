@@ -321,15 +321,19 @@ def merge(
 
 
 def linear_weights(base: Path) -> set[str]:
-    """Names of the weights that QLoRA holds in 4 bits: every linear layer's but the output head's."""
+    """Names of the weights that QLoRA stores in 4 bits: every linear layer's but the output head's."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
-    head = empty.get_output_embeddings()
-    modules = empty.named_modules()
-    return {f"{name}.weight" for name, one in modules if type(one) is torch.nn.Linear and one is not head}
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module is not head
+    }
 
 
 def tensor_bytes(file: Path) -> int:
