@@ -371,13 +371,13 @@ def test_qlora_trains_as_lora_over_the_dequantized_base_does(tmp_path, base, dat
     import torch
     from safetensors.torch import load_file, save_file
 
-    from slmake.merging import shards
+    from slmake.merging import merge as merging
 
     plain = Path(shutil.copytree(base, tmp_path / "base"))
     tensors = load_file(plain / "model.safetensors")
     for name, value in tensors.items():
         if name.endswith("_proj.weight"):
-            tensors[name] = shards.fake_quantize(value, torch.float32, "nf4", True)
+            tensors[name] = merging.fake_quantize(value, torch.float32, "nf4", True)
             assert not torch.equal(tensors[name], value)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     expected = tune(tmp_path / "lora", plain, dataset)
