@@ -171,6 +171,7 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
     else:
         terminal = sys.stderr
+    _close_stdin()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
     )
@@ -205,6 +206,14 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
             os.close(saved[0])
             os.close(saved[1])
             terminal.close()
+
+
+def _close_stdin() -> None:
+    """Make every read from standard input end at once: nobody sees, or may answer, the question of a library."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    if null:
+        os.close(null)
 
 
 def _explain_os_error(error: OSError) -> str:

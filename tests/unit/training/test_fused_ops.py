@@ -1,4 +1,4 @@
-"""fused: attention, rotary embedding and RMSNorm are the library's own arithmetic, gradients included."""
+"""fused_ops: attention, rotary embedding and RMSNorm are the library's own arithmetic, gradients included."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_a_fused_model_gives_the_same_logits_and_gradients(folder, padded):
 
 def test_rotary_embedding_is_fused_where_it_is_llamas_own(tmp_path):
     assert fused_ops.fuse(load(make_model(tmp_path / "llama", "llama")))["rotary"] == 1
-    # Phi-3 has one projection for q, k and v; its rotary embedding may be partial and is left alone.
+    # Phi-3 has one projection for q, k and v; its rotary embedding may be partial and is unchanged.
     assert fused_ops.fuse(load(make_model(tmp_path / "phi3", "phi3")))["rotary"] == 0
 
 
@@ -65,7 +65,7 @@ def test_long_sequences_go_to_the_librarys_attention(tmp_path, monkeypatch):
     assert_equal(outcome(model, ids, None), expected)
 
 
-def test_a_norm_that_means_something_else_is_left_alone():
+def test_a_norm_with_another_meaning_is_unchanged():
     class OnePlusRMSNorm(torch.nn.Module):
         """Gemma's: the weight is an offset from one."""
 
@@ -100,3 +100,51 @@ def test_gradients_of_attention_and_rotary_embedding_by_finite_differences():
     angles = torch.rand(1, 1, 5, 3, dtype=torch.float64).repeat(1, 1, 1, 2)
     assert torch.autograd.gradcheck(lambda q, k, v: fused_ops.Attention.apply(q, k, v, mask, 0.4), (q, k, v))
     assert torch.autograd.gradcheck(lambda q: fused_ops.Rotary.apply(q, angles.cos(), angles.sin()), q)
+
+
+def test_attention_with_another_width_of_values_is_the_librarys(tmp_path):
+    """DeepSeek's values are narrower than its keys, which `Attention` does not compute."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    config = DeepseekV3Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        first_k_dense_replace=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
+    ids = torch.randint(5, 500, (2, 9))
+    expected = outcome(model, ids, None)
+    assert fused_ops.fuse(model)["attention"] == 0
+    assert_equal(outcome(model, ids, None), expected)
+
+
+def test_attention_that_computes_something_else_is_unchanged(tmp_path, monkeypatch):
+    """A soft cap on the scores, as in Gemma 2, under the name of the library's attention: a difference of 24% in the logits."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def capped(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = 0.1 * torch.tanh(100 * query @ key.transpose(2, 3))
+        causal = torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        return (torch.softmax(scores + causal, -1) @ value).transpose(1, 2).contiguous(), None
+
+    model = load(make_model(tmp_path / "llama"))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 20  # scores as large as those of a trained model
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", capped)
+    ids = torch.randint(5, 500, (2, 9))
+    expected = outcome(model, ids, None)
+    assert fused_ops.fuse(model)["attention"] == 0
+    for values, wanted in zip(outcome(model, ids, None), expected, strict=True):
+        torch.testing.assert_close(values, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))

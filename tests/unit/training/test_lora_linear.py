@@ -1,4 +1,4 @@
-"""lora: the fused layer is PEFT's own arithmetic, and round-to-nearest is the exporter's."""
+"""lora_linear: the fused layer is PEFT's own arithmetic, and round-to-nearest is the exporter's."""
 
 import copy
 import math
@@ -114,9 +114,9 @@ def test_float32_adapter_over_a_bfloat16_base():
         assert distance < 0.01, (name, float(distance))
 
 
-@pytest.mark.parametrize(("together", "settled"), [(False, False), (True, False), (True, True)])
-def test_whole_model_gives_the_same_loss_and_gradients(base, together, settled):
-    """Every linear layer of a Llama, in float32; together: q, k and v as one, gate and up as one."""
+@pytest.mark.parametrize(("join", "weights_fixed"), [(False, False), (True, False), (True, True)])
+def test_whole_model_gives_the_same_loss_and_gradients(base, join, weights_fixed):
+    """Every linear layer of a Llama, in float32; join: q, k and v as one, gate and up as one."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +136,7 @@ def test_whole_model_gives_the_same_loss_and_gradients(base, together, settled):
         return loss.item(), {n: v.grad.clone() for n, v in peft.named_parameters() if v.requires_grad}
 
     loss, expected = run()
-    assert len(lora_linear.lora_layers(peft)) == lora_linear.fuse(peft, together, settled) == 14
+    assert len(lora_linear.lora_layers(peft)) == lora_linear.fuse(peft, join, weights_fixed) == 14
     counted = []
     original = lora_linear.LoraLinear.forward
     with pytest.MonkeyPatch.context() as patch:
@@ -146,15 +146,15 @@ def test_whole_model_gives_the_same_loss_and_gradients(base, together, settled):
             lambda ctx, *given: (counted.append(len(given)), original(ctx, *given))[1],
         )
         fused_loss, found = run()
-    assert len(counted) == (8 if together else 14)  # two layers
+    assert len(counted) == (8 if join else 14)  # two layers
     assert fused_loss == pytest.approx(loss, abs=1e-6)
     assert len(found) == 28
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def siblings(settled: bool = True, widths=(16, 16, 16), biases=(True, True, True)):
-    """A module with q, k and v of PEFT, and a settled twin."""
+def projections(weights_fixed: bool = True, widths=(16, 16, 16), biases=(True, True, True)):
+    """A module with q, k and v of PEFT, and a fused twin."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(9)
@@ -170,29 +170,29 @@ def siblings(settled: bool = True, widths=(16, 16, 16), biases=(True, True, True
         if "lora_B" in name:
             torch.nn.init.normal_(value.data, std=0.3)
     twin = copy.deepcopy(peft)
-    assert lora_linear.fuse(twin, True, settled) == 3
+    assert lora_linear.fuse(twin, True, weights_fixed) == 3
     return [[one.base_model.model[name] for name in names] for one in (peft, twin)]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 0, 1, 2, 2)], ids=str)
-@pytest.mark.parametrize("settled", [False, True])
-def test_siblings_answer_in_any_order(order, settled):
-    expected, found = siblings(settled)
+@pytest.mark.parametrize("weights_fixed", [False, True])
+def test_projections_may_be_called_in_any_order(order, weights_fixed):
+    expected, found = projections(weights_fixed)
     x = torch.randn((3, 16), dtype=torch.float64)
     for index in order:
         torch.testing.assert_close(found[index](x), expected[index](x), rtol=1e-12, atol=1e-12)
 
 
-def test_siblings_of_different_inputs_are_computed_each_on_its_own():
-    expected, found = siblings()
+def test_projections_of_different_inputs_are_computed_separately():
+    expected, found = projections()
     x, other = torch.randn((2, 3, 16), dtype=torch.float64)
     for index, given in enumerate((x, other, x.clone())):
         torch.testing.assert_close(found[index](given), expected[index](given), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("different", [{"widths": (16, 16, 8)}, {"biases": (True, False, True)}], ids=["width", "bias"])
-def test_layers_that_differ_are_no_siblings(different):
-    expected, found = siblings(**different)
+def test_layers_that_differ_are_not_joined(different):
+    expected, found = projections(**different)
     for one, other in zip(expected, found, strict=True):
         x = torch.randn((3, one.in_features), dtype=torch.float64)
         torch.testing.assert_close(other(x), one(x), rtol=1e-12, atol=1e-12)
@@ -216,13 +216,56 @@ def test_bfloat16_weights_are_packed_and_multiply_as_before():
         torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.01)
 
 
-def test_layers_with_dropout_are_left_alone():
+def test_layers_with_dropout_keep_pefts_forward():
     from peft import LoraConfig, get_peft_model
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     peft = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["0"]))
     assert len(lora_linear.lora_layers(peft)) == 1
     assert lora_linear.fuse(peft) == 0
+
+
+VARIANTS = {"DoRA": {"use_dora": True}, "bias of B": {"lora_bias": True}}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants_of_lora_keep_pefts_forward(config, trained):
+    """Also a new one, whose magnitude or bias has no effect yet: every gradient is PEFT's, and the parameters are unchanged."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8)).double()
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["0", "1"], **config)).double()
+    parameters = {name: value for name, value in peft.named_parameters() if value.requires_grad}
+    assert len(parameters) == 6  # A, B, and magnitude or bias
+    if trained:
+        for value in parameters.values():
+            torch.nn.init.normal_(value.data, std=0.3)
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    expected = gradients(peft, x)
+    assert lora_linear.fuse(peft, True, True) == 0
+    found = gradients(peft, x)
+    for name, value in before.items():
+        assert torch.equal(parameters[name], value), name
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_rank_stabilized_lora_is_fused():
+    """Another scaling is no other computation."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24)).double()
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["0"], use_rslora=True)).double()
+    torch.nn.init.normal_(peft.base_model.model[0].lora_B["default"].weight, std=0.3)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    expected = gradients(peft, x)
+    assert lora_linear.fuse(peft) == 1
+    for name, value in gradients(peft, x).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 # -- round to nearest --------------------------------------------------------------------------------------------------
@@ -360,7 +403,7 @@ def deep(tmp_path_factory):
 
 @pytest.mark.parametrize("modules", ["all-linear", ["gate_proj", "up_proj"]], ids=["all", "two"])
 def test_refresh_quantizes_the_merged_weights(deep, modules):
-    """The layers named answer with W + s B A in four bits, the model as one whose weights were replaced."""
+    """The named layers compute with W + s B A in four bits: the model equals one whose weights were replaced."""
     aware = qat.QuantizationAware(deep, 32, modules, 1.0, 42)
     assert len(aware.layers) == (14 if modules == "all-linear" else 4)
     aware.refresh(None)
@@ -372,8 +415,8 @@ def test_refresh_quantizes_the_merged_weights(deep, modules):
         for name, module in plain.named_modules():
             if f"base_model.model.{name}" in aware.layers:
                 expected = qat.round_to_nearest(module.weight, 4, 32)
-                stand_in = deep.get_submodule(f"base_model.model.{name}").fake_quantized
-                torch.testing.assert_close(stand_in, expected, rtol=0, atol=1e-6, msg=name)
+                quantized = deep.get_submodule(f"base_model.model.{name}").fake_quantized
+                torch.testing.assert_close(quantized, expected, rtol=0, atol=1e-6, msg=name)
                 module.weight.data = expected
         expected = plain(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -382,7 +425,7 @@ def test_refresh_quantizes_the_merged_weights(deep, modules):
         module.fake_quantized = None
 
 
-def stand_ins(aware: qat.QuantizationAware) -> set[str]:
+def quantized_layers(aware: qat.QuantizationAware) -> set[str]:
     """Names of the layers that are quantized now."""
     return {name for name, layer in aware.layers.items() if layer.fake_quantized is not None}
 
@@ -406,15 +449,15 @@ def test_rate_draws_layers_by_seed_and_step_alone(deep):
     drawn = []
     for step in range(40):
         aware.refresh(step)
-        drawn.append(stand_ins(aware))
+        drawn.append(quantized_layers(aware))
     assert 0.4 < sum(map(len, drawn)) / (40 * 14) < 0.6
     assert len({frozenset(names) for names in drawn}) > 30
     again, other = (qat.QuantizationAware(deep, 32, "all-linear", 0.5, seed) for seed in (42, 43))
     again.refresh(7)
-    assert stand_ins(again) == drawn[7]
+    assert quantized_layers(again) == drawn[7]
     other.refresh(7)
-    assert stand_ins(other) != drawn[7]
+    assert quantized_layers(other) != drawn[7]
     aware.refresh(None)
-    assert len(stand_ins(aware)) == 14
+    assert len(quantized_layers(aware)) == 14
     for layer in aware.layers.values():
         layer.fake_quantized = None

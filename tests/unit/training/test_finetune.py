@@ -217,9 +217,9 @@ def joined(tmp_path_factory, base) -> Path:
     return make_dataset(folder, base, strategy="join", max_seq_len=128, use_attention_mask=False)
 
 
-@pytest.mark.parametrize("longest", [0, 512], ids=["as a padded batch", "common beginnings once"])
+@pytest.mark.parametrize("max_shared_len", [0, 512], ids=["padded batch", "shared prefix"])
 @pytest.mark.parametrize("kind", ["dataset", "padded", "joined"])
-def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kind, longest):
+def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kind, max_shared_len):
     import torch
 
     from slmake.training import shared_prefix
@@ -245,9 +245,10 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=-100, reduction="sum"
     )
-    if longest:
+    if max_shared_len:
         shared_prefix.share(peft.get_base_model())
-    found, count = model_module.loss_sum(peft, model_module.Head(peft.get_base_model()), data, chosen, device, longest)
+    head = model_module.Head(peft.get_base_model())
+    found, count = model_module.loss_sum(peft, head, data, chosen, device, max_shared_len)
     assert count == int((targets != -100).sum())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
@@ -263,8 +264,8 @@ def test_loss_sum_equals_plain_cross_entropy_over_full_logits(request, base, kin
 @pytest.mark.parametrize(
     "changes", [{}, {"gradient_checkpointing": True}, {"method": "qlora", "compute_dtype": "float32"}]
 )
-def test_plain_batches_give_the_losses_of_shared_beginnings(tmp_path, base, dataset, monkeypatch, capsys, changes):
-    """And the log says which of the two it was."""
+def test_plain_batches_give_the_losses_of_shared_prefixes(tmp_path, base, dataset, monkeypatch, capsys, changes):
+    """And the log says which of the two was computed."""
     from slmake.training import shared_prefix
 
     said = []
@@ -273,9 +274,9 @@ def test_plain_batches_give_the_losses_of_shared_beginnings(tmp_path, base, data
             monkeypatch.setattr(shared_prefix, "agrees", lambda *_: False)
         tune(tmp_path / name, base, dataset, max_steps=6, **changes)
         printed = capsys.readouterr().err.splitlines()
-        said.append(next(line for line in printed if "begin with is computed" in line))
-    assert said[0].endswith("computed once")
-    assert said[1].endswith("not with this model")
+        said.append(next(line for line in printed if "shared-prefix computation" in line))
+    assert said[0].endswith("shared-prefix computation: on")
+    assert said[1].endswith("shared-prefix computation: off, this model does not support it")
     for file in ("train_loss.csv", "eval_loss.csv"):
         shared, plain = ([line["loss"] for line in curve(tmp_path / name / file)] for name in ("shared", "plain"))
         assert shared == pytest.approx(plain, abs=2e-4)
@@ -370,13 +371,13 @@ def test_qlora_trains_as_lora_over_the_dequantized_base_does(tmp_path, base, dat
     import torch
     from safetensors.torch import load_file, save_file
 
-    from slmake.merging import shards
+    from slmake.merging import merge as merging
 
     plain = Path(shutil.copytree(base, tmp_path / "base"))
     tensors = load_file(plain / "model.safetensors")
     for name, value in tensors.items():
         if name.endswith("_proj.weight"):
-            tensors[name] = shards.fake_quantize(value, torch.float32, "nf4", True)
+            tensors[name] = merging.fake_quantize(value, torch.float32, "nf4", True)
             assert not torch.equal(tensors[name], value)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     expected = tune(tmp_path / "lora", plain, dataset)
@@ -459,7 +460,7 @@ def killed(tmp_path_factory, base, dataset) -> Path:
 
 def resumed_from(messages: str) -> int:
     """Step in the line that says where a run goes on."""
-    (line,) = [line for line in messages.splitlines() if "goes on from step" in line]
+    (line,) = [line for line in messages.splitlines() if "resumes from step" in line]
     assert line.endswith(" of 40")
     return int(line.split()[-3])
 
@@ -636,7 +637,7 @@ def test_target_modules_that_match_nothing(tmp_path, base, dataset, capsys):
     message = refused(capsys, tmp_path / "run", base, dataset, target_modules=["query", "value"])
     assert "finetune.target_modules: ['query', 'value'] matches no module of this model." in message
     linear = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-    assert f"Linear modules there: {linear}." in message
+    assert f"Its linear modules: {linear}." in message
 
 
 def test_one_target_module_that_matches_nothing(tmp_path, base, dataset, capsys):

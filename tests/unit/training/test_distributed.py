@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same losses, one adapter, resumed together; and each does its own share only."""
+"""distributed: several processes train as one does, each its own share: the same losses, one adapter, resumed together."""
 
 import itertools
 import os
@@ -61,7 +61,7 @@ def pair(tmp_path_factory, base, dataset) -> Path:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("sizes", [[8], [8, 8], [8, 8, 8, 8, 3], [1], [2, 2, 2, 1]])
-def test_every_row_is_computed_once_and_nobody_waits(world, sizes):
+def test_every_row_is_computed_once_and_no_process_waits(world, sizes):
     offsets = np.cumsum([0, *sizes])
     passes = [np.arange(a, b) for a, b in itertools.pairwise(offsets)]
     shares = [Group(rank, world).share(passes) for rank in range(world)]
@@ -75,7 +75,7 @@ def test_every_row_is_computed_once_and_nobody_waits(world, sizes):
     assert largest <= -(-offsets[-1] // world) + len(sizes)
 
 
-def test_one_process_does_what_it_always_did():
+def test_one_process_computes_every_pass():
     passes = [np.array([3, 1]), np.array([2])]
     assert [(number, part.tolist(), counts) for number, part, counts in Group().share(passes)] == [
         (0, [3, 1], True),
@@ -98,9 +98,9 @@ def test_two_processes_train_to_the_losses_of_one(tmp_path, base, dataset, pair)
     assert differences.max() < 1e-3
 
 
-def test_one_adapter_one_voice_and_a_log_for_each(pair):
-    found = sorted(path.relative_to(pair).as_posix() for path in pair.rglob("*") if path.is_file())
-    assert found == sorted([*FILES, "params.yaml", "logs/finetune.log", "logs/finetune.rank1.log"])
+def test_one_adapter_one_output_and_a_log_for_each(pair):
+    files = sorted(path.relative_to(pair).as_posix() for path in pair.rglob("*") if path.is_file())
+    assert files == sorted([*FILES, "params.yaml", "logs/finetune.log", "logs/finetune.rank1.log"])
     printed = (pair.parent / "printed.txt").read_text()
     assert printed.count(": 20 steps, loss") == 1
     assert "2 processes" in (pair / "logs" / "finetune.log").read_text()
@@ -124,13 +124,13 @@ def test_whole_passes_are_shared_with_the_dropout_of_one(tmp_path, base, dataset
     assert np.abs(np.subtract(losses(one), losses(undropped))).max() > 100 * CLOSE
 
 
-def test_sharded_base_gives_the_same_bytes_and_each_holds_its_half(tmp_path, base, dataset, pair):
+def test_sharded_base_gives_the_same_bytes_and_each_process_has_half(tmp_path, base, dataset, pair):
     folder = tmp_path / "sharded"
     tune_by_two(folder, base, dataset, sharding="full")
     assert contents(folder) == contents(pair)
     for name in ("finetune.log", "finetune.rank1.log"):
-        held, of = map(int, re.search(r"holds (\d+) of (\d+)", (folder / "logs" / name).read_text()).groups())
-        assert held == pytest.approx(of / 2, rel=0.02)
+        local, total = map(int, re.search(r"has (\d+) of (\d+)", (folder / "logs" / name).read_text()).groups())
+        assert local == pytest.approx(total / 2, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def alive(pid: int) -> bool:
@@ -190,16 +190,16 @@ LONG = {"max_steps": 300, "save_steps": 10, "eval_steps": 0}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, base, dataset) -> Path:
+def uninterrupted(tmp_path_factory, base, dataset) -> Path:
     """One long run by two processes; do not write into it."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     tune_by_two(folder, base, dataset, **LONG)
     return folder
 
 
 @pytest.mark.parametrize("whom", ["all", "launcher", "second", "first", "sigterm"])
-def test_killed_processes_resume_together(tmp_path, base, dataset, undisturbed, whom):
-    """Whoever dies, nobody goes on alone; the next run takes the last checkpoint and ends in the bytes of an undisturbed one."""
+def test_killed_processes_resume_together(tmp_path, base, dataset, uninterrupted, whom):
+    """Whichever process is killed, the others end too; the next run resumes and ends in the bytes of an uninterrupted one."""
     folder = tmp_path / "run"
     process = start(folder, base, dataset, **LONG)
     wait_for_checkpoint(folder, process)
@@ -224,8 +224,8 @@ def test_killed_processes_resume_together(tmp_path, base, dataset, undisturbed, 
     assert not (folder / "adapter").exists()
     assert not (folder / "train_loss.csv").exists()
     said = tune_by_two(folder, base, dataset, **LONG)
-    assert "goes on from step" in said
-    assert contents(folder) == contents(undisturbed)
+    assert "resumes from step" in said
+    assert contents(folder) == contents(uninterrupted)
     assert not (folder / "checkpoints").exists()
 
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_one_process_is_not_taken_for_one_of_two(tmp_path, base,
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_of_all_is_told_once(tmp_path, base, dataset):
+def test_an_error_of_all_is_printed_once(tmp_path, base, dataset):
     process = start(tmp_path / "run", tmp_path / "nowhere", dataset)
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 1
@@ -254,12 +254,12 @@ def test_an_error_of_all_is_told_once(tmp_path, base, dataset):
 
 
 def test_adapters_that_drift_apart_are_noticed(tmp_path):
-    """Two processes that hold different bytes: both are told, with the step."""
+    """Two processes with different bytes: both report it, with the step."""
     code = (
         "import torch\n"
         "from slmake.errors import UserError\n"
         "from slmake.training import distributed\n"
-        "with distributed.joined() as group:\n"
+        "with distributed.process_group() as group:\n"
         "    group.check_same([torch.ones(3)], 1)\n"
         "    try:\n"
         "        group.check_same([torch.ones(3) + group.rank * 1e-7], 7)\n"
@@ -270,10 +270,10 @@ def test_adapters_that_drift_apart_are_noticed(tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "code.py"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("at step 7 the processes hold different adapters") == 2
+    assert done.stdout.count("at step 7 the processes have different adapters") == 2
 
 
-def test_slurm_tasks_know_their_places(monkeypatch, tmp_path):
+def test_slurm_tasks_know_their_ranks(monkeypatch, tmp_path):
     """A task of srun takes rank and size from Slurm's variables."""
     from slmake.training import distributed
 
@@ -282,8 +282,8 @@ def test_slurm_tasks_know_their_places(monkeypatch, tmp_path):
     slurm = {"PROCID": "0", "NTASKS": "4", "LOCALID": "0", "NNODES": "2"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLMAKE_SPREAD", "1")
-    assert distributed.one_voice(tmp_path / "log") == tmp_path / "log"
+    monkeypatch.setenv("SLMAKE_SRUN", "1")
+    assert distributed.redirect_worker_output(tmp_path / "log") == tmp_path / "log"
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
         "0",
         "4",

@@ -1,4 +1,4 @@
-"""prefix: common beginnings computed once give the loss and the gradients of rows computed one by one."""
+"""shared_prefix: a shared prefix that is computed once gives the logits and gradients of rows computed one by one."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tiny import make_model
 from slmake.training import fused_ops, shared_prefix
 
 CASES = {
-    "a common beginning": [[1, 5, 9, 20, 21], [1, 5, 9, 30], [1, 5, 9, 20, 41, 42, 43]],
+    "a common prefix": [[1, 5, 9, 20, 21], [1, 5, 9, 30], [1, 5, 9, 20, 41, 42, 43]],
     "nothing in common": [[7, 5], [8, 5, 6], [7]],
     "one row begins another": [[7, 8, 9], [7, 8], [7, 8, 9, 10]],
     "the same row twice": [[7, 8, 9], [7, 8, 9]],
@@ -38,7 +38,7 @@ def gradient(model, logits):
     """Of a fixed loss on all logits, with respect to the embeddings."""
     torch.manual_seed(1)
     model.zero_grad()
-    sum((one * torch.randn(one.shape)).sum() for one in logits).backward()
+    sum((row * torch.randn(row.shape)).sum() for row in logits).backward()
     return model.get_input_embeddings().weight.grad.clone()
 
 
@@ -66,7 +66,7 @@ def test_logits_and_gradients_are_those_of_rows_computed_one_by_one(folder, rows
 @pytest.mark.parametrize(
     ("name", "common", "tokens"),
     [
-        ("a common beginning", 3, 3 + 2 + 1 + 4),
+        ("a common prefix", 3, 3 + 2 + 1 + 4),
         ("nothing in common", 0, 6),
         ("one row begins another", 2, 2 + 1 + 2),
         ("the same row twice", 3, 3),
@@ -102,13 +102,13 @@ def test_a_sliding_window_bounds_the_rows(tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=3e-6 * float(other.abs().max()))
 
 
-def test_a_model_whose_attention_cannot_be_replaced_is_left_alone(folder):
+def test_a_model_whose_attention_cannot_be_replaced_is_unchanged(folder):
     from transformers import AutoModelForCausalLM
 
     assert shared_prefix.share(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")) == 0
 
 
-def test_a_model_that_gives_another_result_is_found_out(folder):
+def test_a_model_that_gives_another_result_is_detected(folder):
     model = load(folder)
     shared_prefix.share(model)
     assert shared_prefix.agrees(model, 512, torch.device("cpu"))
@@ -119,7 +119,7 @@ def test_a_model_that_gives_another_result_is_found_out(folder):
     assert not shared_prefix.agrees(model, 512, torch.device("cpu"))
 
 
-def test_a_model_whose_layers_hand_nothing_on_to_attention_is_found_out(folder):
+def test_a_model_whose_layers_pass_nothing_on_to_attention_is_detected(folder):
     model = load(folder)
     shared_prefix.share(model)
     for layer in model.model.layers:
