@@ -2,7 +2,7 @@
 
     python -m scripts.prepare --params params.yaml --base build/base --output build/dataset --report results/dataset.json
 
-Reads the section `prepare`, the dataset files it names (here or elsewhere: slmake/sources/syntax.py) and the tokenizer in the base model's folder. Checks every row
+Reads the section `prepare`, the dataset files it names (here or elsewhere: slmake/sources/schemes.py) and the tokenizer in the base model's folder. Checks every row
 first, then writes train.parquet, eval.parquet and test.parquet (row, prompt, answer, input_ids, labels) and
 prompt.json (the template for inference), and a report of rows, tokens, lengths, labels, truncation and duplicates.
 
@@ -20,8 +20,8 @@ from slmake.data.store import Store
 from slmake.data.template import Form, read_valid
 from slmake.data.tokenize import BATCH, Tokenize, Writer, lengths_summary, load_tokenizer
 from slmake.errors import UserError
-from slmake.sources.resolve import bring, downloading
-from slmake.sources.syntax import parse
+from slmake.sources.fetching import downloading, fetch
+from slmake.sources.schemes import parse
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def prepare(section: params.Prepare, base: Path, folder: Path, downloads: Path, 
     tokenizer = load_tokenizer(base)
     check_room(section, base)
     form = Form(section, tokenizer)
-    files = {name: bring(parse(text), "dataset", downloads / name, job) for name, text in section.files.items()}
+    files = {name: fetch(parse(text), "dataset", downloads, job) for name, text in section.files.items()}
 
     with Store(folder / ".rows.sqlite", FEW_ANSWERS) as store:
         sizes = {name: store.add(read_valid(file.record["source"], form, file.path)) for name, file in files.items()}

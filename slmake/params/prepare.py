@@ -7,7 +7,7 @@ from pydantic import AliasChoices, Field, model_validator
 from slmake.errors import UserError
 from slmake.params.base import Fraction, Section
 from slmake.prompts import fields_of, split_at_answer
-from slmake.sources.syntax import KINDS, parse
+from slmake.sources.schemes import FORMS, parse
 
 
 class Message(Section):
@@ -34,7 +34,7 @@ class Prepare(Section):
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array, JSON Lines, CSV or Parquet), split by the fractions below, "
-        f"or a mapping of train, eval and test to files. Each file as {KINDS}; a hub's is a data set's."
+        f"or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a data set's."
     )
     text_template: str | None = Field(
         None,
@@ -110,7 +110,7 @@ class Prepare(Section):
             source = parse(file)
             if source.kind == "hf" and not source.path:
                 raise ValueError(f"`{source.text}` names no file: hf:ORG/NAME@REVISION/FILE")
-            if source.kind in ("registry", "pypi") or source.member:
+            if source.models_only or source.member:
                 raise ValueError(f"`{source.text}` is a source of models, not of rows")
         return self
 

@@ -117,7 +117,7 @@ def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, conta
     monkeypatch.syspath_prepend(str(ROOT))
     from slmake import cli
     from slmake.packaging import blob_store
-    from slmake.sources.syntax import parse
+    from slmake.sources.schemes import parse
 
     model = make_exported(tmp_path / "model")
     store = blob_store.Store(parse(f"az://{container}/models/tones", must_pin=False))
