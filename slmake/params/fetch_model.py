@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
+from slmake.params.base import Dtype, Section
 from slmake.sources.schemes import FORMS, parse
 
 
@@ -26,7 +26,7 @@ class FetchModel(Section):
         False,
         description="Always false: no code from a model repository is run. Models must be native to transformers.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "float32",
         description="Data type of the weights in build/base. `auto` keeps what the source has (float32 for GGUF).",
     )
