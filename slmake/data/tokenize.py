@@ -46,7 +46,7 @@ class Tokenize:
         pairs, cut = [], []
         for row, head, tail in zip(batch, heads, tails, strict=True):
             if self.special_tokens and head and head[-1] == end:
-                head = head[:-1]  # some tokenizers close every text; the prompt goes on
+                head = head[:-1]  # some tokenizers close every text; the answer follows here
             tail = tail if tail and tail[-1] == end else [*tail, end]
             if len(tail) + 1 > limit:
                 cut.append(f"  {row.file}: row {row.line}: the answer has {len(tail)} tokens (with its end token)")
@@ -95,7 +95,7 @@ class Writer:
                 examples.append(example)
             elif not self.open:
                 self.open = [example]
-            elif sum(len(one[3]) for one in self.open) + len(example[3]) <= self.section.max_seq_len:
+            elif sum(len(ids) for *_, ids, _ in self.open) + len(example[3]) <= self.section.max_seq_len:
                 self.open.append(example)
             else:
                 examples.append(self._joined())
@@ -106,10 +106,10 @@ class Writer:
         first = self.open[0]
         return (
             first[0],
-            "".join(one[1] + one[2] for one in self.open[:-1]) + self.open[-1][1],
+            "".join(prompt + answer for _, prompt, answer, *_ in self.open[:-1]) + self.open[-1][1],
             self.open[-1][2],
-            [token for one in self.open for token in one[3]],
-            [label for one in self.open for label in one[4]],
+            [token for *_, ids, _ in self.open for token in ids],
+            [label for *_, labels in self.open for label in labels],
         )
 
     def _flush(self, examples: list[tuple]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
+from slmake.params.base import Model, Section
 
 # Figures that a gate can bound: name, whether more is better, and whether it is a share of rows (so that rows limit how finely it can be told).
 SHARES = ("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement")
@@ -28,9 +28,7 @@ class Gate(Section):
         description="A figure of results/metrics.json or results/benchmark.json, such as `accuracy`, `per_class.joy.recall`, `kl_mean` or "
         "`latency_ms_p95` (docs/quality.md lists them)."
     )
-    model: Literal["last", "base", "adapter", "merged", "onnx"] = Field(
-        "last", description="Whose figure; `last` is the last model built."
-    )
+    model: Literal["last"] | Model = Field("last", description="Whose figure; `last` is the last model built.")
     minimum: float | None = Field(None, ge=0, description="The figure must be at least this.")
     maximum: float | None = Field(None, ge=0, description="The figure must be at most this.")
     maximum_drop: float | None = Field(
@@ -131,9 +129,9 @@ class Gates(Section):
 
     def every(self) -> dict[str, Gate]:
         """All gates by name, the two short forms first."""
-        found = {}
+        gates = {}
         if self.min_accuracy is not None:
-            found["min_accuracy"] = Gate(metric="accuracy", minimum=self.min_accuracy)
+            gates["min_accuracy"] = Gate(metric="accuracy", minimum=self.min_accuracy)
         if self.max_accuracy_drop is not None:
-            found["max_accuracy_drop"] = Gate(metric="accuracy", maximum_drop=self.max_accuracy_drop)
-        return found | {f"checks[{i}]": gate for i, gate in enumerate(self.checks)}
+            gates["max_accuracy_drop"] = Gate(metric="accuracy", maximum_drop=self.max_accuracy_drop)
+        return gates | {f"checks[{i}]": gate for i, gate in enumerate(self.checks)}

@@ -112,7 +112,7 @@ SECRET_FORMS = (
 
 def secret_source(rng: random.Random) -> str:
     """A source with a secret is refused in a message without it. Returns its form."""
-    from slmake.sources.syntax import parse
+    from slmake.sources.schemes import parse
 
     form, secret = rng.choice(SECRET_FORMS), "".join(rng.choices(string.ascii_letters + string.digits, k=24))
     name = rng.choice(SECRET_NAMES)
