@@ -50,6 +50,8 @@ def parity_table(parity: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for key, one in parity.items():
+        if key == "tokenizer":
+            continue
         after, _, before = key.partition("_vs_")
         lines.append(
             f"| {before} to {after} | {one['prompts']} | {one['kl_mean']:.4f} | {one['kl_max']:.4f} | "

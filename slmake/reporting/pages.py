@@ -162,6 +162,7 @@ def scores_page(metrics: dict) -> str:
                 f"{one['logit_diff_max']:.4f}",
             ]
             for key, one in metrics["parity"].items()
+            if key != "tokenizer"
         ]
         parts.append(html_table(head, rows))
     if metrics.get("drop"):
