@@ -9,8 +9,10 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # this file's own folder: no file of a package may take a module's place
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
@@ -74,8 +76,23 @@ class Exported:
             raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
-        turns = json.dumps(_messages(arguments[0]))
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        chat = self.form.get("chat", {})
+        text = self.tokenizer.apply_chat_template(
+            json.dumps(_messages(arguments[0])), template_str=self._template(chat), add_generation_prompt=True
+        )
+        return text + chat.get("answer_prefix", "")
+
+    def _template(self, chat: dict) -> str | None:
+        """The chat template with the options and the date of training; None for the template as it is."""
+        file = self.folder / "chat_template.jinja"
+        if not chat or not file.exists():
+            return None
+        options = "".join(
+            f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in chat["template_kwargs"].items()
+        )
+        day, today = date.fromisoformat(chat["date"]), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+        template = re.sub(today, lambda call: json.dumps(day.strftime(call[2])), file.read_text(encoding="utf-8"))
+        return options + template.replace("strftime_now is defined", "true")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as in training: normalized, behind the begin token, cut at its start if it is too long."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slmake import outputs
 from slmake.errors import UserError
-from slmake.sources.syntax import PICKLES, pickle_advice
+from slmake.sources.pickles import PICKLES, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")  # in a tensor's name: a part of a decoder layer

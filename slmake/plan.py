@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slmake.code_inputs import code
 from slmake.params import Params, as_json
-from slmake.sources.syntax import is_remote, local_path, parse
+from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
 FIGURES = [  # of the report: file, category, title
@@ -40,7 +40,7 @@ class Plan:
         self.onnx = f"build/onnx-{params.quantize.precision}"
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
         self.model_source = self._local_model()
-        self.data = [local_path(source) for source in params.prepare.files.values() if not is_remote(source)]
+        self.data = [source.path for source in map(parse, params.prepare.files.values()) if not source.remote]
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         self.search = params.quantize.search if "quantize" in self.stages else None

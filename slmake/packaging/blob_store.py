@@ -8,7 +8,7 @@ from pathlib import Path
 from slmake import cli, outputs
 from slmake.errors import UserError
 from slmake.sources import blob, download
-from slmake.sources.syntax import Source
+from slmake.sources.blob import AzureBlob
 
 POINTER = "latest.json"
 MANIFEST = "manifest.json"  # beside the model's files, the same but for `previous`
@@ -18,7 +18,7 @@ RACES = 20  # how often the pointer may move under our hands
 class Store:
     """A prefix in a container."""
 
-    def __init__(self, place: Source):
+    def __init__(self, place: AzureBlob):
         self.place = place
         self.fs = blob.filesystem(place.account)
         self.url = f"az://{place.name}/{place.path}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
+from slmake.params.base import Model, Section
 
 # Figures that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
 SHARES = ("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement")
@@ -28,9 +28,7 @@ class Gate(Section):
         description="A figure of results/metrics.json or results/benchmark.json, such as `accuracy`, `per_class.joy.recall`, `kl_mean` or "
         "`latency_ms_p95` (docs/quality.md lists them)."
     )
-    model: Literal["last", "base", "adapter", "merged", "onnx"] = Field(
-        "last", description="Whose figure; `last` is the last model built."
-    )
+    model: Literal["last"] | Model = Field("last", description="Whose figure; `last` is the last model built.")
     minimum: float | None = Field(None, ge=0, description="The figure must be at least this.")
     maximum: float | None = Field(None, ge=0, description="The figure must be at most this.")
     maximum_drop: float | None = Field(

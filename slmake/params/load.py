@@ -7,13 +7,14 @@ part. The models of the sections are the single source of names, bounds, default
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from pydantic import Field, ValidationError
 
 from slmake.errors import UserError
 from slmake.params.all import All
-from slmake.params.base import Section
+from slmake.params.base import Model, Section
 from slmake.params.errors import Loader, lines
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
@@ -51,20 +52,43 @@ def between_sections(data: dict) -> list[str]:
         default = Params.model_fields[section].annotation.model_fields[field].default
         return given.get(field, default) if isinstance(given, dict) else default
 
-    found = []
+    mistakes = []
     if value("merge", "onto") == "dequantized" and value("finetune", "method") == "lora":
-        found.append("merge.onto: dequantized goes with finetune.method: qlora.")
+        mistakes.append("merge.onto: dequantized goes with finetune.method: qlora.")
     source = value("prepare", "source")
     eval_rows = (isinstance(source, dict) and source.get("eval")) or value("prepare", "eval_fraction") != 0
     if value("finetune", "early_stopping_patience") and not eval_rows:
-        found.append(
+        mistakes.append(
             "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
             "name a file in prepare.source.eval, or set early_stopping_patience to 0."
         )
     stages = value("all", "stages")
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
-        found.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
-    return found
+        mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
+    return mistakes
+
+
+def uncompared(checked: Params) -> list[str]:
+    """Gates on drops and ratios for which evaluate scores no model to compare with, one line each."""
+    stages = checked.all.stages
+    if "gates" not in stages:
+        return []
+    built = {"base": True, "adapter": "finetune" in stages, "merged": "merge" in stages, "onnx": "quantize" in stages}
+    scored = [model for model in get_args(Model) if model in checked.evaluate.models and built[model]]
+    mistakes = []
+    for name, gate in checked.gates.every().items():
+        judged = scored[-1] if gate.model == "last" and scored else gate.model
+        if gate.kind in ("minimum", "maximum") or gate.against == "published" or judged not in scored:
+            continue
+        earlier = [model for model in scored[: scored.index(judged)] if model != "adapter"]
+        if not earlier if gate.against == "previous" else gate.against not in earlier:
+            wanted = "merged" if built["merged"] and judged == "onnx" else "base"
+            other = wanted if gate.against == "previous" else gate.against
+            mistakes.append(
+                f"gates.{name}: it compares {judged} with an earlier model, and evaluate.models scores none such. Add {other} there, or take "
+                "the gate out."
+            )
+    return mistakes
 
 
 def load(path: str | Path = "params.yaml") -> Params:
@@ -89,14 +113,14 @@ def load(path: str | Path = "params.yaml") -> Params:
     if data is None:
         raise UserError(f"{path}: empty. Restore it with `git checkout {path}`.")
     if not isinstance(data, dict):
-        found = "a list" if isinstance(data, list) else "a single value"
-        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {found}.")
+        kind = "a list" if isinstance(data, list) else "a single value"
+        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {kind}.")
     checked, errors = None, []
     try:
         checked = Params.model_validate(data)
     except ValidationError as error:
         errors = lines(error.errors(), data, Params)
-    unique = list(dict.fromkeys(errors + between_sections(data)))
+    unique = list(dict.fromkeys(errors + between_sections(data) + (uncompared(checked) if checked else [])))
     if unique or checked is None:
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(

@@ -304,8 +304,8 @@ def hub_cache(tmp_path, base) -> Path:
 def from_hub(source: str, tmp_path: Path) -> subprocess.CompletedProcess:
     """`sources.hub.from_hub` in a fresh process, because huggingface_hub reads its settings at import; 12 s at most."""
     code = (
-        "import sys; from slmake.errors import UserError; from slmake.sources import hub, syntax\n"
-        "try: print(*hub.from_hub(syntax.parse(sys.argv[1]), ['*.json', '*.safetensors'], 'model'))\n"
+        "import sys; from slmake.errors import UserError; from slmake.sources import hub, schemes\n"
+        "try: print(*hub.from_hub(schemes.parse(sys.argv[1]), ['*.json', '*.safetensors'], 'model'))\n"
         "except UserError as error: sys.exit(str(error))"
     )
     environment = {**offline(tmp_path), "PYTHONPATH": str(ROOT)}

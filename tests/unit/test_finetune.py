@@ -521,7 +521,7 @@ def test_run_ended_by_sigterm_goes_on_and_gives_the_bytes_of_an_undisturbed_one(
     folder = tmp_path / "ended"
     code, messages = interrupt(folder, signal.SIGTERM, base, dataset, **ENDED)
     assert code == 130
-    assert "finetune: error: interrupted. Run the same command again to go on." in messages
+    assert "finetune: error: interrupted. Run the same command again to resume." in messages
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "params.yaml"]
     capsys.readouterr()
     tune(folder, base, dataset, **ENDED)

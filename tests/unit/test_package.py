@@ -182,7 +182,9 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
         for node in ast.walk(ast.parse((packed / "run.py").read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert imported == {*("json", "sys", "unicodedata", "collections", "pathlib", "onnxruntime_genai")}
+    assert imported == {
+        *("json", "re", "sys", "unicodedata", "collections", "datetime", "pathlib", "onnxruntime_genai")
+    }
 
 
 @pytest.mark.parametrize(

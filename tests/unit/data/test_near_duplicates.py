@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from slmake.data.near_duplicates import BANDS, band_keys, copies_of_held_out, jaccard, normalized, shingles
+from slmake.data.near_duplicates import BANDS, band_keys, copies_of_heldout, jaccard, normalized, shingles
 from slmake.data.store import Row, Store
 
 TRAIN, EVAL, TEST, LEFT_OUT = 0, 1, 2, -1
@@ -13,14 +13,14 @@ TRAIN, EVAL, TEST, LEFT_OUT = 0, 1, 2, -1
 
 @pytest.fixture
 def copies(tmp_path):
-    """copies_of_held_out over [(split, text), …], in that order."""
+    """copies_of_heldout over [(split, text), …], in that order."""
 
     def run(rows: list[tuple[int, str]], threshold: float = 0.8) -> list[tuple[int, int]]:
         with Store(tmp_path / "rows.sqlite", few_answers=50) as store:
             store.add(
                 Row(file="file", line=i, prompt=text, answer="answer", text=text) for i, (_, text) in enumerate(rows, 1)
             )
-            return copies_of_held_out(store, np.array([split for split, _ in rows], dtype=np.int8), threshold)
+            return copies_of_heldout(store, np.array([split for split, _ in rows], dtype=np.int8), threshold)
 
     return run
 
