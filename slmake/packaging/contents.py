@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from slmake import params
+from slmake import generation, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.packaging import card, checksums, provenance, sbom
@@ -47,7 +47,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
-    shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
+    shutil.copyfile(generation.__file__, folder / "run.py")
     shutil.copyfile(args.metrics, folder / "metrics.json")
     metrics = read_json(args.metrics, "test_rows")
     gates = [

@@ -14,8 +14,9 @@ from scripts import evaluate, prepare
 from slmake import cli, params, prompts
 from slmake.export import builder
 from slmake.scoring import metrics as metrics_module
-from slmake.scoring import onnx_runner, transformers_runner
+from slmake.scoring import onnx_runner
 from slmake.scoring.questions import Questions
+from slmake.scoring.transformers_runner import TransformersRunner
 
 TONES = ("sadness", "joy", "fear", "surprise")
 BENCHMARK = {"load_s", "score_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"}
@@ -326,7 +327,16 @@ def test_metrics_have_the_documented_fields_and_nothing_that_varies(scored, base
         assert metrics[name]["restricted_accuracy"] >= 0.9
         assert metrics[name]["macro_f1"] >= 0.9
         assert 1.0 < metrics[name]["answer_perplexity"] < 2
-    assert set(metrics["parity"]) == {"int4_vs_merged"}
+    assert set(metrics["parity"]) == {"int4_vs_merged", "tokenizer"}
+    agreement = metrics["parity"]["tokenizer"]
+    assert agreement == {
+        "rows": metrics["test_rows"],
+        "encode_differ": 0,
+        "decode_differ": 0,
+        "hard_texts": 20,
+        "hard_encode_differ": 1,
+        "hard_decode_differ": 1,  # NUL ends a text for the runtime
+    }
     parity = metrics["parity"]["int4_vs_merged"]
     assert parity["prompts"] == 64  # 24 test rows and 40 of eval and train
     assert 0 < parity["kl_mean"] < parity["kl_max"]
@@ -350,7 +360,7 @@ def test_label_choice_and_likelihoods_are_those_of_whole_sequences(base, dataset
             ]
         )
     with cli.job("test") as job:
-        run = transformers_runner.Transformers(base).ask(questions, 4, 5, 0, job, "base")
+        run = TransformersRunner(base, 5).ask(questions, 4, job, "base")
     assert run.choices == brute.argmax(axis=1).tolist()
     expected = [questions.form["labels"].index(label) for label in questions.expected]
     assert run.choices != expected
@@ -370,12 +380,12 @@ def test_both_runtimes_give_the_same_scores(tmp_path, base, taught, exported, da
     onnx = export(base, tmp_path / "random", "fp32") if model == "base" else exported["fp32"]
     questions = Questions(dataset, 16)
     with cli.job("test") as job:
-        one = transformers_runner.Transformers(folder).ask(questions, 4, 5, 4, job, "merged")
-        two = onnx_runner.ask_onnx(onnx, questions, 4, job, "fp32")
-    np.testing.assert_allclose(np.stack(one.logits), np.stack(two.logits), atol=2e-3)
-    np.testing.assert_allclose(one.answer_nll, two.answer_nll, atol=5e-3)
-    assert one.choices == two.choices
-    assert metrics_module.parity(np.stack(one.logits), np.stack(two.logits))["kl_max"] < 1e-4
+        torch_run = TransformersRunner(folder, 5, 4).ask(questions, 4, job, "merged")
+        onnx_run = onnx_runner.OnnxRunner(onnx).ask(questions, 4, job, "fp32")
+    np.testing.assert_allclose(np.stack(torch_run.logits), np.stack(onnx_run.logits), atol=2e-3)
+    np.testing.assert_allclose(torch_run.answer_nll, onnx_run.answer_nll, atol=5e-3)
+    assert torch_run.choices == onnx_run.choices
+    assert metrics_module.parity(np.stack(torch_run.logits), np.stack(onnx_run.logits))["kl_max"] < 1e-4
 
 
 def test_labels_that_share_their_first_tokens(tmp_path, base):
@@ -388,10 +398,10 @@ def test_labels_that_share_their_first_tokens(tmp_path, base):
     assert len(first) == 1
     onnx = export(base, tmp_path / "random", "fp32")
     with cli.job("test") as job:
-        one = transformers_runner.Transformers(base).ask(questions, 6, 32, 0, job, "base")
-        two = onnx_runner.ask_onnx(onnx, questions, 6, job, "fp32")
-    assert one.choices == two.choices
-    assert set(one.choices) <= {0, 1, 2}
+        torch_run = TransformersRunner(base, 32).ask(questions, 6, job, "base")
+        onnx_run = onnx_runner.OnnxRunner(onnx).ask(questions, 6, job, "fp32")
+    assert torch_run.choices == onnx_run.choices
+    assert set(torch_run.choices) <= {0, 1, 2}
 
 
 def test_adapter_is_scored_on_its_base_and_compared_with_merged(tmp_path, base, dataset):

@@ -1,4 +1,4 @@
-"""gptq: weights are placed where the outputs change least, and the exporter leaves them there."""
+"""gptq: rounding changes the outputs least, and the exporter keeps the weights."""
 
 import json
 
@@ -168,10 +168,10 @@ def test_what_the_exporter_wrote_is_compared(tmp_path, dataset):
     section = params.Quantize(**GPTQ)
     modules = gptq.in_four_bits(section, network)
     wanted = {f"{n}.weight": round_to_nearest(m.weight.detach(), 4, 32).numpy() for n, m in modules.items()}
-    gptq.check_placed(target, wanted)
+    gptq.check_weights(target, wanted)
     wanted["model.layers.1.mlp.up_proj.weight"] = wanted["model.layers.1.mlp.up_proj.weight"] * -1
-    with pytest.raises(UserError, match=r"moved \d+ weights of /model/layers.1/mlp/up_proj/MatMul from where GPTQ"):
-        gptq.check_placed(target, wanted)
+    with pytest.raises(UserError, match=r"changed \d+ of GPTQ's weights of /model/layers.1/mlp/up_proj/MatMul"):
+        gptq.check_weights(target, wanted)
 
 
 def refused(capsys, *arguments, **changes) -> str:
@@ -183,8 +183,8 @@ def refused(capsys, *arguments, **changes) -> str:
 
 def test_bad_input(tmp_path, base, dataset, capsys):
     assert "needs training prompts: give --dataset." in refused(capsys, tmp_path / "a", base, None)
-    nothing = refused(capsys, tmp_path / "b", base, dataset, int8_nodes=["*/attn/*", "*/mlp/*"])
-    assert "int8_nodes leaves none. Set it to none." in nothing
+    message = refused(capsys, tmp_path / "b", base, dataset, int8_nodes=["*/attn/*", "*/mlp/*"])
+    assert "with these int8_nodes no product has 4 bits. Set it to none." in message
     lost = refused(capsys, tmp_path / "c", base, tmp_path)
     assert f"{tmp_path / 'train.parquet'}: no such file." in lost
     assert not (tmp_path / "c" / "build").exists() or not list((tmp_path / "c" / "build").iterdir())
