@@ -113,8 +113,8 @@ rule rehearse:
         mem_mb=memory(4000, 2),
         runtime=60,
     params:
-        section=section_of("rehearse", "finetune", "merge", "quantize"),
-        code=digest_of("rehearse"),
+        section=section_of("rehearse"),
+        sources=digest_of("rehearse"),
         container=CONTAINER,
     shell:
         "python -m scripts.rehearse"

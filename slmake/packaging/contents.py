@@ -35,7 +35,7 @@ def copy_licences(files: list[str], target: Path) -> list[str]:
 
 def sections(everything: params.Params) -> dict[str, str]:
     """Every section that can change a package, as canonical JSON. The signing key's path changes nothing, and is nobody's business."""
-    names = [name for name in type(everything).model_fields if name not in ("all", "report", "publish")]
+    names = [name for name in type(everything).model_fields if name not in ("all", "rehearse", "report", "publish")]
     package = everything.package.model_copy(update={"signing_key": None})
     return {name: params.as_json(package if name == "package" else getattr(everything, name)) for name in names}
 
