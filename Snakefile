@@ -15,16 +15,6 @@ from slmake.platforms.slurm import memory
 include: "rules/common.smk"
 
 
-report: "report/workflow.rst"
-
-
-container: lambda wildcards: IMAGE  # a function, because there may be none
-
-
-localrules:
-    all,
-
-
 rule all:
     input:
         "build/base",
