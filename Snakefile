@@ -104,7 +104,7 @@ rule rehearse:
         runtime=60,
     params:
         section=section_of("rehearse"),
-        code=digest_of("rehearse"),
+        sources=digest_of("rehearse"),
         container=CONTAINER,
     shell:
         "python -m scripts.rehearse"

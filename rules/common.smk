@@ -10,6 +10,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
 from slmake import params
+from slmake.cli import PLANNED
 from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlink
@@ -35,9 +36,9 @@ atexit.register(remember)
 
 try:
     if workflow.is_main_process:
-        os.environ.pop(params.PLANNED, None)
+        os.environ.pop(PLANNED, None)
     PLAN = Plan(params.load("params.yaml"))
-    os.environ[params.PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
+    os.environ[PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from slmake.errors import UserError
 
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 # No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")

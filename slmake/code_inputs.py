@@ -54,8 +54,7 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
                 raise UserError(f"{name}: no such module in {root}.")
             continue
         seen[name] = file
-        package = name.rpartition(".")[0]
-        waiting += [f"{package}{other}" if other.startswith(".") else other for other in _facts(file)["imports"]]
+        waiting += _facts(file)["imports"]
     found = {path.relative_to(root).as_posix() for path in seen.values() if path.stat().st_size}
     own = seen[start].relative_to(root).as_posix()
     return [own, *sorted(found - {own})]
@@ -136,16 +135,12 @@ def _read(file: Path) -> dict:
             imports |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "with_name" and _is_text(node.args[0]):
-            name, _, suffix = node.args[0].value.rpartition(".")
-            if suffix == "py":  # a script beside this one that is copied, not imported
-                imports.add(f".{name}")
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
             body[0] = ast.Pass()
     return content | {
         "meaning": hashlib.sha256(ast.dump(tree).encode()).hexdigest(),
-        "imports": sorted(name for name in imports if name.split(".")[0] in ("", *PACKAGES)),
+        "imports": sorted(name for name in imports if name.split(".")[0] in PACKAGES),
     }
 
 

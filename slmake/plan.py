@@ -9,11 +9,12 @@ from slmake.params import Params, as_json
 from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
+WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change a package
 # Sections that a rule reads or names in what it writes, where it is not its own alone.
 SECTIONS = {
     "rehearse": ["rehearse", "finetune", "merge", "quantize"],
     "search": ["quantize", "evaluate", "gates"],
-    "package": [name for name in Params.model_fields if name not in ("all", "rehearse", "report", "publish")],
+    "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
     "report": ["report", "gates", "finetune", "quantize"],
 }
 FIGURES = [  # of the report: file, category, title
@@ -161,8 +162,7 @@ class Plan:
 
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""
-        outside = ("rehearse", "report", "publish")
-        rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in outside)]
+        rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in WITHOUT_PACKAGE)]
         rules += when(self.fetched_adapter, "adapter")
         rules += when(self.search, ["candidate", "search"])
         files = {file for rule in rules for file in code(rule)}

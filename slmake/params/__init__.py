@@ -10,7 +10,7 @@ from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
 from slmake.params.gates import FIGURES, PARITY, PER_CLASS, TIMINGS, Gate, Gates
-from slmake.params.load import PLANNED, Params, as_json, load, section, sums
+from slmake.params.load import Params, as_json, load, section, sums
 from slmake.params.merge import Merge
 from slmake.params.package import Package
 from slmake.params.prepare import Files, Message, Prepare
@@ -23,7 +23,6 @@ __all__ = [
     "FIGURES",
     "PARITY",
     "PER_CLASS",
-    "PLANNED",
     "RULES",
     "TIMINGS",
     "Adapter",

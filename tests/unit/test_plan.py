@@ -29,7 +29,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def rules(made: Plan) -> list[str]:
-    return ["fetch_model", "prepare", *made.stages]
+    return ["fetch_model", "prepare", *made.stages]  # without the rules of a search
 
 
 def digests(made: Plan) -> dict[str, str]:
@@ -163,7 +163,7 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         "prepare": {"gates"},  # rows that a gate cannot judge by: a warning
         "merge": {"finetune"},  # the adapter's own configuration decides
         "candidate": {"quantize", "evaluate"},  # Plan.candidate_section
-        "evaluate": {"quantize"},  # its precision names the model's folder, an input
+        "evaluate": {"quantize", "merge", "finetune"},  # how the models that it reads were made
     }
     assert names - {"all"} <= {*SECTIONS.get(rule, [rule]), *beside.get(rule, ())}
 
@@ -178,7 +178,7 @@ def test_a_package_is_of_every_section_that_its_provenance_names(plan):
     ("section", "fields", "expected"),
     [
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
-        ("finetune", {"learning_rate": 0.5}, {"finetune", "package", "report"}),
+        ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "package", "report"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
         ("report", {"wrong_answers": 1}, {"report"}),
         ("publish", {"url": "az://container/path"}, set()),
