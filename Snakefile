@@ -18,7 +18,7 @@ include: "rules/common.smk"
 report: "report/workflow.rst"
 
 
-container: IMAGE
+container: lambda wildcards: IMAGE  # a function, because there may be none
 
 
 localrules:
@@ -55,8 +55,7 @@ rule fetch_model:
         runtime=120,
     params:
         section=section_of("fetch_model"),
-        code=digest_of("fetch_model"),
-        source=digest(PLAN.model_source),
+        sources=digest_of("fetch_model"),
         container=CONTAINER,
     shell:
         "python -m scripts.fetch_model"
@@ -85,8 +84,7 @@ rule prepare:
         runtime=60,
     params:
         section=section_of("prepare"),
-        code=digest_of("prepare"),
-        data=digest(PLAN.data),
+        sources=digest_of("prepare"),
         container=CONTAINER,
     shell:
         "python -m scripts.prepare"
@@ -98,9 +96,40 @@ rule prepare:
         " --log {log}"
 
 
+rule rehearse:
+    input:
+        code=code_of("rehearse"),
+        base="build/base",
+        dataset="build/dataset",
+    output:
+        checks="results/rehearsal.json",
+        estimate="results/estimate.json",
+    log:
+        "logs/rehearse.log",
+    benchmark:
+        "benchmarks/rehearse.tsv"
+    threads: 2
+    resources:
+        mem_mb=memory(4000, 2),
+        runtime=60,
+    params:
+        section=section_of("rehearse", "finetune", "merge", "quantize"),
+        code=digest_of("rehearse"),
+        container=CONTAINER,
+    shell:
+        "python -m scripts.rehearse"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --dataset {input.dataset}"
+        " --output {output.checks}"
+        " --estimate {output.estimate}"
+        " --log {log}"
+
+
 rule finetune:
     input:
         code=code_of("finetune"),
+        rehearsal=when("rehearse" in STAGES, ancient("results/rehearsal.json")),
         base="build/base",
         dataset="build/dataset",
     output:
@@ -118,7 +147,7 @@ rule finetune:
         nproc_per_node="auto",  # processes that train together: one per GPU; a profile's set-resources may say a number
     params:
         section=section_of("finetune"),
-        code=digest_of("finetune"),
+        sources=digest_of("finetune"),
         container=CONTAINER,
     shell:
         "python -m scripts.finetune"
@@ -150,7 +179,7 @@ rule merge:
         runtime=60,
     params:
         section=section_of("merge"),
-        code=digest_of("merge"),
+        sources=digest_of("merge"),
         container=CONTAINER,
     shell:
         "python -m scripts.merge"
@@ -183,7 +212,7 @@ rule candidate:
         runtime=240,
     params:
         section=lambda wildcards: PLAN.candidate_section(wildcards.candidate),
-        code=digest_of("candidate"),
+        sources=digest_of("candidate"),
         container=CONTAINER,
         reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
     shell:
@@ -213,8 +242,8 @@ rule search:
         mem_mb=memory(1000),
         runtime=10,
     params:
-        section=section_of("quantize", "gates"),
-        code=digest_of("search"),
+        section=section_of("search"),
+        sources=digest_of("search"),
         container=CONTAINER,
     shell:
         "python -m scripts.search"
@@ -244,7 +273,7 @@ rule quantize:
         runtime=240,
     params:
         section=section_of("quantize"),
-        code=digest_of("quantize"),
+        sources=digest_of("quantize"),
         container=CONTAINER,
         dataset=when(PLAN.params.quantize.calibration == "gptq", "--dataset build/dataset"),
         search=when(PLAN.search, "--search results/search.json --candidates build/search"),
@@ -277,7 +306,7 @@ rule evaluate:
         runtime=240,
     params:
         section=section_of("evaluate"),
-        code=digest_of("evaluate"),
+        sources=digest_of("evaluate"),
         container=CONTAINER,
         models=" ".join(f"--{name} {folder}" for name, folder in PLAN.scored.items()),
     shell:
@@ -308,8 +337,7 @@ rule gates:
         runtime=10,
     params:
         section=section_of("gates"),
-        code=digest_of("gates"),
-        published=digest(PLAN.published_metrics),
+        sources=digest_of("gates"),
         container=CONTAINER,
     shell:
         "python -m scripts.gates"
@@ -344,8 +372,7 @@ rule package:
         runtime=30,
     params:
         section=section_of("package"),
-        code=digest_of("package"),
-        materials=digest(PLAN.named_in_package(), exact=True),
+        sources=digest_of("package"),
         container=CONTAINER,
         search=when(PLAN.search, "--search results/search.json"),
     shell:
@@ -385,9 +412,8 @@ rule report:
         mem_mb=memory(2000),
         runtime=30,
     params:
-        section=section_of("report", "gates"),
-        code=digest_of("report"),
-        published=digest(PLAN.published_metrics),
+        section=section_of("report"),
+        sources=digest_of("report"),
         container=CONTAINER,
         search=when(PLAN.search, "--search results/search.json"),
     shell:
@@ -421,7 +447,7 @@ rule publish:
         runtime=120,
     params:
         section=section_of("publish"),
-        code=digest_of("publish"),
+        sources=digest_of("publish"),
         container=CONTAINER,
         metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
     shell:

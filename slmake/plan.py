@@ -4,11 +4,17 @@ import functools
 import os
 from pathlib import Path
 
-from slmake.code_inputs import code
+from slmake.code_inputs import code, digest
 from slmake.params import Params, as_json
 from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
+# Sections that a rule reads or names in what it writes, where it is not its own alone.
+SECTIONS = {
+    "search": ["quantize", "evaluate", "gates"],
+    "package": [name for name in Params.model_fields if name not in ("all", "report", "publish")],
+    "report": ["report", "gates", "finetune", "quantize"],
+}
 FIGURES = [  # of the report: file, category, title
     ("overview.html", "1. Overview", "What was built from what"),
     ("scores.svg", "2. Quality", "Accuracy"),
@@ -75,7 +81,7 @@ class Plan:
         """What a candidate is built again for, as text."""
         from slmake.export.proposals import depends_on
 
-        return depends_on(self.params.quantize, candidate) + self.section("evaluate")
+        return depends_on(self.params.quantize, candidate) + as_json(self.params.evaluate)
 
     @functools.cached_property
     def scored(self) -> dict[str, str]:
@@ -108,6 +114,7 @@ class Plan:
         Snakemake by itself does not ask for a lost input while all outputs are there.
         """
         needed = {
+            "params.yaml: fetch_model.source": self.model_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
@@ -118,18 +125,31 @@ class Plan:
             for file in files:
                 if "{" in file or "}" in file:
                     return f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file."
-                if not os.path.isfile(file):  # noqa: PTH113 (False, where Path.is_file raises, for a name that is too long)
-                    kind = "a folder, not a file" if os.path.isdir(file) else "no such file"  # noqa: PTH112
+                folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
+                if not (os.path.isfile(file) or (folder and file in self.model_source)):  # noqa: PTH113
+                    kind = "a folder, not a file" if folder else "no such file"
                     return f"{name}: {file}: {kind}. Correct the name, or bring the file back."
         return None
 
-    def section(self, *names: str) -> str:
-        """Sections of params.yaml as text: a rule runs again when its own differ."""
-        return "".join(as_json(getattr(self.params, name)) for name in names)
+    def section(self, rule: str) -> str:
+        """A rule's sections of params.yaml as text: it runs again when they differ."""
+        return "".join(as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule]))
 
-    def named_in_package(self) -> list[str]:
-        """Files whose very bytes a package names or holds."""
-        return [*self.materials(), *self.params.package.license_files, *self.signing_key]
+    def digest(self, rule: str) -> str:
+        """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, by its very bytes."""
+        named = {
+            "fetch_model": self.model_source,
+            "prepare": self.data,
+            "gates": self.published_metrics,
+            "report": self.published_metrics,
+            "package": [*self.materials(), *self.params.package.license_files, *self.signing_key],
+        }
+        return digest([*code(rule), *LOCKS]) + digest(named.get(rule, []), exact=True)
+
+    def built_from(self, rule: str, output: str) -> set[str]:
+        """The params by which Snakemake knows that an output is of these parameters and files, as the Snakefile gives them to it."""
+        section = self.candidate_section(Path(output).name) if rule == "candidate" else self.section(rule)
+        return {section, self.digest(rule)}
 
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""

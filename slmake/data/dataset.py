@@ -61,7 +61,7 @@ class Preparation:
             answers, codes = store.answers(), store.answer_codes().copy()
         for path in set(contents.values()) - {file.path for file in files.values()}:
             path.unlink()
-        self._write_prompt(template, labels, tokenize.longest_answer)
+        self._write_prompt(template, labels, tokenize)
         per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
         return {
             "source": {name: file.record for name, file in files.items()},
@@ -121,14 +121,15 @@ class Preparation:
             writer.close()
         return writers
 
-    def _write_prompt(self, template: PromptTemplate, labels: list[str] | None, longest_answer: int) -> None:
+    def _write_prompt(self, template: PromptTemplate, labels: list[str] | None, tokenize: Tokenize) -> None:
         written = template.inference()
         chat = written.pop("chat", None)
         written |= {
             "end_token": self.tokenizer.eos_token,
             "end_token_id": self.tokenizer.eos_token_id,
             "labels": labels,
-            "longest_answer_tokens": longest_answer,
+            "longest_answer_tokens": tokenize.longest_answer,
+            **tokenize.inference(),
         }
         outputs.write_json(self.folder / "prompt.json", written | ({"chat": chat} if chat else {}))
 

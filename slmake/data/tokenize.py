@@ -1,5 +1,6 @@
 """From prompts and answers to token ids in Parquet files."""
 
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 BATCH = 2048  # rows in memory at a time
+DECOMPOSED = ("e\u0301", "\u00e9", "\ufb01")  # each Unicode normal form makes something else of these
 
 
 def truncate(prompt: list[int], answer: list[int], limit: int, begin: int | None) -> list[int]:
@@ -61,6 +63,30 @@ class Tokenize:
                 f"prepare.max_seq_len: {limit} tokens cut off an answer; raise it.\n" + "\n".join(cut[:SHOWN]) + more
             )
         return pairs
+
+    def inference(self) -> dict:
+        """What the runtime must do to a prompt to read the tokens of training, for prompt.json: only what this tokenizer does.
+
+        `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; a prompt keeps its last
+        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts.
+        """
+        rules: dict = {}
+        begin = self._encode([""], self.special_tokens)[0]
+        if self.special_tokens and begin[-1:] == [self.tokenizer.eos_token_id]:
+            begin = begin[:-1]
+        if begin:
+            rules["begin_token_ids"] = begin
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        normalizer = backend.normalizer if backend else None
+        normalized = [normalizer.normalize_str(text) for text in DECOMPOSED] if normalizer else list(DECOMPOSED)
+        for form in ("NFC", "NFD", "NFKC", "NFKD"):
+            expected = [unicodedata.normalize(form, text) for text in DECOMPOSED]
+            if normalized == expected != list(DECOMPOSED):
+                rules["normalization"] = form
+        if self.truncated:
+            rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
+            rules["kept_token_id"] = self.tokenizer.bos_token_id
+        return rules
 
 
 class Writer:

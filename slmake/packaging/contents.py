@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from slmake import params
+from slmake import generation, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.packaging import card, checksums, provenance, sbom
@@ -44,14 +44,14 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     """Fill `folder`; returns the facts that card and bill of materials tell."""
     section = everything.package
     for path in sorted(args.model.iterdir()):
-        if path.is_file() and not path.name.startswith(".snakemake"):
+        if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
-    shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
+    shutil.copyfile(generation.__file__, folder / "run.py")
     shutil.copyfile(args.metrics, folder / "metrics.json")
     metrics = read_json(args.metrics, "test_rows")
     gates = [
-        one for one in read_json(args.gates, "gates")["gates"] if one["metric"] not in params.TIMINGS
+        gate for gate in read_json(args.gates, "gates")["gates"] if gate["metric"] not in params.TIMINGS
     ]  # they differ from run to run
     models = [name for name in MODELS if name in metrics]
     search = read_json(args.search) if args.search else None

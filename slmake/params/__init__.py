@@ -9,18 +9,20 @@ from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
 from slmake.params.gates import FIGURES, PARITY, PER_CLASS, TIMINGS, Gate, Gates
-from slmake.params.load import Params, as_json, load, section
+from slmake.params.load import PLANNED, Params, as_json, load, section, sums
 from slmake.params.merge import Merge
 from slmake.params.package import Package
 from slmake.params.prepare import Files, Message, Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize, Search
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 __all__ = [
     "FIGURES",
     "PARITY",
     "PER_CLASS",
+    "PLANNED",
     "RULES",
     "TIMINGS",
     "All",
@@ -37,10 +39,12 @@ __all__ = [
     "Prepare",
     "Publish",
     "Quantize",
+    "Rehearse",
     "Report",
     "Search",
     "Section",
     "as_json",
     "load",
     "section",
+    "sums",
 ]

@@ -5,7 +5,9 @@ part. The models of the sections are the single source of names, bounds, default
 (docs/params.schema.json) and the reference page (docs/params.md) are generated from them (slmake/params/docs.py).
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +27,10 @@ from slmake.params.package import Package
 from slmake.params.prepare import Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
+
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
 
 
 class Params(Section):
@@ -34,6 +39,7 @@ class Params(Section):
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
     prepare: Prepare
+    rehearse: Rehearse = Field(default_factory=Rehearse)
     finetune: Finetune = Field(default_factory=Finetune)
     merge: Merge = Field(default_factory=Merge)
     quantize: Quantize = Field(default_factory=Quantize)
@@ -95,7 +101,8 @@ def load(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml.
 
     Raises:
-        UserError: the file is missing, is not YAML, or breaks the schema; every broken field is named at once.
+        UserError: the file is missing, is not YAML, or breaks the schema (every broken field is named at once); or this is a rule
+            of a build that was planned with other values.
     """
     path = Path(path)
     try:
@@ -126,7 +133,22 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise UserError(
             f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
         )
+    if PLANNED in os.environ:
+        planned, now = json.loads(os.environ[PLANNED]), sums(checked)
+        if changed := [name for name in now if now[name] != planned.get(name)]:
+            raise UserError(
+                f"{path}: {', '.join(changed)} changed after this build was planned, so it stops: what was built so far is of the "
+                "former values. Run the same command again: it builds what the file asks for now."
+            )
     return checked
+
+
+def sums(everything: Params) -> dict[str, str]:
+    """A short SHA-256 of every section, by name."""
+    return {
+        name: hashlib.sha256(as_json(getattr(everything, name)).encode()).hexdigest()[:16]
+        for name in type(everything).model_fields
+    }
 
 
 def section(path: str | Path, name: str) -> Section:

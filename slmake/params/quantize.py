@@ -45,12 +45,15 @@ class Quantize(Section):
     """Options of the ONNX Runtime GenAI model builder, under the names that builder reads today."""
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = Field("int4", description="Precision of the exported weights.")
-    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = Field("cpu", description="Where the model will run.")
+    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = Field(
+        "cpu",
+        description="Where the model will run. It is exported and checked on any machine, on the CPU where the target is not available.",
+    )
     algo_config: Algorithm = Field("k_quant", description="int4: quantization algorithm.")
     calibration: Calibration = Field(
         "none",
-        description="int4: `gptq` places the 4-bit weights so that the outputs on training prompts change least (Frantar et al. 2022, "
-        "arXiv:2210.17323), then lets the builder round to nearest. Needs algo_config rtn, is_symmetric true.",
+        description="int4: `gptq` chooses the 4-bit weights that change the outputs on training prompts least (Frantar et al. 2022, "
+        "arXiv:2210.17323), then the builder rounds to nearest. Needs algo_config rtn, is_symmetric true.",
     )
     calibration_rows: int = Field(256, ge=1, le=1_000_000, description="gptq: training rows to run.")
     block_size: BlockSize = Field(32, description="int4 and int8: weights that share one scale.")
@@ -108,7 +111,8 @@ class Quantize(Section):
                     "matmul_mixed_precision with algo_config `default` writes a model that ONNX Runtime refuses to load: "
                     "use k_quant or rtn, or set matmul_mixed_precision to null"
                 )
-        allowed = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "fp32"), "dml": ("int4", "fp16")}
+        # Not fp32 for cuda: the builder writes a graph that ONNX Runtime refuses (no output present.0.key).
+        allowed = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16"), "dml": ("int4", "fp16")}
         allowed["webgpu"] = ("int4", "int8")
         if self.precision not in allowed[self.execution_provider]:
             raise ValueError(
