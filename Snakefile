@@ -15,16 +15,6 @@ from slmake.platforms.slurm import memory
 include: "rules/common.smk"
 
 
-report: "report/workflow.rst"
-
-
-container: lambda wildcards: IMAGE  # a function, because there may be none
-
-
-localrules:
-    all,
-
-
 rule all:
     input:
         "build/base",
@@ -113,7 +103,7 @@ rule rehearse:
         mem_mb=memory(4000, 2),
         runtime=60,
     params:
-        section=section_of("rehearse", "finetune", "merge", "quantize"),
+        section=section_of("rehearse"),
         code=digest_of("rehearse"),
         container=CONTAINER,
     shell:

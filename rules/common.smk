@@ -71,11 +71,19 @@ def section_of(rule):
     return lambda wildcards: PLAN.section(rule)
 
 
+report: "../report/workflow.rst"
+
+
+container: lambda wildcards: IMAGE  # a function, because there may be none
+
+
+localrules:
+    all,
+
+
 mark = report  # at the start of a line Snakemake would take `report` for a keyword
 FIGURES = [
-    mark(
-        f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title}
-    )
+    mark(f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title})
     for file, category, title in PLAN.figures
 ]
 

@@ -5,8 +5,8 @@
 
 Reads the base model's configuration and tokenizer, params.yaml and the first training rows. The twin has the same architecture,
 vocabulary, head size, norms and rotary style, but few layers and heads, and random weights from a seed. It is trained, merged and
-exported as params.yaml asks for; the export's logits are compared with those of transformers. Writes the checks with their figures,
-and the estimate of memory, time and disk. What fails here would fail after hours of training.
+exported as params.yaml asks for; the export's logits are compared with those of transformers. Writes which checks passed, their
+figures, and the estimate of memory, time and disk. What fails here would fail after hours of training.
 """
 
 import json
@@ -101,8 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the base model's folder")
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the checks")
-    parser.add_argument("--estimate", type=Path, required=True, help="JSON file for the estimate")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the checks that passed")
+    parser.add_argument(
+        "--estimate", type=Path, required=True, help="JSON file for the checks' figures and the estimate"
+    )
     args = parser.parse_args(argv)
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
@@ -110,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         outputs.remove(scratch)
         try:
             with outputs.written(files=[args.output, args.estimate]) as (checks_file, estimate_file):
-                outputs.write_json(checks_file, rehearse(everything, args.base, args.dataset, scratch, job))
+                checks = rehearse(everything, args.base, args.dataset, scratch, job)
+                outputs.write_json(checks_file, {"passed": list(checks)})  # no figures: finetune depends on this file
                 needs = estimate.estimate(everything, args.base, args.dataset, scratch, job)
                 section = everything.rehearse
                 memory = (section.memory_gb or 0) * 1e9 or estimate.available_memory()
@@ -118,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
                 outputs.write_json(
                     estimate_file,
                     {
+                        "checks": checks,
                         "stages": {stage: need._asdict() for stage, need in needs.items()},
                         "memory": memory,
                         "disk": disk,

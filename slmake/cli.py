@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slmake.errors import UserError
-from slmake.params import PLANNED
 
 # No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,6 +25,8 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
 
 
 def parser(module_doc: str) -> argparse.ArgumentParser:

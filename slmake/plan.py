@@ -11,8 +11,9 @@ from slmake.sources.schemes import parse
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
 # Sections that a rule reads or names in what it writes, where it is not its own alone.
 SECTIONS = {
+    "rehearse": ["rehearse", "finetune", "merge", "quantize"],
     "search": ["quantize", "evaluate", "gates"],
-    "package": [name for name in Params.model_fields if name not in ("all", "report", "publish")],
+    "package": [name for name in Params.model_fields if name not in ("all", "rehearse", "report", "publish")],
     "report": ["report", "gates", "finetune", "quantize"],
 }
 FIGURES = [  # of the report: file, category, title

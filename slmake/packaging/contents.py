@@ -8,6 +8,7 @@ from slmake import generation, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.packaging import card, checksums, provenance, sbom
+from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
 from slmake.scoring.judge import MODELS, table
 
@@ -35,9 +36,11 @@ def copy_licences(files: list[str], target: Path) -> list[str]:
 
 def sections(everything: params.Params) -> dict[str, str]:
     """Every section that can change a package, as canonical JSON. The signing key's path changes nothing, and is nobody's business."""
-    names = [name for name in type(everything).model_fields if name not in ("all", "report", "publish")]
     package = everything.package.model_copy(update={"signing_key": None})
-    return {name: params.as_json(package if name == "package" else getattr(everything, name)) for name in names}
+    return {
+        name: params.as_json(package if name == "package" else getattr(everything, name))
+        for name in SECTIONS["package"]
+    }
 
 
 def pack(everything: params.Params, args, folder: Path) -> dict:

@@ -14,6 +14,7 @@ from typing import get_args
 import yaml
 from pydantic import Field, ValidationError
 
+from slmake.cli import PLANNED
 from slmake.errors import UserError
 from slmake.params.all import All
 from slmake.params.base import Model, Section
@@ -29,8 +30,6 @@ from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize
 from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
-
-PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
 
 
 class Params(Section):

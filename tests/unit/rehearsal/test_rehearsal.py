@@ -96,7 +96,9 @@ def rehearse(tmp_path, base, dataset, **sections):
 
 
 def test_the_chain_runs_on_the_twin(tmp_path, base, dataset, capsys):
-    checks, needs = rehearse(tmp_path, base, dataset)
+    passed, needs = rehearse(tmp_path, base, dataset)
+    checks = needs["checks"]
+    assert passed == {"passed": ["finetune", "merge", "export"]}
     differences = checks["export"]["fp32_difference_by_prompt_tokens"]
     assert set(differences) == {"8", "40"}
     assert max(differences.values()) < 1e-4
