@@ -16,7 +16,7 @@ SECTIONS = {
     "rehearse": ["rehearse", "finetune", "merge", "quantize"],
     "search": ["quantize", "evaluate", "gates"],
     "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
-    "report": ["report", "gates", "finetune", "quantize"],
+    "report": ["report", "gates", "finetune", "adapter", "quantize"],
 }
 FIGURES = [  # of the report: file, category, title
     ("overview.html", "1. Overview", "What was built from what"),

@@ -33,7 +33,8 @@ def test_it_is_merged_exported_scored_and_packaged(project, base):
     pair = load_file(project / "data" / "adapter" / "adapter_model.safetensors")
     b, a = (pair[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "BA")
     assert torch.equal(merged[name], before[name] + (b @ a) * (8 / 4**0.5))  # alpha 8, rank 4, rank-stabilized
-    assert (project / "build" / "package" / "run.py").is_file()
+    assert "- Adapter, made elsewhere: `data/adapter`." in (project / "build" / "package" / "README.md").read_text()
+    assert "data/adapter" in (project / "build" / "report" / "overview.html").read_text()
     assert json.loads((project / "results" / "adapter.json").read_text())["source"] == "data/adapter"
     # It is an input like the data: by content.
     assert planned(project) == set()
