@@ -21,7 +21,7 @@ from slmake.errors import UserError
 from slmake.olive import reader
 from slmake.olive.models import BRANCH
 from slmake.params.errors import Loader
-from slmake.sources.syntax import parse
+from slmake.sources.schemes import parse
 from tools.pin import pinned
 
 

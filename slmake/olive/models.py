@@ -136,7 +136,7 @@ def pin(reader, field: str, text: str) -> None:
 
 
 def resource(reader, field: str, value: object) -> str | None:
-    """A resource path as text that sources/syntax.py or azureml/settings.yaml knows; None if it is reported already."""
+    """A resource path as text that sources/schemes.py or azureml/settings.yaml knows; None if it is reported already."""
     if isinstance(value, str):
         if value.lower().endswith(".gguf") or not reader.blank(field, value):
             return value

@@ -146,9 +146,10 @@ class Reader:
 
 
 def as_yaml(sections: dict) -> str:
-    """params.yaml with the sections found; what is not named has its default (docs/params.md)."""
+    """params.yaml with every section, because DVC looks each of them up; fields that are not named have their defaults."""
     head = "# Imported from Olive. Fields that are not here have their defaults: docs/params.md.\n"
-    return head + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
+    whole = sections | {name: {} for name in Params.model_fields if name not in sections}
+    return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def settings_text(settings: dict) -> str:

@@ -74,6 +74,8 @@ def parity_table(parity: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for key, distance in parity.items():
+        if key == "tokenizer":
+            continue
         after, _, before = key.partition("_vs_")
         lines.append(
             f"| {before} to {after} | {distance['prompts']} | {distance['kl_mean']:.4f} | {distance['kl_max']:.4f} | "
@@ -133,6 +135,8 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
     lines.append(
         f"- Base model: {code_span(base['source'])}" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
     )
+    if facts["adapter"]:
+        lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter'])}.")
     for split, source in dataset["source"].items():
         lines.append(
             f"- Data ({split}): {code_span(source['source'])}"
