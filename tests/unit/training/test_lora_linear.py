@@ -246,6 +246,7 @@ def test_variants_of_lora_keep_pefts_forward(config, trained):
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     expected = gradients(peft, x)
     assert lora_linear.fuse(peft, True, True) == 0
+    assert qat.QuantizationAware(peft, 32, "all-linear", 1.0, 42).layers == {}
     found = gradients(peft, x)
     for name, value in before.items():
         assert torch.equal(parameters[name], value), name
