@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench import document, measure, results
 
-NAMES = ("finetune", "instruction", "job", "nothing", "merge", "quantize", "prepare", "inference", "growth")
+NAMES = ("finetune", "instruction", "job", "noop", "merge", "quantize", "prepare", "inference", "growth")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         measure.say(f"{name} begins")
         machine = measure.machine()
         try:
-            found = modules[name].bench(args)
+            result = modules[name].bench(args)
         except measure.BenchError as error:
             print(f"bench: {name}: error: {error}", file=sys.stderr)
             failed.append(name)
             continue
-        found = {"bench": name, "machine": machine, "versions": measure.versions(), **found}
-        results.save(measure.SCRATCH / f"{name}.json", found)
+        result = {"bench": name, "machine": machine, "versions": measure.versions(), **result}
+        results.save(measure.SCRATCH / f"{name}.json", result)
     print(document.write(list(NAMES), measure.SCRATCH, args.document))
     if failed:
         print(f"bench: failed: {', '.join(failed)}. The messages are above.", file=sys.stderr)

@@ -61,8 +61,8 @@ def where(result: dict) -> str:
     first = f"{machine['when']}, {machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}."
     named = {"ours": "Ours", "peers": "Peers"}
     second = " ".join(
-        f"{named[side]}: {', '.join(f'{name} {version}' for name, version in found.items())}."
-        for side, found in versions.items()
+        f"{named[side]}: {', '.join(f'{name} {version}' for name, version in packages.items())}."
+        for side, packages in versions.items()
     )
     return f"{first}\n{second}"
 
@@ -102,12 +102,12 @@ def plot(results: dict[str, dict], folder: Path, number: int) -> list[str]:
     from matplotlib import markers, pyplot, ticker
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    files = []
 
     def keep(figure, name: str) -> None:
         figure.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
         pyplot.close(figure)
-        made.append(name)
+        files.append(name)
 
     lines = [
         line
@@ -144,13 +144,13 @@ def plot(results: dict[str, dict], folder: Path, number: int) -> list[str]:
         for name, curve in curves.items():
             first = curve["sizes"][0]
             axes.plot(
-                [one / first for one in curve["sizes"]], curve["seconds"], "o-", label=f"{name}, by {curve['unit']}"
+                [size / first for size in curve["sizes"]], curve["seconds"], "o-", label=f"{name}, by {curve['unit']}"
             )
         axes.set(xscale="log", yscale="log", xlabel="size over the smallest", ylabel="seconds")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         keep(figure, f"growth-{number}.svg")
-    return made
+    return files
 
 
 def gather(names: Iterable[str], kept: Path, committed: Path) -> dict[str, dict[str, dict]]:
@@ -164,9 +164,11 @@ def gather(names: Iterable[str], kept: Path, committed: Path) -> dict[str, dict[
         The machine that measured last comes first; its benchmarks stand in the order of `names`.
     """
     names = list(names)
-    found: dict[str, dict[str, dict]] = json.loads(committed.read_text(encoding="utf-8")) if committed.exists() else {}
+    machines: dict[str, dict[str, dict]] = (
+        json.loads(committed.read_text(encoding="utf-8")) if committed.exists() else {}
+    )
     for name, result in load(kept, names).items():
-        of_machine = found.setdefault(label(result["machine"]), {})
+        of_machine = machines.setdefault(label(result["machine"]), {})
         if name not in of_machine or of_machine[name]["machine"]["when"] <= result["machine"]["when"]:
             of_machine[name] = {key: result[key] for key in SHOWN if key in result}
 
@@ -175,7 +177,7 @@ def gather(names: Iterable[str], kept: Path, committed: Path) -> dict[str, dict[
 
     return {
         machine: {name: results[name] for name in names if name in results}
-        for machine, results in sorted(found.items(), key=lambda pair: last(pair[1]), reverse=True)
+        for machine, results in sorted(machines.items(), key=lambda pair: last(pair[1]), reverse=True)
     }
 
 
@@ -200,9 +202,9 @@ def write(names: list[str], kept: Path, document: Path) -> str:
     beside.mkdir(parents=True, exist_ok=True)
     for old in beside.glob("*.svg"):
         old.unlink()
-    pages = [markdown(name, found, plot(found, beside, i)) for i, (name, found) in enumerate(results.items(), 1)]
-    shown = [*pages, explained(name for name in names if any(name in found for found in results.values()))]
+    pages = [markdown(name, benches, plot(benches, beside, i)) for i, (name, benches) in enumerate(results.items(), 1)]
+    shown = [*pages, explained(name for name in names if any(name in benches for benches in results.values()))]
     generated = "\n\n".join(shown if pages else ["Nothing has been measured yet."])
     document.write_text(f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}", encoding="utf-8")
     (beside / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return "\n\n".join(f"{name}\n\n{bars_table(found)}" for name, found in results.items())
+    return "\n\n".join(f"{name}\n\n{bars_table(benches)}" for name, benches in results.items())

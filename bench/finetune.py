@@ -34,7 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def hyper_parameters(steps: int, dtype: str) -> dict:
-    """What the peers are told: the section finetune of params.yaml in their words."""
+    """The section finetune of params.yaml as the peers' options."""
     import torch
     import yaml
 
@@ -95,11 +95,11 @@ def ours(params: Path, base: Path, dataset: Path, work: Path) -> dict:
     arguments = ["--params", params, "--base", base, "--dataset", dataset, "--output", work / "adapter"]
     arguments += ["--train-loss", work / "train.csv", "--eval-loss", work / "eval.csv"]
     took = measure.script("finetune", *arguments, "--checkpoints", work / "checkpoints")
-    found = re.search(r"(\d+(?:\.\d+)?) tokens/s", took.output.splitlines()[-1])
-    if not found:
+    rate = re.search(r"(\d+(?:\.\d+)?) tokens/s", took.output.splitlines()[-1])
+    if not rate:
         raise BenchError(f"finetune: no tokens/s in its last line: {took.output[-500:]}")
     return {
-        "tokens_per_s": float(found[1]),
+        "tokens_per_s": float(rate[1]),
         "wall_s": took.wall,
         "peak_bytes": took.peak,
         "adapter": str(work / "adapter"),
@@ -110,13 +110,13 @@ def ours(params: Path, base: Path, dataset: Path, work: Path) -> dict:
 def theirs(name: str, base: Path, rows: Path, hyper: Path, work: Path) -> dict:
     """One run of a peer."""
     measure.fresh(work)
-    found, took = measure.peer(MODULES[name], "--base", base, "--rows", rows, "--hyper", hyper, "--output", work)
+    report, took = measure.peer(MODULES[name], "--base", base, "--rows", rows, "--hyper", hyper, "--output", work)
     return {
-        "tokens_per_s": found["tokens"] / found["seconds"],
-        "tokens_per_row": found["tokens"] / found["rows"],
+        "tokens_per_s": report["tokens"] / report["seconds"],
+        "tokens_per_row": report["tokens"] / report["rows"],
         "wall_s": took.wall,
         "peak_bytes": took.peak,
-        "adapter": found.get("folder", str(work / "adapter")),
+        "adapter": report.get("folder", str(work / "adapter")),
     }
 
 
@@ -132,7 +132,7 @@ def count_work(params: Path, dataset: Path) -> dict:
     data = data_module.Data(dataset / "train.parquet")
     schedule = schedule_module.Schedule(section(params, "finetune"), data.lengths)
     chosen = [rows for step in range(schedule.steps) for rows in schedule.batches(step)]
-    layouts = [shared_prefix.Layout([data.row(one) for one in rows], torch.device("cpu")) for rows in chosen]
+    layouts = [shared_prefix.Layout([data.row(index) for index in rows], torch.device("cpu")) for rows in chosen]
     every = np.concatenate(chosen)
     return {
         "tokens": int(data.real[every].sum()),
@@ -161,48 +161,48 @@ def bench(args: argparse.Namespace) -> dict:
 
     def limit(_):
         step = ["--rows", rows, "--labels", labels]
-        found, _ = measure.runner("flops", "--base", base, "--rank", hyper["r"], *step, "--dtype", dtype)
-        return found
+        report, _ = measure.runner("flops", "--base", base, "--rank", hyper["r"], *step, "--dtype", dtype)
+        return report
 
     contenders = {"limit": limit, "ours": lambda number: ours(params, base, data, work / f"ours-{number}")}
     for name in args.peers:
         contenders[name] = lambda number, name=name: theirs(
             name, base, work / "rows.jsonl", work / "hyper.json", work / f"{name}-{number}"
         )
-    runs = measure.in_turn(args.rounds, **contenders)
+    runs = measure.interleaved(args.rounds, **contenders)
     scored = ["ours", *args.peers]
-    found, _ = measure.runner(
+    report, _ = measure.runner(
         "loss", "--base", base, "--dataset", dataset, "--adapters", *[runs[name][0]["adapter"] for name in scored]
     )
-    losses = dict(zip(scored, found["losses"], strict=True))
-    speed = {name: [one["tokens_per_s"] for one in runs[name]] for name in scored}
+    losses = dict(zip(scored, report["losses"], strict=True))
+    speed = {name: [run["tokens_per_s"] for run in runs[name]] for name in scored}
     bars = []
     for name, wanted in (("olive", 2.5), ("trl", 1.5), ("trainer", None)):
         if name in speed:
             label = f"finetune: tokens/s over {SHOWN[name]}"
             bars.append(bar(label, ratios(speed["ours"], speed[name]), at_least=wanted))
-    work_done = [one * per_token for one in speed["ours"]]
+    work_done = [rate * per_token for rate in speed["ours"]]
     bars.append(
         bar(
             f"finetune: share of a large {dtype} product's rate",
-            ratios(work_done, [one["square"] for one in runs["limit"]]),
+            ratios(work_done, [run["square"] for run in runs["limit"]]),
             at_least=0.6,
         )
     )
     bars.append(
         bar(
             "finetune: share of the step's own products' rate",
-            ratios(work_done, [one["shapes"] for one in runs["limit"]]),
+            ratios(work_done, [run["shapes"] for run in runs["limit"]]),
         )
     )
     if "trl" in losses:
         bars.append(bar("finetune: loss on test answers over TRL's", [losses["ours"] / losses["trl"]], at_most=1.1))
-    same = len({one["sha256"] for one in runs["ours"]}) == 1
+    same = len({run["sha256"] for run in runs["ours"]}) == 1
     middle = {name: statistics.median(values) for name, values in speed.items()}
     rates = runs["limit"][0]
     table = [["", "tokens/s (median)", "wall s", "peak memory, MB", "loss on test answers"]]
     for name in scored:
-        wall, peak = (statistics.median(one[key] for one in runs[name]) for key in ("wall_s", "peak_bytes"))
+        wall, peak = (statistics.median(run[key] for run in runs[name]) for key in ("wall_s", "peak_bytes"))
         table.append([name, f"{middle[name]:.0f}", f"{wall:.0f}", f"{peak / 1e6:.0f}", f"{losses[name]:.3f}"])
     count = len(work_of["lengths"])
     parts = ", ".join(f"{key} {value / work_of['tokens'] / 1e6:.0f}" for key, value in flop.items())

@@ -45,7 +45,7 @@ def dag(counts: list[int], optuna: bool) -> dict:
         "LICENSE",
     ):
         (work / name).symlink_to(ROOT / name)
-    found: dict = {"sizes": counts, "seconds": [], "megabytes": []}
+    curve: dict = {"sizes": counts, "seconds": [], "megabytes": []}
     for count in counts:
         # Each pattern fits the nodes of some layers: as many different candidates as wanted.
         lists = [[f"*/layers.{number}/*"] for number in range(count)]
@@ -54,10 +54,10 @@ def dag(counts: list[int], optuna: bool) -> dict:
             search["block_size"] = [16, 32]  # more combinations than the budget
         measure.params(work / "params.yaml", quantize={"search": search})
         took = measure.run([sys.executable, "-m", "snakemake", "-n", "--quiet", "all"], work)
-        found["seconds"].append(took.wall)
-        found["megabytes"].append(took.peak / 1e6)
+        curve["seconds"].append(took.wall)
+        curve["megabytes"].append(took.peak / 1e6)
     shutil.rmtree(work)
-    return found
+    return curve
 
 
 def dataset_of(length: int, tokens: int, vocabulary: int, target: Path, source: Path) -> Path:
@@ -77,7 +77,7 @@ def dataset_of(length: int, tokens: int, vocabulary: int, target: Path, source: 
             "prompt": pyarrow.array([""] * count, pyarrow.string()),
             "answer": pyarrow.array([""] * count, pyarrow.string()),
             "input_ids": pyarrow.array(ids, pyarrow.list_(pyarrow.int32())),
-            "labels": pyarrow.array([[-100] * (length - 3) + one[-3:] for one in ids], pyarrow.list_(pyarrow.int32())),
+            "labels": pyarrow.array([[-100] * (length - 3) + row[-3:] for row in ids], pyarrow.list_(pyarrow.int32())),
             "attention_mask": pyarrow.array([[1] * length for _ in ids], pyarrow.list_(pyarrow.int8())),
         }
         pyarrow.parquet.write_table(pyarrow.table(columns), target / f"{split}.parquet")
@@ -102,23 +102,23 @@ def lengths(asked: list[int]) -> dict:
     """Seconds a token by length of the rows, at 2,048 tokens a step."""
     base, source = measure.need(ROOT / "build" / "base"), measure.need(ROOT / "build" / "dataset")
     vocabulary = json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    found: dict = {"sizes": asked, "seconds": [], "megabytes": []}
+    curve: dict = {"sizes": asked, "seconds": [], "megabytes": []}
     for length in asked:
         measure.say(f"rows of {length} tokens")
         data = dataset_of(length, 2048, vocabulary, SCRATCH / "length-data", source)
         speed, peak = train(base, data, max(1, 2048 // length), SCRATCH / "length")
-        found["seconds"].append(length / speed)  # of one row
-        found["megabytes"].append(peak)
+        curve["seconds"].append(length / speed)  # of one row
+        curve["megabytes"].append(peak)
     shutil.rmtree(SCRATCH / "length")
     shutil.rmtree(SCRATCH / "length-data")
-    return found
+    return curve
 
 
 def sizes(asked: list[str]) -> dict[str, dict]:
     """Seconds of merging, quantizing and a training step of 256 tokens by number of parameters."""
     work, source = SCRATCH / "size", measure.need(ROOT / "build" / "dataset")
     counts = [models.parameters(size) for size in asked]
-    found: dict[str, dict] = {
+    curves: dict[str, dict] = {
         name: {"sizes": counts, "seconds": [], "megabytes": []} for name in ("merge", "quantize", "finetune")
     }
     sys.path.insert(0, str(ROOT / "tests"))
@@ -133,9 +133,9 @@ def sizes(asked: list[str]) -> dict[str, dict]:
             work / "params.yaml",
             quantize={"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None, "algo_config": "rtn"},
         )
-        given = ["--params", params]
-        merged = measure.script("merge", *given, "--base", base, "--adapter", adapter, "--output", work / "merged")
-        built = measure.script("quantize", *given, "--model", work / "merged", "--output", work / "int4")
+        arguments = ["--params", params]
+        merged = measure.script("merge", *arguments, "--base", base, "--adapter", adapter, "--output", work / "merged")
+        built = measure.script("quantize", *arguments, "--model", work / "merged", "--output", work / "int4")
         shutil.rmtree(work / "merged")
         shutil.rmtree(work / "int4")
         data = dataset_of(32, 256, 500, work / "dataset", source)
@@ -145,10 +145,10 @@ def sizes(asked: list[str]) -> dict[str, dict]:
             ("quantize", built.wall, built.peak / 1e6),
             ("finetune", 256 / speed, peak),
         ):
-            found[name]["seconds"].append(seconds)
-            found[name]["megabytes"].append(megabytes)
+            curves[name]["seconds"].append(seconds)
+            curves[name]["megabytes"].append(megabytes)
     shutil.rmtree(work)
-    return found
+    return curves
 
 
 def bench(args: argparse.Namespace) -> dict:
@@ -171,7 +171,9 @@ def bench(args: argparse.Namespace) -> dict:
         fitted = exponent(curve["sizes"][-half:], curve["seconds"][-half:]) if len(curve["sizes"]) > 1 else float("nan")
         if len(curve["sizes"]) > 1:
             bars.append(bar(f"growth: {name}, by {curve['unit']}", [fitted], at_most=1.1, unit="exponent"))
-        shown = [", ".join(f"{one:{form}}" for one in curve[key]) for key, form in (("sizes", ","), ("seconds", ".3g"))]
-        memory = ", ".join(f"{one:.0f}" for one in curve["megabytes"])
+        shown = [
+            ", ".join(f"{value:{form}}" for value in curve[key]) for key, form in (("sizes", ","), ("seconds", ".3g"))
+        ]
+        memory = ", ".join(f"{value:.0f}" for value in curve["megabytes"])
         table.append([f"{name} ({curve['unit']})", *shown, memory, f"{fitted:.2f}"])
     return {"bars": bars, "tables": [table], "notes": [], "curves": curves, "took_s": time.monotonic() - began}

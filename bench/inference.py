@@ -87,7 +87,7 @@ def bench(args: argparse.Namespace) -> dict:
         measure.run(builder_command(params, model, folders[name], work / "cache"))
     asked = ["--prompts", work / "prompts.json", "--tokens", TOKENS]
     contenders = {
-        name: lambda _, folder=folder: measure.runner("answers", "--model", folder, *asked)[0]
+        name: lambda _, folder=folder: measure.runner("latency_runner", "--model", folder, *asked)[0]
         for name, folder in folders.items()
     }
     sizes = {name: megabytes(folder) for name, folder in folders.items()}
@@ -99,8 +99,8 @@ def bench(args: argparse.Namespace) -> dict:
         contenders["llama.cpp"] = lambda _: measure.peer("llama", "--model", file, *asked)[0]
     except (OSError, measure.BenchError):
         notes.append("llama.cpp was not measured: llama-cpp-python is not installed (`make peers` compiles it).")
-    runs = measure.in_turn(args.rounds, **contenders)
-    middle = {name: [statistics.median(one["milliseconds"]) for one in found] for name, found in runs.items()}
+    runs = measure.interleaved(args.rounds, **contenders)
+    middle = {name: [statistics.median(run["milliseconds"]) for run in samples] for name, samples in runs.items()}
     bars = []
     if "llama.cpp" in middle:
         for name in ("int4", "int4, 4 bits throughout"):
@@ -118,9 +118,9 @@ def bench(args: argparse.Namespace) -> dict:
     )
     bars.append(bar(f"evaluate: {args.score_rows:,} rows of the int4 model", [scored.wall], at_most=60, unit="s"))
     table = [["", "MB", "p50 ms (median of runs)", "p95 ms", "load s"]]
-    for name, found in runs.items():
-        p95 = statistics.median(statistics.quantiles(one["milliseconds"], n=20)[-1] for one in found)
-        load = statistics.median(one["load_s"] for one in found)
+    for name, samples in runs.items():
+        p95 = statistics.median(statistics.quantiles(run["milliseconds"], n=20)[-1] for run in samples)
+        load = statistics.median(run["load_s"] for run in samples)
         table.append(
             [name, f"{sizes[name]:.0f}", f"{statistics.median(middle[name]):.0f}", f"{p95:.0f}", f"{load:.2f}"]
         )

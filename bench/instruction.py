@@ -32,8 +32,8 @@ def bench(args: argparse.Namespace) -> dict:
         "finetune": {"max_steps": steps, "eval_steps": 0, "save_steps": 10**6},
     }
     params = measure.params(work / "params.yaml", **changes)
-    made = ["--params", params, "--base", base, "--output", work / "prepared", "--report", work / "report.json"]
-    measure.script("prepare", *made)
+    arguments = ["--params", params, "--base", base, "--output", work / "prepared", "--report", work / "report.json"]
+    measure.script("prepare", *arguments)
     data = finetune.without_eval(work / "prepared", work / "dataset")
     finetune.write_rows(data, work / "rows.jsonl")
     hyper = finetune.hyper_parameters(steps, finetune.our_dtype()) | {"max_seq_len": room}
@@ -43,17 +43,17 @@ def bench(args: argparse.Namespace) -> dict:
         contenders[name] = lambda number, name=name: finetune.theirs(
             name, base, work / "rows.jsonl", work / "hyper.json", work / f"{name}-{number}"
         )
-    runs = measure.in_turn(args.rounds, **contenders)
+    runs = measure.interleaved(args.rounds, **contenders)
     adapters = [runs[name][0]["adapter"] for name in runs]
     losses, _ = measure.runner("loss", "--base", base, "--dataset", work / "prepared", "--adapters", *adapters)
-    speed = {name: [one["tokens_per_s"] for one in found] for name, found in runs.items()}
+    speed = {name: [run["tokens_per_s"] for run in samples] for name, samples in runs.items()}
     bars = [
         bar(f"instruction: tokens/s over {finetune.SHOWN[name]}", ratios(speed["ours"], speed[name]))
         for name in args.peers
     ]
     table = [["", "tokens/s (median)", "peak memory, MB", "loss on test answers"]]
     for (name, values), loss in zip(speed.items(), losses["losses"], strict=True):
-        peak = statistics.median(one["peak_bytes"] for one in runs[name])
+        peak = statistics.median(run["peak_bytes"] for run in runs[name])
         table.append([name, f"{statistics.median(values):.0f}", f"{peak / 1e6:.0f}", f"{loss:.3f}"])
     count = finetune.count_work(params, data)
     rows = len(count["lengths"])

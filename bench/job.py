@@ -1,4 +1,4 @@
-"""The whole job, and the time to an accuracy: from the data set to an int4 model that has been evaluated.
+"""The whole job, and the time to an accuracy: from the dataset to an int4 model that has been evaluated.
 
 Ours is `snakemake` with params.yaml in a copy of the project, where only the base model is there. Olive runs LoRA, its merge and its ModelBuilder
 as one `olive run`; TRL's user trains, calls merge_and_unload and runs the bare model builder. The peers' exports have 4 bits in blocks of 32 at
@@ -32,7 +32,7 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-def snakemake(*words: str, env: dict[str, str] | None = None) -> measure.Took:
+def snakemake(*words: str, env: dict[str, str] | None = None) -> measure.ProcessUsage:
     """Run Snakemake in the scratch project."""
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--nocolor", *words]
     return measure.run(command, PROJECT, env)
@@ -64,14 +64,14 @@ def steps_of_params() -> int:
 
 def import_seconds(folder: Path) -> dict[str, float]:
     """Seconds of imports by rule, from the lines that PYTHONPROFILEIMPORTTIME left in the logs."""
-    found = {}
+    seconds = {}
     for log in sorted(folder.glob("*.log")):
         lines = re.findall(r"^import time:\s+(\d+) \|", log.read_text(encoding="utf-8", errors="replace"), re.M)
-        found[log.stem] = sum(map(int, lines)) / 1e6
-    return found
+        seconds[log.stem] = sum(map(int, lines)) / 1e6
+    return seconds
 
 
-def score(dataset: Path, onnx: Path, work: Path) -> tuple[float, measure.Took]:
+def score(dataset: Path, onnx: Path, work: Path) -> tuple[float, measure.ProcessUsage]:
     """Accuracy of an exported model on the test split, and what scoring it took."""
     work.mkdir(parents=True, exist_ok=True)
     arguments = ["--params", PROJECT / "params.yaml", "--dataset", dataset, "--onnx", onnx]
@@ -93,12 +93,12 @@ def ours(imports: bool) -> dict:
     env = {"PYTHONPROFILEIMPORTTIME": "1"} if imports else None
     built = snakemake("build/onnx-int4", env=env)
     scored = snakemake("results/metrics.json", env=env)
-    found = json.loads((PROJECT / "results" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((PROJECT / "results" / "metrics.json").read_text(encoding="utf-8"))
     result = {
         "int4_s": built.wall,
         "wall_s": built.wall + scored.wall,
         "peak_bytes": max(built.peak, scored.peak),
-        "accuracy": found["int4"]["accuracy"],
+        "accuracy": metrics["int4"]["accuracy"],
         "rules": {
             path.stem: float(path.read_text(encoding="utf-8").splitlines()[1].split("\t")[0])
             for path in sorted((PROJECT / "benchmarks").glob("*.tsv"))
@@ -115,8 +115,8 @@ def ours(imports: bool) -> dict:
 def olive(base: Path, dataset: Path, rows: Path, hyper: Path, work: Path) -> dict:
     measure.fresh(work)
     arguments = ["--base", base, "--rows", rows, "--hyper", hyper, "--output", work, "--merge"]
-    found, took = measure.peer("olive_run", *arguments)
-    accuracy, scored = score(dataset, Path(found["folder"]), work / "scores")
+    report, took = measure.peer("olive_run", *arguments)
+    accuracy, scored = score(dataset, Path(report["folder"]), work / "scores")
     peak = max(took.peak, scored.peak)
     return {"int4_s": took.wall, "wall_s": took.wall + scored.wall, "peak_bytes": peak, "accuracy": accuracy}
 
@@ -153,16 +153,16 @@ def bench(args: argparse.Namespace) -> dict:
     finetune.write_rows(dataset, work / "rows.jsonl")
     dtype = finetune.our_dtype()
     (work / "hyper.json").write_text(json.dumps(finetune.hyper_parameters(steps, dtype)), encoding="utf-8")
-    given = (base, dataset, work / "rows.jsonl", work / "hyper.json")
+    inputs = (base, dataset, work / "rows.jsonl", work / "hyper.json")
     contenders = {"ours": lambda number: ours(number == 0)}
     if "olive" in args.peers:
-        contenders["olive"] = lambda _: olive(*given, work / "olive")
+        contenders["olive"] = lambda _: olive(*inputs, work / "olive")
     if "trl" in args.peers:
-        contenders["trl"] = lambda _: trl(*given, work / "trl")
-    runs = measure.in_turn(args.job_rounds, **contenders)
+        contenders["trl"] = lambda _: trl(*inputs, work / "trl")
+    runs = measure.interleaved(args.job_rounds, **contenders)
 
     def column(name: str, key: str) -> list[float]:
-        return [one[key] for one in runs[name]]
+        return [run[key] for run in runs[name]]
 
     bars = []
     if "olive" in runs:
@@ -176,23 +176,26 @@ def bench(args: argparse.Namespace) -> dict:
     for name, wanted in (("olive", 3.0), ("trl", 2.0)):
         if name not in runs:
             continue
-        reached = [one["accuracy"] >= bound for one in runs[name]]
-        we = all(one["accuracy"] >= bound for one in runs["ours"])
+        reached = [run["accuracy"] >= bound for run in runs[name]]
+        we = all(run["accuracy"] >= bound for run in runs["ours"])
         note = "" if all(reached) else f"the peer's int4 model does not reach it ({max(column(name, 'accuracy')):.1%})"
         pair = ratios(column(name, "int4_s"), column("ours", "int4_s"))
-        one = bar(f"time to {bound:.0%} accuracy in int4: speed over {name}", pair, at_least=wanted, note=note)
+        comparison = bar(f"time to {bound:.0%} accuracy in int4: speed over {name}", pair, at_least=wanted, note=note)
         if not we:
-            one |= {"met": False, "note": f"ours does not reach it ({min(column('ours', 'accuracy')):.1%}). {note}"}
+            comparison |= {
+                "met": False,
+                "note": f"ours does not reach it ({min(column('ours', 'accuracy')):.1%}). {note}",
+            }
         elif not all(reached):
             # No bar to meet or miss: there is no time to compare with.
             note = f"{note}, so there is no bar ({wanted:g} x was wanted): the ratio is that of the whole runs"
-            one |= {"met": None, "at_least": None, "note": note}
-        bars.append(one)
+            comparison |= {"met": None, "at_least": None, "note": note}
+        bars.append(comparison)
     table = [["", "s to the int4 model", "s to its scores", "peak memory, MB", "accuracy (int4)"]]
-    for name, found in runs.items():
-        for one in found:
-            cells = [f"{one['int4_s']:.0f}", f"{one['wall_s']:.0f}", f"{one['peak_bytes'] / 1e6:.0f}"]
-            table.append([name, *cells, f"{one['accuracy']:.1%}"])
+    for name, samples in runs.items():
+        for run in samples:
+            cells = [f"{run['int4_s']:.0f}", f"{run['wall_s']:.0f}", f"{run['peak_bytes'] / 1e6:.0f}"]
+            table.append([name, *cells, f"{run['accuracy']:.1%}"])
     rules = ", ".join(f"{name} {seconds:.0f}" for name, seconds in first["rules"].items())
     imports = ", ".join(f"{name} {seconds:.1f}" for name, seconds in first["imports"].items())
     notes = [
@@ -200,7 +203,7 @@ def bench(args: argparse.Namespace) -> dict:
         f"Seconds of our rules: {rules}.",
         f"Seconds of imports: {imports}. The interpreter's own start, 0.02 s a job, is not in it.",
     ]
-    for name in ("olive", "trl"):  # models only; the configuration and Olive's cache stay for `nothing`
+    for name in ("olive", "trl"):  # models only; the configuration and Olive's cache stay for `noop`
         for folder in ("trainer", "merged", "adapter"):
             shutil.rmtree(work / name / folder, ignore_errors=True)
     return {"bars": bars, "tables": [table], "notes": notes, "runs": runs, "load": os.getloadavg()[0]}

@@ -34,7 +34,7 @@ class BenchError(Exception):
     """A benchmark cannot be run here, or what it ran failed: what, where, and what to do next."""
 
 
-class Took(NamedTuple):
+class ProcessUsage(NamedTuple):
     """What one child process took."""
 
     wall: float  # seconds
@@ -43,7 +43,7 @@ class Took(NamedTuple):
     output: str  # both streams
 
 
-def run(command: list, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Took:
+def run(command: list, cwd: Path = ROOT, env: dict[str, str] | None = None) -> ProcessUsage:
     """Run a command to its end.
 
     Args:
@@ -77,7 +77,7 @@ def run(command: list, cwd: Path = ROOT, env: dict[str, str] | None = None) -> T
         report.unlink()
     if took["code"]:
         raise BenchError(f"`{' '.join(words)}` ended with code {took['code']}:\n{output[-3000:]}")
-    return Took(took["wall"], took["cpu"], took["peak"], output)
+    return ProcessUsage(took["wall"], took["cpu"], took["peak"], output)
 
 
 def last_json(output: str) -> dict:
@@ -88,18 +88,18 @@ def last_json(output: str) -> dict:
     raise BenchError(f"the runner reported nothing:\n{output[-2000:]}")
 
 
-def script(name: str, *arguments: object, cwd: Path = ROOT) -> Took:
+def script(name: str, *arguments: object, cwd: Path = ROOT) -> ProcessUsage:
     """Run one of the pipeline's scripts in this environment."""
     return run([sys.executable, "-m", f"scripts.{name}", *arguments], cwd)
 
 
-def runner(name: str, *arguments: object) -> tuple[dict, Took]:
+def runner(name: str, *arguments: object) -> tuple[dict, ProcessUsage]:
     """Run a module of bench/ in this environment; what it reported, and what it took."""
     took = run([sys.executable, "-m", f"bench.{name}", *arguments])
     return last_json(took.output), took
 
 
-def peer(name: str, *arguments: object) -> tuple[dict, Took]:
+def peer(name: str, *arguments: object) -> tuple[dict, ProcessUsage]:
     """Run a module of bench/peers/ in the peers' environment; what it reported, and what it took."""
     if not PEERS.exists():
         raise BenchError("the peers are not installed. Run `make peers`.")
@@ -107,19 +107,19 @@ def peer(name: str, *arguments: object) -> tuple[dict, Took]:
     return last_json(took.output), took
 
 
-def in_turn(rounds: int, **contenders: Callable[[int], dict]) -> dict[str, list[dict]]:
+def interleaved(rounds: int, **contenders: Callable[[int], dict]) -> dict[str, list[dict]]:
     """Every contender once a round, the order reversed every other round, so that no one always runs on a warmer machine.
 
     Returns:
         For each contender, what it returned in each round.
     """
-    found: dict[str, list[dict]] = {name: [] for name in contenders}
+    runs: dict[str, list[dict]] = {name: [] for name in contenders}
     for number in range(rounds):
         names = list(contenders) if number % 2 == 0 else list(reversed(contenders))
         for name in names:
             say(f"round {number + 1} of {rounds}: {name}")
-            found[name].append(contenders[name](number))
-    return found
+            runs[name].append(contenders[name](number))
+    return runs
 
 
 def say(message: str) -> None:
@@ -196,7 +196,7 @@ def machine() -> dict:
         gpu = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
     return {
         "processor": name,
-        "vectors": next((said for flag, said in VECTORS.items() if flag in flags), None),
+        "vectors": next((name for flag, name in VECTORS.items() if flag in flags), None),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(memory / 2**30),
         "gpu": gpu,
@@ -217,12 +217,12 @@ def versions() -> dict[str, dict[str, str]]:
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
     )
-    ours = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
-    found = {"ours": {name: ours[name] for name in PACKAGES if name in ours}}
+    ours = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    versions = {"ours": {name: ours[name] for name in PACKAGES if name in ours}}
     if PEERS.exists():
         asked = subprocess.run([PEERS, "-c", code, *PACKAGES], capture_output=True, text=True, check=True)
-        found["peers"] = json.loads(asked.stdout)
-    return found
+        versions["peers"] = json.loads(asked.stdout)
+    return versions
 
 
 def matmul_rate(dtype, size: int = 2048, repeats: int = 12) -> float:

@@ -73,7 +73,7 @@ def compare(size: str, rounds: int, unload: bool) -> dict[str, list[dict]]:
             base, work / "unload", lambda target: measure.peer("unload", *arguments, target)[1]
         )
     try:
-        return measure.in_turn(rounds, **contenders)
+        return measure.interleaved(rounds, **contenders)
     finally:
         shutil.rmtree(work)
 
@@ -81,8 +81,8 @@ def compare(size: str, rounds: int, unload: bool) -> dict[str, list[dict]]:
 def bench(args: argparse.Namespace) -> dict:
     interpreter = measure.run([sys.executable, "-c", "import torch"]).peak
     runs = compare(args.merge_size, args.rounds, False)
-    wall = {name: [one["wall_s"] for one in found] for name, found in runs.items()}
-    above = [(one["peak_bytes"] - interpreter) / 2**30 for one in runs["ours"]]
+    wall = {name: [run["wall_s"] for run in samples] for name, samples in runs.items()}
+    above = [(run["peak_bytes"] - interpreter) / 2**30 for run in runs["ours"]]
     count = f"{models.parameters(args.merge_size) / 1e9:.1f} billion parameters"
     bars = [
         bar(f"merge: time over a plain copy, {count}", ratios(wall["ours"], wall["copy"]), at_most=1.5),
@@ -90,10 +90,10 @@ def bench(args: argparse.Namespace) -> dict:
     ]
     table = [["model", "", "wall s", "CPU s", "peak memory, MB"]]
 
-    def lines(size: str, found: dict[str, list[dict]]) -> None:
-        for name, samples in found.items():
+    def lines(size: str, measured: dict[str, list[dict]]) -> None:
+        for name, samples in measured.items():
             cells = [
-                f"{statistics.median(one[key] for one in samples) / scale:.{digits}f}" if key in samples[0] else ""
+                f"{statistics.median(run[key] for run in samples) / scale:.{digits}f}" if key in samples[0] else ""
                 for key, scale, digits in (("wall_s", 1, 1), ("cpu_s", 1, 1), ("peak_bytes", 1e6, 0))
             ]
             table.append([size, name, *cells])
@@ -106,9 +106,9 @@ def bench(args: argparse.Namespace) -> dict:
             raise BenchError(f"merge_and_unload of {args.unload_size} does not fit into the free memory.")
         small = compare(args.unload_size, args.rounds, True)
         lines(args.unload_size, small)
-        pair = [[one["wall_s"] for one in small[name]] for name in ("merge_and_unload", "ours")]
+        pair = [[run["wall_s"] for run in small[name]] for name in ("merge_and_unload", "ours")]
         bars.append(bar(f"merge: speed over merge_and_unload ({args.unload_size})", ratios(*pair)))
-        pair = [[one["peak_bytes"] for one in small[name]] for name in ("ours", "merge_and_unload")]
+        pair = [[run["peak_bytes"] for run in small[name]] for name in ("ours", "merge_and_unload")]
         bars.append(bar(f"merge: peak memory over merge_and_unload's ({args.unload_size})", ratios(*pair)))
     notes = [f"The interpreter with torch alone: {interpreter / 1e6:.0f} MB."]
     return {"bars": bars, "tables": [table], "notes": notes, "runs": runs, "small": small}

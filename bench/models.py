@@ -27,7 +27,7 @@ def tensors(size: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Llama model."""
     width, inner, layers, heads, kv, vocabulary = SIZES[size]
     kv_width = width // heads * kv
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(layers):
         at = f"model.layers.{layer}"
         for name, shape in {
@@ -39,9 +39,9 @@ def tensors(size: str) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj": (inner, width),
             "mlp.down_proj": (width, inner),
         }.items():
-            found[f"{at}.{name}.weight"] = shape
-        found[f"{at}.input_layernorm.weight"] = found[f"{at}.post_attention_layernorm.weight"] = (width,)
-    return found | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+            shapes[f"{at}.{name}.weight"] = shape
+        shapes[f"{at}.input_layernorm.weight"] = shapes[f"{at}.post_attention_layernorm.weight"] = (width,)
+    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
 
 
 def parameters(size: str) -> int:
@@ -69,7 +69,7 @@ def write_model(folder: Path, size: str) -> Path:
     config.save_pretrained(folder)
     shards: list[dict] = [{}]
     for name, shape in tensors(size).items():
-        if shards[-1] and sum(2 * math.prod(one) for one in [*shards[-1].values(), shape]) > SHARD:
+        if shards[-1] and sum(2 * math.prod(tensor) for tensor in [*shards[-1].values(), shape]) > SHARD:
             shards.append({})
         shards[-1][name] = shape
     draw, index = np.random.default_rng(7), {}

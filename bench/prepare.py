@@ -40,7 +40,7 @@ def make_rows(path: Path, count: int, seed: int = 42) -> None:
         handle.write("\n]\n" if array else "")
 
 
-def prepared(source: Path, base: Path, work: Path) -> measure.Took:
+def prepared(source: Path, base: Path, work: Path) -> measure.ProcessUsage:
     """One run of scripts/prepare.py."""
     params = measure.params(work / "params.yaml", prepare={"source": str(source)})
     arguments = ["--params", params, "--base", base, "--output", work / "dataset", "--report", work / "report.json"]
@@ -61,32 +61,32 @@ def bench(args: argparse.Namespace) -> dict:
     runs: dict[str, dict[int, list[dict]]] = {}
     bars, curve = [], {}
     for base in [work / "tiny", *[real] * real.exists()]:
-        found = runs[base.name] = {}
+        samples = runs[base.name] = {}
         for count in args.rows:
             if base == real and count > 100_000:
                 continue
             make_rows(work / "rows.jsonl", count)
-            found[count] = []
+            samples[count] = []
             for _ in range(args.rounds if count < 1_000_000 else 1):
                 measure.say(f"{count:,} rows, tokenizer of {base.name}")
                 took = prepared(work / "rows.jsonl", base, work)
-                found[count].append({"wall_s": took.wall, "cpu_s": took.cpu, "peak_bytes": took.peak})
-            wall, cpu, peak = (min(one[key] for one in found[count]) for key in ("wall_s", "cpu_s", "peak_bytes"))
+                samples[count].append({"wall_s": took.wall, "cpu_s": took.cpu, "peak_bytes": took.peak})
+            wall, cpu, peak = (min(run[key] for run in samples[count]) for key in ("wall_s", "cpu_s", "peak_bytes"))
             speeds = [f"{count / wall * 60:,.0f}", f"{count / cpu * 60:,.0f}"]
             table.append([base.name, f"{count:,}", f"{wall:.1f}", f"{cpu:.1f}", *speeds, f"{peak / 1e6:.0f}"])
-        most = max(found)
-        speed = [most / one["wall_s"] * 60 for one in found[most]]
+        most = max(samples)
+        speed = [most / run["wall_s"] * 60 for run in samples[most]]
         bars.append(
             bar(f"prepare: {most:,} rows, tokenizer of {base.name}", speed, at_least=200_000, unit="rows a minute")
         )
-        if base != real and len(found) > 1:
-            growth = found[most][0]["peak_bytes"] / found[min(found)][0]["peak_bytes"]
-            name = f"prepare: peak memory of {most:,} rows over that of {min(found):,}"
+        if base != real and len(samples) > 1:
+            growth = samples[most][0]["peak_bytes"] / samples[min(samples)][0]["peak_bytes"]
+            name = f"prepare: peak memory of {most:,} rows over that of {min(samples):,}"
             bars.append(bar(name, [growth], at_most=1.25))
-            walls = [min(one["wall_s"] for one in found[count]) for count in found]
-            memory = [min(one["peak_bytes"] for one in found[count]) / 1e6 for count in found]
-            curve = {"prepare, whole": {"unit": "rows", "sizes": list(found), "seconds": walls, "megabytes": memory}}
-            fitted = exponent(list(found)[-2:], walls[-2:])
+            walls = [min(run["wall_s"] for run in samples[count]) for count in samples]
+            memory = [min(run["peak_bytes"] for run in samples[count]) / 1e6 for count in samples]
+            curve = {"prepare, whole": {"unit": "rows", "sizes": list(samples), "seconds": walls, "megabytes": memory}}
+            fitted = exponent(list(samples)[-2:], walls[-2:])
             bars.append(bar("growth: prepare, by rows", [fitted], at_most=1.1, unit="exponent"))
     shutil.rmtree(work)
     return {"bars": bars, "tables": [table], "notes": [], "runs": runs, "curves": curve}

@@ -25,13 +25,13 @@ def builder_command(params: Path, model: Path, output: Path, cache: Path) -> lis
     from slmake.export import builder
     from slmake.params import section
 
-    given = section(params, "quantize")
+    quantize = section(params, "quantize")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", output]
-    command += ["-p", given.precision, "-e", given.execution_provider, "-c", cache]
-    command += ["--extra_options", *[f"{key}={value}" for key, value in builder.builder_options(given).items()]]
-    if given.int8_nodes:
-        weights: dict = {"overrides": builder.int8_overrides(given, model, builder.PARTS)}
-        if builder.shares_embeddings(given, model):
+    command += ["-p", quantize.precision, "-e", quantize.execution_provider, "-c", cache]
+    command += ["--extra_options", *[f"{key}={value}" for key, value in builder.builder_options(quantize).items()]]
+    if quantize.int8_nodes:
+        weights: dict = {"overrides": builder.int8_overrides(quantize, model, builder.PARTS)}
+        if builder.shares_embeddings(quantize, model):
             weights["op_types"] = ["MatMul", "Gather"]
         command += ["--builder_config_version", "2"]
         command += ["--target_options", json.dumps({"quant_config": {"weights": weights}})]
@@ -57,12 +57,12 @@ def bench(args: argparse.Namespace) -> dict:
         took = measure.run(builder_command(plain, model, work / "bare", work / "cache"))
         return {"wall_s": took.wall, "cpu_s": took.cpu, "peak_bytes": took.peak}
 
-    runs = measure.in_turn(
+    runs = measure.interleaved(
         args.rounds, builder=bare, ours=lambda _: ours(plain), **{"ours with calibration": lambda _: ours(full)}
     )
 
     def column(name: str, key: str) -> list[float]:
-        return [one[key] for one in runs[name]]
+        return [run[key] for run in runs[name]]
 
     bars = [
         bar(

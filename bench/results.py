@@ -13,10 +13,10 @@ def ratios(over: Iterable[float], under: Iterable[float]) -> list[float]:
     Raises:
         ValueError: they have different numbers of rounds, or nothing was measured.
     """
-    found = [a / b for a, b in zip(over, under, strict=True)]
-    if not found:
+    values = [a / b for a, b in zip(over, under, strict=True)]
+    if not values:
         raise ValueError("no round was measured")
-    return found
+    return values
 
 
 def bar(name: str, values: list[float], at_least: float | None = None, at_most: float | None = None, **more) -> dict:
@@ -29,7 +29,7 @@ def bar(name: str, values: list[float], at_least: float | None = None, at_most: 
     Returns:
         A JSON object; `met` is None where nothing is asked.
     """
-    values = [float(one) for one in values]  # NumPy's own do not go into JSON
+    values = [float(value) for value in values]  # NumPy's own do not go into JSON
     middle = statistics.median(values)
     met = None
     if at_least is not None:
@@ -55,7 +55,7 @@ def exponent(sizes: list[float], times: list[float]) -> float:
     Raises:
         ValueError: fewer than two sizes.
     """
-    x, y = [math.log(one) for one in sizes], [math.log(one) for one in times]
+    x, y = [math.log(value) for value in sizes], [math.log(value) for value in times]
     return statistics.linear_regression(x, y).slope
 
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "real"))
+sys.path.insert(0, str(ROOT / "tests" / "real" / "helpers"))
 CONCURRENCY = 8  # of the SDK's own transfer, within a file
 SHARES = (0.27, 0.27, 0.27, 0.07, 0.07, 0.05)  # three models in 32 bits, two exported ones, the rest in small files
 SMALL = 40

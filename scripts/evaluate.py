@@ -18,6 +18,7 @@ from slmake.errors import UserError
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.measure import ask_all, compare, measure
 from slmake.scoring.questions import Questions
+from slmake.text import csv_cell
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,10 +72,13 @@ def main(argv: list[str] | None = None) -> None:
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
             with open(predictions_file, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.writer(handle, lineterminator="\n")
+                writer = csv.writer(
+                    handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+                )  # a text may hold a lone \r
                 writer.writerow(["row", "expected", *answers, "prompt"])
                 columns = [questions.rows, questions.expected, *answers.values(), questions.texts]
-                writer.writerows(zip(*(column[: questions.scored] for column in columns), strict=True))
+                rows = zip(*(column[: questions.scored] for column in columns), strict=True)
+                writer.writerows(map(csv_cell, row) for row in rows)
         shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in runs)
         job.say(f"accuracy on {questions.scored} test rows: {shown} ({job.seconds():.0f} s)")
         if "provider" in facts:

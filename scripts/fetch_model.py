@@ -13,7 +13,15 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.model_folder import KEPT, check_complete, check_loadable, copy_folder, weight_files
+from slmake.model_folder import (
+    KEPT,
+    check_complete,
+    check_loadable,
+    copy_folder,
+    refuse_links,
+    refuse_not_finite,
+    weight_files,
+)
 from slmake.sources import mlflow
 from slmake.sources.fetching import downloading
 from slmake.sources.fetching import fetch as fetch_source
@@ -30,7 +38,9 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
                 f"fetch_model.source: {path.name}: one file is read as GGUF (.gguf). Name the model's folder instead."
             )
         convert_gguf(path, target, section.dtype)
-    elif mlflow.description(path):
+        return record
+    refuse_links(path)
+    if mlflow.description(path):
         copy_mlflow(path, target, section.dtype)
         check_loadable(target)
         check_complete(target)
@@ -42,11 +52,11 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
     return record
 
 
-def copy_mlflow(folder: Path, target: Path, dtype: str) -> None:
-    """Copy the Hugging Face folder in an MLflow model folder; the tokenizer may lie in a folder of its own."""
-    model, *tokenizer = mlflow.parts(folder)
-    for place in tokenizer:
-        for path in sorted(place.iterdir()):
+def copy_mlflow(source: Path, target: Path, dtype: str) -> None:
+    """Copy the Hugging Face folder in an MLflow model folder; the tokenizer may be in a folder of its own."""
+    model, *tokenizer = mlflow.parts(source)
+    for folder in tokenizer:
+        for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in KEPT:
                 shutil.copyfile(path, target / path.name)
     copy_folder(model, target, dtype)
@@ -59,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--downloads",
         type=Path,
-        help="folder where a broken download is kept and goes on (default: nothing is kept)",
+        help="folder where an interrupted download is kept and resumed (default: nothing is kept)",
     )
     args = parser.parse_args(argv)
     with cli.job("fetch_model", args.log) as job:
@@ -69,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 read = fetch(section, folder, downloads, job)
             weight_files(folder)
             check_loadable(folder)
+            refuse_not_finite(weight_files(folder), section.source)
             outputs.write_json(report, read)
         job.say(
             f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"

@@ -5,7 +5,7 @@
         --materials data/dataset.json Snakefile scripts/*.py --output build/package
 
 Reads the sections of params.yaml and what the rules before it wrote. The same inputs give the same bytes; timestamps are
-SOURCE_DATE_EPOCH, and left out where it is not set. A signature (package.signing_key) has a random part of its own.
+SOURCE_DATE_EPOCH, and omitted where it is not set. A signature (package.signing_key) has a random part of its own.
 `make verify` checks a package.
 """
 

@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> None:
             )
             if not url:
                 raise UserError("publish.url in params.yaml says nowhere to publish to: az://container/prefix.")
-            place = parse(url, must_pin=False)
+            target = parse(url, must_pin=False)
         except ValueError as error:
             raise UserError(f"{error}.") from None
-        if place.kind != "az":
+        if target.kind != "az":
             raise UserError(f"{url}: not of the form az://container/prefix.")
-        store = Store(place)
+        store = Store(target)
         if args.verify:
             manifest = verify(store, job)
             size = sum(file["size_bytes"] for file in manifest["files"].values())

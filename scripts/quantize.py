@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
                 section = type(section).model_validate(section.model_dump(exclude={"search"}) | options)
                 summary = check_graph(section, folder) | {"runs_on": check_generates(folder).runs_on}
             else:
-                scratch = folder.parent / f".{args.output.name}.cache"
-                summary = build(section, args.model, args.dataset, folder, scratch, job)
+                summary = build(section, args.model, args.dataset, folder, outputs.scratch(folder), job)
             job.log(f"graph: {json.dumps(summary)}")
         products = [f"{count} products in {bits} bits" for bits, count in summary["quantized_matmuls_by_bits"].items()]
         size = f"{outputs.folder_size(args.output) / 1e6:.0f} MB"

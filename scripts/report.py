@@ -8,7 +8,6 @@ Reads what the other rules wrote and nothing else; `snakemake --report build/rep
 one page. Missed gates are shown here too. The same inputs give the same bytes (SVG without dates, ids from a fixed salt).
 """
 
-from html import escape
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -18,6 +17,7 @@ from slmake.reporting.figures import draw_candidates, draw_confusion, draw_data,
 from slmake.reporting.pages import (
     candidates_page,
     cost_page,
+    escape,
     gates_page,
     judged,
     models_of,
@@ -55,16 +55,16 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {metrics['test_rows']}: remove both and run snakemake."
             )
         result = read_json(args.search) if args.search else None
-        found, problem = judged(everything.gates, metrics, timings)
+        gates, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
         names += ["gates.html", "cost.html", "wrong_answers.html"]
         names += ["candidates.svg", "candidates.html"] if args.search else []
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
             pages = {
-                "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, found, problem), result),
+                "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),
                 "scores.html": scores_page(metrics),
-                "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(found),
+                "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
                 "cost.html": cost_page(timings, args.benchmarks),
                 "wrong_answers.html": wrong_page(predictions, models_of(metrics), everything.report.wrong_answers),
             }

@@ -6,6 +6,7 @@ file, the terminal gets the few lines meant for a person, and any failure ends i
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -18,12 +19,15 @@ from pathlib import Path
 
 from slmake.errors import UserError
 
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 # No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
 
 
 def parser(module_doc: str) -> argparse.ArgumentParser:
@@ -125,6 +129,14 @@ def _on_sigterm(signum, frame):
     raise Interrupted
 
 
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent ends: a rule does not outlive a killed Snakemake and write beside the next."""
+    if (
+        sys.platform == "linux" and "APPTAINER_CONTAINER" not in os.environ
+    ):  # there a thread of the engine may be the parent
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises Interrupted in the block."""
@@ -145,6 +157,8 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if PLANNED in os.environ:
+        die_with_parent()
     saved = None
     if log_path is not None:
         try:
@@ -159,6 +173,7 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
     else:
         terminal = sys.stderr
+    _close_stdin()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
     )
@@ -196,6 +211,14 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
             os.close(saved[0])
             os.close(saved[1])
             terminal.close()
+
+
+def _close_stdin() -> None:
+    """Make every read from standard input end at once: nobody sees, or may answer, the question of a library."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    if null:
+        os.close(null)
 
 
 def _is_full(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import preloaded
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +168,7 @@ def run_script(
     name: str, *arguments: object, cwd: Path | None = None, **options: object
 ) -> subprocess.CompletedProcess:
     """Run one of the project's scripts (or another module, by its dotted name) as a user does; output is captured as text."""
-    command = [sys.executable, "-m", name if "." in name else f"scripts.{name}", *map(str, arguments)]
-    options["env"] = {**options.get("env", os.environ), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, **options)
+    variables = {**options.pop("env", os.environ), "PYTHONPATH": str(ROOT)}
+    python = preloaded.program("python", variables) or sys.executable
+    command = [python, "-m", name if "." in name else f"scripts.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, **options)

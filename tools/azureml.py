@@ -23,10 +23,10 @@ PIPELINE = Path("azureml/pipeline.yml")
 
 def pair(text: str) -> tuple[str, Path]:
     """`PATH=MOUNTED` as path and place."""
-    path, found, place = text.partition("=")
-    if not found or not path or not place:
+    path, equals, mounted = text.partition("=")
+    if not equals or not path or not mounted:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATH=PLACE")
-    return path, Path(place)
+    return path, Path(mounted)
 
 
 def compiled(settings_file: Path, target: Path):
@@ -46,29 +46,31 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, remote: bool = True) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.add_argument("--settings", type=Path, default=SETTINGS, help=f"settings (default: {SETTINGS})")
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.add_argument("--settings", type=Path, default=SETTINGS, help=f"settings (default: {SETTINGS})")
         if remote and name != "submit":
-            made.add_argument("--job", help="name of the run (default: the last one that `submit` made here)")
-        return made
+            subparser.add_argument("--job", help="name of the run (default: the last one that `submit` made here)")
+        return subparser
 
     for name, text in (("compile", "write the pipeline job"), ("submit", "compile it and run it")):
-        made = command(name, text, remote=name == "submit")
-        made.add_argument("--output", type=Path, default=PIPELINE, help=f"file to write (default: {PIPELINE})")
+        subparser = command(name, text, remote=name == "submit")
+        subparser.add_argument("--output", type=Path, default=PIPELINE, help=f"file to write (default: {PIPELINE})")
         if name == "submit":
-            made.add_argument("--wait", action="store_true", help="say how it goes until it ends; fail if it fails")
-    made = command("status", "how a run stands, step by step")
-    made.add_argument("--wait", action="store_true", help="say how it goes until it ends; fail if it fails")
-    made = command("download", "bring a run's results here and check them")
-    made.add_argument("paths", nargs="*", help="what to bring, such as build/package (default: everything)")
+            subparser.add_argument(
+                "--wait", action="store_true", help="say how it goes until it ends; fail if it fails"
+            )
+    subparser = command("status", "how a run stands, step by step")
+    subparser.add_argument("--wait", action="store_true", help="say how it goes until it ends; fail if it fails")
+    subparser = command("download", "bring a run's results here and check them")
+    subparser.add_argument("paths", nargs="*", help="what to bring, such as build/package (default: everything)")
     command("register", "register a run's package as a model of the workspace")
     command("cancel", "stop a run")
-    made = commands.add_parser("step", help="run one rule in a step (Azure ML calls this)")
-    made.add_argument("rule")
-    made.add_argument("--input", type=pair, action="append", default=[], metavar="PATH=MOUNTED")
-    made.add_argument("--output", type=pair, action="append", default=[], metavar="PATH=TARGET")
-    made.add_argument("--receipt", type=Path, required=True, help="file for the digests of the outputs")
-    made.add_argument("--checkpoints", type=Path, help="folder for checkpoints that outlive the machine")
+    subparser = commands.add_parser("step", help="run one rule in a step (Azure ML calls this)")
+    subparser.add_argument("rule")
+    subparser.add_argument("--input", type=pair, action="append", default=[], metavar="PATH=MOUNTED")
+    subparser.add_argument("--output", type=pair, action="append", default=[], metavar="PATH=TARGET")
+    subparser.add_argument("--receipt", type=Path, required=True, help="file for the digests of the outputs")
+    subparser.add_argument("--checkpoints", type=Path, help="folder for checkpoints that outlive the machine")
     args = parser.parse_args(argv)
 
     with cli.job("azureml") as job:

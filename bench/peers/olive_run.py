@@ -77,8 +77,8 @@ def main() -> None:
     (args.output / "olive.json").write_text(json.dumps(configuration(args), indent=1), encoding="utf-8")
     shutil.rmtree(args.output / "model", ignore_errors=True)
     olive.run(str(args.output / "olive.json"))
-    found = sorted((args.output / "model").rglob("adapter_config.json" if not args.merge else "genai_config.json"))
-    counting.report(folder=str(found[0].parent))
+    written = sorted((args.output / "model").rglob("adapter_config.json" if not args.merge else "genai_config.json"))
+    counting.report(folder=str(written[0].parent))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What Azure ML's failures mean for the one who filled in azureml/settings.yaml."""
+"""Azure ML's failures as messages that name the field of azureml/settings.yaml to change."""
 
 import contextlib
 import hashlib
@@ -26,13 +26,13 @@ def quieten() -> None:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """The SDK prints progress and notices about its own classes: not for the person at the terminal."""
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+    """Hide the SDK's progress bars and notices about its own classes."""
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
         yield
 
 
 @contextlib.contextmanager
-def told(field: str, file: Path | None = None, but: type | tuple = ()) -> Iterator[None]:
+def translate_errors(field: str, file: Path | None = None, but: type | tuple = ()) -> Iterator[None]:
     """Turn an SDK error into a UserError that names `field` (of `file`); errors of the types `but` pass."""
     try:
         yield
@@ -45,7 +45,7 @@ def told(field: str, file: Path | None = None, but: type | tuple = ()) -> Iterat
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error may be gone in a moment: a lost connection, a busy or failing server."""
+    """Whether a retry may help: a lost connection, a busy or failing server."""
     from azure.core.exceptions import (
         ClientAuthenticationError,
         HttpResponseError,
@@ -73,7 +73,7 @@ def explain(error: Exception, where: str) -> UserError:
     reason = _reason(error)
     if isinstance(error, ClientAuthenticationError):
         return UserError(
-            f"{where}: Azure does not accept who you are: {reason} Log in (`az login`), or check AZURE_CLIENT_ID and the like."
+            f"{where}: Azure rejected the credentials: {reason} Log in (`az login`), or check AZURE_CLIENT_ID and the like."
         )
     if isinstance(error, ResourceNotFoundError):
         return UserError(f"{where}: not found: {reason}")
@@ -86,17 +86,15 @@ def explain(error: Exception, where: str) -> UserError:
         )
     if status == 403:
         return UserError(
-            f"{where}: you may not do this: {reason} It takes the role AzureML Data Scientist (for clusters: AzureML Compute Operator)."
+            f"{where}: permission denied: {reason} You need the role AzureML Data Scientist (for clusters: AzureML Compute Operator)."
         )
     if isinstance(error, HttpResponseError) and status in (429, 500, 502, 503, 504):
-        return UserError(
-            f"{where}: Azure ML answers with {status} again and again: {reason} Run the same command again later."
-        )
+        return UserError(f"{where}: Azure ML keeps answering {status}: {reason} Run the same command again later.")
     return UserError(f"{where}: {reason}")
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence or two of what the service said."""
+    """The first sentence or two of the service's message."""
     text = getattr(getattr(error, "error", None), "message", None) or getattr(error, "message", None) or str(error)
     text = SECRET.sub(r"\1=…", re.sub(r"\x1b\[[0-9;]*m", "", str(text)))
     lines = [line.strip() for line in text.splitlines() if line.strip()]

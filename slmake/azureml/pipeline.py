@@ -16,6 +16,7 @@ from slmake import outputs, params
 from slmake.azureml.settings import REGISTRY, Cluster, Environment, Settings
 from slmake.errors import UserError
 from slmake.params.errors import Loader
+from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
 from slmake.sources.schemes import parse
 
@@ -78,8 +79,8 @@ def plan(settings: Settings) -> Plan:
         raise UserError(
             "params.yaml: package.signing_key: a private key is not sent to Azure ML. Set it to null here, and sign after `download`."
         )
-    found = dvc_yaml.rules()
-    rules = {name: found[name] for name in dvc_yaml.in_order(found) if name not in LEFT_HERE}
+    graph = dvc_yaml.rules()
+    rules = {name: graph[name] for name in dvc_yaml.in_order(graph) if name not in LEFT_HERE}
     for stage in rules.keys() & set(dvc_yaml.MEMBERS.values()):
         rules[stage]["output"].sort()  # its members' jobs are printed in any order
     sections = yaml.load(Path("params.yaml").read_text(encoding="utf-8"), Loader)
@@ -91,14 +92,14 @@ def plan(settings: Settings) -> Plan:
 
 def _data(everything: params.Params, settings: Settings, sections: dict) -> dict[str, Mount]:
     """Data files by input name; `sections` is changed to name the paths at which steps find them."""
-    given = everything.prepare.files
+    files = everything.prepare.files
     named = settings.data if isinstance(settings.data, dict) else {"train": settings.data} if settings.data else {}
-    if named and set(named) != set(given):
+    if named and set(named) != set(files):
         raise UserError(
-            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(given)}: name the same."
+            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(files)}: name the same."
         )
     mounts, paths = {}, {}
-    for split, text in given.items():
+    for split, text in files.items():
         source = parse(text)
         uri = named.get(split) or (source.text if source.kind == "datastore" else None)
         if not source.remote:
@@ -108,7 +109,7 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
         else:
             paths[split] = text  # the step reads it from where it is
             continue
-        name = "data" if len(given) == 1 else f"data_{split}"
+        name = "data" if len(files) == 1 else f"data_{split}"
         mounts[name] = Mount(_inside(local, "prepare.source"), uri or local, "uri_file")
         paths[split] = local + _sum(source)
     sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
@@ -166,7 +167,7 @@ def step_params(planned: Plan, rule: str) -> dict:
     trains. Left-out sections have their defaults, which nothing in this step reads.
     """
     upstream = before(planned, rule)
-    kept = {name for one in upstream for name in dvc_yaml.SECTIONS.get(one, [one])}
+    kept = {name for stage in upstream for name in SECTIONS.get(stage, [stage])}
     stages = upstream | ({"quantize"} & kept)  # `search` belongs to quantize
     sections = {name: value for name, value in planned.sections.items() if name in kept | {"fetch_model", "prepare"}}
     chosen = planned.sections.get("all", {}).get("stages", params.All().stages)
@@ -187,12 +188,12 @@ def write_code(planned: Plan, folder: Path = CODE) -> None:
     """Write each step's code folder anew."""
     outputs.remove(folder)
     for rule in planned.rules:
-        place = folder / rule
+        target = folder / rule
         for file in code_files(planned, rule):
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place / file)
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / file)
         text = yaml.safe_dump(step_params(planned, rule), sort_keys=False, allow_unicode=True)
-        (place / "params.yaml").write_text(text, encoding="utf-8")
+        (target / "params.yaml").write_text(text, encoding="utf-8")
 
 
 def job(planned: Plan, settings: Settings, folder: Path) -> dict:
@@ -202,7 +203,7 @@ def job(planned: Plan, settings: Settings, folder: Path) -> dict:
         folder: where the file will lie: Azure ML's paths are relative to it.
     """
     mounts = planned.data | ({"model": planned.model} if planned.model else {})
-    made = {port(path): path for path in planned.makers}
+    paths = {port(path): path for path in planned.makers}
     return {
         "$schema": SCHEMA,
         "type": "pipeline",
@@ -214,7 +215,7 @@ def job(planned: Plan, settings: Settings, folder: Path) -> dict:
             for name, mount in mounts.items()
         },
         "outputs": {
-            **{name: _output(path) for name, path in made.items()},
+            **{name: _output(path) for name, path in paths.items()},
             **{f"receipt_{rule}": {"type": "uri_file", "mode": "upload"} for rule in planned.rules},
         },
         "jobs": {rule: step(planned, settings, rule, folder) for rule in planned.rules},
@@ -241,7 +242,7 @@ def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
     command += [f"--output {path}=${{{{outputs.{name}}}}}" for name, path in results.items()]
     command += [f"--receipt ${{{{outputs.receipt_{rule}}}}}"]
     bound = {name: f"${{{{parent.outputs.{name}}}}}" for name in [*results, f"receipt_{rule}"]}
-    made: dict = {
+    content: dict = {
         "type": "command",
         "display_name": rule,
         "code": _relative(str(CODE / rule), folder),
@@ -254,15 +255,20 @@ def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
         command += ["--checkpoints ${{outputs.checkpoints}}"]
         bound["checkpoints"] = {"type": "uri_folder", "mode": "rw_mount"}
     if cluster.instance_type:
-        made["resources"] = {"instance_type": cluster.instance_type, "instance_count": 1}
-    return {"type": "command", "display_name": rule, "command": Folded(" ".join(command)), **made}
+        content["resources"] = {"instance_type": cluster.instance_type, "instance_count": 1}
+    return {"type": "command", "display_name": rule, "command": Folded(" ".join(command)), **content}
 
 
-def _environment(given: Environment, folder: Path) -> dict:
-    if given.build:
-        return {"build": {"path": _relative(given.build.context, folder), "dockerfile_path": given.build.dockerfile}}
-    conda = {"conda_file": _relative(given.conda_file, folder)} if given.conda_file else {}
-    return {"image": given.image, **conda}
+def _environment(environment: Environment, folder: Path) -> dict:
+    if environment.build:
+        return {
+            "build": {
+                "path": _relative(environment.build.context, folder),
+                "dockerfile_path": environment.build.dockerfile,
+            }
+        }
+    conda = {"conda_file": _relative(environment.conda_file, folder)} if environment.conda_file else {}
+    return {"image": environment.image, **conda}
 
 
 def _relative(path: str, folder: Path) -> str:

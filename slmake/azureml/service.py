@@ -8,15 +8,15 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.azureml import errors, pipeline
-from slmake.azureml.errors import told
+from slmake.azureml.errors import translate_errors
 from slmake.azureml.settings import REGISTRY, Cluster, Settings
 from slmake.azureml.step import sums
 from slmake.errors import UserError
 
 LAST = Path("build/azureml/job.json")  # the run that `submit` made last
 ENDED = ("Completed", "Failed", "Canceled", "NotResponding")
-POLL = (2, 30)  # seconds between two looks, at first and at last
-LOOKS_LOST = 20  # looks in a row that may fail before --wait gives up; the run goes on without it
+POLL = (2, 30)  # seconds between two status requests, at first and at most
+RETRIES = 20  # status requests in a row that may fail before --wait gives up; the run continues
 
 
 def client(settings: Settings, registry: str | None = None):
@@ -35,10 +35,10 @@ def client(settings: Settings, registry: str | None = None):
     credential = DefaultAzureCredential()
     if registry:
         return MLClient(credential, registry_name=registry, enable_telemetry=False)
-    place = (settings.subscription_id, settings.resource_group, settings.workspace_name)
-    made = MLClient(credential, *place, enable_telemetry=False, show_progress=False)
+    workspace = (settings.subscription_id, settings.resource_group, settings.workspace_name)
+    ml = MLClient(credential, *workspace, enable_telemetry=False, show_progress=False)
     errors.quieten()  # the client makes its loggers talk
-    return made
+    return ml
 
 
 def run(args, job: cli.Job) -> None:
@@ -61,7 +61,7 @@ def run(args, job: cli.Job) -> None:
     elif args.command == "register":
         register(ml, loaded, name, job)
     else:
-        with told(f"the run {name}"):
+        with translate_errors(f"the run {name}"):
             ml.jobs.begin_cancel(name).result()
         job.say(f"{name}: to be stopped; `status` shows when it is.")
 
@@ -84,7 +84,7 @@ def submit(args, job: cli.Job) -> str:
     pipeline.write_code(planned)
     args.output.write_text(pipeline.text(planned, loaded, args.output.parent), encoding="utf-8")
     ml = client(loaded)
-    with told("workspace_name, resource_group, subscription_id", args.settings):
+    with translate_errors("workspace_name, resource_group, subscription_id", args.settings):
         ml.workspaces.get(loaded.workspace_name)
     for name, cluster in pipeline.clusters(loaded, planned).items():
         prepare_cluster(ml, name, cluster, args.settings, job)
@@ -94,12 +94,12 @@ def submit(args, job: cli.Job) -> str:
     with errors.silent():
         described = load_job(str(args.output))
     described.tags = tags(params.load("params.yaml"), planned)
-    with told("the pipeline", args.settings), errors.silent():
-        made = ml.jobs.create_or_update(described)
+    with translate_errors("the pipeline", args.settings), errors.silent():
+        created = ml.jobs.create_or_update(described)
     LAST.parent.mkdir(parents=True, exist_ok=True)
-    outputs.write_json(LAST, {"name": made.name, "studio": made.studio_url})
-    job.say(f"{made.name}: {len(planned.rules)} steps. In the studio: {made.studio_url}")
-    return made.name
+    outputs.write_json(LAST, {"name": created.name, "studio": created.studio_url})
+    job.say(f"{created.name}: {len(planned.rules)} steps. In the studio: {created.studio_url}")
+    return created.name
 
 
 def prepare_cluster(ml, name: str, cluster: Cluster, file: Path, job: cli.Job) -> None:
@@ -112,12 +112,12 @@ def prepare_cluster(ml, name: str, cluster: Cluster, file: Path, job: cli.Job) -
 
     field = f"clusters.{name}"
     try:
-        with told(f"{field}.name", file, but=ResourceNotFoundError):
+        with translate_errors(f"{field}.name", file, but=ResourceNotFoundError):
             there = ml.compute.get(cluster.name)
     except ResourceNotFoundError:
         if not cluster.size:
-            with told(f"{field}.name", file):
-                known = ", ".join(sorted(one.name for one in ml.compute.list())) or "none"
+            with translate_errors(f"{field}.name", file):
+                known = ", ".join(sorted(compute.name for compute in ml.compute.list())) or "none"
             raise UserError(
                 f"{file}: {field}.name: the workspace has no compute `{cluster.name}`; it has: {known}. Correct the name, or give "
                 f"{field}.size to have it created."
@@ -133,7 +133,7 @@ def prepare_cluster(ml, name: str, cluster: Cluster, file: Path, job: cli.Job) -
             idle_time_before_scale_down=600,
         )
         job.say(f"creating the cluster {cluster.name} ({cluster.size}, {cluster.tier}, at most {cluster.max_nodes})")
-        with told(f"{field}.size", file):
+        with translate_errors(f"{field}.size", file):
             there = ml.compute.begin_create_or_update(wanted).result()
     if cluster.instance_type and there.type.lower() != "kubernetes":
         raise UserError(
@@ -149,26 +149,26 @@ def check_sources(ml, settings: Settings, file: Path) -> None:
     """Raise UserError if an asset or a registry's model that the settings name is not there, or of another type."""
     import re
 
-    given = settings.data if isinstance(settings.data, dict) else {"": settings.data} if settings.data else {}
-    for split, uri in given.items():
+    data = settings.data if isinstance(settings.data, dict) else {"": settings.data} if settings.data else {}
+    for split, uri in data.items():
         field = f"data.{split}".rstrip(".")
         if uri.startswith("azureml://"):
             store = re.search(r"datastores/([\w-]+)/", uri)[1]
-            with told(field, file):
+            with translate_errors(field, file):
                 ml.datastores.get(store)
         else:
             name, version, label = errors.asset(uri)
-            with told(field, file):
+            with translate_errors(field, file):
                 ml.data.get(name, version=version, label=label)
     uri = settings.model or ""
-    found = re.fullmatch(REGISTRY, uri)
-    if found:
+    in_registry = re.fullmatch(REGISTRY, uri)
+    if in_registry:
         _, _, _, registry, _, name, _, version = uri.split("/")
-        with told("model", file):
+        with translate_errors("model", file):
             model = client(settings, registry).models.get(name, version=version)
     elif uri.startswith("azureml:") and not uri.startswith("azureml://"):
         name, version, label = errors.asset(uri)
-        with told("model", file):
+        with translate_errors("model", file):
             model = ml.models.get(name, version=version, label=label)
     else:
         return
@@ -212,26 +212,26 @@ def follow(ml, name: str, job: cli.Job, wait: bool) -> None:
     """
     from azure.core.exceptions import AzureError
 
-    said: dict[str, str] = {}
+    reported: dict[str, str] = {}
     pause, lost, started = POLL[0], 0, time.monotonic()
     while True:
         try:
-            with told(f"the run {name}", but=AzureError if wait or said else ()):
+            with translate_errors(f"the run {name}", but=AzureError if wait or reported else ()):
                 parent, children = steps(ml, name)
             lost = 0
         except AzureError as error:
             lost += 1
-            if not errors.passes(error) or lost > LOOKS_LOST:
+            if not errors.passes(error) or lost > RETRIES:
                 raise errors.explain(error, f"the run {name}") from None
             if lost == 1:
-                job.say("no answer from Azure ML; the run goes on there. Looking again …")
+                job.say("no answer from Azure ML; the run continues there. Retrying …")
             time.sleep(pause)
             continue
         for rule, child in children.items():
             now = state(child) + (" (taken from an earlier run)" if reused(child) else "")
-            if said.get(rule) != now:
+            if reported.get(rule) != now:
                 job.say(f"{rule:12} {now}")
-                said[rule] = now
+                reported[rule] = now
                 pause = POLL[0]
         if state(parent) in ENDED or not wait:
             break
@@ -268,22 +268,22 @@ def fetch(ml, name: str, output: str, folder: Path) -> Path:
     Raises:
         UserError: the run has no such output.
     """
-    with told(f"the run {name}"), errors.silent():
+    with translate_errors(f"the run {name}"), errors.silent():
         ml.jobs.download(name, download_path=folder, output_name=output)
-    place = folder / "named-outputs" / output
-    if not place.exists():
+    path = folder / "named-outputs" / output
+    if not path.exists():
         raise UserError(f"the run {name} has no output `{output}`. `status` shows how its steps stand.")
-    return place
+    return path
 
 
 def receipts(ml, name: str, rules: list[str], folder: Path) -> dict[str, dict[str, str]]:
     """What the steps wrote down: output path to the SHA-256 of its files."""
-    found = {}
+    digests = {}
     for rule in rules:
-        place = fetch(ml, name, f"receipt_{rule}", folder)
-        file = place if place.is_file() else next(path for path in place.rglob("*") if path.is_file())
-        found |= json.loads(file.read_text(encoding="utf-8"))["outputs"]
-    return found
+        path = fetch(ml, name, f"receipt_{rule}", folder)
+        file = path if path.is_file() else next(inner for inner in path.rglob("*") if inner.is_file())
+        digests |= json.loads(file.read_text(encoding="utf-8"))["outputs"]
+    return digests
 
 
 def bring(ml, name: str, path: str, wanted: dict[str, str], folder: Path) -> Path:
@@ -292,25 +292,25 @@ def bring(ml, name: str, path: str, wanted: dict[str, str], folder: Path) -> Pat
     Raises:
         UserError: a file is missing, is too many, or is not what the step wrote.
     """
-    place = fetch(ml, name, pipeline.port(path), folder)
-    if "." in wanted and place.is_dir():
-        files = [file for file in place.rglob("*") if file.is_file()]
+    fetched = fetch(ml, name, pipeline.port(path), folder)
+    if "." in wanted and fetched.is_dir():
+        files = [file for file in fetched.rglob("*") if file.is_file()]
         if len(files) != 1:
             raise UserError(f"{path}: {len(files)} files came instead of one. Nothing was changed here; try again.")
-        place = files[0]
-    found = sums(place)
-    if found != wanted:
-        wrong = sorted({file for file in found.keys() | wanted.keys() if found.get(file) != wanted.get(file)})
+        fetched = files[0]
+    actual = sums(fetched)
+    if actual != wanted:
+        wrong = sorted({file for file in actual.keys() | wanted.keys() if actual.get(file) != wanted.get(file)})
         raise UserError(
             f"{path}: not what the step wrote: {', '.join(wrong[:5])} differ{'s' * (len(wrong) == 1)}. Nothing was changed here. Download again; if it "
             "stays so, the storage was changed after the run."
         )
-    return place
+    return fetched
 
 
 def download(ml, name: str, paths: list[str], job: cli.Job) -> None:
     """Bring outputs of a run here; each appears whole and checked, or not at all."""
-    with told(f"the run {name}"):
+    with translate_errors(f"the run {name}"):
         status, children = steps(ml, name)
     done = [rule for rule, child in children.items() if state(child) == "Completed"]
     if not done:
@@ -327,11 +327,11 @@ def download(ml, name: str, paths: list[str], job: cli.Job) -> None:
             if target.exists() and sums(target) == known[path]:
                 job.say(f"{path}: is here already")
                 continue
-            place = bring(ml, name, path, known[path], Path(scratch))
-            is_folder = place.is_dir()
+            fetched = bring(ml, name, path, known[path], Path(scratch))
+            is_folder = fetched.is_dir()
             with outputs.written(target if is_folder else None, [] if is_folder else [target]) as (partial,):
                 outputs.remove(partial)
-                place.rename(partial)
+                fetched.rename(partial)
             job.say(f"{path}: every byte is right")
 
 
@@ -341,7 +341,7 @@ def register(ml, settings: Settings, name: str, job: cli.Job) -> None:
     from azure.core.exceptions import ResourceNotFoundError
 
     everything = params.load("params.yaml")
-    with told(f"the run {name}"):
+    with translate_errors(f"the run {name}"):
         parent, children = steps(ml, name)
     if "package" not in children or state(children["package"]) != "Completed":
         raise UserError(
@@ -349,8 +349,8 @@ def register(ml, settings: Settings, name: str, job: cli.Job) -> None:
         )
     with tempfile.TemporaryDirectory() as scratch:
         known = receipts(ml, name, ["package", "evaluate", "fetch_model", "prepare"], Path(scratch))
-        place = bring(ml, name, "results/metrics.json", known["results/metrics.json"], Path(scratch))
-        metrics = json.loads(place.read_text(encoding="utf-8"))
+        file = bring(ml, name, "results/metrics.json", known["results/metrics.json"], Path(scratch))
+        metrics = json.loads(file.read_text(encoding="utf-8"))
         about = {
             report: json.loads(
                 bring(ml, name, f"results/{report}.json", known[f"results/{report}.json"], Path(scratch)).read_text()
@@ -358,11 +358,11 @@ def register(ml, settings: Settings, name: str, job: cli.Job) -> None:
             for report in ("base", "dataset")
         }
     digest = errors.digest(known["build/package"])
-    with told("package.name", Path("params.yaml"), but=ResourceNotFoundError):
+    with translate_errors("package.name", Path("params.yaml"), but=ResourceNotFoundError):
         try:
-            for one in ml.models.list(name=everything.package.name):
-                if (one.tags or {}).get("package_sha256") == digest:
-                    job.say(f"{one.name}:{one.version} is this package already")
+            for model in ml.models.list(name=everything.package.name):
+                if (model.tags or {}).get("package_sha256") == digest:
+                    job.say(f"{model.name}:{model.version} is this package already")
                     return
         except ResourceNotFoundError:
             pass  # the first of its name
@@ -374,9 +374,9 @@ def register(ml, settings: Settings, name: str, job: cli.Job) -> None:
         description=everything.package.intended_use,
         tags=lineage | figures(metrics),
     )
-    with told("package.name", Path("params.yaml")), errors.silent():
-        made = ml.models.create_or_update(model)
-    job.say(f"registered as {made.name}:{made.version}")
+    with translate_errors("package.name", Path("params.yaml")), errors.silent():
+        registered = ml.models.create_or_update(model)
+    job.say(f"registered as {registered.name}:{registered.version}")
 
 
 def figures(metrics: dict) -> dict[str, str]:
@@ -392,5 +392,5 @@ def figures(metrics: dict) -> dict[str, str]:
 
 def sources(about: dict) -> dict[str, str]:
     """SHA-256 of base model and data, where the reports have one."""
-    found = {"base_sha256": about["base"].get("sha256")}
-    return {key: str(value) for key, value in found.items() if value}
+    digests = {"base_sha256": about["base"].get("sha256")}
+    return {key: str(value) for key, value in digests.items() if value}

@@ -69,7 +69,7 @@ class Cluster(Section):
     max_nodes: int = Field(1, ge=1, le=1000, description="Created with: machines at most. None run while no step does.")
     tier: Literal["dedicated", "low_priority"] = Field(
         "dedicated",
-        description="Created with: `low_priority` machines cost less and may be taken away; `finetune` then goes on from its last checkpoint.",
+        description="Created with: `low_priority` machines cost less and may be taken away; `finetune` then resumes from its last checkpoint.",
     )
     instance_type: str | None = Field(None, min_length=1, description="Kubernetes only: instance type of a step.")
     environment: Environment | None = Field(
@@ -96,7 +96,7 @@ class Settings(Section):
     )
     data: str | dict[Literal["train", "eval", "test"], str] | None = Field(
         None,
-        description="The data set on Azure in place of prepare.source: `azureml:NAME:VERSION` or `azureml://datastores/NAME/paths/PATH` "
+        description="The dataset on Azure in place of prepare.source: `azureml:NAME:VERSION` or `azureml://datastores/NAME/paths/PATH` "
         "(a mapping where prepare.source is one). Without it, local files are uploaded and remote ones are read by the step.",
     )
     model: str | None = Field(
@@ -142,7 +142,7 @@ class Settings(Section):
         if self.subscription_id == NOBODY:
             raise UserError(
                 f"{path}: subscription_id is still the placeholder. Fill in subscription_id, resource_group and workspace_name: "
-                "they stand on the workspace's overview page in the Azure portal, and in its config.json."
+                "they are on the workspace's overview page in the Azure portal, and in its config.json."
             )
 
 
@@ -165,8 +165,8 @@ def load(path: Path) -> Settings:
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        told = list(dict.fromkeys(line.removeprefix("params: ") for line in lines(error.errors(), data, Settings)))
+        problems = list(dict.fromkeys(line.removeprefix("params: ") for line in lines(error.errors(), data, Settings)))
         raise UserError(
-            f"{path}: {len(told)} error{'s' * (len(told) > 1)}; nothing was sent. See docs/azureml.md.\n"
-            + "\n".join("  " + line for line in told)
+            f"{path}: {len(problems)} error{'s' * (len(problems) > 1)}; nothing was sent. See docs/azureml.md.\n"
+            + "\n".join("  " + line for line in problems)
         ) from None

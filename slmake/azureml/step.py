@@ -19,18 +19,18 @@ MARKERS = (".snakemake_timestamp",)
 def check_environment() -> None:
     """Raise UserError unless this image's packages are those of the lock that was sent along."""
     try:
-        found = container.differences(Path("envs"))
+        different = container.differences(Path("envs"))
     except ModuleNotFoundError as error:
-        found = [f"{error.name}: missing in the image"]
-    if found:
-        rest = [f"… and {len(found) - 10} more"] * (len(found) > 10)
+        different = [f"{error.name}: missing in the image"]
+    if different:
+        rest = [f"… and {len(different) - 10} more"] * (len(different) > 10)
         raise UserError(
             "the image that `environment` in azureml/settings.yaml names does not hold the locked environment. Build it again (`make "
-            "image`), push it, and put its new digest there.\n  " + "\n  ".join([*found[:10], *rest])
+            "image`), push it, and put its new digest there.\n  " + "\n  ".join([*different[:10], *rest])
         )
 
 
-def place(inputs: dict[str, Path]) -> None:
+def link_inputs(inputs: dict[str, Path]) -> None:
     """Link every mounted input to the path at which the rule reads it.
 
     Raises:
@@ -48,28 +48,28 @@ def run(rule: str, targets: list[str]) -> None:
     """Let Snakemake build the rule's outputs, by that rule alone.
 
     Raises:
-        UserError: the rule failed; it has said why itself.
+        UserError: the rule failed; its own message is above.
     """
     allowed = [rule, *(member for member, stage in dvc_yaml.MEMBERS.items() if stage == rule)]
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "host", "progress"]
     done = subprocess.run([*command, "--allowed-rules", *allowed, "--", *targets])
     if done.returncode:
         raise UserError(
-            f"{rule} failed (exit code {done.returncode}). The reason stands above, details in logs/{rule}.log."
+            f"{rule} failed (exit code {done.returncode}). The reason is above, details are in logs/{rule}.log."
         )
 
 
 def hand_over(path: str, target: Path) -> dict[str, str]:
     """Copy one output to where Azure ML takes it from; SHA-256 of its files by relative name (a file's own name is `.`)."""
-    made = Path(path)
-    if made.is_file():
+    output = Path(path)
+    if output.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made, target)
-        return {".": outputs.sha256(made)}
+        shutil.copyfile(output, target)
+        return {".": outputs.sha256(output)}
     shutil.copytree(
-        made, target, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(*MARKERS)
+        output, target, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(*MARKERS)
     )
-    return sums(made)
+    return sums(output)
 
 
 def sums(path: Path) -> dict[str, str]:
@@ -86,7 +86,7 @@ def keep_checkpoints(folder: Path) -> None:
     The text file keeps the folder from being empty, which storage would take for absent, and finetune from removing the link.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "about.txt").write_text("Checkpoints of a run that has not ended. It goes on from the last one.\n")
+    (folder / "about.txt").write_text("Checkpoints of a run that has not ended. It resumes from the last one.\n")
     Path("build").mkdir(exist_ok=True)
     Path("build/checkpoints").symlink_to(folder.resolve())
 
@@ -94,7 +94,7 @@ def keep_checkpoints(folder: Path) -> None:
 def main(rule: str, inputs: dict[str, Path], results: dict[str, Path], receipt: Path, checkpoints: Path | None) -> None:
     """Run one step. See the module."""
     check_environment()
-    place(inputs)
+    link_inputs(inputs)
     if checkpoints:
         keep_checkpoints(checkpoints)
     run(rule, list(results))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from slmake import cli, outputs
 from slmake.errors import UserError
+from slmake.packaging.checksums import files_of
 from slmake.sources import blob, download
 from slmake.sources.blob import AzureBlob
 
@@ -18,14 +19,14 @@ RACES = 20  # how often the pointer may move under our hands
 class Store:
     """A prefix in a container."""
 
-    def __init__(self, place: AzureBlob):
-        self.place = place
-        self.fs = blob.filesystem(place.account)
-        self.url = f"az://{place.name}/{place.path}"
+    def __init__(self, source: AzureBlob):
+        self.source = source
+        self.fs = blob.filesystem(source.account)
+        self.url = f"az://{source.name}/{source.path}"
 
     def client(self, name: str):
         """The Azure SDK's client of one blob below the prefix."""
-        return self.fs.service_client.get_blob_client(self.place.name, f"{self.place.path}/{name}")
+        return self.fs.service_client.get_blob_client(self.source.name, f"{self.source.path}/{name}")
 
     def run(self, request, name: str = ""):
         """Wait for a request; its errors become UserErrors."""
@@ -38,11 +39,11 @@ class Store:
         """Size and uploaded SHA-256 of the blobs below a digest, by name."""
 
         async def walk():
-            found, start = {}, f"{self.place.path}/{digest}/"
-            container = self.fs.service_client.get_container_client(self.place.name)
-            async for one in container.list_blobs(start, include=["metadata"], **blob.RETRIES):
-                found[one.name.removeprefix(start)] = (one.size, (one.metadata or {}).get("sha256", ""))
-            return found
+            sizes, start = {}, f"{self.source.path}/{digest}/"
+            container = self.fs.service_client.get_container_client(self.source.name)
+            async for item in container.list_blobs(start, include=["metadata"], **blob.RETRIES):
+                sizes[item.name.removeprefix(start)] = (item.size, (item.metadata or {}).get("sha256", ""))
+            return sizes
 
         return self.run(walk)
 
@@ -97,18 +98,16 @@ def describe(model: Path, metrics: Path | None) -> dict:
     """The manifest of a model folder: digest, metrics, and its files with sha256 and size in bytes.
 
     Raises:
-        UserError: no such folder, or nothing in it.
+        UserError: no such folder, nothing in it, or links and hidden files in it.
     """
     if not model.is_dir():
         raise UserError(f"{model}: no such folder. Build it with `snakemake --cores all {model}`.")
-    paths = {
-        p.relative_to(model).as_posix(): p
-        for p in sorted(model.rglob("*"))
-        if p.is_file() and not p.name.startswith(".snakemake")
-    }
-    if not paths:
+    names = files_of(model)
+    if not names:
         raise UserError(f"{model}: an empty folder: nothing to publish.")
-    files = {name: {"sha256": outputs.sha256(path), "size_bytes": path.stat().st_size} for name, path in paths.items()}
+    files = {
+        name: {"sha256": outputs.sha256(model / name), "size_bytes": (model / name).stat().st_size} for name in names
+    }
     return {
         "digest": download.digest_of({name: file["sha256"] for name, file in files.items()}),
         "files": files,
@@ -160,18 +159,18 @@ def verify(store: Store, job: cli.Job) -> dict:
     Raises:
         UserError: no pointer there, or files that are missing, cut, changed or too many; all of them are named.
     """
-    found = store.read(POINTER) or store.read(MANIFEST)
-    if found is None:
+    pointer = store.read(POINTER) or store.read(MANIFEST)
+    if pointer is None:
         raise UserError(
             f"{store.url}: neither {POINTER} nor {MANIFEST} is there. Name what was published to, or its folder DIGEST."
         )
     try:
-        manifest = json.loads(found[0])
+        manifest = json.loads(pointer[0])
         digest, files = manifest["digest"], manifest["files"]
         sums = {name: file["sha256"] for name, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{store.url}: the manifest is damaged. Publish again.") from None
-    folder = "" if store.place.path.endswith(digest) else f"{digest}/"
+    folder = "" if store.source.path.endswith(digest) else f"{digest}/"
     bad = [] if download.digest_of(sums) == digest else [f"the manifest's sums do not make its digest {digest}"]
 
     async def digest_of_blob(name: str) -> tuple[str, int]:

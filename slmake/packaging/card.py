@@ -1,14 +1,36 @@
 """The model card: README.md with Hugging Face metadata (https://huggingface.co/docs/hub/model-cards)."""
 
 import json
+import re
 
 import yaml
+
+from slmake.text import code_span, markdown, one_line, printable
 
 NAMES = {"base": "base", "adapter": "base with adapter", "merged": "fine-tuned and merged"}
 
 
 def percent(value: float) -> str:
     return f"{value:.1%}"
+
+
+def prose(text: str) -> str:
+    """Markdown that the user wrote, with its HTML shown as text (addresses in angle brackets stay links)."""
+    return re.sub(r"<(?=[A-Za-z/!?])(?!https?://|mailto:)", "&lt;", printable(text))
+
+
+def setting(value: object) -> str:
+    """A setting's value for a table."""
+    return code_span(json.dumps(value, ensure_ascii=False))
+
+
+def single_lines(value: object) -> object:
+    """The value with every text on one line: a line break could end the YAML head, and start another."""
+    if isinstance(value, dict):
+        return {key: single_lines(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [single_lines(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def metrics_table(metrics: dict, models: list[str]) -> list[str]:
@@ -20,25 +42,27 @@ def metrics_table(metrics: dict, models: list[str]) -> list[str]:
         "|---|---|---|---|---|" + "---|" * classes,
     ]
     for name in models:
-        one = metrics[name]
+        scores = metrics[name]
         cells = [NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)]
-        cells.append(f"{percent(one['accuracy'])} ({percent(one['accuracy_low'])} to {percent(one['accuracy_high'])})")
+        cells.append(
+            f"{percent(scores['accuracy'])} ({percent(scores['accuracy_low'])} to {percent(scores['accuracy_high'])})"
+        )
         if classes:
-            cells.append(f"{one['macro_f1']:.3f} ({one['macro_f1_low']:.3f} to {one['macro_f1_high']:.3f})")
-            cells.append(percent(one["outside_labels"]))
+            cells.append(f"{scores['macro_f1']:.3f} ({scores['macro_f1_low']:.3f} to {scores['macro_f1_high']:.3f})")
+            cells.append(percent(scores["outside_labels"]))
         else:
-            cells.append(f"{one['rouge_l']:.3f}")
-        cells += [f"{one['answer_perplexity']:,.3f}", f"{one['size_bytes'] / 1e6:,.1f} MB"]
+            cells.append(f"{scores['rouge_l']:.3f}")
+        cells += [f"{scores['answer_perplexity']:,.3f}", f"{scores['size_bytes'] / 1e6:,.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def class_table(one: dict) -> list[str]:
+def class_table(scores: dict) -> list[str]:
     """Precision, recall and F1 of every label."""
     lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
-    for label, found in one["per_class"].items():
+    for label, row in scores["per_class"].items():
         lines.append(
-            f"| {label} | {found['precision']:.3f} | {found['recall']:.3f} | {found['f1']:.3f} | {found['rows']} |"
+            f"| {markdown(label)} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['rows']} |"
         )
     return lines
 
@@ -49,13 +73,13 @@ def parity_table(parity: dict) -> list[str]:
         "| step | prompts | mean KL | largest KL | same first token | largest logit difference |",
         "|---|---|---|---|---|---|",
     ]
-    for key, one in parity.items():
+    for key, distance in parity.items():
         if key == "tokenizer":
             continue
         after, _, before = key.partition("_vs_")
         lines.append(
-            f"| {before} to {after} | {one['prompts']} | {one['kl_mean']:.4f} | {one['kl_max']:.4f} | "
-            f"{percent(one['top1_agreement'])} | {one['logit_diff_max']:.3f} |"
+            f"| {before} to {after} | {distance['prompts']} | {distance['kl_mean']:.4f} | {distance['kl_max']:.4f} | "
+            f"{percent(distance['top1_agreement'])} | {distance['logit_diff_max']:.3f} |"
         )
     return lines
 
@@ -63,7 +87,7 @@ def parity_table(parity: dict) -> list[str]:
 def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
     """The YAML head that model hubs read."""
     source = base["source"]
-    found: dict = {
+    head: dict = {
         "license": section.license.lower(),
         "language": list(section.language),
         "library_name": "onnxruntime-genai",
@@ -71,13 +95,13 @@ def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | 
         "tags": ["onnx", "onnxruntime-genai", last, *section.tags],
     }
     if source.startswith("hf:"):
-        found["base_model"] = source.removeprefix("hf:").partition("@")[0]
+        head["base_model"] = source.removeprefix("hf:").partition("@")[0]
     kinds = [("accuracy", "accuracy")] + ([("f1", "macro_f1")] if labels else [("rouge", "rouge_l")])
     results = [{"type": kind, "value": metrics[last][key], "name": key} for kind, key in kinds]
-    task = {"type": found["pipeline_tag"]}
+    task = {"type": head["pipeline_tag"]}
     data = {"name": section.name, "type": "held-out test split"}
-    found["model-index"] = [{"name": section.name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
-    return found
+    head["model-index"] = [{"name": section.name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
+    return head
 
 
 def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict], table: str) -> str:
@@ -92,23 +116,30 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         gates: the judged gates, and `table` their text.
     """
     metrics, last, dataset, base = facts["metrics"], facts["last"], facts["dataset"], facts["base"]
-    head = yaml.safe_dump(metadata(section, base, metrics, last, form["labels"]), sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(
+        single_lines(metadata(section, base, metrics, last, form["labels"])),
+        sort_keys=False,
+        allow_unicode=True,
+        width=10**6,
+    )
     rows = dataset["rows"]
     arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
-    lines = ["---", head.rstrip(), "---", "", f"# {section.name}", "", section.intended_use, ""]
+    lines = ["---", head.rstrip(), "---", "", f"# {markdown(section.name)}", "", prose(section.intended_use), ""]
     lines += ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
     if form["prompt"] is not None:
         lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
-        lines += [f"    {line}" for line in form["prompt"].split("\n")] + [""]
+        lines += [f"    {printable(line)}" for line in re.split("\r\n|\r|\n", form["prompt"])] + [""]
     if form["labels"]:
-        lines += [f"It answers with one of: {', '.join(form['labels'])}.", ""]
+        lines += [f"It answers with one of: {', '.join(map(markdown, form['labels']))}.", ""]
     lines += ["## What it was made from", ""]
     lines.append(
-        f"- Base model: `{base['source']}`" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
+        f"- Base model: {code_span(base['source'])}" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
     )
+    if facts["adapter"]:
+        lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter'])}.")
     for split, source in dataset["source"].items():
         lines.append(
-            f"- Data ({split}): `{source['source']}`"
+            f"- Data ({split}): {code_span(source['source'])}"
             + (f", SHA-256 `{source['sha256']}`." if "sha256" in source else ".")
         )
     lines.append(
@@ -131,7 +162,7 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         )
         keys += ("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "qat", "seed")
         lines += ["## Training", "", "| setting | value |", "|---|---|"]
-        lines += [f"| `{key}` | {json.dumps(training[key])} |" for key in keys] + [""]
+        lines += [f"| `{key}` | {setting(training[key])} |" for key in keys] + [""]
     lines += ["## Quantization", ""]
     if search := facts["search"]:
         lines += [
@@ -140,9 +171,7 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
             "",
         ]
     lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| `{key}` | {json.dumps(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [
-        ""
-    ]
+    lines += [f"| `{key}` | {setting(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [""]
     lines += [
         "## Scores",
         "",
@@ -151,12 +180,12 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
     ]
     lines += [*metrics_table(metrics, facts["models"]), ""]
     if form["labels"]:
-        one = metrics[last]
+        scores = metrics[last]
         lines += [
-            f"This package by label (choosing among the labels only, accuracy is {percent(one['restricted_accuracy'])}):",
+            f"This package by label (choosing among the labels only, accuracy is {percent(scores['restricted_accuracy'])}):",
             "",
         ]
-        lines += [*class_table(one), ""]
+        lines += [*class_table(scores), ""]
     if metrics.get("parity"):
         lines += [
             "Step by step, over the distribution of the first answer token:",
@@ -166,7 +195,10 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         ]
     lines += ["Gates that this model passed:" if gates else "No gate was set for this model.", ""]
     lines += [*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else []
-    lines += ["## Limits", "", section.limitations, "", "## Licence", ""]
-    lines += [f"{section.license}. The texts are in licenses/: {', '.join(sorted(set(facts['licences'])))}.", ""]
+    lines += ["## Limits", "", prose(section.limitations), "", "## Licence", ""]
+    lines += [
+        f"{markdown(section.license)}. The texts are in licenses/: {', '.join(map(markdown, sorted(set(facts['licences']))))}.",
+        "",
+    ]
     lines += ["## Check what you have", "", "    sha256sum --check SHA256SUMS", ""]
     return "\n".join(lines)

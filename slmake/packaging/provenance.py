@@ -50,8 +50,13 @@ def provenance(
         {"name": f"params.yaml#{name}", "digest": {"sha256": hash_of(text.encode()).hexdigest()}}
         for name, text in sorted(sections.items())
     ]
-    known = {one["name"] for one in dependencies}
+    known = {dependency["name"]: dependency["digest"]["sha256"] for dependency in dependencies}
     for source in (recorded["base"], *recorded["dataset"]["source"].values()):
+        if known.get(source["source"], source.get("sha256")) != source.get("sha256"):
+            raise UserError(
+                f"{source['source']}: its content was another one while it was read. `snakemake --cores all --force build/dataset` "
+                "reads it again."
+            )
         if source.get("sha256") and source["source"] not in known:
             dependencies.append({"name": source["source"], "digest": {"sha256": source["sha256"]}})
     if container:
@@ -87,13 +92,13 @@ def check_statement(text: str) -> dict:
     from in_toto_attestation.v1.statement import Statement
 
     try:
-        found = json.loads(text)
+        content = json.loads(text)
         statement = json_format.Parse(text, Statement([], "", {}).pb)
         Statement.copy_from_pb(statement).validate()
-        json_format.ParseDict(found["predicate"], Provenance())
+        json_format.ParseDict(content["predicate"], Provenance())
     except Exception as error:
         reason = str(error).splitlines()
         raise UserError(
             f"{PROVENANCE} is no valid provenance: {reason[0] if reason else type(error).__name__}"
         ) from None
-    return found
+    return content

@@ -5,14 +5,18 @@ part. The models of the sections are the single source of names, bounds, default
 (docs/params.schema.json) and the reference page (docs/params.md) are generated from them (slmake/params/docs.py).
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import get_args
 
 import yaml
 from pydantic import Field, ValidationError
 
+from slmake.cli import PLANNED
 from slmake.errors import UserError
+from slmake.params.adapter import Adapter
 from slmake.params.all import All
 from slmake.params.base import Model, Section
 from slmake.params.errors import Loader, lines
@@ -25,6 +29,7 @@ from slmake.params.package import Package
 from slmake.params.prepare import Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 
@@ -34,6 +39,8 @@ class Params(Section):
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
     prepare: Prepare
+    rehearse: Rehearse = Field(default_factory=Rehearse)
+    adapter: Adapter = Field(default_factory=Adapter)
     finetune: Finetune = Field(default_factory=Finetune)
     merge: Merge = Field(default_factory=Merge)
     quantize: Quantize = Field(default_factory=Quantize)
@@ -63,9 +70,24 @@ def between_sections(data: dict) -> list[str]:
             "name a file in prepare.source.eval, or set early_stopping_patience to 0."
         )
     stages = value("all", "stages")
+    if isinstance(stages, list):
+        mistakes += adapter_mistakes(stages, value("adapter", "source"))
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
         mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
     return mistakes
+
+
+def adapter_mistakes(stages: list, source: object) -> list[str]:
+    """Mistakes in where the adapter comes from that is to be merged, one line each."""
+    if "merge" in stages and "finetune" not in stages and not source:
+        return [
+            "all.stages: merge needs finetune, or an adapter from elsewhere: list finetune too, or set adapter.source."
+        ]
+    if "finetune" in stages and source:
+        return [
+            "adapter.source: finetune in all.stages makes the adapter itself. Take finetune out, or set adapter.source to null."
+        ]
+    return []
 
 
 def uncompared(checked: Params) -> list[str]:
@@ -73,7 +95,12 @@ def uncompared(checked: Params) -> list[str]:
     stages = checked.all.stages
     if "gates" not in stages:
         return []
-    built = {"base": True, "adapter": "finetune" in stages, "merged": "merge" in stages, "onnx": "quantize" in stages}
+    built = {
+        "base": True,
+        "adapter": bool({"finetune", "merge"} & set(stages)),
+        "merged": "merge" in stages,
+        "onnx": "quantize" in stages,
+    }
     scored = [model for model in get_args(Model) if model in checked.evaluate.models and built[model]]
     mistakes = []
     for name, gate in checked.gates.every().items():
@@ -95,7 +122,8 @@ def load(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml.
 
     Raises:
-        UserError: the file is missing, is not YAML, or breaks the schema; every broken field is named at once.
+        UserError: the file is missing, is not YAML, or breaks the schema (every broken field is named at once); or this is a rule
+            of a build that was planned with other values.
     """
     path = Path(path)
     try:
@@ -126,7 +154,22 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise UserError(
             f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
         )
+    if PLANNED in os.environ:
+        planned, now = json.loads(os.environ[PLANNED]), sums(checked)
+        if changed := [name for name in now if now[name] != planned.get(name)]:
+            raise UserError(
+                f"{path}: {', '.join(changed)} changed after this build was planned, so it stops: what was built so far is of the "
+                "former values. Run the same command again: it builds what the file asks for now."
+            )
     return checked
+
+
+def sums(everything: Params) -> dict[str, str]:
+    """A short SHA-256 of every section, by name."""
+    return {
+        name: hashlib.sha256(as_json(getattr(everything, name)).encode()).hexdigest()[:16]
+        for name in type(everything).model_fields
+    }
 
 
 def section(path: str | Path, name: str) -> Section:

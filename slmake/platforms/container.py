@@ -102,10 +102,10 @@ def check(setting: str, envs: Path = Path("envs")) -> None:
             _pull(setting, sif)
     elif not sif.is_file():
         raise UserError(f"all.container: {sif}: no such image. Build it with `make sif`, or correct params.yaml.")
-    elif (found := sha256(sif)) != digest:
+    elif (actual := sha256(sif)) != digest:
         raise UserError(
             f"all.container: {sif} is not the image that params.yaml names.\n  params.yaml: sha256:{digest}\n  the file:    "
-            f"sha256:{found}\nIf the new image is meant, put its digest into params.yaml; everything is then built again."
+            f"sha256:{actual}\nIf the new image is meant, put its digest into params.yaml; everything is then built again."
         )
     compare(sif, envs)
 
@@ -132,16 +132,16 @@ def compare(sif: Path, envs: Path) -> None:
         env=os.environ | {"APPTAINERENV_PYTHONPATH": ""},
     )
     try:
-        found = json.loads(done.stdout)
+        different = json.loads(done.stdout)
     except json.JSONDecodeError:
         raise UserError(
             f"all.container: {sif} cannot be used: {_last_line(done.stderr)} It should be an image that `make sif` made."
         ) from None
-    if found:
-        rest = [f"… and {len(found) - 10} more"] * (len(found) > 10)
+    if different:
+        rest = [f"… and {len(different) - 10} more"] * (len(different) > 10)
         raise UserError(
             f"all.container: {sif} does not hold the locked environment. Build it again with `make sif`.\n  "
-            + "\n  ".join([*found[:10], *rest])
+            + "\n  ".join([*different[:10], *rest])
         )
 
 
@@ -157,22 +157,22 @@ def differences(envs: Path) -> list[str]:
 
     machine = os.environ.get("SLMAKE_MACHINE", "cpu")
     present = {canonicalize_name(item.metadata["Name"]): item.version for item in distributions()}
-    lines = (envs / f"{machine}.lock").read_text(encoding="utf-8").splitlines()
-    lines += re.findall(r"^torch==.*$", (envs / f"{machine}.in").read_text(encoding="utf-8"), re.M)
-    told = []
-    for line in lines:
+    locked = (envs / f"{machine}.lock").read_text(encoding="utf-8").splitlines()
+    locked += re.findall(r"^torch==.*$", (envs / f"{machine}.in").read_text(encoding="utf-8"), re.M)
+    lines = []
+    for line in locked:
         if not re.match(r"[A-Za-z0-9]", line):
             continue
         wanted = Requirement(line.partition("\\")[0].strip())
         if wanted.marker and not wanted.marker.evaluate():
             continue
         pinned = next(iter(wanted.specifier)).version
-        found = present.get(canonicalize_name(wanted.name))
-        if found is None:
-            told.append(f"{wanted.name}: {pinned} in {machine}.lock, missing in the image")
-        elif found.partition("+")[0] != pinned.partition("+")[0]:
-            told.append(f"{wanted.name}: {pinned} in {machine}.lock, {found} in the image")
-    return told
+        installed = present.get(canonicalize_name(wanted.name))
+        if installed is None:
+            lines.append(f"{wanted.name}: {pinned} in {machine}.lock, missing in the image")
+        elif installed.partition("+")[0] != pinned.partition("+")[0]:
+            lines.append(f"{wanted.name}: {pinned} in {machine}.lock, {installed} in the image")
+    return lines
 
 
 def sha256(path: Path) -> str:

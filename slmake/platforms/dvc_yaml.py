@@ -7,6 +7,8 @@ inputs and outputs are read from `snakemake -n -F`, so that nothing is written t
 """
 
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -14,15 +16,18 @@ from pathlib import Path
 
 import yaml
 
+from slmake import outputs
+from slmake.code_inputs import code, digest, modules, remember
+from slmake.errors import UserError
+from slmake.params import load, sums
+from slmake.plan import SECTIONS, Plan
+
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
 # out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
-SECTIONS = {
-    "search": ["quantize", "evaluate", "gates"],
-    "report": ["report", "gates"],
-}  # where it is not the rule's own section alone
+NOTE = Path(".dvc/tmp/slmake.yaml.sha256")  # what dvc.yaml was last written from
 METRICS = {"results/metrics.json"}  # small and the same in every run: kept in Git
 TIMINGS = ["results/benchmark.json"]
 CURVES = ["results/train_loss.csv", "results/eval_loss.csv"]
@@ -33,50 +38,50 @@ def rules() -> dict[str, dict[str, list[str]]]:
     """Rule name to its inputs and outputs, in the Snakefile's order, as a forced dry run of Snakemake prints them.
 
     Raises:
-        SystemExit: Snakemake refuses the Snakefile or params.yaml.
+        UserError: Snakemake refuses the Snakefile or params.yaml.
     """
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nocolor", "--printshellcmds"]
     done = subprocess.run(command, capture_output=True, text=True)
     text = done.stdout + done.stderr
     if done.returncode:
-        sys.exit(f"snakemake --dry-run failed:\n{text}")
-    found: dict[str, dict[str, list[str]]] = {}
+        raise UserError(f"snakemake --dry-run failed:\n{text}")
+    graph: dict[str, dict[str, list[str]]] = {}
     name = None
     for line in text.splitlines():
         if line.startswith(("rule ", "localrule ")) and line.endswith(":"):
             name = line.split()[1].rstrip(":")
             name = MEMBERS.get(name, name)
-            found.setdefault(name, {"input": [], "output": []})
+            graph.setdefault(name, {"input": [], "output": []})
         elif name and line.startswith(("    input: ", "    output: ")):
             key, _, value = line.strip().partition(": ")
-            found[name][key] = list(dict.fromkeys(found[name][key] + value.split(", ")))
+            graph[name][key] = list(dict.fromkeys(graph[name][key] + value.split(", ")))
         elif not line.startswith("    "):
             name = None
-    found.pop("all", None)
-    for rule in found.values():  # what the members of a stage make for each other
+    graph.pop("all", None)
+    for rule in graph.values():  # what the members of a stage make for each other
         rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
     written = re.findall(r"^rule (\w+):", Path("Snakefile").read_text(encoding="utf-8"), re.M)
-    return {name: found[name] for name in written if name in found}  # independent jobs are printed in any order
+    return {name: graph[name] for name in written if name in graph}  # independent jobs are printed in any order
 
 
-def in_order(found: dict[str, dict[str, list[str]]]) -> list[str]:
+def in_order(graph: dict[str, dict[str, list[str]]]) -> list[str]:
     """Rule names, each after the rules whose outputs it needs."""
-    makers = {path: name for name, rule in found.items() for path in rule["output"]}
+    makers = {path: name for name, rule in graph.items() for path in rule["output"]}
     done: list[str] = []
 
     def visit(name: str) -> None:
-        for path in found[name]["input"]:
+        for path in graph[name]["input"]:
             if path in makers and makers[path] not in done:
                 visit(makers[path])
         if name not in done:
             done.append(name)
 
-    for name in found:
+    for name in graph:
         visit(name)
     return done
 
 
-def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -> dict:
+def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str]) -> dict:
     """The content of dvc.yaml.
 
     Args:
@@ -84,8 +89,8 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
         metric_models: columns of the predictions, for the confusion matrices.
     """
     stages, outputs = {}, set()
-    for name in in_order(found):
-        rule = found[name]
+    for name in in_order(graph):
+        rule = graph[name]
         outputs |= set(rule["output"])
         allowed = " ".join([name, *(member for member, stage in MEMBERS.items() if stage == name)])
         target = "results/search.json" if name == "search" else rule["output"][0]
@@ -117,17 +122,9 @@ def dvc_yaml(found: dict[str, dict[str, list[str]]], metric_models: list[str]) -
 
 def scored_models() -> list[str]:
     """The columns of predictions.csv that params.yaml asks for."""
-    from slmake.params import load
-
-    everything = load("params.yaml")
-    built = {
-        "base": True,
-        "adapter": "finetune" in everything.all.stages,
-        "merged": "merge" in everything.all.stages,
-        "onnx": "quantize" in everything.all.stages,
-    }
-    names = {"onnx": everything.quantize.precision}
-    return [names.get(name, name) for name in everything.evaluate.models if built[name]]
+    params = load("params.yaml")
+    names = {"onnx": params.quantize.precision}
+    return [names.get(name, name) for name in Plan(params).scored if name in params.evaluate.models]
 
 
 def text() -> str:
@@ -136,11 +133,45 @@ def text() -> str:
     return HEADER + body
 
 
+def origin() -> str:
+    """Digest of all that dvc.yaml depends on, and of itself."""
+    files = [
+        "dvc.yaml",
+        "Snakefile",
+        "rules/common.smk",
+        *modules("slmake.plan"),
+        *modules("slmake.platforms.dvc_yaml"),
+    ]
+    scripts = sorted(path.stem for path in Path("scripts").glob("[a-z]*.py"))
+    parts = [digest(files, exact=True), *(name for script in scripts for name in code(script))]
+    return hashlib.sha256("\n".join([*parts, json.dumps(sums(load("params.yaml")))]).encode()).hexdigest()
+
+
+def update() -> None:
+    """Bring dvc.yaml up to date with params.yaml, the Snakefile and the imports of scripts; quick where none of them changed.
+
+    Raises:
+        UserError: params.yaml or the Snakefile is refused.
+    """
+    if NOTE.is_file() and NOTE.read_text() == origin():
+        return
+    outputs.replace(Path("dvc.yaml"), text().encode())
+    if Path(".dvc").is_dir():
+        NOTE.parent.mkdir(exist_ok=True)
+        outputs.replace(NOTE, origin().encode())
+    remember()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
+    parser.add_argument("--before-build", action="store_true", help="leave it to the build to report what is wrong")
     args = parser.parse_args(argv)
-    args.output.write_text(text(), encoding="utf-8")
+    try:
+        update() if args.before_build else outputs.replace(args.output, text().encode())
+    except UserError as error:
+        if not args.before_build:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

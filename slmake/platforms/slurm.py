@@ -57,20 +57,20 @@ def reasons(text: str) -> list[str]:
     """One line for each job that Slurm ended: rule, job id, why, what to do, and the log to read.
 
     Args:
-        text: what Snakemake said, errors included.
+        text: Snakemake's output, errors included.
     """
     jobs = re.findall(
         r"Error in rule (\w+):\n +message: SLURM-job '(\d+)' failed, SLURM status is: '(\w+)'.*?\n +jobid: (\d+)", text
     )
     last = {number: (rule, job, status) for rule, job, status, number in jobs}  # of several attempts
-    found = []
+    messages = []
     for rule, job, status in last.values():
         where = re.search(rf"submitted with SLURM jobid {job} \(log: (.*)\)\.", text)
         log = Path(where[1]) if where else None
-        said = log.read_text(encoding="utf-8", errors="replace") if log and log.is_file() else ""
-        key = "MEMORY" if status not in REASONS and KILLED.search(f"{status}\n{said}") else status
+        log_text = log.read_text(encoding="utf-8", errors="replace") if log and log.is_file() else ""
+        key = "MEMORY" if status not in REASONS and KILLED.search(f"{status}\n{log_text}") else status
         if key in REASONS:
-            asked = dict(re.findall(r"\b(mem_mb|runtime)=(\d+)", said))
+            asked = dict(re.findall(r"\b(mem_mb|runtime)=(\d+)", log_text))
             why = REASONS[key].format(**{"rule": rule, "mem_mb": "?", "runtime": "?"} | asked)
-            found.append(f"rule {rule}, Slurm job {job}: {why}." + (f" Its log: {log}" if log else ""))
-    return found
+            messages.append(f"rule {rule}, Slurm job {job}: {why}." + (f" Its log: {log}" if log else ""))
+    return messages

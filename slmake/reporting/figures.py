@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from slmake.reporting.pages import models_of, read_csv
+from slmake.text import one_line
+
+LONGEST = 40  # characters of a label in a figure
 
 COLOURS = {
     "base": "#9aa0a6",
     "adapter": "#56b4e9",
     "merged": "#0072b2",
     "last": "#d55e00",
-}  # told apart by the colour-blind
+}  # distinct for colour-blind readers
 
 
 def colour(name: str) -> str:
@@ -25,6 +28,7 @@ def plain_plots():
         {
             "svg.hashsalt": "slmake",
             "svg.fonttype": "none",
+            "text.parse_math": False,  # `$5-$10` is a label, not mathematics
             "font.family": "sans-serif",
             "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
             "font.size": 11,
@@ -41,6 +45,11 @@ def plain_plots():
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def shown(labels: list[str]) -> list[str]:
+    """Labels of a dataset as a figure can show them."""
+    return [one_line(label, LONGEST) or "(empty)" for label in labels]
 
 
 def save(plt, figure, path: Path) -> None:
@@ -70,11 +79,11 @@ def draw_loss(plt, losses: list[Path], path: Path) -> None:
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # none where they would overlap
         axes.legend()
     else:
-        nothing(axes, "Nothing was fine-tuned.")
+        draw_note(axes, "Nothing was fine-tuned.")
     save(plt, figure, path)
 
 
-def nothing(axes, text: str) -> None:
+def draw_note(axes, text: str) -> None:
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center", color="#57606a")
 
@@ -92,14 +101,15 @@ def draw_data(plt, dataset: dict, path: Path) -> None:
         start = [0] * len(labels)
         for split, shade in (("train", COLOURS["merged"]), ("eval", COLOURS["adapter"]), ("test", COLOURS["last"])):
             counts = [dataset["labels"][split].get(label, 0) for label in labels]
-            right.barh(labels, counts, left=start, color=shade, label=split)
+            right.barh(range(len(labels)), counts, left=start, color=shade, label=split)
             start = [a + b for a, b in zip(start, counts, strict=True)]
+        right.set_yticks(range(len(labels)), shown(labels))
         right.invert_yaxis()
         right.set(xlabel="rows", title="Labels")
         right.locator_params(axis="x", integer=True)
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     else:
-        nothing(right, "Open text: no labels.")
+        draw_note(right, "Open text: no labels.")
     save(plt, figure, path)
 
 
@@ -107,13 +117,18 @@ def draw_scores(plt, metrics: dict, path: Path) -> None:
     """Accuracy of every model with its 95% interval."""
     names = models_of(metrics)
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.6))
-    for place, name in enumerate(names):
-        one = metrics[name]
-        ends = [[max(0, one["accuracy"] - one["accuracy_low"])], [max(0, one["accuracy_high"] - one["accuracy"])]]
-        axes.barh(place, one["accuracy"], xerr=ends, color=colour(name), height=0.6, capsize=4, ecolor="#1f2328")
-        axes.text(min(one["accuracy_high"] + 0.015, 1.02), place, f"{one['accuracy']:.1%}", va="center")
-        if "restricted_accuracy" in one:
-            axes.plot(one["restricted_accuracy"], place, marker="D", color="#1f2328", markersize=5, linestyle="none")
+    for position, name in enumerate(names):
+        scores = metrics[name]
+        ends = [
+            [max(0, scores["accuracy"] - scores["accuracy_low"])],
+            [max(0, scores["accuracy_high"] - scores["accuracy"])],
+        ]
+        axes.barh(position, scores["accuracy"], xerr=ends, color=colour(name), height=0.6, capsize=4, ecolor="#1f2328")
+        axes.text(min(scores["accuracy_high"] + 0.015, 1.02), position, f"{scores['accuracy']:.1%}", va="center")
+        if "restricted_accuracy" in scores:
+            axes.plot(
+                scores["restricted_accuracy"], position, marker="D", color="#1f2328", markersize=5, linestyle="none"
+            )
     axes.set(
         xlim=(0, 1.1),
         xlabel="accuracy with 95% interval (diamond: choosing among the labels only)",
@@ -129,7 +144,7 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
     names = [name for name in models_of(metrics) if "confusion" in metrics[name]]
     if not names:
         figure, axes = plt.subplots(figsize=(8, 2))
-        nothing(axes, "Open text: no labels to confuse.")
+        draw_note(axes, "Open text: no labels to confuse.")
         save(plt, figure, path)
         return
     labels = list(metrics[names[0]]["per_class"])
@@ -149,8 +164,8 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
                     axes.text(
                         k, i, count, ha="center", va="center", color="white" if shares[i][k] > 0.55 else "#1f2328"
                     )
-        axes.set_xticks(range(len(labels) + 1), [*labels, "(other)"], rotation=35, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels) + 1), [*shown(labels), "(other)"], rotation=35, ha="right")
+        axes.set_yticks(range(len(labels)), shown(labels))
         axes.set(title=name, xlabel="answer", ylabel="expected")
         axes.spines[:].set_visible(False)
     save(plt, figure, path)
@@ -158,21 +173,23 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
 
 def draw_candidates(plt, result: dict, path: Path) -> None:
     """Accuracy on the tuning rows over the cost that was searched by, the other cost as colour; the Pareto front as a line."""
-    built = [one for one in result["candidates"] if "failed" not in one]
+    built = [candidate for candidate in result["candidates"] if "failed" not in candidate]
     figure, axes = plt.subplots(figsize=(8, 5))
     costs = {
-        "size (MB)": [one["metrics"]["size_bytes"] / 1e6 for one in built],
-        "latency p50 (ms)": [one["benchmark"]["latency_ms_p50"] for one in built],
+        "size (MB)": [candidate["metrics"]["size_bytes"] / 1e6 for candidate in built],
+        "latency p50 (ms)": [candidate["benchmark"]["latency_ms_p50"] for candidate in built],
     }
     along, shade = list(costs) if result["objective"] == "size" else list(costs)[::-1]
-    sizes, values = costs[along], [one["metrics"]["accuracy"] for one in built]
+    sizes, values = costs[along], [candidate["metrics"]["accuracy"] for candidate in built]
     dots = axes.scatter(sizes, values, c=costs[shade], cmap="viridis", s=60, zorder=3)
     figure.colorbar(dots, ax=axes, label=shade)
-    front = sorted((size, value) for size, value, one in zip(sizes, values, built, strict=True) if one["pareto"])
+    front = sorted(
+        (size, value) for size, value, candidate in zip(sizes, values, built, strict=True) if candidate["pareto"]
+    )
     axes.plot(*zip(*front, strict=True), color="#57606a", linewidth=1, zorder=2, label="Pareto front")
-    for size, value, one in zip(sizes, values, built, strict=True):
-        axes.annotate(str(one["candidate"]), (size, value), textcoords="offset points", xytext=(6, 5))
-    winner = [one["candidate"] for one in built].index(result["winner"])
+    for size, value, candidate in zip(sizes, values, built, strict=True):
+        axes.annotate(str(candidate["candidate"]), (size, value), textcoords="offset points", xytext=(6, 5))
+    winner = [candidate["candidate"] for candidate in built].index(result["winner"])
     axes.scatter(
         [sizes[winner]],
         [values[winner]],

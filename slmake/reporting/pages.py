@@ -1,13 +1,14 @@
 """HTML pages of the report."""
 
 import csv
-from html import escape
+import html
 from pathlib import Path
 
 from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
 from slmake.scoring.judge import MODELS, SIGNS, judge, number, read_published
+from slmake.text import csv_text, printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
@@ -17,6 +18,11 @@ td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } t
 .ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 """
+
+
+def escape(text: object) -> str:
+    """Text for HTML; control characters as symbols."""
+    return html.escape(printable(str(text)))
 
 
 def page(title: str, *parts: str) -> str:
@@ -30,16 +36,16 @@ def html_table(head: list[str], rows: list[list[object]], classes: list[str] | N
     numbers = [
         all(isinstance(row[i], (int, float)) or _looks_numeric(str(row[i])) for row in rows) for i in range(len(head))
     ]
-    mark = [' class="n"' if number and rows else "" for number in numbers]
+    columns = [' class="n"' if number and rows else "" for number in numbers]
     lines = ["<table>"]
     if any(head):
         lines.append(
-            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>"
+            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(columns, head, strict=True)) + "</tr>"
         )
     for k, row in enumerate(rows):
-        own = [f' class="{classes[k]}"' if classes and i == 0 else mark[i] for i in range(len(row))]
+        own = [f' class="{classes[k]}"' if classes and i == 0 else columns[i] for i in range(len(row))]
         lines.append(
-            "<tr>" + "".join(f"<td{m}>{escape(str(cell))}</td>" for m, cell in zip(own, row, strict=True)) + "</tr>"
+            "<tr>" + "".join(f"<td{m}>{escape(cell)}</td>" for m, cell in zip(own, row, strict=True)) + "</tr>"
         )
     return "\n".join([*lines, "</table>"])
 
@@ -81,12 +87,14 @@ def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
 
 
 def overview(
-    everything: params.Params, base: dict, dataset: dict, metrics: dict, summary: str, found: dict | None = None
+    everything: params.Params, base: dict, dataset: dict, metrics: dict, summary: str, search: dict | None = None
 ) -> str:
     """What was built from what, with digests, and the settings that matter most."""
-    made = [["base model", base["source"], base.get("sha256") or "–"]]
+    inputs = [["base model", base["source"], base.get("sha256") or "–"]]
     for split, source in dataset["source"].items():
-        made.append([f"data ({split})", source["source"], source.get("sha256", "–")])
+        inputs.append([f"data ({split})", source["source"], source.get("sha256", "–")])
+    if "merge" in everything.all.stages and everything.adapter.source:
+        inputs.append(["adapter", everything.adapter.source, everything.adapter.sha256 or "–"])
     rows = dataset["rows"]
     sizes = [
         [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
@@ -100,9 +108,11 @@ def overview(
         settings += [["steps", tune.max_steps] if tune.max_steps else ["epochs", f"{tune.num_train_epochs:g}"]]
         settings += [["batch", tune.per_device_train_batch_size * tune.gradient_accumulation_steps]]
     quantize = everything.quantize
-    if found:
-        quantize = quantize.model_copy(update=found["options"])
-        settings += [["search", f"candidate {found['winner']} of {len(found['candidates'])}, by {found['objective']}"]]
+    if search:
+        quantize = quantize.model_copy(update=search["options"])
+        settings += [
+            ["search", f"candidate {search['winner']} of {len(search['candidates'])}, by {search['objective']}"]
+        ]
     if "quantize" in everything.all.stages:
         export = [quantize.precision, f"for {quantize.execution_provider}"]
         if quantize.precision in ("int4", "int8"):
@@ -117,9 +127,9 @@ def overview(
         "What was built from what",
         summary,
         "<h2>Inputs</h2>",
-        html_table(["", "source", "SHA-256"], made),
+        html_table(["", "source", "SHA-256"], inputs),
         f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
-        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of held-out rows left out.</p>",
+        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of held-out rows removed.</p>",
         "<h2>Models</h2>",
         html_table(["model", "size", "accuracy"], sizes),
         "<h2>Settings</h2>",
@@ -139,12 +149,12 @@ def scores_page(metrics: dict) -> str:
     for key in keys:
         cells: list[object] = [key]
         for name in names:
-            one = metrics[name]
+            scores = metrics[name]
             if key == "size_bytes":
-                cells.append(megabytes(one[key]))
+                cells.append(megabytes(scores[key]))
             else:
-                ends = f" ({one[f'{key}_low']:.3f} to {one[f'{key}_high']:.3f})" if f"{key}_low" in one else ""
-                cells.append(f"{one[key]:,.3f}{ends}" if key in one else "–")
+                ends = f" ({scores[f'{key}_low']:.3f} to {scores[f'{key}_high']:.3f})" if f"{key}_low" in scores else ""
+                cells.append(f"{scores[key]:,.3f}{ends}" if key in scores else "–")
         rows.append(cells)
     parts = [
         f"<p>{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets.</p>",
@@ -156,12 +166,12 @@ def scores_page(metrics: dict) -> str:
         rows = [
             [
                 " against ".join(key.split("_vs_")),
-                one["prompts"],
-                *(f"{one[field]:.4f}" for field in ("kl_mean", "kl_max")),
-                f"{one['top1_agreement']:.1%}",
-                f"{one['logit_diff_max']:.4f}",
+                difference["prompts"],
+                *(f"{difference[field]:.4f}" for field in ("kl_mean", "kl_max")),
+                f"{difference['top1_agreement']:.1%}",
+                f"{difference['logit_diff_max']:.4f}",
             ]
-            for key, one in metrics["parity"].items()
+            for key, difference in metrics["parity"].items()
             if key != "tokenizer"
         ]
         parts.append(html_table(head, rows))
@@ -170,32 +180,32 @@ def scores_page(metrics: dict) -> str:
         lost = [
             [
                 " against ".join(key.split("_vs_")),
-                f"{100 * one['accuracy']:.1f}",
-                f"{100 * one['accuracy_low']:.1f} to {100 * one['accuracy_high']:.1f}",
+                f"{100 * difference['accuracy']:.1f}",
+                f"{100 * difference['accuracy_low']:.1f} to {100 * difference['accuracy_high']:.1f}",
             ]
-            for key, one in metrics["drop"].items()
+            for key, difference in metrics["drop"].items()
         ]
         parts.append(html_table(["step", "points", "95% interval (paired)"], lost))
     return page("Scores", *parts)
 
 
-def gates_page(found: list[dict]) -> str:
+def gates_page(gates: list[dict]) -> str:
     """The judged gates."""
-    if not found:
+    if not gates:
         return page("Gates", "<p>No gate is set. docs/quality.md tells how to choose some.</p>")
     rows = [
         [
-            "passed" if one["passed"] else "missed",
-            one["metric"],
-            one["model"] + (f" against {one['against']}" if "against" in one else ""),
-            one["kind"].replace("_", " "),
-            number(one["value"]) + (f" ({number(one['low'])} to {number(one['high'])})" if "low" in one else ""),
-            f"{SIGNS[one['kind']]} {number(one['bound'])}"
-            + (f", {one['interval']} end" if one.get("interval", "ignore") != "ignore" else ""),
+            "passed" if gate["passed"] else "missed",
+            gate["metric"],
+            gate["model"] + (f" against {gate['against']}" if "against" in gate else ""),
+            gate["kind"].replace("_", " "),
+            number(gate["value"]) + (f" ({number(gate['low'])} to {number(gate['high'])})" if "low" in gate else ""),
+            f"{SIGNS[gate['kind']]} {number(gate['bound'])}"
+            + (f", {gate['interval']} end" if gate.get("interval", "ignore") != "ignore" else ""),
         ]
-        for one in found
+        for gate in gates
     ]
-    classes = ["ok" if one["passed"] else "bad" for one in found]
+    classes = ["ok" if gate["passed"] else "bad" for gate in gates]
     return page(
         "Gates", html_table(["verdict", "figure", "model", "kind", "value (95% interval)", "bound"], rows, classes)
     )
@@ -205,22 +215,22 @@ def candidates_page(result: dict, section: params.Quantize) -> str:
     """Every candidate of a search: its options, its figures on the tuning rows, and whether it passed."""
     head = ["", "candidate", "options", "accuracy", "mean KL", "same first token", "MB", "p50 ms", "front", "gates"]
     rows, classes = [], []
-    for one in result["candidates"]:
-        options, chosen = described(one["options"], section), one["candidate"] == result["winner"]
-        if "failed" in one:
-            options += f"\ncould not be built: {one['failed'].splitlines()[0]}"
+    for candidate in result["candidates"]:
+        options, chosen = described(candidate["options"], section), candidate["candidate"] == result["winner"]
+        if "failed" in candidate:
+            options += f"\ncould not be built: {candidate['failed'].splitlines()[0]}"
             cells = ["–"] * 7
         else:
             cells = [
-                f"{one['metrics']['accuracy']:.1%}",
-                f"{one['parity']['kl_mean']:.4f}",
-                f"{one['parity']['top1_agreement']:.1%}",
-                f"{one['metrics']['size_bytes'] / 1e6:,.1f}",
-                f"{one['benchmark']['latency_ms_p50']:,.1f}",
-                "yes" if one["pareto"] else "no",
-                "passed" if one["passed"] else "missed",
+                f"{candidate['metrics']['accuracy']:.1%}",
+                f"{candidate['parity']['kl_mean']:.4f}",
+                f"{candidate['parity']['top1_agreement']:.1%}",
+                f"{candidate['metrics']['size_bytes'] / 1e6:,.1f}",
+                f"{candidate['benchmark']['latency_ms_p50']:,.1f}",
+                "yes" if candidate["pareto"] else "no",
+                "passed" if candidate["passed"] else "missed",
             ]
-        rows.append(["chosen" if chosen else "", one["candidate"], options, *cells])
+        rows.append(["chosen" if chosen else "", candidate["candidate"], options, *cells])
         classes.append("ok" if chosen else "")
     return page(
         "Quantization candidates",
@@ -284,7 +294,11 @@ def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
             lacking = [name for name in numbers if name not in (reader.fieldnames or [])]
             if lacking:
                 raise ValueError(f"it has no column `{lacking[0]}`")
-            return [row | {name: float(row[name] or "") for name in numbers} for row in reader]
+            rows = [
+                {name: csv_text(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+                for row in reader
+            ]
+            return [row | {name: float(row[name] or "") for name in numbers} for row in rows]
         except (ValueError, csv.Error) as error:
             raise UserError(
                 f"{path}, line {max(1, reader.line_num)}, is damaged: {error}. Remove it and run snakemake: it is built again."
@@ -300,8 +314,8 @@ def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
         [f"{row['row']:.0f}", row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
         for row in wrong[:limit]
     ]
-    said = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
-    return page("Wrong answers", said, html_table(head, rows) if rows else "")
+    summary = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
+    return page("Wrong answers", summary, html_table(head, rows) if rows else "")
 
 
 def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:

@@ -36,7 +36,7 @@ class TransformersRunner:
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
             ).to(self.device)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocabulary = config.vocab_size

@@ -216,7 +216,7 @@ def test_who_asks_is_not_known(aml, project):
     finally:
         aml.server.known = True
     assert done.returncode == 1
-    assert "Azure does not accept who you are" in done.stdout
+    assert "Azure rejected the credentials" in done.stdout
     assert "az login" in done.stdout
 
 
@@ -317,5 +317,5 @@ def test_no_right_to_create_a_cluster(asked, tmp_path):
         said = check(tmp_path, **cluster(name="mine", size="Standard_D2"))
     finally:
         asked.server.faults.clear()
-    assert said.startswith("clusters.gpu.size: you may not do this")
+    assert said.startswith("clusters.gpu.size: permission denied")
     assert "AzureML Compute Operator" in said

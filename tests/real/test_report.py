@@ -106,7 +106,7 @@ def test_figures_show_what_they_promise(built, browser, tmp_path, name, told):
 
 def test_pictures_of_the_readme(page, tmp_path):
     """`make screenshots` writes what the README shows, small enough for a repository."""
-    command = [sys.executable, str(ROOT / "tests" / "real" / "browser.py"), str(page), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "real" / "helpers" / "browser.py"), str(page), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in PICTURES:

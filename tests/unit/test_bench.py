@@ -122,10 +122,10 @@ def test_a_failing_child_is_told_with_its_output():
         measure.last_json("noise\n")
 
 
-def test_contenders_run_in_turn():
+def test_contenders_run_interleaved():
     seen = []
     contenders = {name: lambda number, name=name: seen.append((number, name)) or {"n": number} for name in "abc"}
-    found = measure.in_turn(2, **contenders)
+    found = measure.interleaved(2, **contenders)
     assert seen == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
     assert found["b"] == [{"n": 0}, {"n": 1}]
 
