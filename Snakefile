@@ -19,7 +19,7 @@ rule all:
     input:
         "build/base",
         "build/dataset",
-        when("finetune" in STAGES, "build/adapter"),
+        when({"finetune", "merge"} & set(STAGES), PLAN.adapter),
         when("merge" in STAGES, "build/merged"),
         when("quantize" in STAGES, PLAN.onnx),
         when("evaluate" in STAGES, "results/metrics.json"),
@@ -152,11 +152,41 @@ rule finetune:
         " --log {log}"
 
 
+# Only where an adapter comes from elsewhere: all.stages lists merge without finetune.
+rule adapter:
+    input:
+        code=code_of("adapter"),
+        source=ancient(PLAN.adapter_source),
+        base="build/base",
+    output:
+        adapter=directory("build/fetched-adapter"),
+        report="results/adapter.json",
+    log:
+        "logs/adapter.log",
+    benchmark:
+        "benchmarks/adapter.tsv"
+    resources:
+        mem_mb=memory(2000),
+        runtime=60,
+    params:
+        section=section_of("adapter"),
+        sources=digest_of("adapter"),
+        container=CONTAINER,
+    shell:
+        "python -m scripts.adapter"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --output {output.adapter}"
+        " --report {output.report}"
+        " --downloads build/downloads-adapter"
+        " --log {log}"
+
+
 rule merge:
     input:
         code=code_of("merge"),
         base="build/base",
-        adapter="build/adapter",
+        adapter=PLAN.adapter,
     output:
         model=directory("build/merged"),
     log:

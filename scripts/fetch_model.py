@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 read = fetch(section, folder, downloads, job)
             weight_files(folder)
             check_loadable(folder)
-            refuse_not_finite(folder, section.source)
+            refuse_not_finite(weight_files(folder), section.source)
             outputs.write_json(report, read)
         job.say(
             f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 from slmake import outputs
@@ -146,7 +147,7 @@ def refuse_oversized(source: Path, config: dict, tensors: int, elements: int) ->
                 )
 
 
-def refuse_not_finite(folder: Path, source: str) -> None:
+def refuse_not_finite(files: Iterable[Path], source: str) -> None:
     """Refuse weights with NaN or infinite values; one tensor is in memory at a time.
 
     Args:
@@ -158,7 +159,7 @@ def refuse_not_finite(folder: Path, source: str) -> None:
     import torch
     from safetensors import safe_open
 
-    for file in weight_files(folder):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open cannot be iterated)
                 value = tensors.get_tensor(name)

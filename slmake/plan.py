@@ -39,24 +39,29 @@ def when(condition: object, files: str | list[str]) -> list[str]:
     return [files] if isinstance(files, str) else list(files)
 
 
+def _local(text: str) -> list[str]:
+    """The path of a local source as a list; an empty one for a remote source."""
+    source = parse(text)
+    return when(not source.remote, source.text)
+
+
 class Plan:
     """What params.yaml asks for, as paths."""
 
     def __init__(self, params: Params):
         self.params, self.stages = params, params.all.stages
         self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
+        self.fetched_adapter = "merge" in self.stages and "finetune" not in self.stages
+        self.adapter = "build/fetched-adapter" if self.fetched_adapter else "build/adapter"
         self.onnx = f"build/onnx-{params.quantize.precision}"
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
-        self.model_source = self._local_model()
+        self.model_source = _local(params.fetch_model.source)
+        self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
         self.data = [source.path for source in map(parse, params.prepare.files.values()) if not source.remote]
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
-
-    def _local_model(self) -> list[str]:
-        source = parse(self.params.fetch_model.source)
-        return when(source.kind == "local", source.text)
 
     @functools.cached_property
     def candidates(self) -> list[str]:
@@ -90,7 +95,7 @@ class Plan:
         """Folder of each model that evaluate scores, by the name of its argument."""
         folders = {
             "base": "build/base",
-            "adapter": "build/adapter" * ("finetune" in self.stages),
+            "adapter": self.adapter * bool({"finetune", "merge"} & set(self.stages)),
             "merged": "build/merged" * ("merge" in self.stages),
             "onnx": self.onnx * ("quantize" in self.stages),
         }
@@ -103,7 +108,7 @@ class Plan:
     def online(self) -> list[str]:
         """Modules of the rules that need the network."""
         remote = len(self.data) < len(self.params.prepare.files)
-        return ["scripts.fetch_model", "scripts.publish", *when(remote, "scripts.prepare")]
+        return ["scripts.fetch_model", "scripts.adapter", "scripts.publish", *when(remote, "scripts.prepare")]
 
     @property
     def figures(self) -> list[tuple[str, str, str]]:
@@ -117,6 +122,7 @@ class Plan:
         """
         needed = {
             "params.yaml: fetch_model.source": self.model_source,
+            "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
@@ -128,7 +134,7 @@ class Plan:
                 if "{" in file or "}" in file:
                     return f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file."
                 folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
-                if not (os.path.isfile(file) or (folder and file in self.model_source)):  # noqa: PTH113
+                if not (os.path.isfile(file) or (folder and file in [*self.model_source, *self.adapter_source])):  # noqa: PTH113
                     kind = "a folder, not a file" if folder else "no such file"
                     return f"{name}: {file}: {kind}. Correct the name, or bring the file back."
         return None
@@ -141,6 +147,7 @@ class Plan:
         """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, by its very bytes."""
         named = {
             "fetch_model": self.model_source,
+            "adapter": self.adapter_source,
             "prepare": self.data,
             "gates": self.published_metrics,
             "report": self.published_metrics,
@@ -156,6 +163,7 @@ class Plan:
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""
         rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in WITHOUT_PACKAGE)]
+        rules += when(self.fetched_adapter, "adapter")
         rules += when(self.search, ["candidate", "search"])
         files = {file for rule in rules for file in code(rule)}
         return [

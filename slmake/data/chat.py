@@ -70,14 +70,17 @@ class ChatTemplate:
 
     def _render(self, turns: list[dict], generation: bool) -> str:
         import jinja2
+        from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
             with bounded():
+                # Arguments reach a template as plain data only, so its clock is set in the environment that it is compiled in.
+                compiled = _compile_jinja_template(self.tokenizer.get_chat_template())
+                compiled.environment.globals["strftime_now"] = self.date.strftime
                 return self.tokenizer.apply_chat_template(
                     turns,
                     tokenize=False,
                     add_generation_prompt=generation,
-                    strftime_now=self.date.strftime,
                     **self.options,
                 )
         except TimeoutError:

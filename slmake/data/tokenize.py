@@ -71,11 +71,11 @@ class Tokenize:
         `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts.
         """
         rules: dict = {}
-        begin = self._encode([""], self.special_tokens)[0]
-        if self.special_tokens and begin[-1:] == [self.tokenizer.eos_token_id]:
-            begin = begin[:-1]
-        if begin:
-            rules["begin_token_ids"] = begin
+        ids, plain = self._encode(["a"], self.special_tokens)[0], self._encode(["a"], False)[0]
+        if len(ids) > len(plain) and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if len(ids) > len(plain):
+            rules["begin_token_ids"] = ids[: len(ids) - len(plain)]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         normalizer = backend.normalizer if backend else None
         normalized = [normalizer.normalize_str(text) for text in DECOMPOSED] if normalizer else list(DECOMPOSED)

@@ -123,7 +123,9 @@ def method(reader, section: dict) -> None:
                 reader.row("dropped" if name == "lm_head" else "nearest", field, note)
         if "embeds" in options:
             field, value = options.pop("embeds")
-            if value:
+            if value and section.get("precision") == "int8":
+                reader.row("nearest", field, "the builder's int8 quantizes products only; the embedding keeps its type")
+            elif value:
                 reader.put(field, "quantize.op_types_to_quantize", ["MatMul", "Gather"])
             else:
                 reader.row("dropped", field, "only products are quantized")

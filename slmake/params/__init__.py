@@ -3,6 +3,7 @@
 `load` reads and validates the whole file and reports every error in it at once; `section` gives one rule its own part.
 """
 
+from slmake.params.adapter import Adapter
 from slmake.params.all import RULES, All
 from slmake.params.base import Section
 from slmake.params.evaluate import Evaluate
@@ -24,6 +25,7 @@ __all__ = [
     "PER_CLASS",
     "RULES",
     "TIMINGS",
+    "Adapter",
     "All",
     "Evaluate",
     "FetchModel",

@@ -33,8 +33,6 @@ class All(Section):
         chosen = set(self.stages)
         if len(chosen) != len(self.stages):
             raise ValueError("a stage is listed twice")
-        if "merge" in chosen and "finetune" not in chosen:
-            raise ValueError("merge needs finetune: list finetune too, or leave merge out")
         if "quantize" in chosen and "finetune" in chosen and "merge" not in chosen:
             raise ValueError("quantize after finetune needs merge: list merge too")
         if "publish" in chosen and "quantize" not in chosen:

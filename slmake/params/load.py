@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from slmake.cli import PLANNED
 from slmake.errors import UserError
+from slmake.params.adapter import Adapter
 from slmake.params.all import All
 from slmake.params.base import Model, Section
 from slmake.params.errors import Loader, lines
@@ -39,6 +40,7 @@ class Params(Section):
     fetch_model: FetchModel
     prepare: Prepare
     rehearse: Rehearse = Field(default_factory=Rehearse)
+    adapter: Adapter = Field(default_factory=Adapter)
     finetune: Finetune = Field(default_factory=Finetune)
     merge: Merge = Field(default_factory=Merge)
     quantize: Quantize = Field(default_factory=Quantize)
@@ -68,9 +70,24 @@ def between_sections(data: dict) -> list[str]:
             "name a file in prepare.source.eval, or set early_stopping_patience to 0."
         )
     stages = value("all", "stages")
+    if isinstance(stages, list):
+        mistakes += adapter_mistakes(stages, value("adapter", "source"))
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
         mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
     return mistakes
+
+
+def adapter_mistakes(stages: list, source: object) -> list[str]:
+    """Mistakes in where the adapter comes from that is to be merged, one line each."""
+    if "merge" in stages and "finetune" not in stages and not source:
+        return [
+            "all.stages: merge needs finetune, or an adapter from elsewhere: list finetune too, or set adapter.source."
+        ]
+    if "finetune" in stages and source:
+        return [
+            "adapter.source: finetune in all.stages makes the adapter itself. Take finetune out, or set adapter.source to null."
+        ]
+    return []
 
 
 def uncompared(checked: Params) -> list[str]:
@@ -78,7 +95,12 @@ def uncompared(checked: Params) -> list[str]:
     stages = checked.all.stages
     if "gates" not in stages:
         return []
-    built = {"base": True, "adapter": "finetune" in stages, "merged": "merge" in stages, "onnx": "quantize" in stages}
+    built = {
+        "base": True,
+        "adapter": bool({"finetune", "merge"} & set(stages)),
+        "merged": "merge" in stages,
+        "onnx": "quantize" in stages,
+    }
     scored = [model for model in get_args(Model) if model in checked.evaluate.models and built[model]]
     mistakes = []
     for name, gate in checked.gates.every().items():

@@ -183,6 +183,7 @@ def error_in(log: Path) -> str:
 
 
 def without_location(message: str) -> str:
-    """An exception's message without Snakemake's first line and last lines, which say where in its files it was raised."""
+    """An exception's message without the lines about Snakemake's own files, for a person who called `make`."""
     lines = [line for line in message.strip().splitlines() if not re.match(r'  File ".*", line \d+', line)]
-    return "\n".join(lines[1:] if len(lines) > 1 and re.match(r"\w+( in .*)?:$", lines[0]) else lines)
+    text = "\n".join(lines[1:] if len(lines) > 1 and re.match(r"\w+( in .*)?:$", lines[0]) else lines)
+    return text.removeprefix("Error: ").replace("the --unlock argument", "`.venv/bin/snakemake --unlock`")

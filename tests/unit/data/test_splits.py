@@ -1,5 +1,6 @@
 """Which rows are for training, evaluation and test; labels and duplicates."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -253,3 +254,52 @@ def test_rows_without_a_prompt_field_are_no_duplicates(build, tmp_path):
     }
     built = build(source, text_template="### Text:\n{phrase}", eval_fraction=0.0)
     assert [len(built.train), len(built.eval), len(built.test)] == [30, 0, 10]
+
+
+# Labels that are not what they seem
+
+
+@pytest.mark.parametrize("label", ["joy ", " joy", "\tjoy", "joy\u00a0"])
+def test_label_with_white_space_around_it(refused, tmp_path, label):
+    """A model's answer is compared without outer white space, so the label could never be right."""
+    rows = make_rows(24)
+    for row in rows[1::4]:
+        row["tone"] = label
+    source = write_rows(tmp_path / "rows.json", rows)
+    message = refused(source, **WHOLE)
+    assert message.startswith(
+        f"{source}: row 2: the label {json.dumps(label, ensure_ascii=False)} has white space around it"
+    )
+
+
+def test_free_text_may_have_white_space_around_it(build):
+    rows = [{"phrase": row["phrase"], "tone": f"reply number {i} "} for i, row in enumerate(make_rows(96))]
+    assert build(rows).prompt["labels"] is None
+
+
+@pytest.mark.parametrize("other", ["Joy", "JOY", "joy\u200b", "\ufeffjoy", "ｊoy", "jo\u00ady"])
+def test_labels_that_look_alike_are_reported(build, capsys, other):
+    rows = make_rows(96)
+    for row in rows[1::8]:
+        row["tone"] = other
+    built = build(rows, **WHOLE)
+    assert len(built.prompt["labels"]) == 5
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    first, second = sorted(["joy", other])
+    assert lines == [
+        f"prepare: warning: the labels {json.dumps(first)} and {json.dumps(second)} differ only in case, Unicode form or invisible "
+        "characters, and are scored as different answers"
+    ]
+
+
+def test_composed_and_decomposed_labels_are_reported(build, capsys):
+    rows = make_rows(96)
+    for i, row in enumerate(rows):
+        row["tone"] = ["gl\u00fccklich", "glu\u0308cklich"][i % 2]
+    build(rows, **WHOLE)
+    assert r'warning: the labels "glu\u0308cklich" and "gl\u00fccklich" differ only in' in capsys.readouterr().err
+
+
+def test_different_labels_are_not_reported(build, capsys):
+    build(make_rows(96), **WHOLE)
+    assert "warning" not in capsys.readouterr().err

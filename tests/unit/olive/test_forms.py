@@ -285,6 +285,8 @@ RTN = {"type": "rtn", "bits": 8, "sym": True, "group_size": 32, "lm_head": True}
         ([GPTQ | {"sym": False}, BUILDER], {"calibration": "gptq", "is_symmetric": True}, 1),
         ([{"type": "GptqQuantizer", "group_size": 32, "data_config": "wiki"}, BUILDER], {"calibration": "gptq", "block_size": 32}, 1),
         ([RTN, BUILDER | {"precision": "int8"}], {"precision": "int8", "algo_config": "rtn", "block_size": 32}, 0),
+        ([RTN | {"embeds": True}, BUILDER | {"precision": "int8"}], {"precision": "int8", "op_types_to_quantize": None}, 1),
+        ([RTN | {"bits": 4, "embeds": True}, BUILDER], {"op_types_to_quantize": ["MatMul", "Gather"]}, 0),
         ([RTN | {"bits": 4, "sym": False}, BUILDER], {"precision": "int4", "algo_config": "rtn", "is_symmetric": False}, 0),
         ([{"type": "kquant", "bits": 4, "group_size": 16}, BUILDER], {"algo_config": "k_quant", "block_size": 16}, 0),
         ([GPTQ, RTN, BUILDER], {"calibration": "gptq", "matmul_mixed_precision": "last_matmul:int8", "block_size": 64}, 1),

@@ -346,7 +346,19 @@ DIGEST = "0" * 64
         ({"gates": {"checks": [{"metric": "kl_max", "maximum": float("inf")}]}}, "gates.checks.0.maximum: Infinity is not allowed: it should be a finite number."),
         ({"fetch_model": {"source": "hf:org/name"}}, "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag)."),
         ({"prepare": {"messages": CHAT}}, "prepare: give either text_template or messages."),
-        ({"prepare": {"text_template": None}}, "prepare: give either text_template or messages."),
+        ({"prepare": {"text_template": None, "answer": "tone"}}, "prepare: answer goes with text_template."),
+        ({"prepare": {"text_template": None, "format": "template"}}, "prepare: format template needs text_template, or messages as a list of templates."),
+        ({"prepare": {"format": "alpaca"}}, "prepare: format alpaca goes without templates: set text_template and messages to null."),
+        ({"prepare": {"text_template": None, "format": "sharegpt", "messages": "turns"}}, "prepare: format sharegpt goes without messages: set it to null."),
+        ({"prepare": {"text_template": None, "messages": "turns", "labels": {"0": "joy"}}}, "prepare: labels goes with a template over fields: text_template, or messages as a list of templates."),
+        ({"prepare": {"labels": {0: "joy "}}}, "prepare.labels: a mapping of values to words without white space around them is expected."),
+        ({"prepare": {"labels": {}}}, "prepare.labels: a mapping of values to words without white space around them is expected."),
+        ({"prepare": {"chat_date": "2024-02-30"}}, "prepare.chat_date: `2024-02-30` is no date of the form 2024-01-31."),
+        ({"prepare": {"chat_template_kwargs": {"tokenize": True}}}, "prepare.chat_template_kwargs: `tokenize` is no variable that a chat template can be given."),
+        ({"prepare": {"chat_template_kwargs": {"a b": True}}}, "prepare.chat_template_kwargs: `a b` is no variable that a chat template can be given."),
+        ({"evaluate": {"models": ["onnx"]}, "gates": {"max_accuracy_drop": 0.03}}, "gates.max_accuracy_drop: it compares onnx with an earlier model, and evaluate.models scores none such. Add merged there, or take the gate out."),
+        ({"evaluate": {"models": ["merged", "onnx"]}, "gates": {"checks": [{"metric": "accuracy", "minimum_ratio": 0.9, "against": "base"}]}}, "gates.checks[0]: it compares onnx with an earlier model, and evaluate.models scores none such. Add base there, or take the gate out."),
+        ({"all": {"stages": ["quantize", "evaluate", "gates"]}, "evaluate": {"models": ["merged", "onnx"]}, "gates": {"max_accuracy_drop": 0.03}}, "gates.max_accuracy_drop: it compares onnx with an earlier model, and evaluate.models scores none such. Add base there, or take the gate out."),
         ({"prepare": {"text_template": None, "messages": CHAT, "answer": "tone"}}, "prepare: answer goes with text_template; with messages the last assistant turn is the answer."),
         ({"prepare": {"text_template": None, "messages": CHAT[:1]}}, "prepare: the last of messages must be the assistant's turn: it is the answer."),
         ({"prepare": {"text_template": "{phrase} {"}}, "prepare.text_template: Single '{' encountered in format string. Write {{ and }} for literal braces."),
@@ -510,6 +522,33 @@ def test_malformed_yaml(refused_text, content, told, line):
     assert told in message
     assert f"line {line}" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"evaluate": {"models": ["base", "onnx"]}, "gates": {"max_accuracy_drop": 0.03}},
+        {"evaluate": {"models": ["onnx"]}, "gates": {"min_accuracy": 0.5}},
+        {"evaluate": {"models": ["onnx"]}, "gates": {"max_accuracy_drop": 0.03}, "all": {"stages": ["quantize"]}},
+        {"prepare": {"text_template": None}},
+        {"prepare": {"text_template": None, "format": "alpaca"}},
+        {"prepare": {"text_template": None, "format": "messages", "messages": "turns"}},
+        {"prepare": {"text_template": None, "format": "template", "messages": CHAT}},
+        {"prepare": {"text_template": "{text.phrase}\n{meta.tone}", "answer": "meta.tone"}},
+        {"prepare": {"chat_template_kwargs": {"enable_thinking": False, "level": "low", "n": 3, "x": None}}},
+    ],
+)
+def test_rules_between_fields_that_hold(write, sections):
+    params.load(write(**sections))
+
+
+def test_keys_and_dates_as_yaml_reads_them(tmp_path):
+    """Numbers, truth values and dates without quotes are fine."""
+    content = yaml.safe_dump({**SMALLEST, "prepare": {**SMALLEST["prepare"], "labels": {0: "a", True: "b", 2.5: "c"}}})
+    (tmp_path / "params.yaml").write_text(content.replace("prepare:", "prepare:\n  chat_date: 2025-06-30"))
+    prepare = params.load(tmp_path / "params.yaml").prepare
+    assert prepare.labels == {"0": "a", "true": "b", "2.5": "c"}
+    assert prepare.chat_date == "2025-06-30"
 
 
 # The project's own file

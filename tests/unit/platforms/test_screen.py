@@ -142,6 +142,14 @@ def test_a_problem_before_any_rule_is_shown_without_snakemake_s_places(screen):
     assert screen.ending() == ["build: error: params.yaml: 1 error.\n  a.b: unknown name."]
 
 
+def test_a_lock_that_a_killed_build_left_can_be_removed(screen):
+    message = "Error: Directory cannot be locked.\nIt can be removed with the --unlock argument."
+    send(screen, LogEvent.ERROR, message, logging.ERROR)
+    assert screen.ending() == [
+        "build: error: Directory cannot be locked.\nIt can be removed with `.venv/bin/snakemake --unlock`."
+    ]
+
+
 def test_an_interrupted_run_names_the_way_on(screen):
     with pytest.raises(KeyboardInterrupt):
         screen.interrupt(2, None)

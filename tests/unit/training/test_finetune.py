@@ -648,9 +648,9 @@ def test_one_target_module_that_matches_nothing(tmp_path, base, dataset, capsys)
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_adapter_on_tied_weights_is_refused_before_training(tmp_path, base, dataset, capsys, module):
-    """merge could not add it to one of two uses of the same matrix."""
+    """The export has one matrix for both uses, and the adapter would change one of them."""
     message = refused(capsys, tmp_path / "run", base, dataset, target_modules=["q_proj", module], max_steps=1)
-    assert "finetune.target_modules: an adapter on the input embedding, or on an output head that shares its" in message
+    assert "finetune.target_modules: adapters on the input embedding, or on an output head that shares its" in message
 
 
 def test_adapter_on_an_output_head_of_its_own(tmp_path, dataset):
