@@ -24,7 +24,7 @@ def test_one_name_everywhere():
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
     rules = [name for name in re.findall(r"^rule (\w+):", text, re.M) if name != "all"]
     assert rules == [
-        *("fetch_model", "prepare", "rehearse", "finetune", "merge", "candidate", "search", "quantize"),
+        *("fetch_model", "prepare", "rehearse", "finetune", "adapter", "merge", "candidate", "search", "quantize"),
         *("evaluate", "gates", "package", "report", "publish"),
     ]
     for name in rules:
