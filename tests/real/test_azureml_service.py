@@ -24,7 +24,18 @@ from slmake.azureml import service, settings
 from slmake.errors import UserError
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
+RULES = (
+    "fetch_model",
+    "prepare",
+    "rehearse",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "gates",
+    "package",
+    "report",
+)
 
 
 @pytest.fixture(scope="module")
