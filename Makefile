@@ -22,8 +22,8 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build report ask verify reproduce restore clean help setup azureml azurite peers image sif \
-        remote push pull test test-fast faults lint format docs screenshots lock bench
+.PHONY: build report rehearse ask verify reproduce restore clean help setup azureml azurite peers image sif \
+        remote push pull test test-fast faults attack lint format docs screenshots lock bench
 
 ##@ Build
 build: setup ## set up if needed, build what params.yaml asks for; VERBOSE=1 shows all
@@ -31,6 +31,9 @@ build: setup ## set up if needed, build what params.yaml asks for; VERBOSE=1 sho
 
 report: setup ## put figures and tables on one page, build/report.html, missed gates included
 	@$(BIN)/python -m tools.build build/report/overview.html
+
+rehearse: setup ## try the chain on a small twin of the base model; estimate memory, time and disk
+	@$(BIN)/python -m tools.build results/rehearsal.json
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
 	@$(BIN)/python -m tools.ask -- "$$TEXT"
@@ -119,6 +122,9 @@ azurite: ## install the blob server that the tests start (needs npm)
 faults: setup azurite ## break networks, servers and disks; figures to docs/reliability.md
 	@rm -f build/faults.jsonl
 	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl
+
+attack: setup ## kill, edit and mislead a tiny project for SECONDS=600; figures to docs/reliability.md
+	$(BIN)/python tests/attack/campaign.py --document --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 ##@ Compare with the peers
 bench: peers build/base build/dataset ## measure us and the peers, write docs/benchmarks.md: make bench ONLY=merge

@@ -15,21 +15,11 @@ from slmake.platforms.slurm import memory
 include: "rules/common.smk"
 
 
-report: "report/workflow.rst"
-
-
-container: IMAGE
-
-
-localrules:
-    all,
-
-
 rule all:
     input:
         "build/base",
         "build/dataset",
-        when("finetune" in STAGES, "build/adapter"),
+        when({"finetune", "merge"} & set(STAGES), PLAN.adapter),
         when("merge" in STAGES, "build/merged"),
         when("quantize" in STAGES, PLAN.onnx),
         when("evaluate" in STAGES, "results/metrics.json"),
@@ -55,8 +45,7 @@ rule fetch_model:
         runtime=120,
     params:
         section=section_of("fetch_model"),
-        code=digest_of("fetch_model"),
-        source=digest(PLAN.model_source),
+        sources=digest_of("fetch_model"),
         container=CONTAINER,
     shell:
         "python -m scripts.fetch_model"
@@ -85,8 +74,7 @@ rule prepare:
         runtime=60,
     params:
         section=section_of("prepare"),
-        code=digest_of("prepare"),
-        data=digest(PLAN.data),
+        sources=digest_of("prepare"),
         container=CONTAINER,
     shell:
         "python -m scripts.prepare"
@@ -98,9 +86,40 @@ rule prepare:
         " --log {log}"
 
 
+rule rehearse:
+    input:
+        code=code_of("rehearse"),
+        base="build/base",
+        dataset="build/dataset",
+    output:
+        checks="results/rehearsal.json",
+        estimate="results/estimate.json",
+    log:
+        "logs/rehearse.log",
+    benchmark:
+        "benchmarks/rehearse.tsv"
+    threads: 2
+    resources:
+        mem_mb=memory(4000, 2),
+        runtime=60,
+    params:
+        section=section_of("rehearse"),
+        sources=digest_of("rehearse"),
+        container=CONTAINER,
+    shell:
+        "python -m scripts.rehearse"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --dataset {input.dataset}"
+        " --output {output.checks}"
+        " --estimate {output.estimate}"
+        " --log {log}"
+
+
 rule finetune:
     input:
         code=code_of("finetune"),
+        rehearsal=when("rehearse" in STAGES, ancient("results/rehearsal.json")),
         base="build/base",
         dataset="build/dataset",
     output:
@@ -118,7 +137,7 @@ rule finetune:
         nproc_per_node="auto",  # processes that train together: one per GPU; a profile's set-resources may say a number
     params:
         section=section_of("finetune"),
-        code=digest_of("finetune"),
+        sources=digest_of("finetune"),
         container=CONTAINER,
     shell:
         "python -m scripts.finetune"
@@ -133,11 +152,41 @@ rule finetune:
         " --log {log}"
 
 
+# Only where an adapter comes from elsewhere: all.stages lists merge without finetune.
+rule adapter:
+    input:
+        code=code_of("adapter"),
+        source=ancient(PLAN.adapter_source),
+        base="build/base",
+    output:
+        adapter=directory("build/fetched-adapter"),
+        report="results/adapter.json",
+    log:
+        "logs/adapter.log",
+    benchmark:
+        "benchmarks/adapter.tsv"
+    resources:
+        mem_mb=memory(2000),
+        runtime=60,
+    params:
+        section=section_of("adapter"),
+        sources=digest_of("adapter"),
+        container=CONTAINER,
+    shell:
+        "python -m scripts.adapter"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --output {output.adapter}"
+        " --report {output.report}"
+        " --downloads build/downloads-adapter"
+        " --log {log}"
+
+
 rule merge:
     input:
         code=code_of("merge"),
         base="build/base",
-        adapter="build/adapter",
+        adapter=PLAN.adapter,
     output:
         model=directory("build/merged"),
     log:
@@ -150,7 +199,7 @@ rule merge:
         runtime=60,
     params:
         section=section_of("merge"),
-        code=digest_of("merge"),
+        sources=digest_of("merge"),
         container=CONTAINER,
     shell:
         "python -m scripts.merge"
@@ -183,7 +232,7 @@ rule candidate:
         runtime=240,
     params:
         section=lambda wildcards: PLAN.candidate_section(wildcards.candidate),
-        code=digest_of("candidate"),
+        sources=digest_of("candidate"),
         container=CONTAINER,
         reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
     shell:
@@ -213,8 +262,8 @@ rule search:
         mem_mb=memory(1000),
         runtime=10,
     params:
-        section=section_of("quantize", "gates"),
-        code=digest_of("search"),
+        section=section_of("search"),
+        sources=digest_of("search"),
         container=CONTAINER,
     shell:
         "python -m scripts.search"
@@ -244,7 +293,7 @@ rule quantize:
         runtime=240,
     params:
         section=section_of("quantize"),
-        code=digest_of("quantize"),
+        sources=digest_of("quantize"),
         container=CONTAINER,
         dataset=when(PLAN.params.quantize.calibration == "gptq", "--dataset build/dataset"),
         search=when(PLAN.search, "--search results/search.json --candidates build/search"),
@@ -277,7 +326,7 @@ rule evaluate:
         runtime=240,
     params:
         section=section_of("evaluate"),
-        code=digest_of("evaluate"),
+        sources=digest_of("evaluate"),
         container=CONTAINER,
         models=" ".join(f"--{name} {folder}" for name, folder in PLAN.scored.items()),
     shell:
@@ -308,8 +357,7 @@ rule gates:
         runtime=10,
     params:
         section=section_of("gates"),
-        code=digest_of("gates"),
-        published=digest(PLAN.published_metrics),
+        sources=digest_of("gates"),
         container=CONTAINER,
     shell:
         "python -m scripts.gates"
@@ -344,8 +392,7 @@ rule package:
         runtime=30,
     params:
         section=section_of("package"),
-        code=digest_of("package"),
-        materials=digest(PLAN.named_in_package(), exact=True),
+        sources=digest_of("package"),
         container=CONTAINER,
         search=when(PLAN.search, "--search results/search.json"),
     shell:
@@ -385,9 +432,8 @@ rule report:
         mem_mb=memory(2000),
         runtime=30,
     params:
-        section=section_of("report", "gates"),
-        code=digest_of("report"),
-        published=digest(PLAN.published_metrics),
+        section=section_of("report"),
+        sources=digest_of("report"),
         container=CONTAINER,
         search=when(PLAN.search, "--search results/search.json"),
     shell:
@@ -421,7 +467,7 @@ rule publish:
         runtime=120,
     params:
         section=section_of("publish"),
-        code=digest_of("publish"),
+        sources=digest_of("publish"),
         container=CONTAINER,
         metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
     shell:

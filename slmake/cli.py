@@ -1,4 +1,4 @@
-"""What every script's command line shares: arguments, the log, the terminal and the way errors are told.
+"""What every script's command line shares: arguments, the log, the terminal and the way errors are reported.
 
 A script's `main` runs inside `job(...)`: library chatter on stdout and stderr (C++ libraries' too) goes to the log
 file, the terminal gets the few lines meant for a person, and any failure ends in one clear message and exit code 1.
@@ -6,6 +6,7 @@ file, the terminal gets the few lines meant for a person, and any failure ends i
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -18,12 +19,15 @@ from pathlib import Path
 
 from slmake.errors import UserError
 
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 # No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
 
 
 def parser(module_doc: str) -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def parser(module_doc: str) -> argparse.ArgumentParser:
 
 
 class Job:
-    """A running script: `say` speaks to the person at the terminal, `log` to the log file."""
+    """A running script: `say` prints to the terminal and the log, `log` to the log only."""
 
     def __init__(self, name: str, terminal, log_path: Path | None):
         self.name, self.terminal, self.log_path = name, terminal, log_path
@@ -125,6 +129,14 @@ def _on_sigterm(signum, frame):
     raise Interrupted
 
 
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent ends: a rule does not outlive a killed Snakemake and write beside the next."""
+    if (
+        sys.platform == "linux" and "APPTAINER_CONTAINER" not in os.environ
+    ):  # there a thread of the engine may be the parent
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises Interrupted in the block."""
@@ -145,6 +157,8 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if PLANNED in os.environ:
+        die_with_parent()
     saved = None
     if log_path is not None:
         try:
@@ -159,6 +173,7 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
     else:
         terminal = sys.stderr
+    _close_stdin()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
     )
@@ -169,24 +184,27 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
     except UserError as error:
         _fail(current, str(error))
     except (KeyboardInterrupt, Interrupted):
-        _fail(current, "interrupted. Run the same command again to go on.", code=130)
+        _fail(current, "interrupted. Run the same command again to resume.", code=130)
     except MemoryError:
         traceback.print_exc()
         _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
     except OSError as error:
-        traceback.print_exc()
+        if log_path or not _is_full(error):
+            traceback.print_exc()
         _fail(current, _explain_os_error(error))
     except Exception as error:
-        traceback.print_exc()
-        if FULL in str(error):  # told by a library in an exception of its own
-            _fail(current, _explain_os_error(OSError(FULL)))
+        if log_path or not _is_full(error):
+            traceback.print_exc()
+        if _is_full(error):  # reported by a library in an exception of its own
+            _fail(current, _explain_os_error(OSError(errno.ENOSPC, FULL)))
         text = str(error).strip().splitlines()
         where = f" Details: {log_path}" if log_path else ""
         _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
     finally:
         signal.signal(signal.SIGTERM, previous)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk takes no log
+                stream.flush()
         if saved:
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
@@ -195,9 +213,22 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
             terminal.close()
 
 
+def _close_stdin() -> None:
+    """Make every read from standard input end at once: nobody sees, or may answer, the question of a library."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    if null:
+        os.close(null)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a full disk is the reason, by the words of the system, of SQLite or of PyArrow."""
+    return getattr(error, "errno", None) == errno.ENOSPC or FULL in str(error) or "disk is full" in str(error)
+
+
 def _explain_os_error(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC or FULL in str(error):
+    if _is_full(error):
         return f"the disk is full{where}. Free some space and run the same command again; what was built before is untouched."
     if error.errno == errno.EDQUOT:
         return f"your disk quota is used up{where}. Free some space and run the same command again."
@@ -211,5 +242,6 @@ def _explain_os_error(error: OSError) -> str:
 def _fail(current: Job, message: str, code: int = 1) -> None:
     print(f"{current.name}: error: {message}", file=current.terminal, flush=True)
     if current.log_path:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None

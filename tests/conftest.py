@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -8,10 +9,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
 from filelock import FileLock
-from project import change, new_project, snakemake
-from tiny import ROOT, make_model, make_rows, run_script, write_gguf, write_params, write_wheel
+from project import change, new_project, run, snakemake
+from tiny import ROOT, make_model, make_rows, write_gguf, write_params, write_wheel
+
+from scripts import prepare
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +50,29 @@ def wheel(tmp_path_factory, gguf_file) -> Path:
 
 
 @pytest.fixture
+def refused(capsys, monkeypatch):
+    """The one message that a script's `main` (or what calls it) ends with, on the terminal, with exit code 1 and without traceback."""
+
+    def run(call, *arguments, **options) -> str:
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # libraries keep an earlier test's stderr, closed now
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*arguments, **options)
+        assert stopped.value.code == 1
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        assert printed.count(": error: ") == 1
+        start = (
+            printed.rindex("\n", 0, printed.index(": error: ")) + 1
+            if "\n" in printed[: printed.index(": error: ")]
+            else 0
+        )
+        return printed[start:].strip()
+
+    return run
+
+
+@pytest.fixture
 def rows_file(tmp_path) -> Path:
     """A JSON data set of 96 rows."""
     path = tmp_path / "rows.json"
@@ -59,8 +86,7 @@ def dataset(tmp_path_factory, base) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     (folder / "rows.json").write_text(json.dumps(make_rows(96)), encoding="utf-8")
     params = write_params(folder / "params.yaml", prepare={"source": str(folder / "rows.json")})
-    done = run_script(
-        "prepare",
+    arguments = [
         "--params",
         params,
         "--base",
@@ -69,16 +95,26 @@ def dataset(tmp_path_factory, base) -> Path:
         folder / "dataset",
         "--report",
         folder / "dataset.json",
-    )
-    assert done.returncode == 0, done.stderr
+    ]
+    prepare.main([str(argument) for argument in arguments])
     return folder / "dataset"
+
+
+def shared(tmp_path_factory) -> Path:
+    """The folder of this test run that all its processes share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(tmp_path_factory) -> None:
+    """Where a test run's preloaded programs are; the first that is used starts their server."""
+    preloaded.FOLDER = shared(tmp_path_factory) / "programs"
 
 
 def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that all processes of a test run share: the first one that needs it makes it, the others wait."""
-    common = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        common = common.parent
+    common = shared(tmp_path_factory)
     folder, made = common / name, common / f"{name}.made"
     with FileLock(common / f"{name}.lock"):
         if not made.exists():
@@ -104,6 +140,38 @@ def copy_of_built(built, tmp_path) -> Path:
     """A private copy of the built project, file times and Snakemake's records included."""
     target = tmp_path / "project"
     subprocess.run(["cp", "-a", built, target], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def repository_of_built(built, tmp_path_factory) -> Path:
+    """The built project as a Git and DVC repository, recorded as `make` does. Do not change it: take `repository`."""
+
+    def make(target: Path) -> None:
+        subprocess.run(["cp", "-a", built, target], check=True)
+        for command in (
+            "git init -q",
+            "git config user.email test@example.org",
+            "git config user.name test",
+            "dvc init -q",
+            "dvc config core.analytics false",
+            "dvc config core.autostage false",
+            "python -m slmake.platforms.dvc_yaml --before-build",
+            "python -m tools.record",
+            "git add -A",
+            "git commit -q -m build",
+        ):
+            done = run(target, *command.split())
+            assert done.returncode == 0, f"{command}: {done.stdout}"
+
+    return once(tmp_path_factory, "repository", make)
+
+
+@pytest.fixture
+def repository(repository_of_built, tmp_path) -> Path:
+    """A private copy of the built project as a Git and DVC repository whose receipts are committed."""
+    target = tmp_path / "project"
+    subprocess.run(["cp", "-a", repository_of_built, target], check=True)
     return target
 
 

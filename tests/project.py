@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 from tiny import ROOT, make_rows, write_params
 
 TINY = {
@@ -27,16 +28,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
 
 
-def run(project: Path, *command: str, **options: object) -> subprocess.CompletedProcess:
-    """Run a program in a project folder; output (both streams) as text in stdout."""
+def run(project: Path, *command: str, fresh: bool = False, **options: object) -> subprocess.CompletedProcess:
+    """Run a program in a project folder; output (both streams) as text in stdout.
+
+    Args:
+        fresh: as a new process, whose own processes are new, too; otherwise tests/preloaded.py spares it the imports.
+    """
+    variables = environment()
+    client = None if fresh or "--profile" in command else preloaded.program(command[0], variables)
     return subprocess.run(
-        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
+        [client or command[0], *command[1:]], cwd=project, env=variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
 
 
-def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+def snakemake(project: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess:
     """Run `snakemake --cores all` in a project folder."""
-    return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments)
+    return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments, **options)
 
 
 VARYING = {"benchmark.json", "cost.html"}  # timings

@@ -8,6 +8,7 @@ Snakemake decides what to build and builds it, as `snakemake --cores all` does. 
 """
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
+from slmake.platforms import dvc_yaml
 from slmake.platforms.screen import Screen, run
 from tools import record
 
@@ -32,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("targets", nargs="*", help="what to build (default: all that params.yaml asks for)")
     parser.add_argument("--verbose", action="store_true", help="show all that Snakemake prints")
     args = parser.parse_args(argv)
+    with contextlib.suppress(UserError):  # the build reports what is wrong
+        dvc_yaml.update()
     screen = Screen(sys.stderr)
     if not run(screen, args.targets, args.verbose):
         for line in screen.ending():

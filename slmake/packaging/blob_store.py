@@ -9,7 +9,7 @@ from slmake import cli, outputs
 from slmake.errors import UserError
 from slmake.packaging.checksums import files_of
 from slmake.sources import blob, download
-from slmake.sources.syntax import Source
+from slmake.sources.blob import AzureBlob
 
 POINTER = "latest.json"
 MANIFEST = "manifest.json"  # beside the model's files, the same but for `previous`
@@ -19,7 +19,7 @@ RACES = 20  # how often the pointer may move under our hands
 class Store:
     """A prefix in a container."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: AzureBlob):
         self.source = source
         self.fs = blob.filesystem(source.account)
         self.url = f"az://{source.name}/{source.path}"

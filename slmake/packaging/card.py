@@ -74,6 +74,8 @@ def parity_table(parity: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for key, distance in parity.items():
+        if key == "tokenizer":
+            continue
         after, _, before = key.partition("_vs_")
         lines.append(
             f"| {before} to {after} | {distance['prompts']} | {distance['kl_mean']:.4f} | {distance['kl_max']:.4f} | "

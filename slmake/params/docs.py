@@ -46,7 +46,9 @@ def reference() -> str:
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
             text = (info.description or "").replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {allowed(spec[key])} | {text} |")
-        for inner in dict.fromkeys(one for info in model.model_fields.values() for one in models_in(info.annotation)):
+        for inner in dict.fromkeys(
+            inner for info in model.model_fields.values() for inner in models_in(info.annotation)
+        ):
             table(f"### `{inner.__name__}`", inner)
 
     for name, field in Params.model_fields.items():

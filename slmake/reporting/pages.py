@@ -170,6 +170,7 @@ def scores_page(metrics: dict) -> str:
                 f"{difference['logit_diff_max']:.4f}",
             ]
             for key, difference in metrics["parity"].items()
+            if key != "tokenizer"
         ]
         parts.append(html_table(head, rows))
     if metrics.get("drop"):

@@ -70,13 +70,14 @@ def test_a_changed_row_rebuilds_from_prepare_on(copy_of_built):
 
 def test_a_changed_script_reruns_its_rule(copy_of_built):
     script = copy_of_built / "scripts" / "gates.py"
-    script.write_text(script.read_text() + "\n# changed\n", encoding="utf-8")
+    script.write_text(script.read_text() + "\nCHANGED = True\n", encoding="utf-8")
     assert planned(copy_of_built) == SHOWN
 
 
 def test_a_build_in_another_folder_gives_the_same_bytes(built, base, tmp_path):
+    """… and in processes of their own, with other hash seeds than those that share their imports."""
     again = new_project(tmp_path / "elsewhere", base)
-    done = snakemake(again)
+    done = snakemake(again, fresh=True)
     assert done.returncode == 0, done.stdout
     assert digests(again) == digests(built)
 

@@ -1,5 +1,6 @@
 """package and verify: what is shipped, the same bytes each time, and every flipped byte named."""
 
+import ast
 import hashlib
 import json
 import os
@@ -173,17 +174,43 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
     )
     assert done.returncode == 0, done.stderr
 
-    model, tokenizer = generation.load(packed)
-    form = json.loads((packed / "prompt.json").read_text())
-    ids = tokenizer.encode(form["prompt"].format(phrase="We buried the old dog"))
-    made = [
-        token for token in generation.greedy(model, ids, form["longest_answer_tokens"]) if token != form["end_token_id"]
-    ]
-    assert done.stdout.strip() == tokenizer.decode(made).strip()
-    source = (packed / "run.py").read_text()
-    assert {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))} == {
-        *("json", "sys", "pathlib", "onnxruntime_genai"),
+    model = generation.Exported(packed, json.loads((packed / "prompt.json").read_text()))
+    assert done.stdout.strip() == model.answer("We buried the old dog")
+    assert (packed / "run.py").read_bytes() == Path(generation.__file__).read_bytes()
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(ast.parse((packed / "run.py").read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
     }
+    assert imported == {
+        *("json", "re", "sys", "unicodedata", "collections", "datetime", "pathlib", "onnxruntime_genai")
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], 'this model takes 1 text: "phrase". Given: 0.'),
+        (["a", "b"], 'this model takes 1 text: "phrase". Given: 2.'),
+        (["word " * 4000], "the text is too long: "),
+    ],
+    ids=["none", "two", "long"],
+)
+def test_run_py_refuses_in_one_line(packed, texts, message):
+    done = subprocess.run([sys.executable, str(packed / "run.py"), *texts], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("run.py: error: " + message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_py_imports_nothing_from_its_folder(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "package"))
+    for name in ("json", "unicodedata", "onnxruntime_genai", "numpy"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name} of the package was run')\n")
+    command = [sys.executable, "run.py", "We buried the old dog"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_card_is_what_a_hub_reads(packed):
@@ -499,3 +526,17 @@ def test_missing_licence_and_missing_package_are_named(parts, tmp_path, capsys):
         pack(parts, tmp_path / "run", license_files=["NO-LICENCE"])
     assert "package.license_files: NO-LICENCE: no such file." in capsys.readouterr().err
     assert "no package here. Build it with `make`." in refused(capsys, tmp_path / "no")
+
+
+@pytest.mark.parametrize("read", ["same", "other"])
+def test_a_dataset_that_was_another_while_it_was_read_is_not_named(tmp_path, monkeypatch, read):
+    """Edited while prepare ran, and taken back: the file here is not what the model was trained on."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text("[]", encoding="utf-8")
+    sha256 = hashlib.sha256(b"[]" if read == "same" else b"[1]").hexdigest()
+    recorded = {"base": {"source": "x"}, "dataset": {"source": {"train": {"source": "rows.json", "sha256": sha256}}}}
+    if read == "same":
+        provenance.provenance({}, [Path("rows.json")], {}, recorded)
+    else:
+        with pytest.raises(UserError, match=r"rows.json: its content was another one while it was read. `snakemake"):
+            provenance.provenance({}, [Path("rows.json")], {}, recorded)
