@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -114,7 +115,8 @@ class Terminal:
         if pid == 0:
             os.chdir(project)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.execvpe(command[0], command, environment() | {"COLUMNS": "100", "LINES": "40"})
+            termios.tcsetwinsize(0, (40, 100))
+            os.execvpe(command[0], command, environment())
         self.pid, self.text = pid, ""
 
     def wait_for(self, pattern: str, seconds: float = 300) -> None:
