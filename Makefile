@@ -123,7 +123,7 @@ faults: setup azurite ## break networks, servers and disks; figures to docs/reli
 	@rm -f build/faults.jsonl
 	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl
 
-attack: setup ## kill, edit and mislead a tiny project for SECONDS=600; figures to docs/reliability.md
+attack: setup ## kill and edit builds of a tiny project for SECONDS=600; docs/reliability.md
 	$(BIN)/python tests/attack/campaign.py --document --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 ##@ Compare with the peers
