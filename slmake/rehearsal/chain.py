@@ -31,10 +31,10 @@ def finetune(section: params.Finetune, base: Path, dataset: Path, target: Path, 
 
 def merge(everything: params.Params, base: Path, adapter: Path, target: Path, job: cli.Job) -> None:
     """Merge the adapter into the base."""
-    from slmake.merging import shards
+    from slmake.merging import merge as merging
 
     target.mkdir()
-    shards.merge(everything.merge, everything.finetune, base, adapter, target, job)
+    merging.merge(everything.merge, everything.finetune, base, adapter, target, job)
 
 
 def export(section: params.Quantize, model: Path, dataset: Path, target: Path, job: cli.Job) -> dict:
