@@ -108,16 +108,16 @@ def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]
     Raises:
         UserError: ONNX Runtime cannot load or run the model.
     """
-    from slmake import generation
+    from slmake.scoring import onnx_runner
 
-    model, _ = generation.load(folder)
+    model = onnx_runner.load(folder)
     logits: list[np.ndarray] = []
 
     def keep(generator) -> None:
         logits.append(np.array(generator.get_logits()).reshape(-1).astype(np.float32))
 
     for prompt in prompts:
-        generation.greedy(model, prompt.tolist(), 1, keep)
+        model.generate(prompt.tolist(), 1, keep)
     return logits
 
 
