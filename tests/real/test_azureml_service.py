@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import yaml
 from aml_server import Fault, clean_environment, error
@@ -72,8 +73,9 @@ def environment(aml) -> dict[str, str]:
 
 def azureml(aml, project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run tools/azureml.py as a user does; both streams in stdout."""
-    command = ["python", "-m", "tools.azureml", *arguments]
-    return subprocess.run(command, cwd=project, env=environment(aml), **STREAMS, **options)
+    variables = environment(aml)
+    command = [preloaded.program("python", variables), "-m", "tools.azureml", *arguments]
+    return subprocess.run(command, cwd=project, env=variables, **STREAMS, **options)
 
 
 @pytest.fixture(scope="module")
