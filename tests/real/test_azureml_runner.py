@@ -58,7 +58,7 @@ def test_a_finetune_that_loses_its_machine_resumes(compiled, built, tmp_path):
     change(project, "finetune", num_train_epochs=20.0, save_steps=2)
     assert run(project, "python", "-m", "tools.azureml", "compile").returncode == 0
     step = yaml.safe_load((project / "azureml" / "pipeline.yml").read_text())["jobs"]["finetune"]
-    runner = Runner(tmp_path / "machines")
+    runner = Runner(tmp_path / "machines", fresh=True)
     code = project / "build" / "azureml" / "code" / "finetune"
     places = {
         "data": project / "data" / "dataset.json",

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import yaml
 from aml_server import Fault, clean_environment, error
@@ -24,7 +25,18 @@ from slmake.azureml import service, settings
 from slmake.errors import UserError
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
+RULES = (
+    "fetch_model",
+    "prepare",
+    "rehearse",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "gates",
+    "package",
+    "report",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +73,9 @@ def environment(aml) -> dict[str, str]:
 
 def azureml(aml, project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run tools/azureml.py as a user does; both streams in stdout."""
-    command = ["python", "-m", "tools.azureml", *arguments]
-    return subprocess.run(command, cwd=project, env=environment(aml), **STREAMS, **options)
+    variables = environment(aml)
+    command = [preloaded.program("python", variables), "-m", "tools.azureml", *arguments]
+    return subprocess.run(command, cwd=project, env=variables, **STREAMS, **options)
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import yaml
 
 from slmake.azureml.step import sums
 
 
 class Runner:
-    """Steps and pipelines below `folder`; `image` is a .sif file, or None for the Python that runs the tests."""
+    """Steps and pipelines below `folder`; `image` is a .sif file, or None for the Python that runs the tests.
 
-    def __init__(self, folder: Path, image: str | None = None):
-        self.folder, self.image = folder, image
+    Outside of an image, `fresh` steps are new processes that share nothing; otherwise tests/preloaded.py spares them the imports.
+    """
+
+    def __init__(self, folder: Path, image: str | None = None, fresh: bool = False):
+        self.folder, self.image, self.fresh = folder, image, fresh
 
     def new_path(self, name: str) -> Path:
         """A path that nobody could have guessed, in a folder of its own."""
@@ -42,10 +46,14 @@ class Runner:
         filled = re.sub(r"\$\{\{outputs\.(\w+)\}\}", lambda match: str(outputs[match[1]]), filled)
         assert "${{" not in filled, filled
         before = {name: sums(path) for name, path in mounted.items()}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {"PATH": path, "LANG": "C.UTF-8", "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+        if not (self.fresh or self.image):
+            preloaded.program("python", variables)
         done = start(
             self._command(filled, work, [*mounted.values(), *outputs.values()]),
             cwd=work,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.folder), "OMP_NUM_THREADS": "1"},
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
