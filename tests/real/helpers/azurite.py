@@ -39,14 +39,14 @@ class Azurite:
         command += ["--blobHost", "127.0.0.1", "--blobPort", str(self.port)]
         environment = os.environ | {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{self.key}"}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for _ in range(300):
+        for _ in range(900):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return self
             if self.process.poll() is not None:
                 raise RuntimeError(f"Azurite ended: {self.process.stderr.read().decode()}")
             time.sleep(0.1)
-        raise RuntimeError("Azurite does not listen after 30 s")
+        raise RuntimeError("Azurite does not listen after 90 s")
 
     def restart(self) -> None:
         """End it in peace and start it again: all it holds is on its disk then (it writes its books every five seconds only)."""
