@@ -37,7 +37,9 @@ def check(folder: Path, key: Path) -> None:
     from model_signing import verifying
 
     if not (folder / SIGNATURE).is_file():
-        raise UserError(f"{SIGNATURE}: missing, but a key is given: this package was not signed.")
+        raise UserError(
+            f"{SIGNATURE}: missing, but a key is given: this package was not signed. If it is yours, build it again with `make`."
+        )
     with tempfile.NamedTemporaryFile(suffix=".pem") as public:
         public.write(public_key(key))
         public.flush()
