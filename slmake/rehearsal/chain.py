@@ -108,9 +108,9 @@ def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]
     Raises:
         UserError: ONNX Runtime cannot load or run the model.
     """
-    from slmake.scoring.onnx_runner import load
+    from slmake.scoring import onnx_runner
 
-    model = load(folder)
+    model = onnx_runner.load(folder)
     logits: list[np.ndarray] = []
 
     def keep(generator) -> None:
