@@ -11,8 +11,8 @@ READY   := $(VENV)/.ready-$(MACHINE)
 PEERS   := .venv-bench
 # Tests at a time: one more than the cores of a small machine, because many wait for servers, networks and clusters.
 WORKERS ?= 3
-# A file's tests (a class's, where there are classes) stay together, for their fixtures' sake.
-PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
+# Which tests stay together is said in tests/conftest.py; in the order of collection, those that wait for services begin.
+PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # The torch build that fits the machine (uv's name for it), unless a folder of wheels says which.

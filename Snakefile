@@ -4,9 +4,8 @@
 #     snakemake --cores all build/adapter    build one thing and what it needs
 #     snakemake -n                           say what would run, and why
 #
-# Rules stand in execution order. Commands, environments and resources are written here and nowhere else: dvc.yaml is
-# generated from this file (`make docs`). Every knob is in params.yaml. A rule runs again when its own section, its inputs
-# or its code change; code and other source files count by content (slmake/code_inputs.py).
+# Rules stand in execution order; commands and resources are written here only. Every knob is in params.yaml. A rule runs
+# again when its own section, its inputs or its code change; source files count by content (slmake/code_inputs.py).
 
 from slmake.plan import when
 from slmake.platforms.slurm import memory
@@ -46,7 +45,6 @@ rule fetch_model:
     params:
         section=section_of("fetch_model"),
         sources=digest_of("fetch_model"),
-        container=CONTAINER,
     shell:
         "python -m scripts.fetch_model"
         " --params params.yaml"
@@ -75,7 +73,6 @@ rule prepare:
     params:
         section=section_of("prepare"),
         sources=digest_of("prepare"),
-        container=CONTAINER,
     shell:
         "python -m scripts.prepare"
         " --params params.yaml"
@@ -105,7 +102,6 @@ rule rehearse:
     params:
         section=section_of("rehearse"),
         sources=digest_of("rehearse"),
-        container=CONTAINER,
     shell:
         "python -m scripts.rehearse"
         " --params params.yaml"
@@ -138,7 +134,6 @@ rule finetune:
     params:
         section=section_of("finetune"),
         sources=digest_of("finetune"),
-        container=CONTAINER,
     shell:
         "python -m scripts.finetune"
         " --params params.yaml"
@@ -171,7 +166,6 @@ rule adapter:
     params:
         section=section_of("adapter"),
         sources=digest_of("adapter"),
-        container=CONTAINER,
     shell:
         "python -m scripts.adapter"
         " --params params.yaml"
@@ -200,7 +194,6 @@ rule merge:
     params:
         section=section_of("merge"),
         sources=digest_of("merge"),
-        container=CONTAINER,
     shell:
         "python -m scripts.merge"
         " --params params.yaml"
@@ -233,7 +226,6 @@ rule candidate:
     params:
         section=lambda wildcards: PLAN.candidate_section(wildcards.candidate),
         sources=digest_of("candidate"),
-        container=CONTAINER,
         reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
     shell:
         "python -m scripts.candidate"
@@ -264,7 +256,6 @@ rule search:
     params:
         section=section_of("search"),
         sources=digest_of("search"),
-        container=CONTAINER,
     shell:
         "python -m scripts.search"
         " --params params.yaml"
@@ -294,7 +285,6 @@ rule quantize:
     params:
         section=section_of("quantize"),
         sources=digest_of("quantize"),
-        container=CONTAINER,
         dataset=when(PLAN.params.quantize.calibration == "gptq", "--dataset build/dataset"),
         search=when(PLAN.search, "--search results/search.json --candidates build/search"),
     shell:
@@ -327,7 +317,6 @@ rule evaluate:
     params:
         section=section_of("evaluate"),
         sources=digest_of("evaluate"),
-        container=CONTAINER,
         models=" ".join(f"--{name} {folder}" for name, folder in PLAN.scored.items()),
     shell:
         "python -m scripts.evaluate"
@@ -358,7 +347,6 @@ rule gates:
     params:
         section=section_of("gates"),
         sources=digest_of("gates"),
-        container=CONTAINER,
     shell:
         "python -m scripts.gates"
         " --params params.yaml"
@@ -393,7 +381,6 @@ rule package:
     params:
         section=section_of("package"),
         sources=digest_of("package"),
-        container=CONTAINER,
         search=when(PLAN.search, "--search results/search.json"),
     shell:
         "python -m scripts.package"
@@ -434,7 +421,6 @@ rule report:
     params:
         section=section_of("report"),
         sources=digest_of("report"),
-        container=CONTAINER,
         search=when(PLAN.search, "--search results/search.json"),
     shell:
         "python -m scripts.report"
@@ -468,7 +454,6 @@ rule publish:
     params:
         section=section_of("publish"),
         sources=digest_of("publish"),
-        container=CONTAINER,
         metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
     shell:
         "python -m scripts.publish"

@@ -1,6 +1,7 @@
 """What the Snakefile asks for: paths, stages, and the files that a rule reads."""
 
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ SECTIONS = {
     "rehearse": ["rehearse", "finetune", "merge", "quantize"],
     "search": ["quantize", "evaluate", "gates"],
     "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
-    "report": ["report", "gates", "finetune", "quantize"],
+    "report": ["report", "gates", "finetune", "adapter", "quantize"],
 }
 FIGURES = [  # of the report: file, category, title
     ("overview.html", "1. Overview", "What was built from what"),
@@ -88,7 +89,7 @@ class Plan:
         """What a candidate is built again for, as text."""
         from slmake.export.proposals import depends_on
 
-        return depends_on(self.params.quantize, candidate) + as_json(self.params.evaluate)
+        return depends_on(self.params.quantize, candidate) + as_json(self.params.evaluate) + self._image()
 
     @functools.cached_property
     def scored(self) -> dict[str, str]:
@@ -141,7 +142,13 @@ class Plan:
 
     def section(self, rule: str) -> str:
         """A rule's sections of params.yaml as text: it runs again when they differ."""
-        return "".join(as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule]))
+        texts = [as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule])]
+        return "".join(texts) + self._image()
+
+    def _image(self) -> str:
+        """The container image as text; another one is another environment."""
+        image = self.params.all.container
+        return json.dumps({"container": image}) if image else ""
 
     def digest(self, rule: str) -> str:
         """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, by its very bytes."""

@@ -20,7 +20,18 @@ TINY = {
 }
 
 
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
+RULES = (
+    "fetch_model",
+    "prepare",
+    "rehearse",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "gates",
+    "package",
+    "report",
+)
 
 
 def environment() -> dict[str, str]:
@@ -35,9 +46,9 @@ def run(project: Path, *command: str, fresh: bool = False, **options: object) ->
         fresh: as a new process, whose own processes are new, too; otherwise tests/preloaded.py spares it the imports.
     """
     variables = environment()
-    client = None if fresh or "--profile" in command else preloaded.program(command[0], variables)
+    program = command[0] if fresh or "--profile" in command else preloaded.program(command[0], variables)
     return subprocess.run(
-        [client or command[0], *command[1:]], cwd=project, env=variables,
+        [program, *command[1:]], cwd=project, env=variables,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
 
@@ -47,7 +58,7 @@ def snakemake(project: Path, *arguments: str, **options: object) -> subprocess.C
     return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments, **options)
 
 
-VARYING = {"benchmark.json", "cost.html"}  # timings
+VARYING = {"benchmark.json", "cost.html", "estimate.json"}  # timings
 
 
 def digests(project: Path) -> dict[str, str]:

@@ -104,7 +104,7 @@ class Merge:
         rebuild = self.rebuild if name in self.linear and not replacement else None
         shape = self.plan.shapes[name]
         rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
-        step = rows if rebuild or (update and update.whole) else max(ROWS, PIECE // max(1, width))
+        step = rows if rebuild or (update and update.whole) else max(ROWS if update else 1, PIECE // max(1, width))
         read = self.adapter.rows_of(replacement, step) if replacement else self._rows(shard, origin, step)
         last, bad = 0, 0
         for tensor in read:

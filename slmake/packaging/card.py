@@ -135,6 +135,8 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
     lines.append(
         f"- Base model: {code_span(base['source'])}" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
     )
+    if facts["adapter"]:
+        lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter'])}.")
     for split, source in dataset["source"].items():
         lines.append(
             f"- Data ({split}): {code_span(source['source'])}"

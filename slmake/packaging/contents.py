@@ -62,6 +62,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     form = load_prompt(args.dataset)
     facts = {
         "base": read_json(args.base_report, "source"),
+        "adapter": everything.adapter.source if "merge" in everything.all.stages else None,
         "dataset": read_json(args.dataset_report, "source", "rows"),
         "metrics": metrics,
         "models": models,

@@ -31,10 +31,10 @@ def finetune(section: params.Finetune, base: Path, dataset: Path, target: Path, 
 
 def merge(everything: params.Params, base: Path, adapter: Path, target: Path, job: cli.Job) -> None:
     """Merge the adapter into the base."""
-    from slmake.merging import shards
+    from slmake.merging import merge as merging
 
     target.mkdir()
-    shards.merge(everything.merge, everything.finetune, base, adapter, target, job)
+    merging.merge(everything.merge, everything.finetune, base, adapter, target, job)
 
 
 def export(section: params.Quantize, model: Path, dataset: Path, target: Path, job: cli.Job) -> dict:
@@ -108,16 +108,16 @@ def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]
     Raises:
         UserError: ONNX Runtime cannot load or run the model.
     """
-    from slmake import generation
+    from slmake.scoring import onnx_runner
 
-    model, _ = generation.load(folder)
+    model = onnx_runner.load(folder)
     logits: list[np.ndarray] = []
 
     def keep(generator) -> None:
         logits.append(np.array(generator.get_logits()).reshape(-1).astype(np.float32))
 
     for prompt in prompts:
-        generation.greedy(model, prompt.tolist(), 1, keep)
+        model.generate(prompt.tolist(), 1, keep)
     return logits
 
 

@@ -93,6 +93,8 @@ def overview(
     inputs = [["base model", base["source"], base.get("sha256") or "–"]]
     for split, source in dataset["source"].items():
         inputs.append([f"data ({split})", source["source"], source.get("sha256", "–")])
+    if "merge" in everything.all.stages and everything.adapter.source:
+        inputs.append(["adapter", everything.adapter.source, everything.adapter.sha256 or "–"])
     rows = dataset["rows"]
     sizes = [
         [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]

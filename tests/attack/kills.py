@@ -17,6 +17,7 @@ TIMEOUT = 600  # seconds for one command; more is a hang
 OUTPUTS = {
     "fetch_model": ["build/base", "results/base.json"],
     "prepare": ["build/dataset", "results/dataset.json"],
+    "rehearse": ["results/rehearsal.json", "results/estimate.json"],
     "finetune": ["build/adapter", "results/train_loss.csv", "results/eval_loss.csv"],
     "merge": ["build/merged"],
     "quantize": ["build/onnx-int4"],

@@ -10,7 +10,7 @@ import yaml
 from project import change, environment, new_project, planned, run, snakemake
 
 SHOWN = {"gates", "package", "report"}  # what follows evaluate
-AFTER_PREPARE = {"prepare", "finetune", "merge", "quantize", "evaluate"} | SHOWN
+AFTER_PREPARE = {"prepare", "rehearse", "finetune", "merge", "quantize", "evaluate"} | SHOWN
 
 
 def record(project):

@@ -103,7 +103,18 @@ def test_dvc_yaml_agrees_with_the_snakefile():
     assert (ROOT / "dvc.yaml").read_text(encoding="utf-8") == done.stdout, "run `make docs`"
     stages = yaml.safe_load(done.stdout)["stages"]
     assert list(stages) == [
-        *("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"),
+        *(
+            "fetch_model",
+            "prepare",
+            "rehearse",
+            "finetune",
+            "merge",
+            "quantize",
+            "evaluate",
+            "gates",
+            "package",
+            "report",
+        ),
     ]
     for name, stage in stages.items():
         assert stage["params"] == [*SECTIONS.get(name, [name]), "all.container"]
@@ -123,7 +134,8 @@ def test_a_changed_parameter_runs_exactly_its_stages(repository):
     change(repository, "quantize", accuracy_level=0)
     done = run(repository, "dvc", "repro")
     assert done.returncode == 0, done.stdout
-    assert {"quantize", "evaluate"} <= ran(done.stdout) <= {"quantize", "evaluate", "gates", "package", "report"}
+    after = {"rehearse", "quantize", "evaluate", "gates", "package", "report"}
+    assert {"quantize", "evaluate"} <= ran(done.stdout) <= after
     assert planned(repository) == set()
 
 
