@@ -4,9 +4,8 @@
 #     snakemake --cores all build/adapter    build one thing and what it needs
 #     snakemake -n                           say what would run, and why
 #
-# Rules stand in execution order. Commands, environments and resources are written here and nowhere else: dvc.yaml is
-# generated from this file (`make docs`). Every knob is in params.yaml. A rule runs again when its own section, its inputs
-# or its code change; code and other source files count by content (slmake/code_inputs.py).
+# Rules stand in execution order; commands and resources are written here only. Every knob is in params.yaml. A rule runs
+# again when its own section, its inputs or its code change; source files count by content (slmake/code_inputs.py).
 
 from slmake.plan import when
 from slmake.platforms.slurm import memory
@@ -15,21 +14,11 @@ from slmake.platforms.slurm import memory
 include: "rules/common.smk"
 
 
-report: "report/workflow.rst"
-
-
-container: lambda wildcards: IMAGE  # a function, because there may be none
-
-
-localrules:
-    all,
-
-
 rule all:
     input:
         "build/base",
         "build/dataset",
-        when("finetune" in STAGES, "build/adapter"),
+        when({"finetune", "merge"} & set(STAGES), PLAN.adapter),
         when("merge" in STAGES, "build/merged"),
         when("quantize" in STAGES, PLAN.onnx),
         when("evaluate" in STAGES, "results/metrics.json"),
@@ -55,9 +44,7 @@ rule fetch_model:
         runtime=120,
     params:
         section=section_of("fetch_model"),
-        code=digest_of("fetch_model"),
-        source=digest(PLAN.model_source),
-        container=CONTAINER,
+        sources=digest_of("fetch_model"),
     shell:
         "python -m scripts.fetch_model"
         " --params params.yaml"
@@ -85,9 +72,7 @@ rule prepare:
         runtime=60,
     params:
         section=section_of("prepare"),
-        code=digest_of("prepare"),
-        data=digest(PLAN.data),
-        container=CONTAINER,
+        sources=digest_of("prepare"),
     shell:
         "python -m scripts.prepare"
         " --params params.yaml"
@@ -98,9 +83,39 @@ rule prepare:
         " --log {log}"
 
 
+rule rehearse:
+    input:
+        code=code_of("rehearse"),
+        base="build/base",
+        dataset="build/dataset",
+    output:
+        checks="results/rehearsal.json",
+        estimate="results/estimate.json",
+    log:
+        "logs/rehearse.log",
+    benchmark:
+        "benchmarks/rehearse.tsv"
+    threads: 2
+    resources:
+        mem_mb=memory(4000, 2),
+        runtime=60,
+    params:
+        section=section_of("rehearse"),
+        sources=digest_of("rehearse"),
+    shell:
+        "python -m scripts.rehearse"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --dataset {input.dataset}"
+        " --output {output.checks}"
+        " --estimate {output.estimate}"
+        " --log {log}"
+
+
 rule finetune:
     input:
         code=code_of("finetune"),
+        rehearsal=when("rehearse" in STAGES, ancient("results/rehearsal.json")),
         base="build/base",
         dataset="build/dataset",
     output:
@@ -118,8 +133,7 @@ rule finetune:
         nproc_per_node="auto",  # processes that train together: one per GPU; a profile's set-resources may say a number
     params:
         section=section_of("finetune"),
-        code=digest_of("finetune"),
-        container=CONTAINER,
+        sources=digest_of("finetune"),
     shell:
         "python -m scripts.finetune"
         " --params params.yaml"
@@ -133,11 +147,40 @@ rule finetune:
         " --log {log}"
 
 
+# Only where an adapter comes from elsewhere: all.stages lists merge without finetune.
+rule adapter:
+    input:
+        code=code_of("adapter"),
+        source=ancient(PLAN.adapter_source),
+        base="build/base",
+    output:
+        adapter=directory("build/fetched-adapter"),
+        report="results/adapter.json",
+    log:
+        "logs/adapter.log",
+    benchmark:
+        "benchmarks/adapter.tsv"
+    resources:
+        mem_mb=memory(2000),
+        runtime=60,
+    params:
+        section=section_of("adapter"),
+        sources=digest_of("adapter"),
+    shell:
+        "python -m scripts.adapter"
+        " --params params.yaml"
+        " --base {input.base}"
+        " --output {output.adapter}"
+        " --report {output.report}"
+        " --downloads build/downloads-adapter"
+        " --log {log}"
+
+
 rule merge:
     input:
         code=code_of("merge"),
         base="build/base",
-        adapter="build/adapter",
+        adapter=PLAN.adapter,
     output:
         model=directory("build/merged"),
     log:
@@ -150,8 +193,7 @@ rule merge:
         runtime=60,
     params:
         section=section_of("merge"),
-        code=digest_of("merge"),
-        container=CONTAINER,
+        sources=digest_of("merge"),
     shell:
         "python -m scripts.merge"
         " --params params.yaml"
@@ -183,8 +225,7 @@ rule candidate:
         runtime=240,
     params:
         section=lambda wildcards: PLAN.candidate_section(wildcards.candidate),
-        code=digest_of("candidate"),
-        container=CONTAINER,
+        sources=digest_of("candidate"),
         reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
     shell:
         "python -m scripts.candidate"
@@ -213,9 +254,8 @@ rule search:
         mem_mb=memory(1000),
         runtime=10,
     params:
-        section=section_of("quantize", "gates"),
-        code=digest_of("search"),
-        container=CONTAINER,
+        section=section_of("search"),
+        sources=digest_of("search"),
     shell:
         "python -m scripts.search"
         " --params params.yaml"
@@ -244,8 +284,7 @@ rule quantize:
         runtime=240,
     params:
         section=section_of("quantize"),
-        code=digest_of("quantize"),
-        container=CONTAINER,
+        sources=digest_of("quantize"),
         dataset=when(PLAN.params.quantize.calibration == "gptq", "--dataset build/dataset"),
         search=when(PLAN.search, "--search results/search.json --candidates build/search"),
     shell:
@@ -277,8 +316,7 @@ rule evaluate:
         runtime=240,
     params:
         section=section_of("evaluate"),
-        code=digest_of("evaluate"),
-        container=CONTAINER,
+        sources=digest_of("evaluate"),
         models=" ".join(f"--{name} {folder}" for name, folder in PLAN.scored.items()),
     shell:
         "python -m scripts.evaluate"
@@ -308,9 +346,7 @@ rule gates:
         runtime=10,
     params:
         section=section_of("gates"),
-        code=digest_of("gates"),
-        published=digest(PLAN.published_metrics),
-        container=CONTAINER,
+        sources=digest_of("gates"),
     shell:
         "python -m scripts.gates"
         " --params params.yaml"
@@ -344,9 +380,7 @@ rule package:
         runtime=30,
     params:
         section=section_of("package"),
-        code=digest_of("package"),
-        materials=digest(PLAN.named_in_package(), exact=True),
-        container=CONTAINER,
+        sources=digest_of("package"),
         search=when(PLAN.search, "--search results/search.json"),
     shell:
         "python -m scripts.package"
@@ -385,10 +419,8 @@ rule report:
         mem_mb=memory(2000),
         runtime=30,
     params:
-        section=section_of("report", "gates"),
-        code=digest_of("report"),
-        published=digest(PLAN.published_metrics),
-        container=CONTAINER,
+        section=section_of("report"),
+        sources=digest_of("report"),
         search=when(PLAN.search, "--search results/search.json"),
     shell:
         "python -m scripts.report"
@@ -421,8 +453,7 @@ rule publish:
         runtime=120,
     params:
         section=section_of("publish"),
-        code=digest_of("publish"),
-        container=CONTAINER,
+        sources=digest_of("publish"),
         metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
     shell:
         "python -m scripts.publish"

@@ -27,7 +27,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     losses = []
     for adapter in args.adapters:
-        model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, local_files_only=True).to(device)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.base, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        ).to(device)
         model = PeftModel.from_pretrained(model, adapter).to(device).eval()
         total, count = 0.0, 0
         with torch.inference_mode():

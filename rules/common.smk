@@ -1,5 +1,7 @@
 # What Snakemake needs and no reader of the pipeline does: parameters, checks before anything runs, containers, messages.
 
+import atexit
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
 from slmake import params
-from slmake.code_inputs import code, digest, remember
+from slmake.cli import PLANNED
+from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlink
 from slmake.plan import LOCKS, Plan
@@ -27,8 +30,15 @@ for folder in () if "SLMAKE_PULL" in os.environ else ("results", "build/report")
     for result in Path(folder).glob("*"):
         break_readonly_hardlink(result)
 
+# A rule's `python` is a child of Snakemake itself, so that it ends when Snakemake is killed (slmake/cli.py).
+shell.prefix("exec ")
+atexit.register(remember)
+
 try:
+    if workflow.is_main_process:
+        os.environ.pop(PLANNED, None)
     PLAN = Plan(params.load("params.yaml"))
+    os.environ[PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
@@ -37,6 +47,7 @@ try:
     # Who allows one rule alone (DVC, Azure ML, Snakemake for a job) brings the inputs of that rule, and no others.
     if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
         raise UserError(problem)
+    dvc.refuse_other_sources(PLAN)
     if CONTAINER and IN_CONTAINERS:
         containers.prepare(CONTAINER, [*PLAN.data, PLAN.params.fetch_model.source], online=PLAN.online)
     if not workflow.is_main_process:
@@ -52,20 +63,28 @@ def code_of(rule):
 
 
 def digest_of(rule):
-    """Digest of `code_of(rule)`, for the rule's params."""
-    return digest([*code(rule), *LOCKS])
+    """Digest of `code_of(rule)` and of the files that params.yaml names for the rule, for its params."""
+    return PLAN.digest(rule)
 
 
-def section_of(*names):
-    """The text of sections of params.yaml, as a function: Snakemake would take the braces of a text for wildcards."""
-    return lambda wildcards: PLAN.section(*names)
+def section_of(rule):
+    """The text of a rule's sections of params.yaml, as a function: Snakemake would take the braces of a text for wildcards."""
+    return lambda wildcards: PLAN.section(rule)
+
+
+report: "../report/workflow.rst"
+
+
+container: lambda wildcards: IMAGE  # a function, because there may be none
+
+
+localrules:
+    all,
 
 
 mark = report  # at the start of a line Snakemake would take `report` for a keyword
 FIGURES = [
-    mark(
-        f"build/report/{file}", caption=f"../report/{Path(file).stem}.rst", category=category, labels={"figure": title}
-    )
+    mark(f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title})
     for file, category, title in PLAN.figures
 ]
 
@@ -88,6 +107,13 @@ onstart:
         )
     elif CONTAINER and "SLMAKE_MACHINE" not in os.environ:
         print(f"note: not in {IMAGE}: that takes --profile profiles/container.", file=sys.stderr)
+
+
+onsuccess:
+    try:
+        params.load("params.yaml")  # still as planned: what DVC or tools.record note beside the outputs
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
 
 
 onerror:

@@ -5,8 +5,8 @@
         --reference build/search/merged --output build/search/0
 
 Reads the section `quantize`. Writes measured.json (options, scores on the tuning rows, parity with merged, cost) and the
-exported model in model/. A candidate that the builder refuses, or that does not load, is a finding and no failure: measured.json
-says why. The tuning rows are those of eval, and of train where these are too few; never those of test.
+exported model in model/. A candidate that the builder refuses, or that does not load, is a result and not a failure: measured.json
+says why. The tuning rows are those of eval, and of train where eval has too few; never those of test.
 """
 
 import json
@@ -18,9 +18,11 @@ from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.export import proposals
 from slmake.export.build import build
-from slmake.scoring import metrics, onnx_runner, selection, transformers_runner
+from slmake.scoring import metrics, selection
 from slmake.scoring.measure import measure
+from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
+from slmake.scoring.transformers_runner import TransformersRunner
 
 SPLITS = ("eval", "train")
 
@@ -35,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--candidate", required=True, help="number of the candidate, or `merged`")
     parser.add_argument("--model", type=Path, required=True, help="the folder of the model to export")
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
-    parser.add_argument("--reference", type=Path, help="what was measured of the merged model")
+    parser.add_argument("--reference", type=Path, help="the merged model's measurements")
     parser.add_argument(
-        "--earlier", type=Path, nargs="*", default=[], help="folders of the candidates of former batches"
+        "--earlier", type=Path, nargs="*", default=[], help="folders of the candidates of earlier batches"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     args = parser.parse_args(argv)
@@ -51,15 +53,16 @@ def main(argv: list[str] | None = None) -> None:
         weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
         with outputs.written(args.output) as (folder,):
             if args.candidate == "merged":
-                run = transformers_runner.Transformers(args.model).ask(
-                    questions, new_tokens, scoring.batch_size, scoring.latency_rows, job, "merged"
-                )
-                answers, found = measure(questions, run, weights)
-                found["size_bytes"] = outputs.folder_size(args.model)
+                model = TransformersRunner(args.model, scoring.batch_size, scoring.latency_rows)
+                run = model.ask(questions, new_tokens, job, "merged")
+                answers, scores = measure(questions, run, weights)
+                scores["size_bytes"] = outputs.folder_size(args.model)
                 np.save(folder / "logits.npy", np.stack(run.logits))
-                result = {"rows": questions.scored, "metrics": found, "benchmark": run.timings, "answers": answers}
+                result = {"rows": questions.scored, "metrics": scores, "benchmark": run.timings, "answers": answers}
             else:
-                result = one_candidate(section, int(args.candidate), args, questions, new_tokens, weights, folder, job)
+                result = measure_candidate(
+                    section, int(args.candidate), args, questions, new_tokens, weights, folder, job
+                )
             outputs.write_json(folder / "measured.json", result)
         if "failed" in result:
             job.say(f"candidate {args.candidate} could not be built: {result['failed'].splitlines()[0]}")
@@ -69,8 +72,10 @@ def main(argv: list[str] | None = None) -> None:
             )
 
 
-def one_candidate(section, number: int, args, questions, new_tokens: int, weights, folder: Path, job: cli.Job) -> dict:
-    """Propose, build and measure candidate `number`; the exported model is left in `folder`/model."""
+def measure_candidate(
+    section, number: int, args, questions, new_tokens: int, weights, folder: Path, job: cli.Job
+) -> dict:
+    """Propose, build and measure candidate `number`; the exported model stays in `folder`/model."""
     if args.reference is None:
         raise UserError("a candidate is compared with merged: give --reference.")
     measured = selection.measured_figures(args.earlier, section.search.objective)
@@ -81,17 +86,17 @@ def one_candidate(section, number: int, args, questions, new_tokens: int, weight
     model.mkdir()
     try:
         build(as_section(section, options), args.model, args.dataset, model, folder / ".cache", job)
-        run = onnx_runner.ask_onnx(model, questions, new_tokens, job, f"candidate {number}")
+        run = OnnxRunner(model).ask(questions, new_tokens, job, f"candidate {number}")
     except UserError as error:
         outputs.remove(model)
         return result | {"failed": str(error)}
-    answers, found = measure(questions, run, weights)
-    found["size_bytes"] = outputs.folder_size(model)
+    answers, scores = measure(questions, run, weights)
+    scores["size_bytes"] = outputs.folder_size(model)
     reference = outputs.read_json(args.reference / "measured.json", "answers", output=args.reference)
     logits = np.load(args.reference / "logits.npy")
     labels = questions.form["labels"]
     return result | {
-        "metrics": found,
+        "metrics": scores,
         "benchmark": run.timings,
         "parity": metrics.parity(logits, np.stack(run.logits)),
         "drop": metrics.drop(questions.expected, reference["answers"], answers, labels, weights),

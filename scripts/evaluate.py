@@ -4,10 +4,10 @@
         --merged build/merged --onnx build/onnx-int4 --metrics results/metrics.json --benchmark results/benchmark.json \\
         --predictions results/predictions.csv
 
-Reads the section `evaluate` and the test split, with the very prompt tokens of training. Every model answers greedily
-through the runtime it ships on: base, adapter and merged through transformers, the exported one through
-onnxruntime-genai, row by row as a user would ask it. Writes metrics.json (only what is the same in every run),
-benchmark.json (timings and memory) and predictions.csv (every model's answer to every row). docs/quality.md explains every field.
+Reads the section `evaluate` and the test split. Every model answers greedily through the runtime that it ships on: base,
+adapter and merged through transformers with the prompt tokens of training; the exported one through onnxruntime-genai with
+the text, row by row, as a user asks it. Writes metrics.json (the same in every run), benchmark.json (timings and memory)
+and predictions.csv (every model's answer to every row). docs/quality.md explains every field.
 """
 
 import csv
@@ -18,6 +18,7 @@ from slmake.errors import UserError
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.measure import ask_all, compare, measure
 from slmake.scoring.questions import Questions
+from slmake.text import csv_cell
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--adapter-base", type=Path, help="that base model's folder (default: --base)")
     parser.add_argument("--merged", type=Path, help="the merged model's folder")
     parser.add_argument("--onnx", type=Path, help="the exported model's folder")
-    parser.add_argument("--metrics", type=Path, required=True, help="JSON file for what is the same in every run")
+    parser.add_argument("--metrics", type=Path, required=True, help="JSON file for the scores")
     parser.add_argument("--benchmark", type=Path, required=True, help="JSON file for timings and memory")
     parser.add_argument("--predictions", type=Path, required=True, help="CSV file for every answer")
     args = parser.parse_args(argv)
@@ -55,23 +56,36 @@ def main(argv: list[str] | None = None) -> None:
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
             weights = metrics_module.resamples(questions.scored, section.bootstrap_samples, section.seed)
-            runs = ask_all(section, folders, onnx, questions, new_tokens, job)
+            quantized = everything.finetune if everything.merge.onto == "dequantized" else None
+            runs, facts = ask_all(section, folders, onnx, quantized, questions, new_tokens, job)
             metrics: dict = {"test_rows": questions.scored}
             answers: dict[str, list[str]] = {}
             for name, run in runs.items():
-                answers[name], found = measure(questions, run, weights)
-                metrics[name] = {**found, "size_bytes": outputs.folder_size(folders[name])}
+                answers[name], scores = measure(questions, run, weights)
+                metrics[name] = {**scores, "size_bytes": outputs.folder_size(folders[name])}
             metrics |= compare(questions, runs, answers, weights)
+            if "tokenizer" in facts:
+                metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
+            if "provider" in facts:
+                metrics["providers"] = {onnx: facts["provider"]}
             outputs.write_json(metrics_file, metrics)
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
             with open(predictions_file, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.writer(handle, lineterminator="\n")
+                writer = csv.writer(
+                    handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+                )  # a text may hold a lone \r
                 writer.writerow(["row", "expected", *answers, "prompt"])
                 columns = [questions.rows, questions.expected, *answers.values(), questions.texts]
-                writer.writerows(zip(*(column[: questions.scored] for column in columns), strict=True))
+                rows = zip(*(column[: questions.scored] for column in columns), strict=True)
+                writer.writerows(map(csv_cell, row) for row in rows)
         shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in runs)
         job.say(f"accuracy on {questions.scored} test rows: {shown} ({job.seconds():.0f} s)")
+        if "provider" in facts:
+            target, used = facts["provider"].values()
+            job.say(
+                f"{target} is not available here: {onnx} was scored on {used}, and its latency on {target} was not measured"
+            )
 
 
 if __name__ == "__main__":

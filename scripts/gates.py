@@ -2,15 +2,15 @@
 
     python -m scripts.gates --params params.yaml --metrics results/metrics.json --benchmark results/benchmark.json --output results/gates.json
 
-Reads the section `gates` and what evaluate wrote. Every gate is judged and shown before the build fails, and the metrics
-stay where they are: a gate can be changed and judged again without scoring anything twice.
+Reads the section `gates` and evaluate's results. Every gate is judged and shown before the build fails, and the metrics
+stay: a gate can be changed and judged again without scoring anything twice.
 """
 
 from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.scoring.judge import ADVICE, judge, number, read_metrics, read_published, read_timings, table
+from slmake.scoring.judge import advice, judge, number, read_metrics, read_published, read_timings, table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,19 +24,18 @@ def main(argv: list[str] | None = None) -> None:
         with outputs.written(files=[args.output]) as (target,):
             metrics = read_metrics(args.metrics)
             benchmark = read_timings(args.benchmark) if args.benchmark else None
-            found = judge(section, metrics, benchmark, read_published(section))
-            missed = [one for one in found if not one["passed"]]
+            judged = judge(section, metrics, benchmark, read_published(section))
+            missed = [gate for gate in judged if not gate["passed"]]
             if missed:
-                advice = "".join(
-                    f"\n  {one['gate']} is missed by {number(one['missed_by'])}"
-                    + (f": {ADVICE[one['kind']]}." if one["kind"] in ADVICE else ".")
-                    for one in missed
+                remedies = "".join(
+                    f"\n  {gate['gate']} is missed by {number(gate['missed_by'])}{advice(gate, metrics)}."
+                    for gate in missed
                 )
                 raise UserError(
-                    f"{len(missed)} of {len(found)} gates missed.\n{table(found)}{advice}\n{args.metrics} stays as it is."
+                    f"{len(missed)} of {len(judged)} gates missed.\n{table(judged)}{remedies}\n{args.metrics} stays as it is."
                 )
-            outputs.write_json(target, {"gates": found})
-        job.say(f"all {len(found)} gates passed\n{table(found)}" if found else "no gate is set")
+            outputs.write_json(target, {"gates": judged})
+        job.say(f"all {len(judged)} gates passed\n{table(judged)}" if judged else "no gate is set")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
     python -m scripts.merge --params params.yaml --base build/base --adapter build/adapter --output build/merged
 
-Reads the section `merge` (and `finetune.method`, to check that `onto` fits), the base model's safetensors shards and the
-PEFT adapter. Writes the merged model with the same shards, tied weights, configuration and tokenizer. No more than one
-tensor is in memory at a time, whatever the model's size. W' = W + s B A in float32 (Hu et al. 2021, arXiv:2106.09685), with s as PEFT
-computes it, so that the result equals `merge_and_unload` bit for bit in float32.
+Reads the section `merge` (and `finetune.method`, to check that `onto` fits), the base model's safetensors shards and a PEFT
+LoRA adapter of any trainer: with rank stabilization, DoRA, rank and alpha patterns, trained biases, modules_to_save, trained tokens,
+a resized vocabulary. Writes the merged model with the same shards, configuration and tokenizer. No more than one tensor is in
+memory at a time, whatever the model's size. W' = W + s B A in float32 (Hu et al. 2021, arXiv:2106.09685), with s as PEFT
+computes it, so that the result equals `merge_and_unload` bit for bit in float32 (slmake/merging/merge.py has the exceptions).
 """
 
 from pathlib import Path
 
 from slmake import cli, outputs, params
-from slmake.merging.shards import merge
+from slmake.merging.merge import merge
 
 
 def main(argv: list[str] | None = None) -> None:

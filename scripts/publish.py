@@ -14,7 +14,7 @@ from pathlib import Path
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.packaging.blob_store import POINTER, Store, describe, publish, verify
-from slmake.sources.syntax import parse
+from slmake.sources.schemes import parse
 
 
 def main(argv: list[str] | None = None) -> None:

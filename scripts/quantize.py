@@ -18,7 +18,7 @@ from slmake.export.build import build
 from slmake.export.graph_checks import check_generates, check_graph
 
 
-def take_over(search: Path, candidates: Path, folder: Path) -> dict:
+def copy_winner(search: Path, candidates: Path, folder: Path) -> dict:
     """Copy the winner of a search into an empty folder; returns its options."""
     result = outputs.read_json(search, "winner", "options")
     source = candidates / str(result["winner"]) / "model"
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the model's folder in Hugging Face layout")
     parser.add_argument("--dataset", type=Path, help="the tokenized dataset's folder (for calibration)")
-    parser.add_argument("--search", type=Path, help="search.json: take over its winner instead of building")
+    parser.add_argument("--search", type=Path, help="search.json: copy its winner instead of building")
     parser.add_argument("--candidates", type=Path, help="folder of the search's candidates")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the ONNX model to")
     args = parser.parse_args(argv)
@@ -42,22 +42,21 @@ def main(argv: list[str] | None = None) -> None:
         section = params.section(args.params, "quantize")
         with outputs.written(args.output) as (folder,):
             if args.search:
-                options = take_over(args.search, args.candidates, folder)
+                options = copy_winner(args.search, args.candidates, folder)
                 section = type(section).model_validate(section.model_dump(exclude={"search"}) | options)
-                found = check_graph(section, folder)
-                check_generates(folder)
+                summary = check_graph(section, folder) | {"runs_on": check_generates(folder).runs_on}
             else:
-                found = build(
-                    section, args.model, args.dataset, folder, folder.parent / f".{args.output.name}.cache", job
-                )
-            job.log(f"graph: {json.dumps(found)}")
-        bits = (
-            ", ".join(f"{count} products in {key} bits" for key, count in found["quantized_matmuls_by_bits"].items())
-            or "not quantized"
-        )
+                summary = build(section, args.model, args.dataset, folder, outputs.scratch(folder), job)
+            job.log(f"graph: {json.dumps(summary)}")
+        products = [f"{count} products in {bits} bits" for bits, count in summary["quantized_matmuls_by_bits"].items()]
+        size = f"{outputs.folder_size(args.output) / 1e6:.0f} MB"
         job.say(
-            f"{args.output} loads and generates ({section.precision}: {bits}; {outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"
+            f"{args.output} loads and generates ({section.precision}: {', '.join(products) or 'not quantized'}; {size}, {job.seconds():.0f} s)"
         )
+        if summary["runs_on"] != section.execution_provider:
+            job.say(
+                f"{section.execution_provider} is not available here: the export was checked on {summary['runs_on']}, not on its target"
+            )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Reads what the other rules wrote and nothing else; `snakemake --report build/rep
 one page. Missed gates are shown here too. The same inputs give the same bytes (SVG without dates, ids from a fixed salt).
 """
 
-from html import escape
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -18,6 +17,7 @@ from slmake.reporting.figures import draw_candidates, draw_confusion, draw_data,
 from slmake.reporting.pages import (
     candidates_page,
     cost_page,
+    escape,
     gates_page,
     judged,
     models_of,

@@ -3,8 +3,8 @@
     python -m scripts.search --params params.yaml --reference build/search/merged --candidates build/search/0 build/search/1 \\
         --output results/search.json
 
-Reads the sections `quantize` and `gates` and what scripts/candidate.py measured. Writes every candidate's options and
-figures, which of them are on the Pareto front, and the winner, which `quantize` then takes over as it is.
+Reads the sections `quantize` and `gates` and the candidates' measurements. Writes every candidate's options and
+figures, the Pareto front, and the winner, which `quantize` then copies.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from slmake.scoring.selection import choose, overview
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--reference", type=Path, required=True, help="what was measured of the merged model")
+    parser.add_argument("--reference", type=Path, required=True, help="the merged model's measurements")
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="folders of the candidates, in order")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the choice")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What every script's command line shares: arguments, the log, the terminal and the way errors are told.
+"""What every script's command line shares: arguments, the log, the terminal and the way errors are reported.
 
 A script's `main` runs inside `job(...)`: library chatter on stdout and stderr (C++ libraries' too) goes to the log
 file, the terminal gets the few lines meant for a person, and any failure ends in one clear message and exit code 1.
@@ -6,6 +6,7 @@ file, the terminal gets the few lines meant for a person, and any failure ends i
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -15,15 +16,19 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from slmake.errors import UserError
 
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 # No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
 
 
 def parser(module_doc: str) -> argparse.ArgumentParser:
@@ -35,7 +40,7 @@ def parser(module_doc: str) -> argparse.ArgumentParser:
 
 
 class Job:
-    """A running script: `say` speaks to the person at the terminal, `log` to the log file."""
+    """A running script: `say` prints to the terminal and the log, `log` to the log only."""
 
     def __init__(self, name: str, terminal, log_path: Path | None):
         self.name, self.terminal, self.log_path = name, terminal, log_path
@@ -125,6 +130,14 @@ def _on_sigterm(signum, frame):
     raise Interrupted
 
 
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent ends: a rule does not outlive a killed Snakemake and write beside the next."""
+    if (
+        sys.platform == "linux" and "APPTAINER_CONTAINER" not in os.environ
+    ):  # there a thread of the engine may be the parent
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises Interrupted in the block."""
@@ -143,61 +156,80 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         name: the rule's name, shown before every line.
         log_path: where file descriptors 1 and 2 go meanwhile; None leaves them alone.
     """
+    if PLANNED in os.environ:
+        die_with_parent()
+    with _redirected(name, log_path) as terminal:
+        _close_stdin()
+        logging.basicConfig(
+            stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
+        )
+        current = Job(name, terminal, log_path)
+        try:
+            with terminable():
+                yield current
+        except UserError as error:
+            _fail(current, str(error))
+        except (KeyboardInterrupt, Interrupted):
+            _fail(current, "interrupted. Run the same command again to resume.", code=130)
+        except MemoryError:
+            traceback.print_exc()
+            _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
+        except Exception as error:
+            full = _is_full(error)
+            if log_path or not full:
+                traceback.print_exc()
+            if full or isinstance(error, OSError):
+                _fail(current, _explain_os_error(error))
+            text = str(error).strip().splitlines()
+            where = f" Details: {log_path}" if log_path else ""
+            _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+
+
+@contextlib.contextmanager
+def _redirected(name: str, log_path: Path | None) -> Iterator[TextIO]:
+    """Send file descriptors 1 and 2 to the log, if there is one; yields the terminal."""
     sys.stdout.flush()
     sys.stderr.flush()
-    saved = None
-    if log_path is not None:
-        try:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        except OSError as error:
-            _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
-        saved = (os.dup(1), os.dup(2))
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        os.close(target)
-        terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
-    else:
-        terminal = sys.stderr
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
-    )
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
-    current = Job(name, terminal, log_path)
+    if log_path is None:
+        yield sys.stderr
+        return
     try:
-        yield current
-    except UserError as error:
-        _fail(current, str(error))
-    except (KeyboardInterrupt, Interrupted):
-        _fail(current, "interrupted. Run the same command again to go on.", code=130)
-    except MemoryError:
-        traceback.print_exc()
-        _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     except OSError as error:
-        traceback.print_exc()
-        _fail(current, _explain_os_error(error))
-    except Exception as error:
-        traceback.print_exc()
-        if FULL in str(error):  # told by a library in an exception of its own
-            _fail(current, _explain_os_error(OSError(FULL)))
-        text = str(error).strip().splitlines()
-        where = f" Details: {log_path}" if log_path else ""
-        _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+        _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
+    saved = (os.dup(1), os.dup(2))
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    try:
+        with os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace") as terminal:
+            yield terminal
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if saved:
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
-            terminal.close()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk takes no log
+                stream.flush()
+        for number, original in enumerate(saved, 1):
+            os.dup2(original, number)
+            os.close(original)
 
 
-def _explain_os_error(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC or FULL in str(error):
+def _close_stdin() -> None:
+    """Make every read from standard input end at once: nobody sees, or may answer, the question of a library."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    if null:
+        os.close(null)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a full disk is the reason, by the words of the system, of SQLite or of PyArrow."""
+    return getattr(error, "errno", None) == errno.ENOSPC or FULL in str(error) or "disk is full" in str(error)
+
+
+def _explain_os_error(error: Exception) -> str:
+    where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+    if _is_full(error):
         return f"the disk is full{where}. Free some space and run the same command again; what was built before is untouched."
     if error.errno == errno.EDQUOT:
         return f"your disk quota is used up{where}. Free some space and run the same command again."
@@ -211,5 +243,6 @@ def _explain_os_error(error: OSError) -> str:
 def _fail(current: Job, message: str, code: int = 1) -> None:
     print(f"{current.name}: error: {message}", file=current.terminal, flush=True)
     if current.log_path:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None

@@ -2,12 +2,16 @@
 
 Source files (code, locks, data, a local base model) are compared by content, not by time: the Snakefile lists them as
 `ancient` inputs and puts their digest among the rule's params, which Snakemake compares with those of the last run.
+Facts of a file are kept under its size, times and inode, so that only a file that moved is read again.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from slmake.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("scripts", "slmake", "tools")
+SETTLED = 2.0  # seconds: a file changed later may change again within its time stamp, so it is read again
 # No result depends on them: the terminal, error messages, and parameter models (a rule's section is among its params).
 WITHOUT_RESULT = ("slmake.cli", "slmake.errors", "slmake.params")
 
@@ -85,36 +90,34 @@ class _Facts:
     """What is known of files, kept beside Snakemake's records: a file of the same size, times and inode is not read again."""
 
     def __init__(self, path: Path):
-        self.path, self.changed = path, False
-        try:
-            self.known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
-        if not isinstance(self.known, dict):
-            self.known = {}
+        self.path, self.changed, self.known = path, False, {}
+        # Facts that other code or another Python read may differ.
+        self.reader = sys.version + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["reader"] == self.reader:
+                self.known = dict(saved["files"])
 
     def __call__(self, file: Path) -> dict:
-        status = file.stat()
+        status = os.stat(file)  # noqa: PTH116 (faster than Path.stat; every parse of the Snakefile asks for hundreds)
         mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        key = str(file.resolve())
+        key = os.path.abspath(file)  # noqa: PTH100
         entry = self.known.get(key)
-        if not entry or entry.get("mark") != mark:
-            entry = self.known[key] = {"mark": mark, **_read(file)}
-            self.changed = True
+        if not entry or entry["mark"] != mark:
+            settled = time.time() - status.st_ctime > SETTLED
+            entry = {"mark": mark if settled else None, **_read(file)}
+            self.known[key], self.changed = entry, self.changed or settled
         return entry
 
     def save(self) -> None:
         """Write what was learned; where that is not possible, it is learned again next time."""
         if not self.changed:
             return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(exist_ok=True)
-            temporary.write_text(json.dumps(self.known), encoding="utf-8")
+        kept = {key: entry for key, entry in self.known.items() if entry["mark"] and os.path.exists(key)}  # noqa: PTH110
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"reader": self.reader, "files": kept}), encoding="utf-8")
             os.replace(temporary, self.path)
-        except OSError:
-            pass
-        self.changed = False
 
 
 def _read(file: Path) -> dict:
@@ -132,10 +135,6 @@ def _read(file: Path) -> dict:
             imports |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "with_name" and _is_text(node.args[0]):
-            beside = file.with_name(node.args[0].value)
-            if beside.suffix == ".py" and beside.is_file():  # a script that is copied, not imported
-                imports.add(".".join(beside.relative_to(ROOT).with_suffix("").parts))
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
             body[0] = ast.Pass()
@@ -150,4 +149,4 @@ def _is_text(node: ast.AST) -> bool:
 
 
 _facts = _Facts(ROOT / ".snakemake" / "slmake.json")
-remember = _facts.save
+remember = _facts.save  # called once by who planned, at its end

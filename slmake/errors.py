@@ -1,5 +1,5 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is written for the user."""
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what, where, and what to do next."""
+    """Something that the user can correct: the message says what, where, and what to do next."""

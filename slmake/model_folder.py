@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 from slmake import outputs
 from slmake.errors import UserError
-from slmake.sources.syntax import PICKLES, pickle_advice
+from slmake.sources.pickles import PICKLES, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")  # in a tensor's name: a part of a decoder layer
@@ -48,6 +50,14 @@ def check_safetensors(path: Path, remedy: str = "Download the file again.") -> d
     raise UserError(f"{path}: truncated or corrupt safetensors: {reason}. {remedy}")
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of a checked safetensors file, by name."""
+    with open(path, "rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+    return {name: spec["shape"] for name, spec in header.items() if name != "__metadata__"}
+
+
 def element_bits(dtype: str) -> int:
     """Bits of one element of a safetensors type: the number in its name (F32, BF16, F8_E4M3); 8 for BOOL."""
     return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype)[0])
@@ -65,6 +75,12 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: damaged: no weight_map in it. Download the folder again.") from None
+        for name in names:
+            if name in ("", ".", "..") or "/" in name or "\\" in name:
+                raise UserError(
+                    f"{index}: it names the file {name!r}; a plain name of a file in the same folder is allowed. Correct it, or get "
+                    "the model from where you trust it."
+                )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(
@@ -83,6 +99,83 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with a link to something outside of it: that would be copied, and shared with the model.
+
+    A snapshot in the hub's cache may link to the blobs beside it.
+
+    Raises:
+        UserError: naming the link and its target.
+    """
+    root = folder.resolve()
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    for parent, folders, files in os.walk(root):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            target = path.resolve() if path.is_symlink() else root
+            if not any(target.is_relative_to(where) for where in allowed):
+                raise UserError(
+                    f"{folder / path.relative_to(root)}: a link to {target}, which is outside of the model folder. Replace it by a "
+                    "copy of that file if it belongs to the model, otherwise remove it."
+                )
+
+
+# Keys of config.json that are a size or a count; none exceeds the number of elements in the weights.
+SIZE = re.compile(r"^(n|num|d)_|_(size|dim|heads|layers|rank)$")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_encoder_layers")
+
+
+def refuse_oversized(source: Path, config: dict, tensors: int, elements: int) -> None:
+    """Refuse sizes that the weights cannot have, before a library allocates memory for them.
+
+    Args:
+        config: the configuration; nested dictionaries are checked, too.
+        tensors: number of tensors in the weights; every layer has at least one.
+        elements: number of values in them.
+
+    Raises:
+        UserError: naming the key and the number.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            refuse_oversized(source, value, tensors, elements)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            limit, unit = (tensors, "tensors") if key in LAYERS else (elements, "values")
+            if SIZE.search(key) and not value <= limit:
+                raise UserError(
+                    f"{source}: {key} is {value:,}, but the weights have only {limit:,} {unit}: it is the configuration of another "
+                    "model, or damaged. Download the model again."
+                )
+
+
+def refuse_not_finite(files: Iterable[Path], source: str) -> None:
+    """Refuse weights with NaN or infinite values; one tensor is in memory at a time.
+
+    Args:
+        source: where the weights come from, for the message.
+
+    Raises:
+        UserError: naming the tensor and how many of its values are not finite.
+    """
+    import torch
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open cannot be iterated)
+                value = tensors.get_tensor(name)
+                if not value.is_floating_point():
+                    continue
+                value = value.float() if value.itemsize == 1 else value
+                if torch.isfinite(value.sum()):  # a finite sum has finite terms; one of large terms may overflow
+                    continue
+                bad = int((~torch.isfinite(value)).sum())
+                if bad:
+                    raise UserError(
+                        f"{source}: tensor {name} has {bad:,} of {value.numel():,} values that are not finite (NaN or infinite), as "
+                        f"{value.dtype}. The model is broken, or fetch_model.dtype cannot represent it: download it again, or choose a wider dtype."
+                    )
+
+
 def copy_folder(source: Path, target: Path, dtype: str) -> None:
     """Copy a model folder, casting floating-point weights to `dtype` (`auto`: as they are), one shard at a time."""
     files = weight_files(source)
@@ -96,10 +189,10 @@ def copy_folder(source: Path, target: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    wanted, total = getattr(torch, dtype), 0
+    torch_dtype, total = getattr(torch, dtype), 0
     for file in files:
         tensors = load_file(file)
-        cast = {name: value.to(wanted) if value.is_floating_point() else value for name, value in tensors.items()}
+        cast = {name: value.to(torch_dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         save_file(cast, target / file.name, metadata={"format": "pt"})
         total += sum(value.numel() * value.element_size() for value in cast.values())
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
@@ -113,17 +206,17 @@ def copy_folder(source: Path, target: Path, dtype: str) -> None:
         outputs.write_json(index, content)
 
 
-def refuse_incomplete(source: Path, found: dict) -> None:
-    """Refuse weights that do not fit their configuration: transformers would go on with random numbers in the missing ones' place.
+def refuse_incomplete(source: Path, report: dict) -> None:
+    """Refuse weights that do not fit their configuration: transformers would replace missing ones by random numbers.
 
     Args:
-        found: what `from_pretrained(output_loading_info=True)` returns beside the model.
+        report: what `from_pretrained(output_loading_info=True)` returns beside the model.
 
     Raises:
         UserError: a tensor is missing, of another shape, or of a layer that the configuration does not have.
     """
-    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
-    missing, over = sorted(found["missing_keys"]), sorted(filter(LAYER.search, found["unexpected_keys"]))
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    missing, over = sorted(report["missing_keys"]), sorted(filter(LAYER.search, report["unexpected_keys"]))
     for names, reason in (
         (missing, "not in the weights, but config.json asks for it"),
         (other, "of another shape than config.json says"),
@@ -138,9 +231,9 @@ def refuse_incomplete(source: Path, found: dict) -> None:
 
 
 def unusable(folder: Path, error: Exception) -> UserError:
-    """What to say where transformers fails on a configuration."""
+    """The error for a configuration that transformers fails on."""
     return UserError(
-        f"{folder}/config.json: transformers cannot make a causal language model of it: {type(error).__name__}: {_first_line(error)}"
+        f"{folder}/config.json: transformers cannot make a causal language model of it: {type(error).__name__}: {first_line(error)}"
     )
 
 
@@ -153,13 +246,19 @@ def check_complete(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except Exception as error:  # as in check_loadable
         raise unusable(folder, error) from None
-    refuse_incomplete(folder, found)
-    rows, tokenizer = model.get_input_embeddings().weight.shape[0], AutoTokenizer.from_pretrained(folder)
+    refuse_incomplete(folder, report)
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     ids = {
         token: number for token, number in tokenizer.get_vocab().items() if token not in tokenizer.all_special_tokens
     }
@@ -173,7 +272,7 @@ def check_complete(folder: Path) -> None:
 
 
 def check_loadable(folder: Path) -> None:
-    """Check configuration and tokenizer of a model folder, without reading weights.
+    """Check configuration and tokenizer of a model folder; of the weights, only headers are read.
 
     Raises:
         UserError: no config.json, an architecture that needs remote code or is unknown, or a tokenizer without an end token.
@@ -181,18 +280,20 @@ def check_loadable(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json: this is not a model folder in Hugging Face layout.")
     try:
-        sound = isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        sound = False
-    if not sound:
+        config = None
+    if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json is damaged: not a JSON object. Download it again.")
+    shapes = [shape for file in weight_files(folder) for shape in tensor_shapes(file).values()]
+    refuse_oversized(folder / "config.json", config, len(shapes), sum(map(math.prod, shapes)))
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"{folder}/config.json: transformers does not know this model without remote code: {_first_line(error)}"
+            f"{folder}/config.json: transformers does not know this model without remote code: {first_line(error)}"
         ) from None
     except Exception as error:  # whatever a wrong number in it causes
         raise unusable(folder, error) from None
@@ -200,7 +301,7 @@ def check_loadable(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {_first_line(error)}"
+            f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {first_line(error)}"
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -209,6 +310,6 @@ def check_loadable(folder: Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,10 +34,11 @@ def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[
     """
     paths = ([folder] if folder else []) + list(files)
     refuse_existing(*paths)
-    partial = [path.parent / f".{path.name}.partial" for path in paths]
+    run = secrets.token_hex(4)  # another process that still works on the same output keeps to its own names
+    partial = [path.parent / f".{path.name}.{run}.partial" for path in paths]
     for path, temporary in zip(paths, partial, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
+        _remove_leftovers(path)
         if path is folder:
             temporary.mkdir()
     try:
@@ -55,6 +58,22 @@ def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[
         raise
 
 
+def scratch(partial: Path) -> Path:
+    """A name beside a temporary output, for what is needed while it is made; like the output's own it is removed after a kill."""
+    return partial.with_name(f"{partial.stem}.scratch.partial")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary siblings of a killed run; renamed first, so that a process of it that still lives cannot write there."""
+    mine = re.compile(rf"\.{re.escape(path.name)}(\.[0-9a-f]{{8}}(\.\w+)?)?\.partial")
+    for entry in list(path.parent.iterdir()):
+        if mine.fullmatch(entry.name):
+            aside = entry.with_name(f".{path.name}.{secrets.token_hex(4)}.removed.partial")
+            with contextlib.suppress(FileNotFoundError):  # the other process removed it itself
+                os.replace(entry, aside)
+                remove(aside)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder; nothing happens if it is not there."""
     if path.is_dir() and not path.is_symlink():
@@ -72,6 +91,13 @@ def _settle(path: Path) -> None:
         file.chmod(0o666 & ~umask)
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it: at any moment it holds the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,14 +1,23 @@
 """What the Snakefile asks for: paths, stages, and the files that a rule reads."""
 
 import functools
+import json
 import os
 from pathlib import Path
 
-from slmake.code_inputs import code
+from slmake.code_inputs import code, digest
 from slmake.params import Params, as_json
-from slmake.sources.syntax import is_remote, local_path, parse
+from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
+WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change a package
+# Sections that a rule reads or names in what it writes, where it is not its own alone.
+SECTIONS = {
+    "rehearse": ["rehearse", "finetune", "merge", "quantize"],
+    "search": ["quantize", "evaluate", "gates"],
+    "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
+    "report": ["report", "gates", "finetune", "adapter", "quantize"],
+}
 FIGURES = [  # of the report: file, category, title
     ("overview.html", "1. Overview", "What was built from what"),
     ("scores.svg", "2. Quality", "Accuracy"),
@@ -31,24 +40,29 @@ def when(condition: object, files: str | list[str]) -> list[str]:
     return [files] if isinstance(files, str) else list(files)
 
 
+def _local(text: str) -> list[str]:
+    """The path of a local source as a list; an empty one for a remote source."""
+    source = parse(text)
+    return when(not source.remote, source.text)
+
+
 class Plan:
     """What params.yaml asks for, as paths."""
 
     def __init__(self, params: Params):
         self.params, self.stages = params, params.all.stages
         self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
+        self.fetched_adapter = "merge" in self.stages and "finetune" not in self.stages
+        self.adapter = "build/fetched-adapter" if self.fetched_adapter else "build/adapter"
         self.onnx = f"build/onnx-{params.quantize.precision}"
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
-        self.model_source = self._local_model()
-        self.data = [local_path(source) for source in params.prepare.files.values() if not is_remote(source)]
+        self.model_source = _local(params.fetch_model.source)
+        self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
+        self.data = [source.path for source in map(parse, params.prepare.files.values()) if not source.remote]
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
-
-    def _local_model(self) -> list[str]:
-        source = parse(self.params.fetch_model.source)
-        return when(source.kind == "local", source.text)
 
     @functools.cached_property
     def candidates(self) -> list[str]:
@@ -75,14 +89,14 @@ class Plan:
         """What a candidate is built again for, as text."""
         from slmake.export.proposals import depends_on
 
-        return depends_on(self.params.quantize, candidate) + self.section("evaluate")
+        return depends_on(self.params.quantize, candidate) + as_json(self.params.evaluate) + self._image()
 
     @functools.cached_property
     def scored(self) -> dict[str, str]:
         """Folder of each model that evaluate scores, by the name of its argument."""
         folders = {
             "base": "build/base",
-            "adapter": "build/adapter" * ("finetune" in self.stages),
+            "adapter": self.adapter * bool({"finetune", "merge"} & set(self.stages)),
             "merged": "build/merged" * ("merge" in self.stages),
             "onnx": self.onnx * ("quantize" in self.stages),
         }
@@ -95,7 +109,7 @@ class Plan:
     def online(self) -> list[str]:
         """Modules of the rules that need the network."""
         remote = len(self.data) < len(self.params.prepare.files)
-        return ["scripts.fetch_model", "scripts.publish", *when(remote, "scripts.prepare")]
+        return ["scripts.fetch_model", "scripts.adapter", "scripts.publish", *when(remote, "scripts.prepare")]
 
     @property
     def figures(self) -> list[tuple[str, str, str]]:
@@ -108,6 +122,8 @@ class Plan:
         Snakemake by itself does not ask for a lost input while all outputs are there.
         """
         needed = {
+            "params.yaml: fetch_model.source": self.model_source,
+            "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
@@ -118,22 +134,43 @@ class Plan:
             for file in files:
                 if "{" in file or "}" in file:
                     return f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file."
-                if not os.path.isfile(file):  # noqa: PTH113 (False, where Path.is_file raises, for a name that is too long)
-                    kind = "a folder, not a file" if os.path.isdir(file) else "no such file"  # noqa: PTH112
+                folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
+                if not (os.path.isfile(file) or (folder and file in [*self.model_source, *self.adapter_source])):  # noqa: PTH113
+                    kind = "a folder, not a file" if folder else "no such file"
                     return f"{name}: {file}: {kind}. Correct the name, or bring the file back."
         return None
 
-    def section(self, *names: str) -> str:
-        """Sections of params.yaml as text: a rule runs again when its own differ."""
-        return "".join(as_json(getattr(self.params, name)) for name in names)
+    def section(self, rule: str) -> str:
+        """A rule's sections of params.yaml as text: it runs again when they differ."""
+        texts = [as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule])]
+        return "".join(texts) + self._image()
 
-    def named_in_package(self) -> list[str]:
-        """Files whose very bytes a package names or holds."""
-        return [*self.materials(), *self.params.package.license_files, *self.signing_key]
+    def _image(self) -> str:
+        """The container image as text; another one is another environment."""
+        image = self.params.all.container
+        return json.dumps({"container": image}) if image else ""
+
+    def digest(self, rule: str) -> str:
+        """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, by its very bytes."""
+        named = {
+            "fetch_model": self.model_source,
+            "adapter": self.adapter_source,
+            "prepare": self.data,
+            "gates": self.published_metrics,
+            "report": self.published_metrics,
+            "package": [*self.materials(), *self.params.package.license_files, *self.signing_key],
+        }
+        return digest([*code(rule), *LOCKS]) + digest(named.get(rule, []), exact=True)
+
+    def built_from(self, rule: str, output: str) -> set[str]:
+        """The params by which Snakemake knows that an output is of these parameters and files, as the Snakefile gives them to it."""
+        section = self.candidate_section(Path(output).name) if rule == "candidate" else self.section(rule)
+        return {section, self.digest(rule)}
 
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""
-        rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in ("report", "publish"))]
+        rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in WITHOUT_PACKAGE)]
+        rules += when(self.fetched_adapter, "adapter")
         rules += when(self.search, ["candidate", "search"])
         files = {file for rule in rules for file in code(rule)}
         return [

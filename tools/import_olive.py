@@ -5,11 +5,12 @@
 Reads the forms of Olive 0.5 to 0.9.2 (with Azure ML systems and datastores) and the present one. Writes imported/params.yaml, and
 imported/settings.yaml where the configuration speaks of Azure ML, and prints what became of every field: taken over, taken over under
 another name, or without meaning here and why. A field that is not understood is named and stops the import, unless
---leave-out says to go on without it. docs/from-olive.md walks through it.
+--leave-out ignores it. docs/from-olive.md walks through it.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,10 @@ from slmake import cli, outputs, params
 from slmake.azureml import settings
 from slmake.errors import UserError
 from slmake.olive import reader
+from slmake.olive.models import BRANCH
 from slmake.params.errors import Loader
+from slmake.sources.schemes import parse
+from tools.pin import pinned
 
 
 def read(path: Path) -> dict:
@@ -28,15 +32,49 @@ def read(path: Path) -> dict:
         UserError: no such file, neither JSON nor YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.load(text, Loader) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
+        data = (
+            yaml.load(text, Loader) if path.suffix in (".yaml", ".yml") else json.loads(text, object_pairs_hook=unique)
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        hint = " JSON has no comments and no comma before a closing bracket." * isinstance(error, json.JSONDecodeError)
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}.{hint}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping with `input_model` and `passes`, found {type(data).__name__}.")
     return data
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose fields are all different.
+
+    Raises:
+        ValueError: a field is there twice.
+    """
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the field `{twice}` is given twice in one mapping")
+    return dict(pairs)
+
+
+def pin_branch(imported: reader.Reader, job: cli.Job) -> None:
+    """Put the commit of today in the place of a hub model's branch, where the hub can be asked."""
+    source = imported.params["fetch_model"].get("source", "") if "fetch_model" in imported.params else ""
+    rows = [row for row in imported.rows if row.kind == "todo" and row.note == BRANCH]
+    if not rows or "HF_HUB_OFFLINE" in os.environ:
+        return
+    try:
+        pinned_source = pinned(parse(source), job)
+    except (UserError, ValueError, OSError) as error:
+        job.log(f"{source}: the hub cannot be asked for its commit: {error}")
+        return
+    imported.params["fetch_model"]["source"] = pinned_source
+    for row in rows:
+        imported.rows[imported.rows.index(row)] = row._replace(
+            kind="renamed", note=f"fetch_model.source: {pinned_source!r}, the commit of the branch today"
+        )
 
 
 def table(rows: list[reader.Row]) -> str:
@@ -57,18 +95,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--revision", help="revision of a hub model that the configuration does not pin (default: main)"
     )
-    parser.add_argument("--leave-out", action="store_true", help="go on without the fields that are not understood")
+    parser.add_argument("--leave-out", action="store_true", help="import without the fields that are not understood")
     args = parser.parse_args(argv)
     with cli.job("import_olive") as job:
         if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
             raise UserError(f"{args.output} already exists. Remove it, or name another folder: --output.")
         imported = reader.Reader(read(args.config), args.revision or "main").run()
+        pin_branch(imported, job)
         print(table(imported.rows))
         strange = [row for row in imported.rows if row.kind == "unknown"]
         if strange and not args.leave_out:
             raise UserError(
                 f"{args.config}: {len(strange)} field{'s' * (len(strange) > 1)} not understood: {', '.join(row.field for row in strange)}. Nothing was "
-                "written. Correct or remove them, or go on without them: --leave-out."
+                "written. Correct or remove them, or import without them: --leave-out."
             )
         with outputs.written(args.output) as (folder,):
             (folder / "params.yaml").write_text(reader.as_yaml(imported.params), encoding="utf-8")

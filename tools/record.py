@@ -13,28 +13,41 @@ import argparse
 import os
 from pathlib import Path
 
-from slmake import cli
+from slmake import cli, outputs
+from slmake.code_inputs import remember
 from slmake.errors import UserError
-from slmake.platforms.dvc import dvc, note, reason, refuse_damaged, stages
+from slmake.platforms import dvc_yaml
+from slmake.platforms.dvc import LOCK, dvc, note, reason, refuse_damaged, refuse_unbuilt, repair_lock, stages
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    with cli.job("record"):
+    with cli.job("record") as job:
+        if repaired := repair_lock():
+            job.say(repaired)
+        dvc_yaml.update()
         wanted = stages()
         refuse_damaged(wanted)
+        refuse_unbuilt(wanted)
+        before = LOCK.read_bytes() if LOCK.exists() else None
         files = [path for folder in ("results", "build") for path in Path(folder).rglob("*") if path.is_file()]
         times = {path: path.stat().st_mtime_ns for path in files}
         done = dvc("commit", "--force", *wanted, capture=True)
-        for path, before in times.items():
-            if path.exists() and path.stat().st_mtime_ns != before:
-                os.utime(path, ns=(before, before))
+        for path, time in times.items():
+            if path.exists() and path.stat().st_mtime_ns != time:
+                os.utime(path, ns=(time, time))
         if done.returncode:
             raise UserError(
                 f"everything was built, but DVC could not record it: {reason(done)} Then `.venv/bin/python -m tools.record`."
             )
+        try:
+            refuse_unbuilt(wanted)  # what was hashed is what was compared before
+        except UserError:
+            LOCK.unlink() if before is None else outputs.replace(LOCK, before)
+            raise
         note()
+        remember()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import time
 
 from slmake import cli
 from slmake.errors import UserError
-from slmake.platforms.dvc import cached, dvc, note, reason, recorded
+from slmake.platforms.dvc import cached, dvc, note, reason, recorded, repair_lock
 
 NAME = "storage"  # what the remote is called in .dvc/config
 ATTEMPTS = 2  # runs of dvc; within each the Azure SDK tries every request four times, waiting longer each time
@@ -273,6 +273,8 @@ def main(argv: list[str] | None = None) -> None:
                 "Then `make push`; elsewhere `make pull`."
             )
         else:
+            if repaired := repair_lock():
+                job.say(repaired)
             {"push": push, "pull": pull, "restore": restore}[args.verb](job)
 
 

@@ -1,6 +1,7 @@
 """Build everything again in another folder and compare the bytes with this folder's build.
 
     python -m tools.reproduce
+    python -m tools.reproduce --against ../other-clone     compare with what is built there, without building
 
 Copies the files that Git tracks into a temporary folder, runs `snakemake --cores all` there, and compares the SHA-256 of
 every built file that must not differ: base, dataset, adapter, merged and exported model, metrics, curves and predictions.
@@ -41,23 +42,34 @@ def copy_tracked(source: Path, target: Path) -> None:
             shutil.copy2(source / name, target / name)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    here = Path.cwd()
-    first = built_files(here)
-    if not first:
-        sys.exit("reproduce: nothing is built here. Run `make` first.")
+def build_again(here: Path) -> dict[str, str]:
+    """`built_files` of a build from nothing in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="slmake-again-") as other:
         copy_tracked(here, Path(other))
         done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "progress"], cwd=other)
         if done.returncode:
             sys.exit("reproduce: the second build failed.")
-        second = built_files(Path(other))
-    different = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
-    for name in sorted(first.keys() | second.keys()):
+        return built_files(Path(other))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="compare with the build in another copy of the project"
+    )
+    args = parser.parse_args(argv)
+    here = Path.cwd()
+    first = built_files(here)
+    if not first:
+        sys.exit("reproduce: nothing is built here. Run `make` first.")
+    second = built_files(args.against) if args.against else build_again(here)
+    if not second:
+        sys.exit(f"reproduce: nothing is built in {args.against}.")
+    names = sorted(first.keys() | second.keys())
+    different = [name for name in names if first.get(name) != second.get(name)]
+    for name in names:
         print(f"{'DIFFERS' if name in different else 'same   '}  {second.get(name, first.get(name))[:16]}  {name}")
-    print(f"{len(first) - len(different)} of {len(first)} files are byte-identical")
+    print(f"{len(names) - len(different)} of {len(names)} files are byte-identical")
     return 1 if different else 0
 
 

@@ -8,22 +8,25 @@ that the provenance names (data, scripts, locks) are compared with what is here 
 """
 
 import json
-import tempfile
 from hashlib import sha256
 from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.export.graph_checks import check_generates
-from slmake.packaging import checksums, provenance, sbom
-from slmake.packaging import signature as signature_module
+from slmake.packaging import checksums, provenance, sbom, signature
 from slmake.packaging.contents import sections
+
+OWN = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)  # what the provenance's subjects do not list
 
 
 def changed_files(folder: Path) -> list[str]:
     """One line per file that is changed, missing or extra, by SHA256SUMS and the provenance's subjects."""
+    names, refused = checksums.scan(folder)
+    if refused:
+        return refused
     for name in (checksums.SUMS, checksums.PROVENANCE, checksums.BOM):
-        if not (folder / name).is_file():
+        if name not in names:
             return [f"{name}: missing, so nothing can be checked"]
     actual = checksums.digests(folder, (checksums.SUMS, checksums.SIGNATURE))
     text = (folder / checksums.SUMS).read_text(encoding="utf-8", errors="replace")
@@ -31,10 +34,21 @@ def changed_files(folder: Path) -> list[str]:
         return []
     listed = dict(reversed(line.split("  ", 1)) for line in text.split("\n") if "  " in line)
     try:
-        statement = json.loads((folder / checksums.PROVENANCE).read_text(encoding="utf-8", errors="replace"))
-        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+        subjects = subjects_of(
+            json.loads((folder / checksums.PROVENANCE).read_text(encoding="utf-8", errors="replace"))
+        )
     except (ValueError, KeyError, TypeError):
         subjects = {}
+    return differences(actual, listed, subjects) or [f"{checksums.SUMS}: changed"]
+
+
+def subjects_of(statement: dict) -> dict[str, str]:
+    """SHA-256 by name of the files that the provenance is about."""
+    return {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+
+
+def differences(actual: dict[str, str], listed: dict[str, str], subjects: dict[str, str]) -> list[str]:
+    """What differs between the files, SHA256SUMS and the provenance's subjects (empty if it cannot be read), one line each."""
     problems = []
     for name in sorted(actual.keys() | listed.keys() | subjects.keys()):
         if name not in actual and name not in subjects and subjects and name != checksums.PROVENANCE:
@@ -52,7 +66,7 @@ def changed_files(folder: Path) -> list[str]:
                 problems.append(f"{name}: changed (or its line in {checksums.SUMS} is)")
             else:
                 problems.append(f"{name}: changed")
-    return list(dict.fromkeys(problems)) or [f"{checksums.SUMS}: changed"]
+    return list(dict.fromkeys(problems))
 
 
 def changed_inputs(statement: dict, params_file: Path) -> list[str]:
@@ -72,31 +86,34 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
 
 
 def check_signature(folder: Path, key: Path | None) -> str:
-    """Check model.sig with a public (or private) key; returns what to say of it.
+    """Check model.sig with a public (or private) key; returns the result as a few words.
 
     Raises:
         UserError: the signature does not fit, or a key is given and there is none.
     """
-    signature = folder / checksums.SIGNATURE
-    if key is None:
-        return "signature not checked (give --key)" if signature.is_file() else "not signed"
-    if not signature.is_file():
-        raise UserError(f"{checksums.SIGNATURE}: missing, but a key is given: this package was not signed.")
-    from model_signing import hashing, verifying
+    if key:
+        signature.check(folder, key)
+        return "signature good"
+    return "signature not checked (give --key)" if (folder / checksums.SIGNATURE).is_file() else "not signed"
 
-    with tempfile.NamedTemporaryFile(suffix=".pem") as public:
-        public.write(signature_module.public_key(key))
-        public.flush()
-        ignored = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
-        try:
-            verifier = verifying.Config().use_elliptic_key_verifier(public_key=Path(public.name))
-            verifier.set_hashing_config(ignored).verify(folder, signature)
-        except Exception as error:
-            reason = str(error).splitlines()
-            raise UserError(
-                f"{checksums.SIGNATURE}: does not fit this package and key ({reason[0] if reason else type(error).__name__})."
-            ) from None
-    return "signature good"
+
+def check(folder: Path, key: Path | None) -> tuple[dict, str]:
+    """Check a package as it lies there, without its model's loading; returns its provenance and the words on its signature.
+
+    Raises:
+        UserError: it is not what was built, or its signature, provenance or bill of materials is not right.
+    """
+    wrong = changed_files(folder)
+    if wrong:
+        raise UserError(f"{folder} is not what was built:\n  " + "\n  ".join(wrong))
+    signed = check_signature(folder, key)
+    statement = provenance.check_statement((folder / checksums.PROVENANCE).read_text(encoding="utf-8"))
+    files = checksums.digests(folder, OWN)
+    if subjects_of(statement) != files:
+        raise UserError(f"{checksums.PROVENANCE}: its subjects are not the files of this package.")
+    files.pop(checksums.BOM)
+    sbom.check_bom((folder / checksums.BOM).read_text(encoding="utf-8"), files)
+    return statement, signed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,22 +133,13 @@ def main(argv: list[str] | None = None) -> None:
         if key is None and Path(args.params).is_file() and not args.package_only:
             configured = params.section(args.params, "package").signing_key
             key = Path(configured) if configured else None
-        wrong = changed_files(args.package)
-        if wrong:
-            raise UserError(f"{args.package} is not what was built:\n  " + "\n  ".join(wrong))
-        signed = check_signature(args.package, key)
-        statement = provenance.check_statement((args.package / checksums.PROVENANCE).read_text(encoding="utf-8"))
-        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
-        own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
-        if subjects != checksums.digests(args.package, own):
-            raise UserError(f"{checksums.PROVENANCE}: its subjects are not the files of this package.")
-        sbom.check_bom((args.package / checksums.BOM).read_text(encoding="utf-8"))
+        statement, signed = check(args.package, key)
         wrong = [] if args.package_only else changed_inputs(statement, Path(args.params))
         if wrong:
             raise UserError(f"{args.package} is whole, but not of this folder's inputs:\n  " + "\n  ".join(wrong))
         check_generates(args.package)
         job.say(
-            f"{args.package}: {len(subjects) + 2} files as built, provenance and bill of materials valid, {signed}; loads and generates"
+            f"{args.package}: {len(subjects_of(statement)) + 2} files as built, provenance and bill of materials valid, {signed}; loads and generates"
         )
 
 

@@ -11,7 +11,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     counting.install()
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
 
     def tokenize(row: dict) -> dict:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -25,7 +25,7 @@ def main() -> None:
 
     rows = load_dataset("json", data_files=str(args.rows), split="train")
     rows = rows.map(tokenize, remove_columns=rows.column_names)
-    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.hyper["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.hyper["dtype"], trust_remote_code=False)
     trainer = Trainer(
         model=get_peft_model(model, shared.lora(args.hyper)),
         args=TrainingArguments(**shared.training_arguments(args.hyper, args.output)),

@@ -12,7 +12,7 @@ def main() -> None:
 
     counting.install()
     rows = load_dataset("json", data_files=str(args.rows), split="train").select_columns(["prompt", "completion"])
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
     config = SFTConfig(
         **shared.training_arguments(args.hyper, args.output),
         bf16=False,  # the weights themselves are in this type, which is faster than casting them at every product
@@ -21,7 +21,7 @@ def main() -> None:
         packing=False,
     )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(args.base, dtype=args.hyper["dtype"]),
+        model=AutoModelForCausalLM.from_pretrained(args.base, dtype=args.hyper["dtype"], trust_remote_code=False),
         args=config,
         train_dataset=rows,
         processing_class=tokenizer,

@@ -13,7 +13,7 @@ def main() -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto", trust_remote_code=False)
     PeftModel.from_pretrained(model, args.adapter).merge_and_unload().save_pretrained(args.output)
     print(json.dumps({"merged": True}))
 

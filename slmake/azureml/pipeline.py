@@ -16,8 +16,9 @@ from slmake import outputs, params
 from slmake.azureml.settings import REGISTRY, Cluster, Environment, Settings
 from slmake.errors import UserError
 from slmake.params.errors import Loader
+from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
-from slmake.sources.syntax import parse
+from slmake.sources.schemes import parse
 
 HEADER = """\
 # Generated from the Snakefile, params.yaml and azureml/settings.yaml by `python -m tools.azureml compile`; a test compares.
@@ -166,7 +167,7 @@ def step_params(planned: Plan, rule: str) -> dict:
     trains. Left-out sections have their defaults, which nothing in this step reads.
     """
     upstream = before(planned, rule)
-    kept = {name for stage in upstream for name in dvc_yaml.SECTIONS.get(stage, [stage])}
+    kept = {name for stage in upstream for name in SECTIONS.get(stage, [stage])}
     stages = upstream | ({"quantize"} & kept)  # `search` belongs to quantize
     sections = {name: value for name, value in planned.sections.items() if name in kept | {"fetch_model", "prepare"}}
     chosen = planned.sections.get("all", {}).get("stages", params.All().stages)

@@ -42,7 +42,7 @@ def shingles(text: str) -> np.ndarray:
 def band_keys(texts: list[str]) -> np.ndarray:
     """uint64 [texts, BANDS]: texts that share a key in any band are candidates."""
     sets = [shingles(text) for text in texts]
-    starts = np.cumsum([0] + [len(one) for one in sets[:-1]])
+    starts = np.cumsum([0] + [len(shingle_set) for shingle_set in sets[:-1]])
     flat = np.concatenate(sets)
     keys = np.empty((len(texts), BANDS), dtype=np.uint64)
     for band in range(BANDS):
@@ -66,10 +66,10 @@ def _similarity(a: np.ndarray, b: np.ndarray) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def copies_of_held_out(store, split: np.ndarray, threshold: float) -> list[tuple[int, int]]:
+def copies_of_heldout(store, split: np.ndarray, threshold: float) -> list[tuple[int, int]]:
     """Rows that repeat a row of a later split: train rows of eval or test, eval rows of test.
 
-    Held in memory: 128 bytes for each held-out row, and the rows of one batch.
+    In memory: 128 bytes for each held-out row, and the rows of one batch.
 
     Args:
         store: the rows.
@@ -79,50 +79,52 @@ def copies_of_held_out(store, split: np.ndarray, threshold: float) -> list[tuple
     Returns:
         (number of the row, number of the held-out row it repeats), in order of the first.
     """
-    held = np.flatnonzero(split >= 1)
-    if not len(held):
+    heldout = np.flatnonzero(split >= 1)
+    if not len(heldout):
         return []
-    held = held[np.argsort(-split[held], kind="stable")]  # test first, so that equal eval rows do not crowd it out
-    repeated = _exact(store.text_hashes(), split, held)
-    near = _NearCopies(store, split, held, threshold) if threshold < 1 else None
-    found = []
+    heldout = heldout[
+        np.argsort(-split[heldout], kind="stable")
+    ]  # test first, so that equal eval rows do not crowd it out
+    repeated = _exact(store.text_hashes(), split, heldout)
+    near = _NearCopies(store, split, heldout, threshold) if threshold < 1 else None
+    copies = []
     for numbers, rows in store.batches():
         others = repeated[numbers]
         if near:
             rest = np.flatnonzero((others < 0) & ((split[numbers] == 0) | (split[numbers] == 1)))
             others[rest] = near.find(numbers[rest], [rows[i].text for i in rest])
-        found += [(int(number), int(other)) for number, other in zip(numbers, others, strict=True) if other >= 0]
-    return found
+        copies += [(int(number), int(other)) for number, other in zip(numbers, others, strict=True) if other >= 0]
+    return copies
 
 
-def _exact(hashes: np.ndarray, split: np.ndarray, held: np.ndarray) -> np.ndarray:
+def _exact(hashes: np.ndarray, split: np.ndarray, heldout: np.ndarray) -> np.ndarray:
     """int64 [rows]: the held-out row with the same normalized text in a later split, or -1."""
-    held = held[np.argsort(hashes[held], kind="stable")]
-    at = np.searchsorted(hashes[held], hashes)
-    other = held[np.minimum(at, len(held) - 1)]
+    heldout = heldout[np.argsort(hashes[heldout], kind="stable")]
+    at = np.searchsorted(hashes[heldout], hashes)
+    other = heldout[np.minimum(at, len(heldout) - 1)]
     return np.where((hashes[other] == hashes) & (split >= 0) & (split[other] > split), other, -1)
 
 
 class _NearCopies:
-    """The band keys of the held-out rows, sorted, and the search in them."""
+    """The sorted band keys of the held-out rows, and the search in them."""
 
     MOST = 50  # candidates of one band
 
-    def __init__(self, store, split: np.ndarray, held: np.ndarray, threshold: float):
+    def __init__(self, store, split: np.ndarray, heldout: np.ndarray, threshold: float):
         self.store, self.split, self.threshold = store, split, threshold
         # Half of each key is enough: every candidate is checked, and a false one is rare.
-        self.keys = np.empty((BANDS, len(held)), dtype=np.uint32)
-        self.owners = np.empty((BANDS, len(held)), dtype=np.int32)
-        place = np.empty(len(split), dtype=np.int32)
-        place[held] = np.arange(len(held), dtype=np.int32)
+        self.keys = np.empty((BANDS, len(heldout)), dtype=np.uint32)
+        self.owners = np.empty((BANDS, len(heldout)), dtype=np.int32)
+        index = np.empty(len(split), dtype=np.int32)
+        index[heldout] = np.arange(len(heldout), dtype=np.int32)
         for numbers, rows in store.batches():
             chosen = np.flatnonzero(split[numbers] >= 1)
             if len(chosen):
-                self.keys[:, place[numbers[chosen]]] = self._keys([rows[i].text for i in chosen])
+                self.keys[:, index[numbers[chosen]]] = self._keys([rows[i].text for i in chosen])
         for band, keys in enumerate(self.keys):
             order = np.argsort(keys, kind="stable")
-            self.keys[band], self.owners[band] = keys[order], held[order]
-        self._held_shingles = functools.lru_cache(maxsize=1024)(lambda number: shingles(store.row(number).text))
+            self.keys[band], self.owners[band] = keys[order], heldout[order]
+        self._heldout_shingles = functools.lru_cache(maxsize=1024)(lambda number: shingles(store.row(number).text))
 
     @staticmethod
     def _keys(texts: list[str]) -> np.ndarray:
@@ -148,7 +150,7 @@ class _NearCopies:
                 continue
             own = shingles(texts[i])
             for other in others[np.argsort(-bands, kind="stable")]:  # likely ones first
-                if _similarity(own, self._held_shingles(int(other))) >= self.threshold:
+                if _similarity(own, self._heldout_shingles(int(other))) >= self.threshold:
                     result[i] = other
                     break
         return result

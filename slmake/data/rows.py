@@ -4,79 +4,209 @@ JSON arrays are parsed by `ijson`, Parquet by `datasets`, lines and CSV by the s
 not all of them by `datasets`. Every error names the file and the row.
 """
 
-import csv
+import gzip
 import json
 import mmap
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from slmake.data.delimited import read_delimited
 from slmake.errors import UserError
 
 DEPTH = 100  # levels of arrays and objects in a row
 TOO_DEEP = (
-    f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: mend or remove it."
+    f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: correct or remove it."
 )
-# Half of a surrogate pair written as an escape. What stands behind an escaped backslash is found too: it costs time only.
+LONGEST_LINE = 2**26  # bytes that are read to see whether a JSON file is one object or one object a line
+# Half of a surrogate pair written as an escape. What stands behind an escaped backslash matches too: it costs time only.
 _half_pair = re.compile(
     rb"\\u[dD](?:[89a-bA-B]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89a-bA-B]..\\u[dD])[c-fC-F])", re.DOTALL
 ).search
+BYTE_ORDER_MARKS = {  # UTF-32's first: UTF-16's are their beginning
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
-def read_rows(path: Path) -> Iterator[dict]:
+def read_rows(
+    path: Path, name: str | None = None, fields: Iterable[str] = (), say: Callable[[str], None] = lambda line: None
+) -> Iterator[dict]:
     """Rows of a dataset file as dicts, in order. A field that a row lacks is absent or None.
+
+    Args:
+        name: the file's name in errors, if that is another; its ending says how it is read.
+        fields: columns that are needed, which helps to find the delimiter of a CSV file.
+        say: takes one line for the user, where something about the file was detected.
 
     Raises:
         UserError: no such file, unknown ending, empty, not UTF-8 or malformed; file and row are named.
     """
+    name = name or str(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file. Check prepare.source.")
+        raise UserError(f"{name}: no such file. Check prepare.source.")
     if path.is_dir():
-        raise UserError(f"{path}: a folder, not a dataset file. Check prepare.source.")
+        raise UserError(f"{name}: a folder, not a dataset file. Check prepare.source.")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: empty file.")
-    readers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: unknown ending `{path.suffix}`. Use {', '.join(readers)}.")
+        raise UserError(f"{name}: empty file.")
+    ending = Path(name.removesuffix(".gz")).suffix.lower()
+    readers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
+    if ending in (".xlsx", ".xls", ".xlsm", ".ods"):
+        raise UserError(
+            f"{name}: a spreadsheet. Save the sheet with the rows as CSV (in Excel: File, Save As, CSV UTF-8), and name that file."
+        )
+    if ending not in (*readers, ".csv", ".tsv"):
+        raise UserError(
+            f"{name}: unknown ending `{ending}`. Use {', '.join([*readers, '.csv', '.tsv'])}, or one of them with .gz."
+        )
+    if ending != ".parquet":
+        _refuse_wide_text(path, name)
+    if ending in readers:
+        yield from readers[ending](path, name)
+    else:
+        _check_utf8(path, name)
+        yield from read_delimited(path, name, ending == ".tsv", fields, say)
+
+
+def decompressed(path: Path, name: str, folder: Path) -> Path:
+    """A `.gz` file's content as a file in `folder`; another file as it is.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not name.endswith(".gz"):
+        return path
+    target = folder / f"{path.name}.content"
+    try:
+        with gzip.open(path) as packed, open(target, "wb") as out:
+            shutil.copyfileobj(packed, out, 2**20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: not a readable gzip file: {error}. Download or compress it again.") from None
+    return target
+
+
+def _refuse_wide_text(path: Path, name: str) -> None:
     with open(path, "rb") as handle:
-        mark = handle.read(2)
-    if mark in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: UTF-16 text (it begins with {mark.hex(' ').upper()}). Save the file as UTF-8.")
-    yield from reader(path)
+        start = handle.read(4)
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            raise UserError(
+                f"{name}: {encoding} text (it begins with {mark.hex(' ').upper()}). Save the file as UTF-8."
+            )
 
 
-def _json(path: Path) -> Iterator[dict]:
+def _json(path: Path, name: str) -> Iterator[dict]:
     with open(path, "rb") as handle:
         start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        handle.seek(0)
+        lines = start == b"{" and _is_lines(handle)
     if start == b"[":
-        yield from _json_array(path)
+        yield from _json_items(path, name, "")
+    elif lines:
+        yield from _json_lines(path, name)
     elif start == b"{":
-        yield from _json_lines(path)
+        yield from _json_items(path, name, _rows_key(path, name))
     else:
-        raise UserError(f"{path}: not JSON: expected an array of objects, or one object a line.")
+        raise UserError(f"{name}: not JSON: expected an array of objects, or one object a line.")
 
 
-def _json_array(path: Path) -> Iterator[dict]:
+def _is_lines(handle) -> bool:
+    """Whether a file that begins with an object has one on each line; a single object that holds no rows counts, too."""
+    line = next(
+        (line for line in iter(lambda: handle.readline(LONGEST_LINE), b"") if line.strip(b"\xef\xbb\xbf \t\r\n")), b""
+    )
+    following = next((more for more in iter(lambda: handle.readline(LONGEST_LINE), b"") if more.strip()), b"").strip()
+    if following:
+        return not _continues(line, following)
+    try:
+        only = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return True  # its error is that of a line
+    return not any(_holds_rows(value) for value in only.values())
+
+
+def _holds_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _rows_key(path: Path, name: str) -> str:
+    """The one key of an object's whose value is an array of objects.
+
+    Raises:
+        UserError: none, or several.
+    """
+    keys, depth, key, opened = [], 0, "", ""
+    try:
+        for kind, value in _events(path):
+            depth -= kind.startswith("end_")
+            if depth == 1:
+                key = value if kind == "map_key" else key
+                opened = key if kind == "start_array" else ""
+            elif depth == 2 and kind == "start_map" and opened and opened not in keys:
+                keys.append(opened)
+            depth += kind.startswith("start_")
+    except ValueError as error:
+        raise _malformed(path, name, 1, error) from None
+    if len(keys) == 1:
+        return keys[0]
+    if keys:
+        raise UserError(
+            f"{name}: the object holds rows under {' and '.join(keys)}. Save each list as a file of its own."
+        )
+    raise UserError(
+        f"{name}: one JSON object over several lines. An array [...] of objects is expected, one object with such an array under one key, "
+        "or one object on each line."
+    )
+
+
+def _events(path: Path) -> Iterator[tuple[str, object]]:
+    """ijson's events of a file, from its beginning; ValueError where it is malformed."""
     import ijson
     import ijson.backends.python as strict
 
+    with open(path, "rb") as handle:
+        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            parser = strict if _half_pair(content) else ijson  # yajl makes a question mark of half a pair
+        if handle.read(3) != b"\xef\xbb\xbf":
+            handle.seek(0)
+        try:
+            yield from parser.basic_parse(handle, use_float=True)
+        except ijson.JSONError as error:
+            raise ValueError(str(error)) from None
+
+
+def _below(events: Iterable[tuple[str, object]], key: str) -> Iterator[tuple[str, object]]:
+    """The events of the value under a key of the outermost object."""
+    depth, inside = 0, False
+    for kind, value in events:
+        depth -= kind.startswith("end_")
+        if kind == "map_key" and depth == 1:
+            inside = value == key
+        elif inside and depth >= 1:
+            yield kind, value
+        depth += kind.startswith("start_")
+
+
+def _json_items(path: Path, name: str, key: str) -> Iterator[dict]:
+    """The items of an array: the file's own, or the one under `key` of the file's object."""
     done = 0
     try:
-        with open(path, "rb") as handle:
-            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                parser = strict if _half_pair(content) else ijson  # yajl makes a question mark of half a pair
-            if handle.read(3) != b"\xef\xbb\xbf":
-                handle.seek(0)
-            for row in _items(parser.basic_parse(handle, use_float=True)):
-                yield row
-                done += 1
+        for row in _items(_below(_events(path), key) if key else _events(path)):
+            yield row
+            done += 1
     except RecursionError:
-        raise UserError(f"{path}: row {done + 1}: {TOO_DEEP}") from None
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        _check_utf8(path)
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path}: row {done + 1}: malformed JSON: {reason}.") from None
+        raise UserError(f"{name}: row {done + 1}: {TOO_DEEP}") from None
+    except ValueError as error:
+        raise _malformed(path, name, done + 1, error) from None
+
+
+def _malformed(path: Path, name: str, row: int, error: ValueError) -> UserError:
+    _check_utf8(path, name)
+    return UserError(f"{name}: row {row}: malformed JSON: {str(error).splitlines()[0][:200].rstrip('.')}.")
 
 
 def _items(events: Iterable[tuple[str, object]]) -> Iterator[object]:
@@ -109,7 +239,7 @@ def _items(events: Iterable[tuple[str, object]]) -> Iterator[object]:
                     around.append(value)
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
+def _json_lines(path: Path, name: str) -> Iterator[dict]:
     # Not through `datasets`: its reader takes text that looks like a date for a date.
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
@@ -117,74 +247,54 @@ def _json_lines(path: Path) -> Iterator[dict]:
                 if line.strip():
                     value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(value, dict):
-                        raise UserError(f"{path}: row {number}: not an object but {type(value).__name__}.")
+                        raise UserError(f"{name}: row {number}: not an object but {type(value).__name__}.")
                     yield value
             except RecursionError:  # Python's limit, some 1000
-                raise UserError(f"{path}: row {number}: {TOO_DEEP}") from None
+                raise UserError(f"{name}: row {number}: {TOO_DEEP}") from None
             except UnicodeDecodeError as bad:
                 raise UserError(
-                    f"{path}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8."
+                    f"{name}: row {number}: not UTF-8 text (byte {bad.start} of the line). Save the file as UTF-8."
                 ) from None
             except json.JSONDecodeError as bad:
-                if number == 1 and _goes_on(line, next(filter(None, map(bytes.strip, handle)), b"")):
+                if number == 1 and _continues(line, next(filter(None, map(bytes.strip, handle)), b"")):
                     raise UserError(
-                        f"{path}: one JSON object over several lines. An array [...] of objects is expected, or one object on "
-                        "each line."
+                        f"{name}: one JSON object over several lines. An array [...] of objects is expected (in a .json file), or one "
+                        "object on each line."
                     ) from None
-                raise UserError(f"{path}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
+                raise UserError(f"{name}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
             except ValueError:  # of int()
                 raise UserError(
-                    f"{path}: row {number}: a number with thousands of digits. Write it as text, or remove it."
+                    f"{name}: row {number}: a number with thousands of digits. Write it as text, or remove it."
                 ) from None
 
 
-def _goes_on(line: bytes, following: bytes) -> bool:
-    """Whether a broken first line is the begin of an object that the next line goes on with."""
+def _continues(line: bytes, following: bytes) -> bool:
+    """Whether a first line is the beginning of an object that the next line continues."""
     opened = line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and not line.rstrip().endswith(b"}")
     return opened and following != b"" and not following.startswith(b"{")
 
 
-def _csv(path: Path) -> Iterator[dict]:
-    # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
-    _check_utf8(path)
-    csv.field_size_limit(2**31 - 1)
-    number = 0
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle, strict=True)
-        try:
-            columns = next(reader, [])
-            if len(set(columns)) != len(columns) or not all(columns):
-                raise UserError(
-                    f"{path}: row 1: the header has an empty or repeated column name: {', '.join(columns)}."
-                )
-            for values in filter(None, reader):
-                number += 1
-                if len(values) != len(columns):
-                    raise UserError(
-                        f"{path}: row {number} (line {reader.line_num}): {len(values)} values for {len(columns)} columns. "
-                        "Put text with a comma between double quotes."
-                    )
-                yield dict(zip(columns, values, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}: malformed CSV: row {number + 1} (line {reader.line_num}): {error}") from None
-
-
-def _parquet(path: Path) -> Iterator[dict]:
+def _parquet(path: Path, name: str) -> Iterator[dict]:
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        yield from datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train", streaming=True)
+        table = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train", streaming=True)
+        kinds = {key: kind for key, kind in (table.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
+        for row in table:
+            for key, kind in kinds.items():  # the column holds numbers, the schema their names; -1 is no label
+                row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+            yield row
     except Exception as error:
-        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _check_utf8(path: Path) -> None:
+def _check_utf8(path: Path, name: str) -> None:
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}: line {number}: not UTF-8 text (byte {error.start} of the line: 0x{line[error.start]:02x}). Save the file as UTF-8."
+                    f"{name}: line {number}: not UTF-8 text (byte {error.start} of the line: 0x{line[error.start]:02x}). Save the file as UTF-8."
                 ) from None

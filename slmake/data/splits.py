@@ -1,11 +1,13 @@
 """Which rows are for training, evaluation and test, and which of them must not be there."""
 
 import json
+import unicodedata
+from collections import defaultdict
 
 import numpy as np
 
 from slmake import params
-from slmake.data.near_duplicates import copies_of_held_out
+from slmake.data.near_duplicates import copies_of_heldout
 from slmake.data.store import Store
 from slmake.data.template import SHOWN
 from slmake.errors import UserError
@@ -64,19 +66,27 @@ def check_labels(store: Store, split: np.ndarray, before: np.ndarray) -> list[st
         before: the same with duplicates, to tell when their removal is the reason.
 
     Raises:
-        UserError: no row to train on, or a label that only held-out rows have: the model could not learn it.
+        UserError: no row to train on, a label with white space around it, or one that only held-out rows have: the model could not
+            learn it.
     """
     if not (split == 0).any():
         if (before == 0).any():
             raise UserError(
                 f"prepare: all {(before == 0).sum()} training rows repeat eval or test rows and were left out as duplicates. Add other "
-                "rows, or mend the data: the same few texts again and again teach nothing that held-out rows could measure."
+                "rows: the same few texts again and again teach nothing that held-out rows could measure."
             )
         raise UserError("prepare: no row is left for training. Lower eval_fraction and test_fraction, or add rows.")
     answers, codes = store.answers(), store.answer_codes()
     trained = set(np.unique(codes[split == 0]))
     if answers is None or len(trained) * 2 > (split == 0).sum():
         return None
+    for code, answer in enumerate(answers):
+        if answer != answer.strip() and (chosen := np.flatnonzero((codes == code) & (split >= 0))).size:
+            row = store.row(chosen[0])
+            raise UserError(
+                f"{row.file}: row {row.line}: the label {json.dumps(answer, ensure_ascii=False)} has white space around it, which no answer "
+                "of a model is compared with. Remove it there, or around the placeholder of the answer in the template."
+            )
     for number in np.flatnonzero(split > 0):
         if codes[number] not in trained:
             row = store.row(number)
@@ -84,20 +94,34 @@ def check_labels(store: Store, split: np.ndarray, before: np.ndarray) -> list[st
             why = f" (the {gone} it had repeat held-out rows and were left out as duplicates)" if gone else ""
             raise UserError(
                 f"{row.file}: row {row.line}: the answer {json.dumps(row.answer, ensure_ascii=False)} is in {SPLITS[split[number]]} but in no "
-                f"training row{why}, so the model cannot learn it. Mend the label, or add training rows with it."
+                f"training row{why}, so the model cannot learn it. Correct the label, or add training rows with it."
             )
     return sorted(answers[code] for code in trained)
 
 
+def similar_labels(labels: list[str]) -> list[str]:
+    """Warnings of labels that a reader takes for the same: they differ in case, Unicode form, invisible characters or white space."""
+    groups = defaultdict(list)
+    for label in labels:
+        visible = "".join(char for char in unicodedata.normalize("NFKC", label) if unicodedata.category(char) != "Cf")
+        groups[" ".join(visible.casefold().split())].append(label)
+    return [
+        f"the labels {' and '.join(map(json.dumps, group))} differ only in case, Unicode form or invisible characters, and are scored as "
+        "different answers"
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
 def drop_duplicates(section: params.Prepare, store: Store, split: np.ndarray) -> int:
     """Leave out (or refuse) rows that repeat a row of eval or test. Changes `split`; returns how many were left out."""
-    copies = copies_of_held_out(store, split, section.near_duplicate_threshold)
+    copies = copies_of_heldout(store, split, section.near_duplicate_threshold)
     if copies and section.duplicates == "refuse":
         shown = []
         for number, other in copies[:SHOWN]:
-            row, held = store.row(number), store.row(other)
+            row, repeated = store.row(number), store.row(other)
             shown.append(
-                f"  {row.file}: row {row.line} ({SPLITS[split[number]]}) repeats {held.file}: row {held.line} ({SPLITS[split[other]]})"
+                f"  {row.file}: row {row.line} ({SPLITS[split[number]]}) repeats {repeated.file}: row {repeated.line} ({SPLITS[split[other]]})"
             )
         more = f"\n  and {len(copies) - SHOWN} more" if len(copies) > SHOWN else ""
         raise UserError(
@@ -110,7 +134,7 @@ def drop_duplicates(section: params.Prepare, store: Store, split: np.ndarray) ->
 
 
 def check_test_split(section: params.Prepare, split: np.ndarray) -> None:
-    """Raise UserError where no row is held out for evaluate: said now, before hours of training."""
+    """Raise UserError where no row is held out for evaluate: reported now, before hours of training."""
     if not (split == SPLITS.index("test")).any():
         raise UserError(
             f"prepare: the test split is empty, so evaluate (all.stages) could not score anything: test_fraction is "

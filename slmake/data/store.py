@@ -27,7 +27,7 @@ class Row(NamedTuple):
 class Store:
     """An SQLite file of rows, numbered from 0 in the order they were added.
 
-    Held in memory per row: 8 bytes of hash and 4 bytes of answer code.
+    In memory per row: 8 bytes of hash and 4 bytes of answer code.
     """
 
     def __init__(self, path: Path, few_answers: int):
@@ -86,20 +86,20 @@ class Store:
         return np.frombuffer(self.codes, dtype=np.int32) if self.codes else np.zeros(0, np.int32)
 
     def row(self, number: int) -> Row:
-        """One row by number."""
-        found = self.database.execute(
+        """The row of a number."""
+        cursor = self.database.execute(
             "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number=?", (int(number),)
         )
-        return Row(*found.fetchone())
+        return Row(*cursor.fetchone())
 
     def batches(self, size: int = 4096) -> Iterator[tuple[np.ndarray, list[Row]]]:
         """All rows in order, `size` at a time, with their numbers."""
         for start in range(0, len(self), size):
-            found = self.database.execute(
+            cursor = self.database.execute(
                 "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number>=? AND number<? ORDER BY number",
                 (start, start + size),
             )
-            rows = [Row(*values) for values in found]
+            rows = [Row(*values) for values in cursor]
             yield np.arange(start, start + len(rows)), rows
 
     def text_hashes(self) -> np.ndarray:

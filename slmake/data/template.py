@@ -1,13 +1,14 @@
-"""From a row of fields to a prompt and an answer: `text_template` or chat messages."""
+"""From a row of fields to a prompt and an answer: a text template, chat templates, or a conversation in each row."""
 
 import difflib
 import json
+import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 from slmake import params, prompts
-from slmake.data.rows import read_rows
+from slmake.data.chat import ChatTemplate
 from slmake.data.store import Row
 from slmake.errors import UserError
 
@@ -15,149 +16,235 @@ SHOWN = 20  # row errors printed before "and N more"
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
 
 
-class Form:
-    """How a row becomes prompt and answer text: a text template, chat templates, or a column of messages."""
+class PromptTemplate(ABC):
+    """How a row becomes prompt and answer text."""
 
-    def __init__(self, section: params.Prepare, tokenizer):
-        self.said = section.messages[-1].content if isinstance(section.messages, list) else None
-        self.column = section.messages if isinstance(section.messages, str) else None
-        self.tokenizer = tokenizer
-        self.special_tokens = True  # the tokenizer adds its own begin token, as for any text
-        if section.messages is not None:
-            if not section.messages:
-                raise UserError(
-                    "prepare.messages: an empty name. Name the column that holds each row's list of messages, or set it to null."
-                )
-            if not tokenizer.chat_template:
-                raise UserError(
-                    "prepare.messages: the base model's tokenizer has no chat template. Use text_template instead."
-                )
-            self.special_tokens = False  # the chat template writes them
-        if self.column:
-            self.fields, self.head, self.tail, self.answer = [self.column], None, None, None
-        elif section.messages is not None:
-            self.head, self.tail = self._chat(section.messages)
-            self.fields = list(dict.fromkeys(prompts.fields_of(self.head) + prompts.fields_of(self.tail)))
-            self.answer = prompts.fields_of(self.tail)[0] if prompts.fields_of(self.tail) else None
+    fields: list[str]  # that every row has
+    special_tokens: bool  # the tokenizer adds its own begin token, as for any text; a chat template writes it
+
+    @abstractmethod
+    def problems(self, row: dict) -> list[str]:
+        """What is wrong with one row, each as `field: reason`."""
+
+    @abstractmethod
+    def render(self, row: dict) -> tuple[str, str, str, str]:
+        """Prompt, answer, the prompt's own text (without the template, for duplicates), and the answer with what closes it, of a valid row.
+
+        Raises:
+            ValueError: a conversation that the chat template does not take.
+        """
+
+    @abstractmethod
+    def inference(self) -> dict:
+        """What prompt.json says of prompts: `prompt`, `answer`, `fields`, `add_special_tokens`, and `chat` for a chat template."""
+
+
+class FieldTemplate(PromptTemplate):
+    """A template over a row's fields: `text_template`, or the turns of `messages` within the chat template.
+
+    The chat template is applied once, to the templates themselves, so that inference needs no chat engine.
+
+    Args:
+        convert: makes the template's fields of a row's; ValueError where it cannot.
+    """
+
+    def __init__(
+        self,
+        section: params.Prepare,
+        chat: ChatTemplate | None = None,
+        convert: Callable[[dict], dict] | None = None,
+    ):
+        self.labels, self.chat, self.convert, self.said = section.labels, chat, convert, None
+        self.special_tokens = chat is None
+        if chat:
+            head, tail = self._framed(section.messages, chat)
+            self.said = prompts.flattened(section.messages[-1].content)
+            names = prompts.fields_of(tail)
+            self.answer = names[0] if names else None
         else:
-            self.head, self.tail, self.answer = prompts.split_at_answer(section.text_template, section.answer)
-            self.fields = list(dict.fromkeys(prompts.fields_of(section.text_template)))
-        self.prompt_fields = list(dict.fromkeys(prompts.fields_of(self.head))) if self.head else []
+            head, tail, self.answer = prompts.split_at_answer(section.text_template, section.answer)
+        self.fields = list(dict.fromkeys(prompts.fields_of(head) + prompts.fields_of(tail)))
+        self.head, self.tail = prompts.flattened(head), prompts.flattened(tail)
+        self.prompt_fields = list(dict.fromkeys(prompts.fields_of(self.head)))
+        names = {name.replace(".", "_") for name in self.fields}
+        if len(names) < len(self.fields):
+            raise UserError("prepare: two fields of the template differ in `.` and `_` only. Rename one of them.")
 
-    def _chat(self, messages: list[params.Message]) -> tuple[str, str]:
-        """Apply the chat template once, to the templates themselves, so that inference needs no chat engine."""
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        for turn in turns:
-            prompts.fields_of(turn["content"], "prepare.messages")
-        # The chat template's own braces must survive str.format; the contents keep theirs.
-        marks = {turn["content"]: f"\x00{number}\x00" for number, turn in enumerate(turns)}
-        marked = [{"role": turn["role"], "content": marks[turn["content"]]} for turn in turns]
-        if not marked[:-1]:
+    @staticmethod
+    def _framed(messages: list[params.Message], chat: ChatTemplate) -> tuple[str, str]:
+        for turn in messages:
+            prompts.fields_of(turn.content, "prepare.messages")
+        if not messages[:-1]:
             raise UserError("prepare.messages: nothing stands before the answer, so there is no prompt.")
+        # The chat template's own braces must survive str.format; the contents keep theirs.
+        marks = {f"\x00{number}\x00": turn for number, turn in enumerate(messages)}
         try:
-            head, whole = self._apply(marked)
+            pieces = chat.split([{"role": turn.role, "content": mark} for mark, turn in marks.items()])
         except ValueError as error:
             raise UserError(f"prepare.messages: {error}") from None
-        pieces = []
-        for text in (head, whole[len(head) :].rstrip("\n")):
-            text = text.replace("{", "{{").replace("}", "}}")
-            for content, mark in marks.items():
-                text = text.replace(mark, content)
-            pieces.append(text)
+        for number, (mark, turn) in enumerate(marks.items(), 1):
+            if mark not in pieces[number == len(marks)]:
+                raise UserError(
+                    f"prepare.messages: the chat template does not show turn {number}, of the {turn.role}. Use text_template, or leave "
+                    "the turn out."
+                )
+        pieces = [text.replace("{", "{{").replace("}", "}}") for text in pieces]
+        for mark, turn in marks.items():
+            pieces = [text.replace(mark, turn.content) for text in pieces]
         return pieces[0], pieces[1]
 
-    def _apply(self, turns: list[dict]) -> tuple[str, str]:
-        """The chat template over the turns before the answer, and over all of them.
-
-        Raises:
-            ValueError: it does not take these turns (roles that do not alternate, for one).
-            UserError: it changes earlier turns when the answer is added.
-        """
-        import jinja2
-
+    def problems(self, row: dict) -> list[str]:
+        problems = []
         try:
-            head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the base model's chat template does not take it: {error}") from None
-        if not whole.startswith(head):
-            raise UserError(
-                "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
-            )
-        return head, whole
+            row = self.convert(row) if self.convert else row
+        except ValueError as error:
+            return [f"field `{self.answer}` {error}"]
+        for name in self.fields:
+            value = field(row, name)
+            if value is None:
+                problems.append(f"field `{name}` is missing")
+                continue
+            if name == self.answer:
+                value = label_text(value)
+                if self.labels and isinstance(value, str) and label_of(value, self.labels) is None:
+                    problems.append(
+                        f"field `{name}` is {value!r}, which prepare.labels does not name: {', '.join(self.labels)}"
+                    )
+                    continue
+            if not isinstance(value, str):
+                problems.append(
+                    f"field `{name}` is {type(value).__name__}, not text: {json.dumps(value, default=str)[:60]}"
+                )
+            elif "\ufffd" in value:
+                problems.append(
+                    f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
+                )
+            elif not prompts.encodes(value):
+                problems.append(f"field `{name}` {HALF_PAIR}")
+            elif name == self.answer and not value.strip():
+                problems.append(f"field `{name}` is an empty answer")
+        return problems
 
     def render(self, row: dict) -> tuple[str, str, str, str]:
-        """Prompt, answer, text for duplicates, answer with what closes it; the prompt's own text (without the template) of a validated row.
+        row = self.convert(row) if self.convert else row
+        values = {name.replace(".", "_"): field(row, name) for name in self.fields}
+        if self.answer:
+            key = self.answer.replace(".", "_")
+            text = label_text(values[key])
+            values[key] = label_of(text, self.labels) if self.labels else text
+        own = "\n".join(values[name] for name in self.prompt_fields)
+        tail = self.tail.format(**values)
+        answer = self.said.format(**values) if self.said else tail.rstrip("\n")
+        return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
 
-        Raises:
-            ValueError: messages that the chat template does not take.
-        """
-        if self.column is None:
-            values = {name: row[name] for name in self.fields}
-            own = "\n".join(values[name] for name in self.prompt_fields)
-            tail = self.tail.format(**values)
-            answer = self.said.format(**values) if self.said else tail.rstrip("\n")
-            return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
-        turns = row[self.column]
-        try:
-            head, whole = self._apply(turns)
-        except ValueError as error:
-            raise ValueError(f"field `{self.column}`: {error}") from None
-        own = "\n".join(turn["content"] for turn in turns[:-1])
-        return head, turns[-1]["content"], own, whole[len(head) :].rstrip("\n")
+    def inference(self) -> dict:
+        written = {
+            "prompt": self.head,
+            "answer": self.tail,
+            "fields": self.prompt_fields,
+            "add_special_tokens": self.special_tokens,
+        }
+        return written | ({"chat": self.chat.settings()} if self.chat else {})
 
 
-def problems(row: object, form: Form) -> list[str]:
-    """What is wrong with one row, each as `field: reason`."""
-    if not isinstance(row, dict):
-        return [f"not an object but {type(row).__name__}"]
-    found = []
-    for name in form.fields:
-        value = row.get(name)
-        if value is None:
-            found.append(f"field `{name}` is missing")
-        elif name == form.column:
-            found += _chat_problems(name, value)
-        elif not isinstance(value, str):
-            found.append(f"field `{name}` is {type(value).__name__}, not text: {json.dumps(value, default=str)[:60]}")
-        elif "\ufffd" in value:
-            found.append(
-                f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
+class Conversations(PromptTemplate):
+    """A conversation in each row; the last assistant turn is the answer.
+
+    Args:
+        name: the row's field, for errors.
+        turns_of: makes a list of turns with `role` and `content` of a row's content; ValueError where it cannot.
+    """
+
+    special_tokens = False
+
+    def __init__(self, name: str, chat: ChatTemplate, turns_of: Callable[[dict], object] | None = None):
+        if not name:
+            raise UserError(
+                "prepare.messages: an empty name. Name the column that holds each row's list of messages, or set it to null."
             )
-        elif not prompts.encodes(value):
-            found.append(f"field `{name}` {HALF_PAIR}")
-        elif name == form.answer and not value.strip():
-            found.append(f"field `{name}` is an empty answer")
-    return found
+        self.name, self.chat, self.fields = name, chat, [name]
+        self.turns_of = turns_of or (lambda row: field(row, name))
+
+    def problems(self, row: dict) -> list[str]:
+        if field(row, self.name) is None:
+            return [f"field `{self.name}` is missing"]
+        try:
+            turns = self.turns_of(row)
+        except ValueError as error:
+            return [f"field `{self.name}` {error}"]
+        problem = _problem_of(turns)
+        return [f"field `{self.name}` {problem}"] if problem else []
+
+    def render(self, row: dict) -> tuple[str, str, str, str]:
+        turns = self.turns_of(row)
+        try:
+            head, tail = self.chat.split(turns)
+        except ValueError as error:
+            raise ValueError(f"field `{self.name}`: {error}") from None
+        own = "\n".join(turn["content"] for turn in turns[:-1])
+        return head, turns[-1]["content"], own, tail
+
+    def inference(self) -> dict:
+        return {
+            "prompt": None,
+            "answer": None,
+            "fields": [],
+            "add_special_tokens": False,
+            "chat": {**self.chat.settings(), "answer_prefix": self.chat.answer_prefix()},
+        }
 
 
-def _chat_problems(name: str, value: object) -> list[str]:
-    if not isinstance(value, list) or not value:
-        return [f"field `{name}` is not a list of messages"]
-    for turn in value:
+def _problem_of(turns: object) -> str | None:
+    """What is wrong with a list of turns."""
+    if not isinstance(turns, list) or not turns:
+        return "is not a list of messages"
+    for turn in turns:
         if (
             not isinstance(turn, dict)
             or not isinstance(turn.get("role"), str)
             or not isinstance(turn.get("content"), str)
         ):
-            return [f"field `{name}` has a message without text in `role` and `content`"]
-    if value[-1]["role"] != "assistant":
-        return [f"field `{name}` does not end with the assistant's turn"]
-    if not value[-1]["content"].strip():
-        return [f"field `{name}` ends with an empty answer"]
-    if len(value) == 1:
-        return [f"field `{name}` has no turn before the assistant's, so there is no prompt"]
-    if not all(prompts.encodes(turn[key]) for turn in value for key in ("role", "content")):
-        return [f"field `{name}` {HALF_PAIR}"]
-    return []
+            return "has a message without text in `role` and `content`"
+    if turns[-1]["role"] != "assistant":
+        return "does not end with the assistant's turn"
+    if not turns[-1]["content"].strip():
+        return "ends with an empty answer"
+    if len(turns) == 1:
+        return "has no turn before the assistant's, so there is no prompt"
+    if not all(prompts.encodes(turn[key]) for turn in turns for key in ("role", "content")):
+        return HALF_PAIR
+    return None
 
 
-def read_valid(file: str, form: Form, path: Path | None = None) -> Iterator[Row]:
-    """Rows of one file, rendered; every bad row is collected and told at once.
+def field(row: dict, name: str) -> object:
+    """A row's field; `text.phrase` is the field `phrase` in the object `text`, unless a field has the very name. None if absent."""
+    if name in row or "." not in name:
+        return row.get(name)
+    value: object = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def label_text(value: object) -> object:
+    """A number or a truth value as text; anything else as it is."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    return value
+
+
+def label_of(text: str, labels: dict[str, str]) -> str | None:
+    """The word of a value by `prepare.labels`; a whole number may be written 1 or 1.0."""
+    return labels.get(text, labels.get(text.removesuffix(".0")))
+
+
+def read_valid(name: str, template: PromptTemplate, rows: Iterable[object]) -> Iterator[Row]:
+    """Rows of one file, rendered; every bad row is collected, and all are reported at once.
 
     Args:
-        file: the name by which errors call it.
-        path: where it lies, if that is another place.
+        name: the file, for errors.
 
     Raises:
         UserError: no rows, a field that no row has, or bad rows (file, row number and field of each).
@@ -165,35 +252,37 @@ def read_valid(file: str, form: Form, path: Path | None = None) -> Iterator[Row]
     bad, count, seen = [], 0, Counter()
     columns: dict[str, None] = {}
     number = 0
-    for number, raw in enumerate(read_rows(path or Path(file)), 1):
+    for number, raw in enumerate(rows, 1):
         if isinstance(raw, dict):
-            seen.update(name for name in form.fields if raw.get(name) is not None)
+            seen.update(key for key in template.fields if field(raw, key) is not None)
             if number <= 1000:
                 columns.update(dict.fromkeys(raw))
-        found = problems(raw, form)
-        if not found and not bad:
+            problems = template.problems(raw)
+        else:
+            problems = [f"not an object but {type(raw).__name__}"]
+        if not problems and not bad:
             try:
-                row = Row(file, number, *form.render(raw))
+                row = Row(name, number, *template.render(raw))
             except ValueError as error:
-                found = [str(error)]
+                problems = [str(error)]
             else:
                 yield row
-        if found:
-            count += len(found)
-            bad += [f"  {file}: row {number}: {problem}" for problem in found][: SHOWN - len(bad)]
+        if problems:
+            count += len(problems)
+            bad += [f"  {name}: row {number}: {problem}" for problem in problems][: SHOWN - len(bad)]
     if not number:
-        raise UserError(f"{file}: no rows in it.")
-    for name in form.fields if columns else []:
-        if not seen[name]:
-            near = difflib.get_close_matches(name, columns, n=1)
+        raise UserError(f"{name}: no rows in it.")
+    for key in template.fields if columns else []:
+        if not seen[key]:
+            near = difflib.get_close_matches(key, columns, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise UserError(
-                f"{file}: the template's field `{name}` is in no row. Fields there: {', '.join(columns) or 'none'}.{hint}"
+                f"{name}: the template's field `{key}` is in no row. Fields there: {', '.join(columns) or 'none'}.{hint}"
             )
     if bad:
         more = f"\n  and {count - len(bad)} more" if count > len(bad) else ""
         raise UserError(
-            f"{file}: {count} bad value{'s' if count > 1 else ''} in {number} rows; mend them and run again.\n"
+            f"{name}: {count} bad value{'s' if count > 1 else ''} in {number} rows; correct them and run again.\n"
             + "\n".join(bad)
             + more
         )

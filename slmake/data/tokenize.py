@@ -1,5 +1,6 @@
 """From prompts and answers to token ids in Parquet files."""
 
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 BATCH = 2048  # rows in memory at a time
+DECOMPOSED = ("e\u0301", "\u00e9", "\ufb01")  # each Unicode normal form makes something else of these
 
 
 def truncate(prompt: list[int], answer: list[int], limit: int, begin: int | None) -> list[int]:
@@ -46,7 +48,7 @@ class Tokenize:
         pairs, cut = [], []
         for row, head, tail in zip(batch, heads, tails, strict=True):
             if self.special_tokens and head and head[-1] == end:
-                head = head[:-1]  # some tokenizers close every text; the prompt goes on
+                head = head[:-1]  # some tokenizers close every text; the answer follows here
             tail = tail if tail and tail[-1] == end else [*tail, end]
             if len(tail) + 1 > limit:
                 cut.append(f"  {row.file}: row {row.line}: the answer has {len(tail)} tokens (with its end token)")
@@ -61,6 +63,30 @@ class Tokenize:
                 f"prepare.max_seq_len: {limit} tokens cut off an answer; raise it.\n" + "\n".join(cut[:SHOWN]) + more
             )
         return pairs
+
+    def inference(self) -> dict:
+        """What the runtime must do to a prompt to read the tokens of training, for prompt.json: only what this tokenizer does.
+
+        `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; a prompt keeps its last
+        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts.
+        """
+        rules: dict = {}
+        ids, plain = self._encode(["a"], self.special_tokens)[0], self._encode(["a"], False)[0]
+        if len(ids) > len(plain) and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if len(ids) > len(plain):
+            rules["begin_token_ids"] = ids[: len(ids) - len(plain)]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        normalizer = backend.normalizer if backend else None
+        normalized = [normalizer.normalize_str(text) for text in DECOMPOSED] if normalizer else list(DECOMPOSED)
+        for form in ("NFC", "NFD", "NFKC", "NFKD"):
+            expected = [unicodedata.normalize(form, text) for text in DECOMPOSED]
+            if normalized == expected != list(DECOMPOSED):
+                rules["normalization"] = form
+        if self.truncated:
+            rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
+            rules["kept_token_id"] = self.tokenizer.bos_token_id
+        return rules
 
 
 class Writer:
@@ -95,7 +121,7 @@ class Writer:
                 examples.append(example)
             elif not self.open:
                 self.open = [example]
-            elif sum(len(one[3]) for one in self.open) + len(example[3]) <= self.section.max_seq_len:
+            elif sum(len(ids) for *_, ids, _ in self.open) + len(example[3]) <= self.section.max_seq_len:
                 self.open.append(example)
             else:
                 examples.append(self._joined())
@@ -106,10 +132,10 @@ class Writer:
         first = self.open[0]
         return (
             first[0],
-            "".join(one[1] + one[2] for one in self.open[:-1]) + self.open[-1][1],
+            "".join(prompt + answer for _, prompt, answer, *_ in self.open[:-1]) + self.open[-1][1],
             self.open[-1][2],
-            [token for one in self.open for token in one[3]],
-            [label for one in self.open for label in one[4]],
+            [token for *_, ids, _ in self.open for token in ids],
+            [label for *_, labels in self.open for label in labels],
         )
 
     def _flush(self, examples: list[tuple]) -> None:
@@ -133,10 +159,19 @@ class Writer:
                 columns[name].append(value)
         self.file.write_table(self.arrow.table(columns, schema=self.schema))
 
-    def close(self) -> None:
-        if self.open:
-            self._flush([self._joined()])
-        self.file.close()
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        try:
+            if self.open and error is None:
+                self._flush([self._joined()])
+            self.file.close()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            self.file.is_open = False  # or it would try again, and fail aloud, when it is deleted
 
 
 def lengths_summary(lengths: Counter) -> dict:

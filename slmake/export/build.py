@@ -5,6 +5,7 @@ from pathlib import Path
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.export.builder import export, set_accuracy_levels
+from slmake.export.families import unsupported
 from slmake.export.graph_checks import check_generates, check_graph
 from slmake.model_folder import weight_files
 
@@ -12,18 +13,21 @@ from slmake.model_folder import weight_files
 def build(
     section: params.Quantize, model: Path, dataset: Path | None, folder: Path, scratch: Path, job: cli.Job
 ) -> dict:
-    """Export into an empty folder and prove that it is what was asked for, loads and generates.
+    """Export into an empty folder, and check the graph and a trial generation.
 
     Returns:
-        What is in the graph, as `check_graph` counts it.
+        The graph's summary, from `check_graph`, and the execution provider of the trial as `runs_on`.
 
     Raises:
         UserError: no model there, or an export that is refused, is not what was asked for, or does not run.
     """
     if not (model / "config.json").exists():
         raise UserError(f"{model}: no model here. Build it with `snakemake --cores all {model}`.")
+    reason = unsupported(outputs.read_json(model / "config.json", output=model))
+    if reason:
+        raise UserError(f"{model}: {reason}")
     weight_files(model)
-    name, placed = model, None
+    name, weights = model, None
     try:
         if section.calibration == "gptq":
             from slmake.export import gptq
@@ -32,15 +36,14 @@ def build(
                 raise UserError("quantize.calibration: gptq needs training prompts: give --dataset.")
             calibrated = scratch / "calibrated"
             calibrated.mkdir(parents=True)
-            placed = gptq.calibrate(section, model, dataset, calibrated, job)
+            weights = gptq.calibrate(section, model, dataset, calibrated, job)
             model = calibrated
         export(section, model, folder, scratch, name)
     finally:
         outputs.remove(scratch)
     if section.node_accuracy_levels:
         set_accuracy_levels(section, folder)
-    found = check_graph(section, folder)
-    if placed is not None:
-        gptq.check_placed(folder, placed)
-    check_generates(folder)
-    return found
+    summary = check_graph(section, folder)
+    if weights is not None:
+        gptq.check_weights(folder, weights)
+    return summary | {"runs_on": check_generates(folder).runs_on}

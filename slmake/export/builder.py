@@ -1,4 +1,4 @@
-"""The ONNX Runtime GenAI model builder: options, export, and what is written into its graph afterwards."""
+"""The ONNX Runtime GenAI model builder: options, export, and accuracy levels of single nodes."""
 
 import contextlib
 import fnmatch
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slmake import outputs, params
 from slmake.errors import UserError
+from slmake.export.builder_fixes import fixed
 
 
 def builder_options(section: params.Quantize) -> dict[str, str]:
@@ -28,14 +29,16 @@ def builder_options(section: params.Quantize) -> dict[str, str]:
         options["op_types_to_quantize"] = "/".join(section.op_types_to_quantize)
     if section.nodes_to_exclude:
         options["nodes_to_exclude"] = ",".join(section.nodes_to_exclude)
+    if section.execution_provider in ("cuda", "webgpu"):
+        options["fuse_qk_norm_gqa"] = "false"  # the CPU, on which exports for other devices are checked, cannot run it
     if section.shared_embeddings is not None:
         options["shared_embeddings"] = str(section.shared_embeddings).lower()
     return {key: str(value) for key, value in options.items()}
 
 
-# Products of a decoder layer by the builder's names, and what stands there instead where it fuses or splits them.
+# The builder's names of a decoder layer's products, and the alternatives where it fuses or splits them.
 PARTS = ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
-OTHERWISE = {
+ALTERNATIVES = {
     "attn/qkv_proj": ("attn/q_proj", "attn/k_proj", "attn/v_proj"),
     "mlp/gate_proj": ("mlp/gate_up_proj", "mlp/fc1"),
     "mlp/down_proj": ("mlp/fc2",),
@@ -43,22 +46,22 @@ OTHERWISE = {
 
 
 def int8_overrides(section: params.Quantize, model: Path, parts: tuple[str, ...]) -> list[dict]:
-    """The builder's structured overrides for `int8_nodes` and `matmul_mixed_precision`; it takes exact names only.
+    """The builder's structured overrides for `int8_nodes` and `matmul_mixed_precision`; it accepts exact names only.
 
     Raises:
-        UserError: a pattern that fits no name.
+        UserError: a pattern that matches no name.
     """
     depth = json.loads((model / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 0)
     names = [f"/model/layers.{layer}/{part}/MatMul" for layer in range(depth) for part in parts] + ["/lm_head/MatMul"]
     for pattern in section.int8_nodes:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            shown = f"{names[0]} and {names[-1]}"
-            raise UserError(f"quantize.int8_nodes: `{pattern}` matches no node. Names look like {shown}.")
+            examples = f"{names[0]} and {names[-1]}"
+            raise UserError(f"quantize.int8_nodes: `{pattern}` matches no node. Names look like {examples}.")
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in section.int8_nodes)]
     presets = [part.strip().split(":") for part in (section.matmul_mixed_precision or "").split(",") if part.strip()]
-    overrides = [{"match": {"preset": where}, "type": what} for where, what in presets]
-    out = [{"match": {"name": name}, "exclude": True} for name in section.nodes_to_exclude]
-    return out + overrides + [{"match": {"name": name}, "type": "int8"} for name in chosen]
+    overrides = [{"match": {"name": name}, "exclude": True} for name in section.nodes_to_exclude]
+    overrides += [{"match": {"preset": preset}, "type": kind} for preset, kind in presets]
+    return overrides + [{"match": {"name": name}, "type": "int8"} for name in chosen]
 
 
 def shares_embeddings(section: params.Quantize, model: Path) -> bool:
@@ -69,7 +72,7 @@ def shares_embeddings(section: params.Quantize, model: Path) -> bool:
 
 @contextlib.contextmanager
 def no_git() -> Iterator[None]:
-    """Hide Git from the model builder, which stamps its own revision into the graph but finds that of the repository around .venv."""
+    """Hide Git from the model builder: it writes its Git revision into the graph, but reads that of the repository around .venv."""
     before = os.environ.get("GIT_DIR")
     os.environ["GIT_DIR"] = os.devnull
     try:
@@ -84,61 +87,68 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path, n
     """Run the model builder in this process; its output goes to the log.
 
     Args:
-        name: what to call the model in a message, if `model` is a copy of it.
+        name: the model's name in a message, if `model` is a copy of it.
 
     Raises:
-        UserError: the builder refused the model or the options; its reason is passed on.
+        UserError: the builder refuses the model or the options; the message has its reason.
     """
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+    from onnxruntime_genai.models import builder
 
     extra = [f"{key}={value}" for key, value in builder_options(section).items()]
-    where = ("", str(model), str(target), section.precision, section.execution_provider, str(scratch))
+    arguments = ("", str(model), str(target), section.precision, section.execution_provider, str(scratch))
     parts = PARTS
     if any(name in pattern for pattern in section.int8_nodes for name in ("q_proj", "k_proj", "/v_proj")):
-        parts = tuple(name for part in PARTS for name in (OTHERWISE[part] if part == "attn/qkv_proj" else (part,)))
+        parts = replaced(parts, {"attn/qkv_proj"})
     while True:
-        structured = {}
-        if section.int8_nodes:
-            weights: dict = {"overrides": int8_overrides(section, model, parts)}
-            if shares_embeddings(section, model):  # the builder adds this by itself to its flat options only
-                weights["op_types"] = ["MatMul", "Gather"]
-            structured = {"builder_config_version": 2, "target_options": {"quant_config": {"weights": weights}}}
+        structured = structured_options(section, model, parts)
         try:
-            with no_git():
-                create_model(*where, **parse_extra_options(*where, extra, **structured))
+            with no_git(), fixed(builder):
+                builder.create_model(*arguments, **builder.parse_extra_options(*arguments, extra, **structured))
             return
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
-            if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+            if getattr(error, "errno", None):  # the machine's fault, not the model's
                 raise
-            # A name that this architecture does not emit: take what stands there instead, and try again.
-            missing = {
+            unknown = {
                 part for part in parts if "did not match an emitted node" in str(error) and f"/{part}/" in str(error)
             }
-            if missing:
-                parts = tuple(
-                    name for part in parts for name in (OTHERWISE.get(part, ()) if part in missing else (part,))
-                )
-                for path in target.iterdir():
-                    outputs.remove(path)
-                continue
-            raise UserError(
-                f"the model builder refused {name or model}: {type(error).__name__}: {error}. "
-                "Check the section quantize, or the model's architecture."
-            ) from error
+            if not unknown:
+                raise UserError(
+                    f"the model builder refused {name or model}: {type(error).__name__}: {error}. "
+                    "Check the section quantize, or the model's architecture."
+                ) from error
+            # This architecture has other nodes instead: try again with their names.
+            parts = replaced(parts, unknown)
+            for path in target.iterdir():
+                outputs.remove(path)
+
+
+def replaced(parts: tuple[str, ...], unknown: set[str]) -> tuple[str, ...]:
+    """The names of a layer's products, with the alternatives of the unknown ones in their place."""
+    return tuple(name for part in parts for name in (ALTERNATIVES.get(part, ()) if part in unknown else (part,)))
+
+
+def structured_options(section: params.Quantize, model: Path, parts: tuple[str, ...]) -> dict:
+    """The builder's structured configuration, which `int8_nodes` needs; empty without."""
+    if not section.int8_nodes:
+        return {}
+    weights: dict = {"overrides": int8_overrides(section, model, parts)}
+    if shares_embeddings(section, model):  # the builder adds this by itself only to its flat options
+        weights["op_types"] = ["MatMul", "Gather"]
+    return {"builder_config_version": 2, "target_options": {"quant_config": {"weights": weights}}}
 
 
 def level_of(section: params.Quantize, node: str) -> int:
-    """The accuracy level that a quantized product shall have, by its name in the graph."""
+    """The accuracy level asked for, for a quantized product's name in the graph."""
     name = node.removesuffix("_Q4").removesuffix("_Q8")
     matching = [level for pattern, level in section.node_accuracy_levels.items() if fnmatch.fnmatchcase(name, pattern)]
     return matching[-1] if matching else section.accuracy_level
 
 
 def set_accuracy_levels(section: params.Quantize, folder: Path) -> None:
-    """Write `node_accuracy_levels` into the exported graph; its weights stay where they are.
+    """Write `node_accuracy_levels` into the exported graph; the file of weights stays as it is.
 
     Raises:
-        UserError: a pattern that fits no quantized product.
+        UserError: a pattern that matches no quantized product.
     """
     import onnx
 
@@ -152,7 +162,7 @@ def set_accuracy_levels(section: params.Quantize, folder: Path) -> None:
                 f"quantize.node_accuracy_levels: `{pattern}` matches no node. Names look like {names[0]} and {names[-1]}."
             )
     for node in nodes:
-        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+        others = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         del node.attribute[:]
-        node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level_of(section, node.name))])
+        node.attribute.extend([*others, onnx.helper.make_attribute("accuracy_level", level_of(section, node.name))])
     path.write_bytes(model.SerializeToString(deterministic=True))

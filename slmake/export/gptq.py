@@ -1,9 +1,9 @@
 """GPTQ: round weights to 4 bits so that the layer's outputs on real prompts change least (Frantar et al. 2022, arXiv:2210.17323).
 
-Plain rounding moves every weight to its nearest level by itself. GPTQ goes column by column and lets the columns that are
-still free make up for the error already made, weighted by how the inputs of the layer vary together. The model
-builder has no such method; but it rounds to nearest, so weights that already lie where they should end up survive its
-rounding unchanged. Those are what `calibrate` writes: an ordinary model folder for the ordinary exporter.
+Round-to-nearest treats every weight alone. GPTQ rounds column by column and corrects the columns that are not rounded yet
+for the error already made, weighted by the second moments of the layer's inputs. The model builder does not have this
+method. But it rounds to nearest, which leaves weights unchanged that lie on a level already. `calibrate` writes such
+weights: an ordinary model folder for the ordinary exporter.
 """
 
 import fnmatch
@@ -26,7 +26,7 @@ BATCH = 32  # rows in one forward pass
 
 
 def _edge(scale: torch.Tensor) -> torch.Tensor:
-    """The float32 number next to 7.5 scales whose negative is rounded to -8 levels: at 7.5 itself the last bit decides.
+    """The float32 number next to 7.5 scales whose negative rounds to -8 levels; at 7.5 itself the last bit decides.
 
     Args:
         scale: float64 [out].
@@ -40,27 +40,29 @@ def _edge(scale: torch.Tensor) -> torch.Tensor:
     return edge.double()
 
 
-def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int, damping: float = 0.01) -> torch.Tensor:
-    """Weights that round-to-nearest leaves where GPTQ wants them.
+def round_with_inputs(
+    weight: torch.Tensor, moments: torch.Tensor, block_size: int, damping: float = 0.01
+) -> torch.Tensor:
+    """GPTQ's weights, such that round-to-nearest does not move them to another level.
 
     Args:
         weight: [out, in].
-        gram: [in, in], sum over tokens of x x' of the layer's inputs.
+        moments: [in, in], sum over tokens of x x' of the layer's inputs (half of the layer's Hessian).
         block_size: weights along `in` that share one scale.
-        damping: share of the mean diagonal that is added to it.
+        damping: fraction of the mean diagonal that is added to the diagonal.
 
     Returns:
-        float32 [out, in] of multiples of each block's scale, except that each block's largest weight stands at 7.5 times the
-        scale, which it fixes thereby, and is rounded to -8 or 7.
+        float32 [out, in]: multiples of each block's scale. Only each block's largest weight is 7.5 times the scale: it sets
+        the scale, and is rounded to -8 or 7.
     """
     work = weight.detach().double().clone()
-    gram = gram.double().clone()
+    moments = moments.double().clone()
     width = work.shape[1]
-    unused = torch.diagonal(gram) == 0
-    gram[unused, unused] = 1.0
-    torch.diagonal(gram).add_(damping * torch.diagonal(gram).mean())
-    # Upper Cholesky factor of the inverse: row j holds how an error in column j spreads over the columns after it.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    unused = torch.diagonal(moments) == 0
+    moments[unused, unused] = 1.0
+    torch.diagonal(moments).add_(damping * torch.diagonal(moments).mean())
+    # Upper Cholesky factor of the inverse: row j is how an error in column j is spread over the columns after it.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
     result = torch.empty_like(work)
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
@@ -80,14 +82,14 @@ def round_with_inputs(weight: torch.Tensor, gram: torch.Tensor, block_size: int,
             errors[:, j] = (column - rounded) / factor[start + j, start + j]
             if j + 1 < end - start:
                 block[:, j + 1 :] -= errors[:, j : j + 1] * factor[start + j, start + j + 1 : end]
-            # -8 levels would be larger than what fixes the scale: such a weight stands at the edge too, and is rounded to -8.
+            # A weight at -8 levels would be larger than the one that sets the scale: put it at the edge, which rounds to -8.
             result[:, start + j] = torch.maximum(torch.where(here, sign * edge, rounded), -edge)
         work[:, end:] -= errors @ factor[start:end, end:]
     return result.float()
 
 
-class Grams:
-    """Sums of x x' over all real tokens, for the inputs x of some linear modules, while a model runs.
+class InputHessians:
+    """Sums of x x' over all tokens but padding, for the inputs x of linear modules, collected while a model runs.
 
     Modules that read the same tensor (q, k and v; gate and up) share one matrix.
     """
@@ -95,7 +97,7 @@ class Grams:
     def __init__(self, modules: dict[str, torch.nn.Linear]):
         self.sums: dict[str, torch.Tensor] = {}
         self.owner: dict[str, str] = {}
-        self.real: torch.Tensor | None = None  # bool [batch, time]: which tokens are no padding
+        self.mask: torch.Tensor | None = None  # bool [batch, time]: false for padding
         self.last: tuple[object, str] = (None, "")
         self.handles = [module.register_forward_pre_hook(self._watch(name)) for name, module in modules.items()]
 
@@ -103,7 +105,7 @@ class Grams:
         def before(_module, arguments):
             if arguments[0] is not self.last[0]:
                 self.last = (arguments[0], name)
-                x = arguments[0][self.real].float()
+                x = arguments[0][self.mask].float()
                 self.sums[name] = self.sums.get(name, 0) + x.t() @ x
             self.owner[name] = self.last[1]
 
@@ -120,43 +122,45 @@ class Grams:
 
 
 def node_names(module: str) -> list[list[str]]:
-    """The products that the model builder may make of a decoder layer's linear module: alternatives, each a list of names.
+    """Graph nodes that the model builder may make of a decoder layer's linear module: alternatives, each a list of names.
 
-    It joins q, k and v where it can, and splits a joint gate and up projection; of other modules it makes none.
+    The builder fuses q, k and v where it can, and splits a fused gate and up projection. Other modules have no nodes.
     """
-    found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(self_attn|mlp)\.(\w+)", module)
-    if not found:
+    match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(self_attn|mlp)\.(\w+)", module)
+    if not match:
         return []
-    layer, part, name = found.groups()
+    layer, part, name = match.groups()
     part = "attn" if part == "self_attn" else part
-    joint = ["qkv_proj"] if name in ("q_proj", "k_proj", "v_proj") else ["gate_proj", "up_proj"]
-    names = [[name], joint] if name in ("q_proj", "k_proj", "v_proj", "gate_up_proj") else [[name]]
-    return [[f"/model/layers.{layer}/{part}/{one}/MatMul" for one in several] for several in names]
+    other = ["qkv_proj"] if name in ("q_proj", "k_proj", "v_proj") else ["gate_proj", "up_proj"]
+    alternatives = [[name], other] if name in ("q_proj", "k_proj", "v_proj", "gate_up_proj") else [[name]]
+    return [[f"/model/layers.{layer}/{part}/{node}/MatMul" for node in nodes] for nodes in alternatives]
 
 
 def in_four_bits(section: params.Quantize, model) -> dict[str, torch.nn.Linear]:
-    """The decoder layers' linear modules that the export will have in 4 bits as a whole, by name."""
-    kept = [*section.int8_nodes, *section.nodes_to_exclude]
-    found = {}
+    """The decoder layers' linear modules that the export will hold in 4 bits, by name."""
+    other = [*section.int8_nodes, *section.nodes_to_exclude]
+    modules = {}
     for name, module in model.named_modules():
-        nodes = [one for several in node_names(name) for one in several] if isinstance(module, torch.nn.Linear) else []
-        if nodes and not any(fnmatch.fnmatchcase(node, pattern) for node in nodes for pattern in kept):
-            found[name] = module
-    return found
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        nodes = [node for names in node_names(name) for node in names]
+        if nodes and not any(fnmatch.fnmatchcase(node, pattern) for node in nodes for pattern in other):
+            modules[name] = module
+    return modules
 
 
 def calibrate(
     section: params.Quantize, model: Path, dataset: Path, target: Path, job: cli.Job
 ) -> dict[str, np.ndarray]:
-    """Write a float32 copy of a model folder whose 4-bit weights GPTQ has placed, using prompts of the training split.
+    """Write a float32 copy of a model folder with GPTQ's weights, from prompts of the training split.
 
-    All matrices of inputs come from one pass of the unquantized model.
+    The input Hessians of all layers come from one pass of the unquantized model.
 
     Returns:
-        What the export must hold after rounding, float32 [out, in], by module name.
+        The weights that the export must have after rounding, float32 [out, in], by tensor name.
 
     Raises:
-        UserError: no training rows, or nothing that will have 4 bits.
+        UserError: no training rows, or no module that will have 4 bits.
     """
     from transformers import AutoModelForCausalLM
 
@@ -170,31 +174,33 @@ def calibrate(
     network.eval()
     modules = in_four_bits(section, network)
     if not modules:
-        raise UserError("quantize.calibration: gptq places 4-bit weights, but int8_nodes leaves none. Set it to none.")
+        raise UserError(
+            "quantize.calibration: gptq rounds to 4 bits, but with these int8_nodes no product has 4 bits. Set it to none."
+        )
     chosen = np.random.default_rng(0).permutation(len(rows))[: section.calibration_rows]
     chosen = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
-    grams = Grams(modules)
+    hessians = InputHessians(modules)
     with job.progress(len(chosen), "calibration rows") as bar, torch.inference_mode():
         for start in range(0, len(chosen), BATCH):
             part = chosen[start : start + BATCH]
             ids = rows.batch(part, device)["input_ids"]
-            grams.real = (
+            hessians.mask = (
                 torch.arange(ids.shape[1], device=device) < torch.from_numpy(rows.real[part]).to(device)[:, None]
             )
-            network(input_ids=ids, attention_mask=grams.real.long(), use_cache=False, logits_to_keep=1)
+            network(input_ids=ids, attention_mask=hessians.mask.long(), use_cache=False, logits_to_keep=1)
             bar.update(len(part))
-    grams.close()
-    placed: dict[str, torch.Tensor] = {}
+    hessians.close()
+    rounded: dict[str, torch.Tensor] = {}
     with job.progress(len(modules), "products") as bar, torch.inference_mode():
         for name, module in modules.items():
-            weight = round_with_inputs(module.weight, grams[name], section.block_size)
-            placed[f"{name}.weight"] = weight.cpu()
+            weight = round_with_inputs(module.weight, hessians[name], section.block_size)
+            rounded[f"{name}.weight"] = weight.cpu()
             bar.update(1)
-    _write(model, target, placed)
-    return {name: round_to_nearest(weight, 4, section.block_size).numpy() for name, weight in placed.items()}
+    _write(model, target, rounded)
+    return {name: round_to_nearest(weight, 4, section.block_size).numpy() for name, weight in rounded.items()}
 
 
-def _write(model: Path, target: Path, placed: dict[str, torch.Tensor]) -> None:
+def _write(model: Path, target: Path, replaced: dict[str, torch.Tensor]) -> None:
     """Copy a model folder in float32 with some weights replaced."""
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -205,7 +211,7 @@ def _write(model: Path, target: Path, placed: dict[str, torch.Tensor]) -> None:
             shutil.copyfile(path, target / path.name)
     for path in weights:
         with safe_open(path, "pt") as shard:
-            tensors = {name: placed.get(name, shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
+            tensors = {name: replaced.get(name, shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
         save_file(tensors, target / path.name, metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
@@ -213,31 +219,31 @@ def _write(model: Path, target: Path, placed: dict[str, torch.Tensor]) -> None:
     outputs.write_json(target / "config.json", {**config, "dtype": "float32"})
 
 
-def check_placed(folder: Path, wanted: dict[str, np.ndarray]) -> None:
-    """Compare the exported 4-bit weights with those that GPTQ chose.
+def check_weights(folder: Path, wanted: dict[str, np.ndarray]) -> None:
+    """Compare the exported 4-bit weights with GPTQ's.
 
     Raises:
-        UserError: a product is missing from the graph, or the exporter rounded it elsewhere.
+        UserError: a product is missing from the graph, or the exporter rounded it to other levels.
     """
     import onnx
 
     graph = onnx.load(folder / "model.onnx").graph
-    tensors = {one.name: one for one in graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {node.name.removesuffix("_Q4"): node for node in graph.node if node.op_type == "MatMulNBits"}
-    written: dict[tuple[str, ...], list[np.ndarray]] = {}  # what q, k and v of one layer should be stands in one node
+    parts_of: dict[tuple[str, ...], list[np.ndarray]] = {}  # q, k and v of a layer may be parts of one node
     for name, weight in wanted.items():
         alternatives = reversed(node_names(name.removesuffix(".weight")))
-        names = next((several for several in alternatives if all(one in nodes for one in several)), None)
+        names = next((names for names in alternatives if all(name in nodes for name in names)), None)
         if names is None:
             raise UserError(f"the export has no 4-bit product for {name}: set quantize.calibration to none.")
-        written.setdefault(tuple(names), []).append(weight)
-    for names, parts in written.items():
+        parts_of.setdefault(tuple(names), []).append(weight)
+    for names, parts in parts_of.items():
         expected = np.concatenate(parts)
-        found = np.concatenate([_dequantized(nodes[name], tensors) for name in names])
-        wrong = expected.shape != found.shape or np.abs(found - expected) > 1e-5 * np.abs(expected).max()
+        exported = np.concatenate([_dequantized(nodes[name], tensors) for name in names])
+        wrong = expected.shape != exported.shape or np.abs(exported - expected) > 1e-5 * np.abs(expected).max()
         if np.any(wrong):
             raise UserError(
-                f"the exporter moved {int(np.sum(wrong))} weights of {', '.join(names)} from where GPTQ put them: "
+                f"the exporter changed {int(np.sum(wrong))} of GPTQ's weights of {', '.join(names)}: "
                 "set quantize.calibration to none."
             )
 
@@ -247,7 +253,7 @@ def _dequantized(node, tensors: dict) -> np.ndarray:
     from onnx import numpy_helper
 
     values = {a.name: a.i for a in node.attribute}
-    packed, scales = (numpy_helper.to_array(tensors[one]) for one in node.input[1:3])
+    packed, scales = (numpy_helper.to_array(tensors[name]) for name in node.input[1:3])
     out, width, block = values["N"], values["K"], values["block_size"]
     packed = packed.reshape(out, -1)
     levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out, -1, block).astype(np.float32) - 8

@@ -11,7 +11,7 @@ OPTIONS = (
     *("algo_config", "calibration", "block_size", "is_symmetric", "accuracy_level", "matmul_mixed_precision"),
     *("node_accuracy_levels", "int8_nodes", "nodes_to_exclude"),
 )
-TRIES = 200  # proposals in a row that are known or impossible, before a random one of the rest is taken
+TRIES = 200  # known or impossible proposals in a row, after which the first combination not yet made is taken
 
 
 def choices(section: params.Quantize) -> dict[str, list]:
@@ -20,7 +20,7 @@ def choices(section: params.Quantize) -> dict[str, list]:
 
 
 def valid(section: params.Quantize, plain: dict, options: dict) -> bool:
-    """Whether the builder takes this combination, as far as params.yaml can tell; `plain` is the section without its search."""
+    """Whether the parameters allow this combination; `plain` is the section without its search."""
     try:
         type(section).model_validate(plain | options)
     except ValueError:
@@ -29,9 +29,9 @@ def valid(section: params.Quantize, plain: dict, options: dict) -> bool:
 
 
 def grid(section: params.Quantize) -> list[dict]:
-    """Every combination that is possible, in the order of the lists; not to be changed.
+    """Every combination that the parameters allow, in the order of the lists; do not change the list.
 
-    Listed once for a section: a plan asks for every candidate, and would go through all of them for each.
+    It is cached by section, because a plan asks for it once per candidate.
     """
     key = section.model_dump_json()
     if key not in _grids:
@@ -50,29 +50,29 @@ def count(section: params.Quantize) -> int:
     Raises:
         UserError: none of the combinations is possible.
     """
-    found = len(grid(section))
-    if not found:
+    combinations = len(grid(section))
+    if not combinations:
         raise UserError(
             "quantize.search: none of the combinations is possible. See docs/params.md for what goes together."
         )
-    return min(found, section.search.budget)
+    return min(combinations, section.search.budget)
 
 
 def earlier(section: params.Quantize, number: int) -> int:
-    """How many candidates must be measured before this one can be proposed: those of former batches; none for a grid."""
+    """The number of candidates that must be measured before this one is proposed: those of earlier batches; none for a grid."""
     if len(grid(section)) <= section.search.budget:
         return 0
     return number // section.search.batch * section.search.batch
 
 
 def proposal(section: params.Quantize, number: int, measured: list[tuple[float, float] | None]) -> dict:
-    """The options of candidate `number`: by its place in the grid, or as Optuna's sampler proposes them.
+    """The options of candidate `number`: from the grid, or as Optuna's sampler proposes them.
 
-    The sampler is seeded and told the same results in the same order, so every job comes to the same proposals by itself.
+    The sampler has a seed and gets the same results in the same order, so every job computes the same proposals.
 
     Args:
-        measured: mean KL divergence and size in bytes (or latency in milliseconds) of the candidates of former batches, in
-            order; None for one that could not be built.
+        measured: mean KL divergence and size in bytes (or latency in milliseconds) of the candidates of earlier batches, in
+            order; None for a candidate that could not be built.
     """
     everything = grid(section)
     if len(everything) <= section.search.budget:
@@ -98,21 +98,21 @@ def proposal(section: params.Quantize, number: int, measured: list[tuple[float, 
                 break
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            options, trial = next(one for one in everything if one not in made), None
+            options, trial = next(options for options in everything if options not in made), None
         made.append(options)
         trials.append(trial)
         if len(made) % batch == 0:
-            for told, result in zip(trials, measured[len(made) - batch : len(made)], strict=False):
-                if told is not None and result is None:
-                    study.tell(told, state=optuna.trial.TrialState.FAIL)
-                elif told is not None:
-                    study.tell(told, result)
+            for trial, result in zip(trials, measured[len(made) - batch : len(made)], strict=False):
+                if trial is not None and result is None:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                elif trial is not None:
+                    study.tell(trial, result)
             trials = []
     return made[number]
 
 
 def depends_on(section: params.Quantize, candidate: str) -> str:
-    """What a candidate must be built again for, as text: its own options in a grid, so that a longer list builds only what is new."""
+    """The text whose change rebuilds a candidate: in a grid its own options, so that a longer list builds the new candidates only."""
     own = section.model_dump(mode="json", exclude={"search"})
     if candidate == "merged":
         own = {}
@@ -120,7 +120,9 @@ def depends_on(section: params.Quantize, candidate: str) -> str:
         own |= proposal(section, int(candidate), [])
     else:
         whole = json.dumps(section.search.model_dump(mode="json"), sort_keys=True)
-        own["search"] = hashlib.sha256(whole.encode()).hexdigest()  # Snakemake keeps this text for every candidate
+        own["search"] = hashlib.sha256(
+            whole.encode()
+        ).hexdigest()  # short, because Snakemake records it for every candidate
     return json.dumps({**own, "rows": section.search.rows}, sort_keys=True)
 
 

@@ -1,69 +1,226 @@
-"""A PEFT LoRA adapter on disk."""
+"""A PEFT LoRA adapter on disk: how each tensor of its base changes, from the names, shapes and configuration of its files."""
 
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmake import outputs
 from slmake.errors import UserError
-from slmake.model_folder import check_safetensors
+from slmake.merging.update import Update
+from slmake.model_folder import check_safetensors, refuse_links, tensor_shapes
+
+# Options of PEFT's LoRA that compute something else than W + s B A, DoRA, or replaced values.
+UNSUPPORTED = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
+    *("monteclora_config", "target_parameters", "use_bdlora", "use_qalora"),
+)
+# Initializations that change the base's own weights; the adapter fits those only.
+CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\.(?P<part>"
+    r"lora_(?:A|B)(?:\.default)?\.(?:weight|bias)|lora_embedding_(?:A|B)(?:\.default)?|"
+    r"lora_magnitude_vector(?:\.default)?(?:\.weight)?|token_adapter\.trainable_tokens_delta(?:\.default)?|[a-z_]+)"
+)
+WRAPPERS = re.compile(r"(\.(base_layer|token_adapter|modules_to_save(\.default)?))+$")
+
+
+@dataclass
+class Change:
+    """The adapter's tensors that change one tensor of the base, by name; None where there is no such tensor.
+
+    Attributes:
+        module: the base's module.
+        a, b: LoRA's matrices [r, in] and [out, r]; of an embedding [r, rows] and [width, r].
+        transposed: the weight is stored as [in, out], like an embedding or GPT-2's layers.
+        magnitude: DoRA's vector.
+        bias: the bias of B, which is added to the base's.
+        rows: trained rows of the weight, which replace the base's at `indices`.
+        replacement: the whole tensor's new values.
+    """
+
+    module: str
+    a: str | None = None
+    b: str | None = None
+    transposed: bool = False
+    magnitude: str | None = None
+    bias: str | None = None
+    rows: str | None = None
+    indices: list[int] = field(default_factory=list)
+    replacement: str | None = None
 
 
 class Adapter:
-    """A PEFT LoRA adapter on disk: its pairs of matrices by the name of the base weight they change."""
+    """A PEFT LoRA adapter, as `save_pretrained`, TRL, Axolotl, Unsloth and LLaMA-Factory write it.
+
+    Attributes:
+        changes: by name of the base's tensor.
+        shapes: of the adapter's own tensors, by name.
+    """
 
     def __init__(self, folder: Path):
-        """Read the configuration and the names.
+        """Read the configuration and the names of the tensors.
 
         Raises:
             UserError: no adapter there, damaged, or of a kind that cannot be merged exactly.
         """
+        self.folder, self.config_path = folder, folder / "adapter_config.json"
+        self.weights = folder / "adapter_model.safetensors"
+        self._check_files()
+        self.config = outputs.read_json(self.config_path, output=folder)
+        self._check_kind()
         from safetensors import safe_open
 
-        config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        for path in (config_path, weights):
-            if not path.exists():
-                raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {folder}`.")
-        check_safetensors(weights, f"Remove {folder} and run snakemake: it is built again.")
-        self.config = outputs.read_json(config_path, output=folder)
-        if self.config.get("peft_type") != "LORA":
-            raise UserError(
-                f"{config_path}: peft_type {self.config.get('peft_type')} cannot be merged here; only LORA can."
-            )
-        for key in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
-            if self.config.get(key):
-                raise UserError(f"{config_path}: {key} is set; such an adapter cannot be merged tensor by tensor.")
-        if self.config.get("bias", "none") != "none":
-            raise UserError(f"{config_path}: bias: {self.config['bias']} cannot be merged here; train with bias: none.")
-        self.file = safe_open(weights, "pt")
-        self.pairs: dict[str, tuple[str, str]] = {}
-        for name in self.file.keys():  # noqa: SIM118 (safe_open cannot be iterated)
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
-            if not match:
+        self.file, self.shapes = safe_open(self.weights, "pt"), tensor_shapes(self.weights)
+        self.changes: dict[str, Change] = {}
+        for name in self.shapes:
+            self._add(name)
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        modules = {change.module.rpartition(".")[2] for change in self.changes.values() if change.replacement}
+        for name in self.config.get("modules_to_save") or []:
+            if name.rpartition(".")[2] not in modules:
                 raise UserError(
-                    f"{weights}: tensor {name} is not the A or B matrix of a linear layer; it cannot be merged here."
+                    f"{self.folder}: modules_to_save has {name}, but no tensor of it. Build the adapter again."
                 )
-            target = match[1] + ".weight"
-            pair = self.pairs.get(target, ("", ""))
-            self.pairs[target] = (name, pair[1]) if match[2] == "A" else (pair[0], name)
+        if self.config.get("trainable_token_indices") and not any(change.rows for change in self.changes.values()):
+            raise UserError(
+                f"{self.folder}: trainable_token_indices is set, but no token is saved. Build the adapter again."
+            )
+        for change in self.changes.values():
+            if (change.a is None) != (change.b is None):
+                raise UserError(
+                    f"the adapter has only one of the two matrices for {change.module}.weight. Build the adapter again."
+                )
+            if (change.magnitude is None) != (change.a is None or not self.config.get("use_dora")):
+                raise UserError(
+                    f"{self.folder}: use_dora is {self.config.get('use_dora', False)}, which does not fit the tensors for "
+                    f"{change.module}.weight. Build the adapter again."
+                )
+
+    def _check_files(self) -> None:
+        if not self.weights.exists() and (self.folder / "adapter_model.bin").exists():
+            raise UserError(
+                f"{self.folder}: the weights are in adapter_model.bin, a pickle format, which can run code when it is read. Convert it "
+                "where you trust it: `PeftModel.from_pretrained(BASE, ADAPTER).save_pretrained(NEW)` writes safetensors."
+            )
+        for path in (self.config_path, self.weights):
+            if not path.exists():
+                raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {self.folder}`.")
+        refuse_links(self.folder)
+        check_safetensors(self.weights, f"Remove {self.folder} and run snakemake: it is built again.")
+
+    def _check_kind(self) -> None:
+        config, path = self.config, self.config_path
+        if config.get("peft_type") != "LORA":
+            raise UserError(f"{path}: peft_type {config.get('peft_type')} cannot be merged here; only LORA can.")
+        for key in UNSUPPORTED:
+            if config.get(key):
+                raise UserError(f"{path}: {key} is set; such an adapter cannot be merged tensor by tensor.")
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+            raise UserError(
+                f"{path}: init_lora_weights: {start} changed the base's weights, so the adapter does not fit the base itself. Save it "
+                "with PEFT's `path_initial_model_for_weight_conversion`, which converts it to plain LoRA."
+            )
+
+    def _add(self, name: str) -> None:
+        """Add a tensor of the adapter to the change of the base's tensor that it belongs to."""
+        match = TENSOR.fullmatch(name)
+        if not match:
+            raise UserError(
+                f"{self.weights}: tensor {name} is of no kind that PEFT's LoRA writes; it cannot be merged."
+            )
+        module, part = match["module"], match["part"].replace(".default", "")
+        if module.endswith(".original_module"):  # a copy of the base's own
+            return
+        dimensions = 1 if part.endswith("bias") else 2
+        if part.startswith(("lora_A", "lora_B", "lora_embedding")) and len(self.shapes[name]) != dimensions:
+            raise UserError(
+                f"{self.weights}: tensor {name} has the shape {self.shapes[name]}: only adapters of linear layers and embeddings can be "
+                "merged."
+            )
+        if part == "lora_B.bias":
+            self._change(module, "bias").bias = name
+        elif part.startswith("token_adapter."):
+            change = self._change(module, "weight")
+            change.rows, change.indices = name, self._token_indices(module)
+        elif part.startswith("lora_magnitude"):
+            self._change(module, "weight").magnitude = name
+        elif part.startswith("lora_"):
+            change = self._change(module, "weight")
+            change.transposed = "embedding" in part or bool(self.config.get("fan_in_fan_out"))
+            setattr(change, "a" if "_A" in part else "b", name)
+        else:  # a whole tensor: modules_to_save, a trained bias, a resized embedding
+            plain = WRAPPERS.sub("", module)
+            change = self._change(plain, part)
+            if not change.replacement or plain == module:
+                change.replacement = name
+
+    def _change(self, module: str, tensor: str) -> Change:
+        return self.changes.setdefault(f"{module}.{tensor}", Change(module))
+
+    def _token_indices(self, module: str) -> list[int]:
+        indices = self.config.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            matching = [key for key in indices if module == key or module.endswith(f".{key}")]
+            # Tied heads have trained rows, too, without a key of their own.
+            indices = indices[matching[0]] if matching else next(iter(indices.values()), None)
+        if not isinstance(indices, list):
+            raise UserError(f"{self.config_path}: it has no trainable_token_indices for the trained rows of {module}.")
+        return indices
+
+    def rank(self, module: str) -> int:
+        """LoRA's rank of a module, by PEFT's patterns."""
+        return self._by_pattern("rank_pattern", module, self.config["r"])
 
     def scaling(self, module: str) -> float:
         """PEFT's factor before B A: alpha / r, or alpha / sqrt(r) with rank stabilization (arXiv:2312.03732)."""
-        rank, alpha = self.config["r"], self.config["lora_alpha"]
-        for pattern, value in (self.config.get("rank_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                rank = value
-                break
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
+        rank, alpha = self.rank(module), self._by_pattern("alpha_pattern", module, self.config["lora_alpha"])
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def pair(self, target: str) -> tuple:
-        """B [out, r], A [r, in], both float32, and the factor before B A, for one base weight."""
-        name_a, name_b = self.pairs[target]
-        if not name_a or not name_b:
-            raise UserError(f"the adapter has only one of the two matrices for {target}. Build the adapter again.")
-        a, b = self.file.get_tensor(name_a).float(), self.file.get_tensor(name_b).float()
-        return b, a, self.scaling(target.removesuffix(".weight"))
+    def _by_pattern(self, patterns: str, module: str, default: float) -> float:
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        return default
+
+    def tensor(self, name: str):
+        """One of the adapter's tensors, in float32.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        import torch
+
+        value = self.file.get_tensor(name).float()
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise UserError(
+                f"{self.weights}: tensor {name} has {bad:,} values that are not finite (NaN or infinite): the training diverged. "
+                "Train again with a lower learning rate."
+            )
+        return value
+
+    def rows_of(self, name: str, step: int) -> Iterator:
+        """A tensor of the adapter by rows, at most `step` at a time."""
+        if not self.shapes[name]:
+            yield self.file.get_tensor(name)
+            return
+        rows = self.file.get_slice(name)
+        for first in range(0, self.shapes[name][0], step):
+            yield rows[first : first + step]
+
+    def update(self, change: Change) -> Update | None:
+        """What is added to a tensor, read; None if it is only replaced."""
+        values = {
+            part: self.tensor(getattr(change, part))
+            for part in ("a", "b", "magnitude", "bias", "rows")
+            if getattr(change, part)
+        }
+        if not values:
+            return None
+        scaling = self.scaling(change.module) if change.a or change.bias else 1.0
+        return Update(scaling=scaling, transposed=change.transposed, indices=change.indices, **values)

@@ -1,16 +1,22 @@
 """Olive's input_model, of each kind, as a source of a base model; and its resource paths, which datasets use too."""
 
 import re
+from pathlib import Path
 
-from slmake.olive.fields import OFF, Drop
+from slmake.olive.fields import OFF, TRACED, Drop
 
 REMOTE_CODE = Drop("no code of a model repository is run; the model must be native to transformers")
+BRANCH = "the revision is a branch: put a commit or a tag behind the @, so that it stays the same"
+ATTENTION = Drop("attention is the project's own while training, the builder's in the export")
 LOADED = {
     "trust_remote_code": REMOTE_CODE,
     "torch_dtype": "fetch_model.dtype",
     "dtype": "fetch_model.dtype",
-    "attn_implementation": Drop("attention is the project's own while training"),
-    "device_map": Drop("the device is found out"),
+    "attn_implementation": ATTENTION,
+    "_attn_implementation": ATTENTION,
+    "sliding_window": Drop("read from the model's config.json"),
+    "use_flash_attention_2": ATTENTION,
+    "device_map": Drop("the device is detected"),
     "use_cache": Drop("set by each rule"),
     "low_cpu_mem_usage": Drop("weights are read tensor by tensor"),
     "token": Drop("the hub's token comes from HF_TOKEN"),
@@ -19,8 +25,20 @@ LOADED = {
 TASK = Drop("text generation", (*OFF, "text-generation", "text-generation-with-past"))
 
 
+def revision_of(value: object, *names: str) -> str | None:
+    """The revision that the arguments of a loader name, if they do."""
+    for name in names:
+        arguments = value.get(name) if isinstance(value, dict) else None
+        if isinstance(arguments, dict) and isinstance(arguments.get("revision"), str):
+            return arguments["revision"]
+    return None
+
+
 def input_model(reader, field: str, value: dict) -> None:
     """Rules for `input_model`; old forms keep everything below `config`, the present one does not."""
+    if not isinstance(value, dict):
+        reader.unknown(field, f"expected a mapping, found {type(value).__name__}")
+        return
     kind = str(value.get("type", "")).lower()
     if kind not in ("pytorchmodel", "hfmodel"):
         reader.unknown(f"{field}.type", f"{value.get('type')!r}: base models are PyTorch models in Hugging Face layout")
@@ -30,7 +48,7 @@ def input_model(reader, field: str, value: dict) -> None:
         reader.walk(field, inner, rules)
 
     def hugging_face(reader, field, inner):
-        revision = (inner.get("from_pretrained_args") or {}).get("revision") if isinstance(inner, dict) else None
+        revision = revision_of(inner, "from_pretrained_args", "model_loading_args")
         reader.walk(
             field,
             inner,
@@ -39,7 +57,8 @@ def input_model(reader, field: str, value: dict) -> None:
                 "task": TASK,
                 "feature": TASK,
                 "from_pretrained_args": loading,
-                "model_class": Drop("a causal language model", OFF),
+                "model_loading_args": loading,
+                "model_class": Drop("transformers knows the class from config.json"),
                 "components": Drop("the whole model", OFF),
             },
         )
@@ -52,24 +71,21 @@ def input_model(reader, field: str, value: dict) -> None:
     def more(reader, field, inner):
         reader.walk(field, inner or {}, LOADED)
 
-    flat = {**value, **(value.get("config") or {})}
-    given = (flat.get("load_kwargs") or {}).get("revision") if isinstance(flat.get("load_kwargs"), dict) else None
+    config_block = value.get("config")
+    pinned = revision_of({**value, **(config_block if isinstance(config_block, dict) else {})}, "load_kwargs")
     rules = {
         "type": Drop("the only kind"),
         "config": config,
         "hf_config": hugging_face,
         "load_kwargs": loading,
         "task": TASK,
-        "model_path": lambda reader, field, path: source(reader, field, path, given),
+        "model_path": lambda reader, field, path: source(reader, field, path, pinned),
         "model_file_format": Drop("safetensors"),
         "model_attributes": Drop("read from the model's config.json"),
-        "io_config": Drop("the model builder knows the inputs and outputs"),
-        "dummy_inputs_func": Drop("the model builder needs none"),
+        **dict.fromkeys(("io_config", "dummy_inputs_func", "model_script", "user_script", "script_dir"), TRACED),
         "generative": Drop("it generates", (*OFF, True)),
         "adapter_path": Drop("training starts without an adapter", OFF),
         "model_loader": Drop("no code of a model repository is run", OFF),
-        "model_script": Drop("no code of a model repository is run", OFF),
-        "script_dir": Drop("no code of a model repository is run", OFF),
     }
     reader.walk(field, value, rules)
 
@@ -81,6 +97,8 @@ def source(reader, field: str, value: object, revision: str | None = None) -> No
         return
     text = resource(reader, field, value)
     if text is None:
+        if isinstance(value, str):  # a placeholder
+            reader.params["fetch_model"]["source"] = "data/model"
         return
     if text.startswith("azureml:") and not text.startswith("azureml://"):
         reader.put(field, "settings.model", text)
@@ -98,11 +116,16 @@ def source(reader, field: str, value: object, revision: str | None = None) -> No
         chosen = revision or reader.revision
         reader.put(field, "fetch_model.source", f"hf:{text}@{chosen}")
         if not revision and chosen == "main":
-            reader.row(
-                "todo", field, "the revision is a branch: put a commit or a tag behind the @, so that it stays the same"
-            )
+            reader.row("todo", field, BRANCH)
     else:
         reader.put(field, "fetch_model.source", text)
+        elsewhere(reader, field, text)
+
+
+def elsewhere(reader, field: str, text: str) -> None:
+    """Report a path of another machine."""
+    if re.match(r"/|[A-Za-z]:[\\/]|~", text) and not Path(text).exists():
+        reader.row("todo", field, "nothing is at this path here: put yours in its place")
 
 
 def pin(reader, field: str, text: str) -> None:
@@ -113,7 +136,7 @@ def pin(reader, field: str, text: str) -> None:
 
 
 def resource(reader, field: str, value: object) -> str | None:
-    """A resource path as text that sources/syntax.py or azureml/settings.yaml knows; None if it is reported already."""
+    """A resource path as text that sources/schemes.py or azureml/settings.yaml knows; None if it is reported already."""
     if isinstance(value, str):
         if value.lower().endswith(".gguf") or not reader.blank(field, value):
             return value
@@ -123,6 +146,9 @@ def resource(reader, field: str, value: object) -> str | None:
         return None
     kind = str(value["type"]).lower()
     config = value.get("config") or {key: inner for key, inner in value.items() if key != "type"}
+    if not isinstance(config, dict):
+        reader.unknown(f"{field}.config", f"expected a mapping, found {type(config).__name__}")
+        return None
     names = {
         "local_file": ("path",),
         "local_folder": ("path",),
@@ -147,7 +173,7 @@ def resource(reader, field: str, value: object) -> str | None:
             client(reader, f"{inner}.azureml_client", config[key])
         elif key not in (*names, "datastore_url"):
             reader.unknown(f"{inner}.{key}")
-    if kind == "azureml_datastore" and url:
+    if kind == "azureml_datastore" and isinstance(url, str) and url:
         return url
     missing = [name for name in names if config.get(name) in (None, "")]
     if missing:
@@ -168,7 +194,11 @@ def resource(reader, field: str, value: object) -> str | None:
 
 def client(reader, field: str, value: dict) -> None:
     """A workspace named inside a resource: it must be the one named at the top."""
-    top = reader.config.get("azureml_client") or {}
+    top = reader.config.get("azureml_client")
+    top = top if isinstance(top, dict) else {}
+    if not isinstance(value, dict):
+        reader.unknown(field, f"expected a mapping, found {type(value).__name__}")
+        return
     for key, inner in value.items():
         if key not in ("subscription_id", "resource_group", "workspace_name"):
             reader.unknown(f"{field}.{key}")

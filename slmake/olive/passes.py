@@ -1,64 +1,140 @@
-"""Olive's passes and the data they read, as the sections finetune, merge, quantize and prepare."""
+"""Olive's passes, as the sections finetune, merge and quantize; what has no counterpart is named with the nearest thing."""
 
-from slmake.olive import fields, models
+from slmake.olive import data, fields, quantizers
 from slmake.olive.fields import OFF, Drop
 
 DTYPES = ("float32", "bfloat16")
+FOREVER = 1000  # evaluations without a better loss: training never stops for them, and the best adapter is kept
+BUILDS = "ModelBuilder writes the graph, optimized and quantized"
+NEAREST = {  # passes that cannot be had: what is nearest
+    **dict.fromkeys(("dora", "loha", "lokr", "loftq"), "LoRA, or QLoRA"),
+    **dict.fromkeys(("autoawqquantizer", "awq", "quarot", "spinquant", "autogptqquantizer", "hqq"), "gptq"),
+    **dict.fromkeys(("onnxmatmul4quantizer", "onnxkquantquantization", "onnxhqqquantization"), BUILDS),
+    **dict.fromkeys(("onnxblockwisertnquantization", "onnxquantization", "onnxdynamicquantization"), BUILDS),
+    **dict.fromkeys(("onnxconversion", "optimumconversion", "orttransformersoptimization"), BUILDS),
+    **dict.fromkeys(("onnxiofloat16tofloat32", "onnxfloattofloat16", "mobiusbuilder"), BUILDS),
+    "matmulnbitstoqdq": "weights stay in MatMulNBits, which runs on cpu, cuda, dml and webgpu",
+    "extractadapters": "MergeAdapterWeights before ModelBuilder: the adapter becomes part of the weights",
+    "ortsessionparamstuning": "`evaluate` measures latency; session options are in genai_config.json",
+    "ortperftuning": "`evaluate` measures latency; session options are in genai_config.json",
+    **dict.fromkeys(("sparsegpt", "slicegpt", "torchtrtconversion"), "quantize.precision int4: weights are not pruned"),
+}
+
+
+def passes(reader, field: str, value: dict) -> None:
+    """Rules for `passes`, by their types, in the order in which they run."""
+    if not isinstance(value, dict):
+        reader.unknown(field, f"expected a mapping, found {type(value).__name__}")
+        return
+    for name in chosen(reader, field, value):
+        entry = value[name]
+        for i, options in enumerate(entry if isinstance(entry, list) else [entry]):
+            base = f"{field}.{name}" + (f".{i}" if isinstance(entry, list) and len(entry) > 1 else "")
+            if isinstance(options, dict):
+                read_pass(reader, base, options)
+            else:
+                reader.unknown(base, f"expected a mapping, found {type(options).__name__}")
+    if {"finetune", "quantize"} <= reader.stages and "merge" not in reader.stages:
+        reader.stages.add("merge")
+        reader.row(
+            "nearest",
+            field,
+            "no MergeAdapterWeights: merge is added, because the export has the adapter in its weights",
+        )
+    quantizers.finish(reader)
+    if reader.stages & {"finetune", "quantize"}:
+        data.complete(reader)
+
+
+def chosen(reader, field: str, value: dict) -> list[str]:
+    """Names of the passes that run: all of them, or those of the first of pass_flows, in its order."""
+    flows = reader.config.get("pass_flows")
+    if not flows or not isinstance(flows, list) or not isinstance(flows[0], list):
+        return list(value)
+    names = [name for name in flows[0] if isinstance(name, str) and name in value]
+    if len(names) < len(flows[0]) or not names:
+        return list(value)  # `flows_of` reports it
+    for name in value:
+        if name not in names:
+            reader.row("dropped", f"{field}.{name}", "not in the first of pass_flows, so it does not run")
+    return names
+
+
+def flows_of(reader, field: str, value: object) -> None:
+    """pass_flows: one flow is an order; of several the first is taken."""
+    if value in OFF:
+        reader.row("dropped", field, "passes run in the order in which they are written")
+        return
+    known = reader.config.get("passes") if isinstance(reader.config.get("passes"), dict) else {}
+    for i, flow in enumerate(value if isinstance(value, list) else [value]):
+        names = flow if isinstance(flow, list) else [flow]
+        strange = [name for name in names if not isinstance(name, str) or name not in known]
+        if strange and not reader.blank(f"{field}.{i}", strange[0]):
+            reader.unknown(f"{field}.{i}", f"{strange[0]!r} is none of passes")
+        elif not strange and i == 0:
+            reader.row("renamed", f"{field}.{i}", f"the order of passes: {', '.join(names)}")
+        elif not strange:
+            reader.row("todo", f"{field}.{i}", f"another run: import again with this flow alone: {', '.join(names)}")
+
+
+def read_pass(reader, base: str, options: dict) -> None:
+    """One pass."""
+    kind = str(options.get("type", "")).lower()
+    where = f"{base}.config" if isinstance(options.get("config"), dict) else base
+    if kind in WEIGHTS:
+        reader.row("renamed", f"{base}.type", quantizers.TYPES[WEIGHTS[kind]])
+        reader.walk(where, flat(options), COMMON | quantizers.collected(WEIGHTS[kind])(reader))
+        return
+    if kind == "graphsurgeries":
+        reader.row("dropped", f"{base}.type", "each surgery is named below")
+        reader.walk(where, flat(options), COMMON | quantizers.GRAPH)
+        return
+    if kind not in PASSES:
+        near = NEAREST.get(kind)
+        hint = f"cannot be had here; nearest: {near}" if near else f"no such pass here; passes are {', '.join(NAMES)}"
+        reader.unknown(f"{base}.type", f"{options.get('type')!r} {hint}")
+        return
+    stage, rules, method = PASSES[kind]
+    if stage in reader.stages:
+        reader.unknown(base, f"a second {stage}")
+        return
+    reader.stages.add(stage)
+    if method:
+        reader.put(f"{base}.type", "finetune.method", method)
+    else:
+        reader.row("renamed", f"{base}.type", f"all.stages: {stage}")
+    reader.walk(where, flat(options), COMMON | rules)
+    section = reader.params["quantize"]
+    if (
+        stage == "quantize"
+        and "algo_config" not in section
+        and not reader.weights
+        and section.get("precision", "int4") == "int4"
+    ):
+        note = "no algorithm named: quantize.algo_config has its default, k_quant with 8 bits where it matters"
+        reader.row("dropped", where, note)
 
 
 def flat(value: dict) -> dict:
     """A pass's options: below `config` in old forms, beside `type` in the present one."""
-    return {
-        **{key: inner for key, inner in value.items() if key not in ("type", "config")},
-        **(value.get("config") or {}),
-    }
+    beside = {key: inner for key, inner in value.items() if key not in ("type", "config")}
+    config = value.get("config")
+    return {**beside, **(config if isinstance(config, dict) else {} if config is None else {"config": config})}
 
 
-def passes(reader, field: str, value: dict) -> None:
-    """Rules for `passes`, by their types."""
-    for name, entry in value.items():
-        for i, options in enumerate(entry if isinstance(entry, list) else [entry]):
-            base = f"{field}.{name}" + (f".{i}" if isinstance(entry, list) and len(entry) > 1 else "")
-            kind = str(options.get("type", "")).lower()
-            if kind not in PASSES:
-                reader.unknown(
-                    f"{base}.type",
-                    f"{options.get('type')!r}: passes are LoRA, QLoRA, MergeAdapterWeights and ModelBuilder",
-                )
-                continue
-            stage, rules, method = PASSES[kind]
-            if stage in reader.stages:
-                reader.unknown(base, f"a second {stage}")
-                continue
-            reader.stages.add(stage)
-            if method:
-                reader.put(f"{base}.type", "finetune.method", method)
-            else:
-                reader.row("renamed", f"{base}.type", f"all.stages: {stage}")
-            where = f"{base}.config" if "config" in options else base
-            reader.walk(where, flat(options), COMMON | rules)
-            if stage == "quantize" and "algo_config" not in reader.params["quantize"]:
-                reader.row(
-                    "dropped",
-                    where,
-                    "no algorithm named: quantize.algo_config has its default, k_quant with 8 bits where it matters",
-                )
+def read_data(reader) -> set[str]:
+    """Names of the data configurations that a known pass reads."""
+    names = set()
+    given = reader.config.get("passes")
+    for entry in given.values() if isinstance(given, dict) else ():
+        for item in entry if isinstance(entry, list) else [entry]:
+            options = flat(item) if isinstance(item, dict) else {}
+            values = [options.get(key) for key in ("train_data_config", "eval_data_config")]
+            names |= {value for value in values if isinstance(value, str)}
+    return names
 
 
-def algorithm(reader, field: str, value: str) -> None:
-    """The builder's algorithm, whose name may say what keeps 8 bits."""
-    if value is None:
-        reader.row("dropped", field, "quantize.algo_config has its default")
-    elif value not in fields.ALGORITHMS:
-        reader.unknown(field, f"{value!r} is none of {', '.join(fields.ALGORITHMS)}")
-    else:
-        reader.params["quantize"]["matmul_mixed_precision"] = fields.ALGORITHMS[value][1]
-        reader.put(field, "quantize.algo_config", fields.ALGORITHMS[value][0])
-
-
-def extra_options(reader, field: str, value: dict) -> None:
-    """More of the builder's options."""
-    reader.walk(field, value or {}, BUILDER)
+# -- fine-tuning -------------------------------------------------------------------------------------------------------
 
 
 def compute_dtype(reader, field: str, value: str | None) -> None:
@@ -67,6 +143,9 @@ def compute_dtype(reader, field: str, value: str | None) -> None:
         reader.row("dropped", field, "finetune.compute_dtype says in which type")
     elif value in DTYPES:
         reader.put(field, "finetune.compute_dtype", value)
+    elif value == "float16":
+        reader.params["finetune"]["compute_dtype"] = "bfloat16"
+        reader.row("nearest", field, "float16 needs loss scaling; finetune.compute_dtype: 'bfloat16'")
     else:
         reader.unknown(field, f"{value!r} is none of {', '.join(DTYPES)}")
 
@@ -84,182 +163,93 @@ def targets(reader, field: str, value: object) -> None:
         reader.put(field, "finetune.target_modules", value)
 
 
+def best_model(reader, field: str, value: object) -> None:
+    """Keep the adapter with the lowest eval loss, without an early stop."""
+    if value:
+        reader.params["finetune"]["early_stopping_patience"] = FOREVER
+        reader.row(
+            "renamed",
+            field,
+            f"finetune.early_stopping_patience: {FOREVER}, which keeps the best adapter and never stops",
+        )
+    else:
+        reader.row("dropped", field, "the last adapter is kept")
+
+
 def training(reader, field: str, value: dict | None) -> None:
     """Arguments of the Hugging Face trainer; `extra_args` holds more of them."""
-    rules = fields.TRAINING | {"max_steps": max_steps, "extra_args": training}
-    reader.walk(field, value or {}, rules)
+    rules = {"max_steps": max_steps, "extra_args": training, "load_best_model_at_end": best_model}
+    reader.walk(field, value or {}, fields.TRAINING | rules)
 
 
 def eval_size(reader, field: str, value: float | None) -> None:
-    """Share of the rows for the eval split."""
+    """Share of the rows for the eval split, or their number."""
     if value is None:
         reader.row("dropped", field, "prepare.eval_fraction has its default")
     elif isinstance(value, float) and 0 <= value <= 0.5:
         reader.put(field, "prepare.eval_fraction", value)
+    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        note = f"prepare.eval_fraction is a share: put {value} divided by the number of rows (it has its default)"
+        reader.row("todo", field, note)
     else:
         reader.unknown(field, f"{value!r}: prepare.eval_fraction is a share from 0 to 0.5")
 
 
-def train_data(reader, field: str, value: object) -> None:
-    """The data of a pass: a name of data_configs, or the configuration itself."""
-    where, config = _named(reader, field, value)
-    if config is not None:
-        reader.row("renamed", field, "prepare")
-        data(reader, where, config, "train")
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
-def eval_data(reader, field: str, value: object) -> None:
-    """A data set of its own for the loss during training."""
+def algorithm(reader, field: str, value: str) -> None:
+    """The builder's algorithm, whose name may say what keeps 8 bits."""
     if value is None:
-        reader.row("dropped", field, "cut from the training rows: prepare.eval_fraction")
-        return
-    where, config = _named(reader, field, value)
-    if config is not None:
-        reader.row("renamed", field, "prepare.source.eval")
-        data(reader, where, config, "eval")
-
-
-def _named(reader, field: str, value: object) -> tuple[str, dict | None]:
-    if isinstance(value, dict):
-        return field, value
-    if value not in reader.data:
-        reader.unknown(
-            field, f"{value!r} is none of data_configs: {', '.join(map(str, reader.data)) or 'there are none'}"
-        )
-        return field, None
-    where, config = reader.data[value]
-    return f"data_configs.{where}", config
-
-
-def read_data(reader) -> set[str]:
-    """Names of the data configurations that a known pass reads."""
-    named = set()
-    for entry in (reader.config.get("passes") or {}).values():
-        for item in entry if isinstance(entry, list) else [entry]:
-            options = flat(item)
-            named |= {
-                options.get(key)
-                for key in ("train_data_config", "eval_data_config")
-                if isinstance(options.get(key), str)
-            }
-    return named
-
-
-def data(reader, base: str, config: dict, split: str) -> None:
-    """One data configuration."""
-    again = split == "eval" and "text_template" in reader.params["prepare"]
-
-    def inside(reader, field, value):
-        """The fields of a component, whether in its `params` or beside its type; what stands beside `params` is told."""
-        if "params" not in value:
-            return field, {key: item for key, item in value.items() if key != "type"}
-        beside = {key: item for key, item in value.items() if key != "params"}
-        reader.walk(field, beside, {"type": Drop("a component of Olive's")})
-        return f"{field}.params", value["params"]
-
-    def load(reader, field, value):
-        reader.walk(*inside(reader, field, value), loading)
-
-    def process(reader, field, value):
-        where, inner = inside(reader, field, value)
-        if again:
-            reader.row("dropped", field, "both data sets have the training rows' template")
-            return
-        texts(reader, where, inner)
-
-    def component(reader, field, value):
-        reader.walk(
-            field,
-            value or {},
-            {
-                "load_dataset": load,
-                "pre_process_data": process,
-                "post_process_data": Drop("a loss on the answer's tokens"),
-                "dataloader": Drop("batches are finetune's"),
-            },
-        )
-
-    loading = fields.LOAD | {
-        "data_name": Drop("the file's ending says of which form it is", ("json", "csv", "parquet", None)),
-        "data_files": lambda reader, field, value: files(reader, field, value, split),
-        "data_dir": Drop("name the file", OFF),
-        "subset": Drop("one file", OFF),
-        "split": Drop(
-            "all rows of the file; prepare.eval_fraction and test_fraction cut it", ("train", "train[:]", *OFF)
-        ),
-        "streaming": Drop("rows are streamed"),
-        "component_kwargs": component,
-    }
-    reader.walk(
-        base,
-        config,
-        {
-            "name": Drop("a name to refer to"),
-            "type": Drop("rows are read from a file"),
-            "load_dataset_config": load,
-            "pre_process_data_config": process,
-            "params_config": lambda reader, field, value: reader.walk(field, value, loading),
-            "components": component,
-            "post_process_data_config": Drop("a loss on the answer's tokens"),
-            "dataloader_config": Drop("batches are finetune's"),
-            "user_script": Drop("no code of a data set is run", OFF),
-            "script_dir": Drop("no code of a data set is run", OFF),
-        },
-    )
-
-
-def files(reader, field: str, value: object, split: str) -> None:
-    """Where the rows are."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict) and "type" not in value and set(value) <= {"train"}:
-        field, value = f"{field}.train", value.get("train")
-    text = models.resource(reader, field, value)
-    if text is None:
-        return
-    prepare = reader.params["prepare"]
-    if text.startswith("azureml://"):
-        reader.settings["data"] = text if split == "train" else {"train": reader.settings.get("data"), "eval": text}
-        reader.row("renamed", field, f"azureml/settings.yaml: data: {text}")
-        models.pin(reader, field, text)
-        text = f"{text}#etag=UNKNOWN"
+        reader.row("dropped", field, "quantize.algo_config has its default")
+    elif not isinstance(value, str) or value not in fields.ALGORITHMS:
+        reader.unknown(field, f"{value!r} is none of {', '.join(fields.ALGORITHMS)}")
     else:
-        reader.row("renamed", field, f"prepare.source: {text}")
-    prepare["source"] = text if split == "train" else {"train": prepare.get("source"), "eval": text}
+        reader.params["quantize"]["matmul_mixed_precision"] = fields.ALGORITHMS[value][1]
+        reader.put(field, "quantize.algo_config", fields.ALGORITHMS[value][0])
 
 
-def texts(reader, field: str, value: dict) -> None:
-    """How a row becomes a text."""
+def precision(reader, field: str, value: object) -> None:
+    """The precision; a template may leave it open."""
+    if not isinstance(value, str) or not reader.blank(field, value):
+        reader.put(field, "quantize.precision", value)
 
-    def columns(reader, field, inner):
-        names = [inner] if isinstance(inner, str) else list(inner or [])
-        if value.get("text_template"):
-            reader.row("dropped", field, "prepare.text_template names its fields")
-        elif len(names) < 2:
-            reader.unknown(field, f"{inner!r}: what is prompt and what is answer? Give a text_template of two fields")
-        else:
-            reader.put(
-                field, "prepare.text_template", "".join(f"{{{name}}}\n" for name in names[:-1]) + f"{{{names[-1]}}}"
-            )
 
-    def strategy(reader, field, inner):
-        if inner in ("line-by-line", "join"):
-            reader.put(field, "prepare.strategy", inner)
-        else:
-            reader.unknown(field, f"{inner!r} cannot be had here: line-by-line or join")
+def extra_options(reader, field: str, value: dict) -> None:
+    """More of the builder's options, whose values may be texts, as on its command line."""
+    reader.walk(field, value or {}, BUILDER)
 
-    def template(reader, field, inner):
-        if inner:
-            reader.put(field, "prepare.text_template", inner)
-        else:
-            reader.row("dropped", field, "absent")
 
-    reader.walk(
-        field,
-        value,
-        fields.PREPARE
-        | {"text_cols": columns, "corpus_strategy": strategy, "strategy": strategy, "text_template": template},
-    )
+def converted(target: str, convert):
+    """A rule for an option whose value may be a text."""
+
+    def rule(reader, field, value):
+        reader.put(field, target, convert(value))
+
+    return rule
+
+
+def number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def flag(value: object) -> object:
+    texts = {"true": True, "1": True, "false": False, "0": False}
+    return texts.get(value.lower(), value) if isinstance(value, str) else bool(value) if value in (0, 1) else value
+
+
+def node_names(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def op_types(reader, field: str, value: object) -> None:
+    """Operators to quantize; the builder has MatMul and Gather."""
+    given = value.split("/") if isinstance(value, str) else value if isinstance(value, list) else []
+    kept = [name for name in given if name in ("MatMul", "Gather")]
+    reader.params["quantize"]["op_types_to_quantize"] = kept or None
+    more = [str(name) for name in given if name not in kept]
+    note = f"quantize.op_types_to_quantize: {kept}" + (f"; the graph has no {', '.join(more)}" if more else "")
+    reader.row("nearest" if more else "renamed", field, note)
 
 
 COMMON = {
@@ -271,13 +261,24 @@ COMMON = {
     "user_script": Drop("no code beside the pipeline's is run", OFF),
     "script_dir": Drop("no code beside the pipeline's is run", OFF),
 }
-BUILDER = fields.BUILDER | {"algo_config": algorithm, "int4_algo_config": algorithm, "extra_options": extra_options}
+BUILDER = fields.BUILDER | {
+    **dict.fromkeys(("algo_config", "int4_algo_config"), algorithm),
+    **dict.fromkeys(("accuracy_level", "int4_accuracy_level"), converted("quantize.accuracy_level", number)),
+    **dict.fromkeys(("block_size", "int4_block_size"), converted("quantize.block_size", number)),
+    **dict.fromkeys(("is_symmetric", "int4_is_symmetric"), converted("quantize.is_symmetric", flag)),
+    **dict.fromkeys(("nodes_to_exclude", "int4_nodes_to_exclude"), converted("quantize.nodes_to_exclude", node_names)),
+    **dict.fromkeys(("op_types_to_quantize", "int4_op_types_to_quantize"), op_types),
+    **dict.fromkeys(("shared_embeddings",), converted("quantize.shared_embeddings", flag)),
+    "prune_lm_head": converted("quantize.prune_lm_head", flag),
+    "precision": precision,
+    "extra_options": extra_options,
+}
 LORA = fields.LORA | {
     "target_modules": targets,
     "compute_dtype": compute_dtype,
     "torch_dtype": compute_dtype,
-    "train_data_config": train_data,
-    "eval_data_config": eval_data,
+    "train_data_config": data.train_data,
+    "eval_data_config": data.eval_data,
     "eval_dataset_size": eval_size,
     "training_args": training,
 }
@@ -286,4 +287,14 @@ PASSES = {
     "qlora": ("finetune", LORA, "qlora"),
     "mergeadapterweights": ("merge", fields.MERGE, None),
     "modelbuilder": ("quantize", BUILDER, None),
+    "genaimodelexporter": ("quantize", BUILDER, None),  # ModelBuilder's name before 0.7
 }
+WEIGHTS = {  # passes over PyTorch weights: the kind under which their options are collected
+    "gptq": "gptq",
+    "gptqquantizer": "gptq",
+    "rtn": "rtn",
+    "kquant": "kquant",
+    "k_quant": "kquant",
+    "selectivemixedprecision": "mixed",
+}
+NAMES = ("LoRA", "QLoRA", "MergeAdapterWeights", "ModelBuilder", "gptq", "rtn", "kquant", "SelectiveMixedPrecision")

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import yaml
 
 from slmake.olive import fields
+from slmake.params import RULES, Params
 
 KINDS = {
     "same": "taken over",
     "renamed": "taken over under another name",
+    "nearest": "not the same here; the nearest is taken",
     "dropped": "without meaning here",
     "todo": "to be filled in",
     "unknown": "not understood",
@@ -36,20 +38,24 @@ class Reader:
 
     def __init__(self, config: dict, revision: str):
         self.config, self.revision = config, revision
-        self.params: dict[str, dict] = {
-            name: {} for name in ("all", "fetch_model", "prepare", "finetune", "merge", "quantize")
-        }
+        self.params: dict[str, dict] = {name: {} for name in Params.model_fields}
         self.settings: dict = {}
         self.rows: list[Row] = []
         self.stages: set[str] = set()
         self.systems: dict[str, dict] = {}
-        self.data = {
-            data.get("name"): (i, data)
-            for i, data in enumerate(config.get("data_configs") or [])
-            if isinstance(data, dict)
-        }
-        if isinstance(config.get("data_configs"), dict):  # Olive 0.5: by name
-            self.data = {name: (name, data) for name, data in config["data_configs"].items()}
+        self.weights: dict[str, dict] = {}  # passes over PyTorch weights, by kind: their options
+        self.provider: tuple[str, str] | None = None  # field and name of the engine's execution provider
+        self.data: dict[str, tuple[object, object]] = {}  # data configurations by name: key and content
+        given = config.get("data_configs")
+        if isinstance(given, dict):  # Olive 0.5: by name
+            self.data = {str(name): (name, item) for name, item in given.items()}
+        for i, item in enumerate(given if isinstance(given, list) else []):
+            if isinstance(item, dict) and isinstance(item.get("name"), str):
+                self.data[item["name"]] = (i, item)
+            else:
+                self.unknown(f"data_configs.{i}", "expected a mapping with a `name`")
+        if given is not None and not isinstance(given, dict | list):
+            self.unknown("data_configs", f"expected a list of mappings, found {type(given).__name__}")
 
     # -- what a rule may do ----------------------------------------------------------------------------------------
 
@@ -106,7 +112,7 @@ class Reader:
     def run(self) -> "Reader":
         from slmake.olive import models, passes, systems
 
-        engine = {**self.config.get("engine", {})} if isinstance(self.config.get("engine"), dict) else {}
+        engine = self.config["engine"] if isinstance(self.config.get("engine"), dict) else {}
         hosts = {key: self.config.get(key, engine.get(key)) for key in ("host", "target")}
         top: dict[str, object] = {
             "input_model": models.input_model,
@@ -114,6 +120,7 @@ class Reader:
             "data_configs": lambda reader, field, value: None,  # read where a pass names them
             "passes": passes.passes,
             "azureml_client": systems.azureml_client,
+            "pass_flows": passes.flows_of,
             "engine": lambda reader, field, value: reader.walk(field, value, fields.ENGINE | systems.HOSTS),
             **fields.TOP,
             **fields.ENGINE,
@@ -123,15 +130,15 @@ class Reader:
         systems.finish(self, hosts)
         for name, (key, _) in self.data.items():
             if name not in passes.read_data(self):
-                self.unknown(f"data_configs.{key}", f"no pass reads `{name}`")
+                self.row("dropped", f"data_configs.{key}", f"no pass that is taken over reads `{name}`")
         for section in ("input_model", "passes"):
             if section not in self.config:
                 self.unknown(
                     section, "missing: nothing to start from" if section == "input_model" else "missing: nothing to do"
                 )
-        order = ["finetune", "merge", "quantize"]
+        self.stages |= {"evaluate", "report"}
         self.params["all"] = {
-            "stages": [name for name in order if name in self.stages] + ["evaluate", "report"],
+            "stages": [name for name in RULES if name in self.stages],
             "container": None,
         }
         self.params = {name: section for name, section in self.params.items() if section}
@@ -139,9 +146,10 @@ class Reader:
 
 
 def as_yaml(sections: dict) -> str:
-    """params.yaml with the sections found; what is not named has its default (docs/params.md)."""
+    """params.yaml with every section, because DVC looks each of them up; fields that are not named have their defaults."""
     head = "# Imported from Olive. Fields that are not here have their defaults: docs/params.md.\n"
-    return head + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
+    whole = sections | {name: {} for name in Params.model_fields if name not in sections}
+    return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def settings_text(settings: dict) -> str:

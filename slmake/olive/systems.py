@@ -10,6 +10,12 @@ PROVIDERS = {
     "DmlExecutionProvider": "dml",
     "WebGpuExecutionProvider": "webgpu",
 }
+SPELLINGS = {name.lower(): provider for name, provider in PROVIDERS.items()}
+SPELLINGS |= {provider: provider for provider in PROVIDERS.values()} | {
+    "directml": "dml",
+    "directmlexecutionprovider": "dml",
+}
+SPELLINGS |= {"js": "webgpu", "jsexecutionprovider": "webgpu"}
 OURS = "the image is that of `make image`: Olive's packages are not what the rules need"
 NAME = r"[A-Za-z][A-Za-z0-9-]{1,31}"
 
@@ -33,7 +39,7 @@ def azureml_client(reader, field: str, value: dict) -> None:
             "aml_config_path": Drop(
                 "put its subscription_id, resource_group and workspace_name into azureml/settings.yaml"
             ),
-            "default_auth_params": Drop("azure-identity's DefaultAzureCredential finds out who you are"),
+            "default_auth_params": Drop("azure-identity's DefaultAzureCredential logs you in"),
             "read_timeout": Drop("set by the SDK"),
             "max_operation_retries": Drop("set by the SDK"),
             "operation_retry_interval": Drop("set by the SDK"),
@@ -43,18 +49,28 @@ def azureml_client(reader, field: str, value: dict) -> None:
 
 def systems(reader, field: str, value: dict) -> None:
     """Rules for `systems`."""
+    if not isinstance(value, dict):
+        reader.unknown(field, f"expected a mapping, found {type(value).__name__}")
+        return
     for name, system in value.items():
-        base = f"{field}.{name}"
-        kind = str(system.get("type", "")).lower()
-        flat = {key: inner for key, inner in system.items() if key not in ("type", "config")}
-        config = {**flat, **(system.get("config") or {})}
-        where = f"{base}.config" if "config" in system else base
-        reader.systems[name] = {"remote": kind == "azureml", "gpu": False, "provider": None}
-        if kind not in ("azureml", "localsystem", "pythonenvironment", "docker", "isolatedort"):
-            reader.unknown(f"{base}.type", f"{system.get('type')!r} is no kind of system")
-            continue
-        reader.row("dropped" if kind != "azureml" else "renamed", f"{base}.type", KINDS[kind])
-        reader.walk(where, config, COMMON | (AZURE if kind == "azureml" else ELSEWHERE))
+        read_system(reader, f"{field}.{name}", str(name), system)
+
+
+def read_system(reader, base: str, name: str, system: object) -> None:
+    """One system, whether below `systems` or written in the place of its name."""
+    if not isinstance(system, dict):
+        reader.unknown(base, f"expected a mapping, found {type(system).__name__}")
+        return
+    kind = str(system.get("type", "")).lower()
+    nested = isinstance(system.get("config"), dict)
+    flat = {key: inner for key, inner in system.items() if key != "type" and not (key == "config" and nested)}
+    reader.systems[name] = {"remote": kind == "azureml", "gpu": False, "provider": None}
+    if kind not in KINDS:
+        reader.unknown(f"{base}.type", f"{system.get('type')!r} is no kind of system")
+        return
+    reader.row("dropped" if kind != "azureml" else "renamed", f"{base}.type", KINDS[kind])
+    config = {**flat, **(system["config"] if nested else {})}
+    reader.walk(f"{base}.config" if nested else base, config, COMMON | (AZURE if kind == "azureml" else ELSEWHERE))
 
 
 KINDS = {
@@ -66,33 +82,59 @@ KINDS = {
 }
 
 
-def _system(reader, field: str) -> dict:
-    return reader.systems[field.split(".")[1]]
+def _name(field: str) -> str:
+    """The system that a field belongs to: `systems.NAME.…`, or `engine.target.…` for one that is written there."""
+    parts = field.split(".")
+    return parts[1] if parts[0] == "systems" else next(part for part in parts if part in ("host", "target"))
 
 
-def accelerators(reader, field: str, value: list) -> None:
+def accelerators(reader, field: str, value: object) -> None:
     """Devices and execution providers: `["gpu"]`, or a list of mappings."""
+    system = reader.systems[_name(field)]
     for i, item in enumerate(value if isinstance(value, list) else [value]):
         options = {"device": item} if isinstance(item, str) else item
+        if not isinstance(options, dict):
+            reader.unknown(f"{field}.{i}", f"{item!r} is no accelerator")
+            continue
         for key in options:
             if key not in ("device", "execution_providers", "memory"):
                 reader.unknown(f"{field}.{i}.{key}")
-        if options.get("device") == "gpu":
-            _system(reader, field)["gpu"] = True
-        names = [name if isinstance(name, str) else name[0] for name in options.get("execution_providers") or []]
-        strange = [name for name in names if name not in PROVIDERS]
-        if strange:
-            reader.unknown(f"{field}.{i}.execution_providers", f"{strange[0]}: exported are {', '.join(PROVIDERS)}")
-        elif names and _system(reader, field)["provider"] is None:
-            _system(reader, field)["provider"] = (f"{field}.{i}.execution_providers", PROVIDERS[names[0]])
-        elif options.get("device"):
-            reader.row(
-                "dropped",
-                f"{field}.{i}.device",
-                "found out where the rule runs"
-                if options["device"] == "cpu"
-                else "rules that use it are listed in compute",
-            )
+        device = str(options.get("device") or "").lower()
+        system["gpu"] |= device == "gpu"
+        where = f"{field}.{i}.execution_providers"
+        provider = provider_of(reader, where, options.get("execution_providers"), device)
+        if provider and system["provider"] is None:
+            system["provider"] = (where, provider)
+        elif device and not options.get("execution_providers"):
+            note = "detected where the rule runs" if device == "cpu" else "rules that use it are listed in compute"
+            reader.row("dropped", f"{field}.{i}.device", note)
+
+
+def provider_of(reader, field: str, value: object, device: str = "") -> str | None:
+    """The execution provider that the export is made for; of several the first that runs on the device. None if there is none."""
+    given = value if isinstance(value, list) else [value] if value else []
+    names = [item[0] if isinstance(item, list) and item else item for item in given]
+    strange = [name for name in names if not isinstance(name, str) or name.lower() not in SPELLINGS]
+    if strange:
+        reader.unknown(field, f"{strange[0]}: exported are {', '.join(PROVIDERS)}")
+        return None
+    providers = list(dict.fromkeys(SPELLINGS[name.lower()] for name in names))
+    fitting = [name for name in providers if device != "gpu" or name != "cpu"] or providers
+    if len(providers) > 1:
+        others = ", ".join(name for name in providers if name != fitting[0])
+        reader.row(
+            "nearest", field, f"one export for one provider: {fitting[0]}; for {others} set quantize.execution_provider"
+        )
+    return fitting[0] if fitting else None
+
+
+def engine_providers(reader, field: str, value: object) -> None:
+    """`engine.execution_providers`: what the export is made for, where no accelerator says it."""
+    provider = provider_of(reader, field, value)
+    if provider:
+        reader.provider = (field, provider)
+    elif not value:
+        reader.row("dropped", field, "absent")
 
 
 def compute(reader, field: str, value: str) -> None:
@@ -102,15 +144,15 @@ def compute(reader, field: str, value: str) -> None:
     if not re.fullmatch(NAME, value):
         reader.unknown(field, f"{value!r} cannot be the name of a compute")
         return
-    _system(reader, field)["name"] = value
-    reader.row("renamed", field, f"azureml/settings.yaml: clusters.{field.split('.')[1]}.name: {value}")
+    reader.systems[_name(field)]["name"] = value
+    reader.row("renamed", field, f"azureml/settings.yaml: clusters.{_name(field)}.name: {value}")
 
 
 def instance_type(reader, field: str, value: str) -> None:
     """Kubernetes: what a step gets."""
     if value and not reader.blank(field, value):
-        _system(reader, field)["instance_type"] = value
-        reader.row("same", field, f"azureml/settings.yaml: clusters.{field.split('.')[1]}.instance_type: {value}")
+        reader.systems[_name(field)]["instance_type"] = value
+        reader.row("same", field, f"azureml/settings.yaml: clusters.{_name(field)}.instance_type: {value}")
 
 
 def docker(reader, field: str, value: dict) -> None:
@@ -131,8 +173,10 @@ def docker(reader, field: str, value: dict) -> None:
 
 COMMON = {
     "accelerators": accelerators,
-    "device": Drop("found out where the rule runs"),
-    "execution_providers": Drop("named under accelerators"),
+    "device": Drop("detected where the rule runs"),
+    "execution_providers": lambda reader, field, value: accelerators(
+        reader, field.rpartition(".")[0] + ".accelerators", [{"execution_providers": value}]
+    ),
     "hf_token": Drop("the hub's token comes from HF_TOKEN where the rule runs"),
 }
 AZURE = {
@@ -163,11 +207,16 @@ ELSEWHERE = {
 
 def named(reader, field: str, value: object) -> None:
     """`host` and `target`: a system's name (or none)."""
+    known = reader.config.get("systems") if isinstance(reader.config.get("systems"), dict) else {}
     if value is None:
         reader.row("dropped", field, "this machine")
-    elif not isinstance(value, str) or value not in (reader.config.get("systems") or {}):
+    elif isinstance(value, dict):
+        read_system(reader, field, field.rpartition(".")[2], value)
+    elif not isinstance(value, str) or value not in known:
         reader.unknown(field, f"{value!r} is none of systems")
-    elif str(reader.config["systems"][value].get("type", "")).lower() == "azureml" and field.endswith("host"):
+    elif str(
+        (known[value] or {}).get("type", "") if isinstance(known[value], dict) else ""
+    ).lower() == "azureml" and field.endswith("host"):
         reader.row("renamed", field, f"azureml/settings.yaml: compute: {value}")
     else:
         reader.row(
@@ -177,25 +226,21 @@ def named(reader, field: str, value: object) -> None:
         )
 
 
-HOSTS = {"host": named, "target": named}
+HOSTS = {"host": named, "target": named, "execution_providers": engine_providers}
 
 
 def finish(reader, hosts: dict[str, object]) -> None:
     """Execution provider from the target; clusters and what runs where from the systems."""
-    for key in ("target", "host"):
-        provider = reader.systems.get(str(hosts[key]), {}).get("provider")
-        if provider and "quantize" in reader.stages:
-            field, name = provider
-            reader.put(field, "quantize.execution_provider", name)
-            break
-    used = provider[0] if provider else None
-    for system in reader.systems.values():
-        if system["provider"] and system["provider"][0] != used:
-            reader.row(
-                "dropped",
-                system["provider"][0],
-                f"the model is made for {hosts['target'] or hosts['host'] or 'this machine'}",
-            )
+    hosts = {key: key if isinstance(value, dict) else str(value) for key, value in hosts.items()}
+    named_first = [reader.systems.get(hosts[key], {}).get("provider") for key in ("target", "host")]
+    providers = [system["provider"] for system in reader.systems.values()] + [reader.provider]
+    used = next(filter(None, [*named_first, reader.provider]), None) if "quantize" in reader.stages else None
+    if used:
+        reader.put(used[0], "quantize.execution_provider", used[1])
+    for provider in filter(None, providers):
+        if provider != used:
+            reason = f"the export is made for {used[1]}" if used else "nothing is exported for it"
+            reader.row("dropped", provider[0], reason)
     remote = {name: system for name, system in reader.systems.items() if system["remote"]}
     if not remote and not reader.settings:
         return
@@ -204,7 +249,7 @@ def finish(reader, hosts: dict[str, object]) -> None:
         kubernetes = {"instance_type": system["instance_type"]} if "instance_type" in system else {}
         clusters[name] = {"name": system.get("name", f"{name.replace('_', '-')}-cluster"), **kubernetes}
     reader.settings["clusters"] = clusters
-    host = str(hosts["host"]) if str(hosts["host"]) in remote else next(iter(remote), "cpu")
+    host = hosts["host"] if hosts["host"] in remote else next(iter(remote), "cpu")
     needs = ["finetune", "evaluate"] if "finetune" in reader.stages else ["evaluate"]
     if reader.params["quantize"].get("execution_provider") == "cuda":
         needs.append("quantize")  # the export is loaded and made to generate where it is made

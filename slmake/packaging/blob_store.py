@@ -7,8 +7,9 @@ from pathlib import Path
 
 from slmake import cli, outputs
 from slmake.errors import UserError
+from slmake.packaging.checksums import files_of
 from slmake.sources import blob, download
-from slmake.sources.syntax import Source
+from slmake.sources.blob import AzureBlob
 
 POINTER = "latest.json"
 MANIFEST = "manifest.json"  # beside the model's files, the same but for `previous`
@@ -18,7 +19,7 @@ RACES = 20  # how often the pointer may move under our hands
 class Store:
     """A prefix in a container."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: AzureBlob):
         self.source = source
         self.fs = blob.filesystem(source.account)
         self.url = f"az://{source.name}/{source.path}"
@@ -97,18 +98,16 @@ def describe(model: Path, metrics: Path | None) -> dict:
     """The manifest of a model folder: digest, metrics, and its files with sha256 and size in bytes.
 
     Raises:
-        UserError: no such folder, or nothing in it.
+        UserError: no such folder, nothing in it, or links and hidden files in it.
     """
     if not model.is_dir():
         raise UserError(f"{model}: no such folder. Build it with `snakemake --cores all {model}`.")
-    paths = {
-        p.relative_to(model).as_posix(): p
-        for p in sorted(model.rglob("*"))
-        if p.is_file() and not p.name.startswith(".snakemake")
-    }
-    if not paths:
+    names = files_of(model)
+    if not names:
         raise UserError(f"{model}: an empty folder: nothing to publish.")
-    files = {name: {"sha256": outputs.sha256(path), "size_bytes": path.stat().st_size} for name, path in paths.items()}
+    files = {
+        name: {"sha256": outputs.sha256(model / name), "size_bytes": (model / name).stat().st_size} for name in names
+    }
     return {
         "digest": download.digest_of({name: file["sha256"] for name, file in files.items()}),
         "files": files,

@@ -1,14 +1,36 @@
 """The model card: README.md with Hugging Face metadata (https://huggingface.co/docs/hub/model-cards)."""
 
 import json
+import re
 
 import yaml
+
+from slmake.text import code_span, markdown, one_line, printable
 
 NAMES = {"base": "base", "adapter": "base with adapter", "merged": "fine-tuned and merged"}
 
 
 def percent(value: float) -> str:
     return f"{value:.1%}"
+
+
+def prose(text: str) -> str:
+    """Markdown that the user wrote, with its HTML shown as text (addresses in angle brackets stay links)."""
+    return re.sub(r"<(?=[A-Za-z/!?])(?!https?://|mailto:)", "&lt;", printable(text))
+
+
+def setting(value: object) -> str:
+    """A setting's value for a table."""
+    return code_span(json.dumps(value, ensure_ascii=False))
+
+
+def single_lines(value: object) -> object:
+    """The value with every text on one line: a line break could end the YAML head, and start another."""
+    if isinstance(value, dict):
+        return {key: single_lines(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [single_lines(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def metrics_table(metrics: dict, models: list[str]) -> list[str]:
@@ -39,7 +61,9 @@ def class_table(scores: dict) -> list[str]:
     """Precision, recall and F1 of every label."""
     lines = ["| label | precision | recall | F1 | rows |", "|---|---|---|---|---|"]
     for label, row in scores["per_class"].items():
-        lines.append(f"| {label} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['rows']} |")
+        lines.append(
+            f"| {markdown(label)} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['rows']} |"
+        )
     return lines
 
 
@@ -50,6 +74,8 @@ def parity_table(parity: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for key, distance in parity.items():
+        if key == "tokenizer":
+            continue
         after, _, before = key.partition("_vs_")
         lines.append(
             f"| {before} to {after} | {distance['prompts']} | {distance['kl_mean']:.4f} | {distance['kl_max']:.4f} | "
@@ -90,23 +116,30 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         gates: the judged gates, and `table` their text.
     """
     metrics, last, dataset, base = facts["metrics"], facts["last"], facts["dataset"], facts["base"]
-    head = yaml.safe_dump(metadata(section, base, metrics, last, form["labels"]), sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(
+        single_lines(metadata(section, base, metrics, last, form["labels"])),
+        sort_keys=False,
+        allow_unicode=True,
+        width=10**6,
+    )
     rows = dataset["rows"]
     arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
-    lines = ["---", head.rstrip(), "---", "", f"# {section.name}", "", section.intended_use, ""]
+    lines = ["---", head.rstrip(), "---", "", f"# {markdown(section.name)}", "", prose(section.intended_use), ""]
     lines += ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
     if form["prompt"] is not None:
         lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
-        lines += [f"    {line}" for line in form["prompt"].split("\n")] + [""]
+        lines += [f"    {printable(line)}" for line in re.split("\r\n|\r|\n", form["prompt"])] + [""]
     if form["labels"]:
-        lines += [f"It answers with one of: {', '.join(form['labels'])}.", ""]
+        lines += [f"It answers with one of: {', '.join(map(markdown, form['labels']))}.", ""]
     lines += ["## What it was made from", ""]
     lines.append(
-        f"- Base model: `{base['source']}`" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
+        f"- Base model: {code_span(base['source'])}" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
     )
+    if facts["adapter"]:
+        lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter'])}.")
     for split, source in dataset["source"].items():
         lines.append(
-            f"- Data ({split}): `{source['source']}`"
+            f"- Data ({split}): {code_span(source['source'])}"
             + (f", SHA-256 `{source['sha256']}`." if "sha256" in source else ".")
         )
     lines.append(
@@ -129,7 +162,7 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         )
         keys += ("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "qat", "seed")
         lines += ["## Training", "", "| setting | value |", "|---|---|"]
-        lines += [f"| `{key}` | {json.dumps(training[key])} |" for key in keys] + [""]
+        lines += [f"| `{key}` | {setting(training[key])} |" for key in keys] + [""]
     lines += ["## Quantization", ""]
     if search := facts["search"]:
         lines += [
@@ -138,9 +171,7 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
             "",
         ]
     lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| `{key}` | {json.dumps(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [
-        ""
-    ]
+    lines += [f"| `{key}` | {setting(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [""]
     lines += [
         "## Scores",
         "",
@@ -164,7 +195,10 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         ]
     lines += ["Gates that this model passed:" if gates else "No gate was set for this model.", ""]
     lines += [*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else []
-    lines += ["## Limits", "", section.limitations, "", "## Licence", ""]
-    lines += [f"{section.license}. The texts are in licenses/: {', '.join(sorted(set(facts['licences'])))}.", ""]
+    lines += ["## Limits", "", prose(section.limitations), "", "## Licence", ""]
+    lines += [
+        f"{markdown(section.license)}. The texts are in licenses/: {', '.join(map(markdown, sorted(set(facts['licences']))))}.",
+        "",
+    ]
     lines += ["## Check what you have", "", "    sha256sum --check SHA256SUMS", ""]
     return "\n".join(lines)

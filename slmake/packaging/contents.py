@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-from slmake import params
+from slmake import generation, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.packaging import card, checksums, provenance, sbom
+from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
 from slmake.scoring.judge import MODELS, table
 
@@ -35,19 +36,21 @@ def copy_licences(files: list[str], target: Path) -> list[str]:
 
 def sections(everything: params.Params) -> dict[str, str]:
     """Every section that can change a package, as canonical JSON. The signing key's path changes nothing, and is nobody's business."""
-    names = [name for name in type(everything).model_fields if name not in ("all", "report", "publish")]
     package = everything.package.model_copy(update={"signing_key": None})
-    return {name: params.as_json(package if name == "package" else getattr(everything, name)) for name in names}
+    return {
+        name: params.as_json(package if name == "package" else getattr(everything, name))
+        for name in SECTIONS["package"]
+    }
 
 
 def pack(everything: params.Params, args, folder: Path) -> dict:
     """Fill `folder`; returns the facts that card and bill of materials tell."""
     section = everything.package
     for path in sorted(args.model.iterdir()):
-        if path.is_file() and not path.name.startswith(".snakemake"):
+        if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
-    shutil.copyfile(Path(__file__).with_name("run.py"), folder / "run.py")
+    shutil.copyfile(generation.__file__, folder / "run.py")
     shutil.copyfile(args.metrics, folder / "metrics.json")
     metrics = read_json(args.metrics, "test_rows")
     gates = [
@@ -59,6 +62,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     form = load_prompt(args.dataset)
     facts = {
         "base": read_json(args.base_report, "source"),
+        "adapter": everything.adapter.source if "merge" in everything.all.stages else None,
         "dataset": read_json(args.dataset_report, "source", "rows"),
         "metrics": metrics,
         "models": models,

@@ -50,8 +50,13 @@ def provenance(
         {"name": f"params.yaml#{name}", "digest": {"sha256": hash_of(text.encode()).hexdigest()}}
         for name, text in sorted(sections.items())
     ]
-    known = {dependency["name"] for dependency in dependencies}
+    known = {dependency["name"]: dependency["digest"]["sha256"] for dependency in dependencies}
     for source in (recorded["base"], *recorded["dataset"]["source"].values()):
+        if known.get(source["source"], source.get("sha256")) != source.get("sha256"):
+            raise UserError(
+                f"{source['source']}: its content was another one while it was read. `snakemake --cores all --force build/dataset` "
+                "reads it again."
+            )
         if source.get("sha256") and source["source"] not in known:
             dependencies.append({"name": source["source"], "digest": {"sha256": source["sha256"]}})
     if container:

@@ -1,5 +1,6 @@
 """The bill of materials of a package (CycloneDX)."""
 
+import json
 import re
 import uuid
 from hashlib import sha256 as hash_of
@@ -115,11 +116,14 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     return document
 
 
-def check_bom(text: str) -> None:
-    """Validate against the official CycloneDX schema, strictly.
+def check_bom(text: str, files: dict[str, str] | None = None) -> None:
+    """Validate against the official CycloneDX schema, strictly, and compare its hashes with the files' own.
+
+    Args:
+        files: SHA-256 of the package's files that the bill lists; None checks the schema only.
 
     Raises:
-        UserError: where it breaks the schema.
+        UserError: where it breaks the schema, or which files it does not list as they are.
     """
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
@@ -130,3 +134,11 @@ def check_bom(text: str) -> None:
         raise UserError(f"{BOM} is not JSON: {error}") from None
     if problem is not None:
         raise UserError(f"{BOM} breaks the CycloneDX schema: {str(problem.data)[:300]}")
+    if files is not None:
+        components = [part for part in json.loads(text).get("components", []) if part["type"] == "file"]
+        listed = {part["name"]: [value["content"] for value in part.get("hashes", [])] for part in components}
+        wrong = [name for name in sorted(files.keys() | listed.keys()) if listed.get(name) != [files.get(name)]]
+        if wrong or len(components) != len(listed):
+            raise UserError(
+                f"{BOM}: its files are not those of this package: {', '.join(wrong) or 'one is listed twice'}."
+            )

@@ -1,9 +1,10 @@
-"""Sign a package, and read the key that checks it (OpenSSF model signing)."""
+"""Sign a package, and check its signature (OpenSSF model signing)."""
 
+import tempfile
 from pathlib import Path
 
 from slmake.errors import UserError
-from slmake.packaging.checksums import SIGNATURE
+from slmake.packaging.checksums import SIGNATURE, TIMESTAMP
 
 
 def sign(folder: Path, key: Path) -> None:
@@ -12,7 +13,7 @@ def sign(folder: Path, key: Path) -> None:
     Raises:
         UserError: the key cannot be read.
     """
-    from model_signing import hashing, signing
+    from model_signing import signing
 
     if not key.is_file():
         raise UserError(
@@ -24,8 +25,37 @@ def sign(folder: Path, key: Path) -> None:
         raise UserError(
             f"package.signing_key: {key}: no elliptic-curve private key in PEM form without password ({error})."
         ) from None
-    ignored = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
-    signer.set_hashing_config(ignored).sign(folder, folder / SIGNATURE)
+    signer.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
+
+
+def check(folder: Path, key: Path) -> None:
+    """Check a package's signature with its signer's key, public or private.
+
+    Raises:
+        UserError: there is no signature, it does not fit the package or the key, or the key cannot be read.
+    """
+    from model_signing import verifying
+
+    if not (folder / SIGNATURE).is_file():
+        raise UserError(f"{SIGNATURE}: missing, but a key is given: this package was not signed.")
+    with tempfile.NamedTemporaryFile(suffix=".pem") as public:
+        public.write(public_key(key))
+        public.flush()
+        try:
+            verifier = verifying.Config().use_elliptic_key_verifier(public_key=Path(public.name))
+            verifier.set_hashing_config(_hashing()).verify(folder, folder / SIGNATURE)
+        except Exception as error:
+            reason = str(error).splitlines()
+            raise UserError(
+                f"{SIGNATURE}: does not fit this package and key ({reason[0] if reason else type(error).__name__})."
+            ) from None
+
+
+def _hashing():
+    """What is signed: every file but the signature and Snakemake's marker. The names are relative to the package, wherever it is."""
+    from model_signing import hashing
+
+    return hashing.Config().set_ignored_paths(paths=[SIGNATURE, TIMESTAMP], ignore_git_paths=False)
 
 
 def public_key(key: Path) -> bytes:

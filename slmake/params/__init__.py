@@ -3,18 +3,20 @@
 `load` reads and validates the whole file and reports every error in it at once; `section` gives one rule its own part.
 """
 
+from slmake.params.adapter import Adapter
 from slmake.params.all import RULES, All
 from slmake.params.base import Section
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
 from slmake.params.gates import FIGURES, PARITY, PER_CLASS, TIMINGS, Gate, Gates
-from slmake.params.load import Params, as_json, load, section
+from slmake.params.load import Params, as_json, load, section, sums
 from slmake.params.merge import Merge
 from slmake.params.package import Package
 from slmake.params.prepare import Files, Message, Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize, Search
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "PER_CLASS",
     "RULES",
     "TIMINGS",
+    "Adapter",
     "All",
     "Evaluate",
     "FetchModel",
@@ -37,10 +40,12 @@ __all__ = [
     "Prepare",
     "Publish",
     "Quantize",
+    "Rehearse",
     "Report",
     "Search",
     "Section",
     "as_json",
     "load",
     "section",
+    "sums",
 ]

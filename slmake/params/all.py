@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from slmake.params.base import Section
 
-Stage = Literal["finetune", "merge", "quantize", "evaluate", "gates", "package", "report", "publish"]
+Stage = Literal["rehearse", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report", "publish"]
 
 
 RULES = ("fetch_model", "prepare", *get_args(Stage))  # in order of execution
@@ -16,7 +16,7 @@ class All(Section):
     """What `snakemake --cores all` builds."""
 
     stages: list[Stage] = Field(
-        ["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"],
+        ["rehearse", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"],
         description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
         "leave out all but finetune to stop after the adapter.",
     )
@@ -33,8 +33,6 @@ class All(Section):
         chosen = set(self.stages)
         if len(chosen) != len(self.stages):
             raise ValueError("a stage is listed twice")
-        if "merge" in chosen and "finetune" not in chosen:
-            raise ValueError("merge needs finetune: list finetune too, or leave merge out")
         if "quantize" in chosen and "finetune" in chosen and "merge" not in chosen:
             raise ValueError("quantize after finetune needs merge: list merge too")
         if "publish" in chosen and "quantize" not in chosen:

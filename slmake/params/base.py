@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=0.5)]
-Dtype = Literal["float32", "bfloat16", "float16"]
-Split = Literal["train", "eval", "test"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Model = Literal["base", "adapter", "merged", "onnx"]  # in the order in which they are built
+BlockSize = Literal[16, 32, 64, 128, 256]
+AllLinear = Literal["all-linear"]
 
 
 class Section(BaseModel):

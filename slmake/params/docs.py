@@ -4,6 +4,7 @@ python -m slmake.params.docs --output docs
 """
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 
@@ -39,14 +40,24 @@ def reference() -> str:
 
     def table(title: str, model: type[BaseModel]) -> None:
         lines.extend(
-            ["", title, "", model.__doc__.strip(), "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+            [
+                "",
+                title,
+                "",
+                inspect.cleandoc(model.__doc__),
+                "",
+                "| field | default | allowed | meaning |",
+                "|---|---|---|---|",
+            ]
         )
         spec = schema["$defs"][model.__name__]["properties"]
         for key, info in model.model_fields.items():
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
             text = (info.description or "").replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {allowed(spec[key])} | {text} |")
-        for inner in dict.fromkeys(one for info in model.model_fields.values() for one in models_in(info.annotation)):
+        for inner in dict.fromkeys(
+            inner for info in model.model_fields.values() for inner in models_in(info.annotation)
+        ):
             table(f"### `{inner.__name__}`", inner)
 
     for name, field in Params.model_fields.items():

@@ -1,4 +1,4 @@
-"""params.yaml read and its mistakes told: one line for each, with the field, the value and what is allowed."""
+"""params.yaml is read, and its mistakes are reported: one line for each, with the field, the value and what is allowed."""
 
 import difflib
 import json
@@ -8,11 +8,13 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel
 
+from slmake.sources.secrets import scrub
+
 
 class Loader(yaml.SafeLoader):
     """YAML 1.1 with two repairs: `2e-4` is a number, and a key given twice is an error.
 
-    What PyYAML would end in a traceback over is a yaml.YAMLError with its place, too.
+    What PyYAML answers with a traceback is a yaml.YAMLError with line and column, too.
     """
 
     def get_single_data(self):
@@ -57,22 +59,22 @@ Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(lo
 
 
 def lines(errors: list[dict], data: dict, root: type[BaseModel]) -> list[str]:
-    """One line per mistake: pydantic tells one error per alternative of a field that takes several types."""
-    places = [_place(item, data) for item in errors]
-    found: dict[tuple, list[str]] = {}
-    for place, item in zip(places, errors, strict=True):
-        if any(other[: len(place)] == place and len(other) > len(place) for other in places):
+    """One line per mistake: pydantic gives one error per alternative of a field that takes several types."""
+    locations = [_location(item, data) for item in errors]
+    explained: dict[tuple, list[str]] = {}
+    for location, item in zip(locations, errors, strict=True):
+        if any(other[: len(location)] == location and len(other) > len(location) for other in locations):
             continue  # another alternative fits better: its own errors lie deeper
-        found.setdefault(place, []).append(_explain({**item, "loc": place}, item["loc"], root))
-    told = []
-    for same in found.values():
+        explained.setdefault(location, []).append(_explain({**item, "loc": location}, item["loc"], root))
+    joined = []
+    for same in explained.values():
         first, *others = dict.fromkeys(same)
         rest = [line.partition(" is not allowed: ")[2].rstrip(".") for line in others]
-        told.append(first + "".join(f" Or {line}." for line in rest if line))
-    return told
+        joined.append(scrub(first + "".join(f" Or {line}." for line in rest if line)))
+    return joined
 
 
-def _place(error: dict, data: dict) -> tuple:
+def _location(error: dict, data: dict) -> tuple:
     """Where the error is in the file: pydantic's location without the names of a union's alternatives."""
     kept, here = [], data
     for number, part in enumerate(error["loc"]):
@@ -120,8 +122,8 @@ def _explain(error: dict, full: tuple, root: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{where}: missing. Add it."
     if kind == "value_error":
-        told = f"{context['error']}."  # what prompts.py says names the field itself
-        return told if told.startswith(f"{where}.") else f"{where}: {told}"
+        text = f"{context['error']}."  # an error of prompts.py names the field itself
+        return text if text.startswith(f"{where}.") else f"{where}: {text}"
     if kind == "model_type" and error["input"] is None:
         return f"{where}: should be a section of parameters, not empty."
     value = json.dumps(error["input"], default=str)

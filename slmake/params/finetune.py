@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
+from slmake.params.base import AllLinear, BlockSize, Section
 
 
 class Finetune(Section):
@@ -19,7 +19,7 @@ class Finetune(Section):
         lt=1,
         description="Dropout on the adapter's input; the same for all rows of a batch where they begin alike.",
     )
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: AllLinear | list[str] = Field(
         "all-linear",
         description="Modules that get an adapter: `all-linear` (without the output head) or names such as `[q_proj, v_proj]`.",
     )
@@ -76,10 +76,8 @@ class Finetune(Section):
         description="Quantization-aware training: `int4` trains through the weights as symmetric round-to-nearest will leave "
         "them (method lora, no dropout). Fits quantize's algo_config rtn and is_symmetric true.",
     )
-    qat_block_size: Literal[16, 32, 64, 128, 256] = Field(
-        32, description="qat: weights that share one scale, as in quantize.block_size."
-    )
-    qat_target_modules: Literal["all-linear"] | list[str] = Field(
+    qat_block_size: BlockSize = Field(32, description="qat: weights that share one scale, as in quantize.block_size.")
+    qat_target_modules: AllLinear | list[str] = Field(
         "all-linear",
         description="qat: modules that will have 4 bits, by name; leave out what quantize.int8_nodes keeps in 8.",
     )

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
+from slmake.params.base import Model, Section
 
-# Figures that a gate can bound: name, whether more is better, and whether it is a share of rows (so that rows limit how finely it can be told).
+# Figures that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
 SHARES = ("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement")
 WITH_INTERVAL = ("accuracy", "macro_f1")
 PARITY = ("kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
@@ -28,9 +28,7 @@ class Gate(Section):
         description="A figure of results/metrics.json or results/benchmark.json, such as `accuracy`, `per_class.joy.recall`, `kl_mean` or "
         "`latency_ms_p95` (docs/quality.md lists them)."
     )
-    model: Literal["last", "base", "adapter", "merged", "onnx"] = Field(
-        "last", description="Whose figure; `last` is the last model built."
-    )
+    model: Literal["last"] | Model = Field("last", description="Whose figure; `last` is the last model built.")
     minimum: float | None = Field(None, ge=0, description="The figure must be at least this.")
     maximum: float | None = Field(None, ge=0, description="The figure must be at most this.")
     maximum_drop: float | None = Field(
@@ -63,7 +61,7 @@ class Gate(Section):
     def rows_needed(self) -> int:
         """Test rows below which this bound says nothing.
 
-        Without the interval's worst end: one row must not weigh more than what is left up to a perfect score (or the drop
+        Without the interval's worst end: one row must not weigh more than the distance to a perfect score (or the drop
         allowed). With it: a perfect score must pass, by Wilson's interval (1927): n ≥ z² p / (1 - p).
         """
         if (self.metric not in SHARES and self.metric.split(".")[0] != "per_class") or self.kind.endswith("ratio"):
@@ -105,7 +103,7 @@ _BOUNDS = ("minimum", "maximum", "maximum_drop", "minimum_ratio", "maximum_ratio
 
 
 class Gates(Section):
-    """What the last model built must reach; a missed gate fails the build. docs/quality.md tells how to choose."""
+    """What the last model built must reach; a missed gate fails the build. docs/quality.md shows how to choose."""
 
     min_accuracy: float | None = Field(None, ge=0, le=1, description="Lowest accuracy on the test split.")
     max_accuracy_drop: float | None = Field(
@@ -113,6 +111,12 @@ class Gates(Section):
         ge=0,
         le=1,
         description="Largest loss of accuracy from merged (or base, without finetune) to the exported model.",
+    )
+    max_tokenizer_differences: int | None = Field(
+        0,
+        ge=0,
+        description="Largest number of test prompts and answers that the exported model's tokenizer encodes or decodes differently from "
+        "training's; null for no gate.",
     )
     checks: list[Gate] = Field(
         [],
@@ -130,10 +134,10 @@ class Gates(Section):
         return self
 
     def every(self) -> dict[str, Gate]:
-        """All gates by name, the two short forms first."""
-        found = {}
+        """All gates with a metric by name, the two short forms first."""
+        gates = {}
         if self.min_accuracy is not None:
-            found["min_accuracy"] = Gate(metric="accuracy", minimum=self.min_accuracy)
+            gates["min_accuracy"] = Gate(metric="accuracy", minimum=self.min_accuracy)
         if self.max_accuracy_drop is not None:
-            found["max_accuracy_drop"] = Gate(metric="accuracy", maximum_drop=self.max_accuracy_drop)
-        return found | {f"checks[{i}]": gate for i, gate in enumerate(self.checks)}
+            gates["max_accuracy_drop"] = Gate(metric="accuracy", maximum_drop=self.max_accuracy_drop)
+        return gates | {f"checks[{i}]": gate for i, gate in enumerate(self.checks)}

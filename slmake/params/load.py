@@ -5,15 +5,20 @@ part. The models of the sections are the single source of names, bounds, default
 (docs/params.schema.json) and the reference page (docs/params.md) are generated from them (slmake/params/docs.py).
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from pydantic import Field, ValidationError
 
+from slmake.cli import PLANNED
 from slmake.errors import UserError
+from slmake.params.adapter import Adapter
 from slmake.params.all import All
-from slmake.params.base import Section
+from slmake.params.base import Model, Section
 from slmake.params.errors import Loader, lines
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
@@ -24,6 +29,7 @@ from slmake.params.package import Package
 from slmake.params.prepare import Prepare
 from slmake.params.publish import Publish
 from slmake.params.quantize import Quantize
+from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 
@@ -33,6 +39,8 @@ class Params(Section):
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
     prepare: Prepare
+    rehearse: Rehearse = Field(default_factory=Rehearse)
+    adapter: Adapter = Field(default_factory=Adapter)
     finetune: Finetune = Field(default_factory=Finetune)
     merge: Merge = Field(default_factory=Merge)
     quantize: Quantize = Field(default_factory=Quantize)
@@ -51,27 +59,71 @@ def between_sections(data: dict) -> list[str]:
         default = Params.model_fields[section].annotation.model_fields[field].default
         return given.get(field, default) if isinstance(given, dict) else default
 
-    found = []
+    mistakes = []
     if value("merge", "onto") == "dequantized" and value("finetune", "method") == "lora":
-        found.append("merge.onto: dequantized goes with finetune.method: qlora.")
+        mistakes.append("merge.onto: dequantized goes with finetune.method: qlora.")
     source = value("prepare", "source")
     eval_rows = (isinstance(source, dict) and source.get("eval")) or value("prepare", "eval_fraction") != 0
     if value("finetune", "early_stopping_patience") and not eval_rows:
-        found.append(
+        mistakes.append(
             "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
             "name a file in prepare.source.eval, or set early_stopping_patience to 0."
         )
     stages = value("all", "stages")
+    if isinstance(stages, list):
+        mistakes += adapter_mistakes(stages, value("adapter", "source"))
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
-        found.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
-    return found
+        mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
+    return mistakes
+
+
+def adapter_mistakes(stages: list, source: object) -> list[str]:
+    """Mistakes in where the adapter comes from that is to be merged, one line each."""
+    if "merge" in stages and "finetune" not in stages and not source:
+        return [
+            "all.stages: merge needs finetune, or an adapter from elsewhere: list finetune too, or set adapter.source."
+        ]
+    if "finetune" in stages and source:
+        return [
+            "adapter.source: finetune in all.stages makes the adapter itself. Take finetune out, or set adapter.source to null."
+        ]
+    return []
+
+
+def uncompared(checked: Params) -> list[str]:
+    """Gates on drops and ratios for which evaluate scores no model to compare with, one line each."""
+    stages = checked.all.stages
+    if "gates" not in stages:
+        return []
+    built = {
+        "base": True,
+        "adapter": bool({"finetune", "merge"} & set(stages)),
+        "merged": "merge" in stages,
+        "onnx": "quantize" in stages,
+    }
+    scored = [model for model in get_args(Model) if model in checked.evaluate.models and built[model]]
+    mistakes = []
+    for name, gate in checked.gates.every().items():
+        judged = scored[-1] if gate.model == "last" and scored else gate.model
+        if gate.kind in ("minimum", "maximum") or gate.against == "published" or judged not in scored:
+            continue
+        earlier = [model for model in scored[: scored.index(judged)] if model != "adapter"]
+        if not earlier if gate.against == "previous" else gate.against not in earlier:
+            wanted = "merged" if built["merged"] and judged == "onnx" else "base"
+            other = wanted if gate.against == "previous" else gate.against
+            mistakes.append(
+                f"gates.{name}: it compares {judged} with an earlier model, and evaluate.models scores none such. Add {other} there, or take "
+                "the gate out."
+            )
+    return mistakes
 
 
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml.
 
     Raises:
-        UserError: the file is missing, is not YAML, or breaks the schema; every broken field is named at once.
+        UserError: the file is missing, is not YAML, or breaks the schema (every broken field is named at once); or this is a rule
+            of a build that was planned with other values.
     """
     path = Path(path)
     try:
@@ -89,20 +141,35 @@ def load(path: str | Path = "params.yaml") -> Params:
     if data is None:
         raise UserError(f"{path}: empty. Restore it with `git checkout {path}`.")
     if not isinstance(data, dict):
-        found = "a list" if isinstance(data, list) else "a single value"
-        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {found}.")
+        kind = "a list" if isinstance(data, list) else "a single value"
+        raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {kind}.")
     checked, errors = None, []
     try:
         checked = Params.model_validate(data)
     except ValidationError as error:
         errors = lines(error.errors(), data, Params)
-    unique = list(dict.fromkeys(errors + between_sections(data)))
+    unique = list(dict.fromkeys(errors + between_sections(data) + (uncompared(checked) if checked else [])))
     if unique or checked is None:
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(
             f"{path}: {count}; nothing was run. See docs/params.md.\n" + "\n".join("  " + line for line in unique)
         )
+    if PLANNED in os.environ:
+        planned, now = json.loads(os.environ[PLANNED]), sums(checked)
+        if changed := [name for name in now if now[name] != planned.get(name)]:
+            raise UserError(
+                f"{path}: {', '.join(changed)} changed after this build was planned, so it stops: what was built so far is of the "
+                "former values. Run the same command again: it builds what the file asks for now."
+            )
     return checked
+
+
+def sums(everything: Params) -> dict[str, str]:
+    """A short SHA-256 of every section, by name."""
+    return {
+        name: hashlib.sha256(as_json(getattr(everything, name)).encode()).hexdigest()[:16]
+        for name in type(everything).model_fields
+    }
 
 
 def section(path: str | Path, name: str) -> Section:

@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from slmake.params.base import Section
+from slmake.params.base import Dtype, Section
 
 
 class Merge(Section):
-    """The adapter folded into the base, tensor by tensor."""
+    """The adapter merged into the base, tensor by tensor."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "auto", description="Data type of build/merged; `auto` keeps each tensor's own. Sums are taken in float32."
     )
     onto: Literal["full_precision", "dequantized"] = Field(

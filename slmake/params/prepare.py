@@ -1,19 +1,53 @@
 """The section `prepare` of params.yaml."""
 
+import datetime
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from slmake.errors import UserError
 from slmake.params.base import Fraction, Section
 from slmake.prompts import fields_of, split_at_answer
-from slmake.sources.syntax import KINDS, parse
+from slmake.sources.schemes import FORMS, parse
+
+Role = Literal["system", "user", "assistant"]
+Format = Literal["auto", "template", "messages", "sharegpt", "alpaca", "prompt_completion"]
+# Arguments of transformers' apply_chat_template, which are no variables of a template.
+RESERVED = {
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+    ),
+    *(
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "tokenizer_kwargs",
+        "strftime_now",
+    ),
+    *("return_assistant_tokens_mask", "load_audio_from_video", "processor_kwargs"),
+}
+
+
+def _key_text(value: object) -> object:
+    """A number or truth value that YAML read as a key, as the text that rows are compared with."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
 
 
 class Message(Section):
     """One turn of a chat; `content` is a template over the row's fields."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str = Field(min_length=1)
 
 
@@ -33,13 +67,19 @@ class Prepare(Section):
     """Rows in, tokenized train, eval and test splits out."""
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
-        description="The dataset: one file (JSON array, JSON Lines, CSV or Parquet), split by the fractions below, "
-        f"or a mapping of train, eval and test to files. Each file as {KINDS}; a hub's is a data set's."
+        description="The dataset: one file (JSON array or an object that holds one, JSON Lines, CSV, TSV or Parquet; text files may end in "
+        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a data set's."
+    )
+    format: Format = Field(
+        "auto",
+        description="What the rows are: `template` (any fields; needs `text_template` or `messages`), `messages` (a list of role and content), "
+        "`sharegpt` (`conversations` of from and value), `alpaca` (`instruction`, `input`, `output`), `prompt_completion` (`prompt`, "
+        "`completion`). `auto`: by `text_template` or `messages` where one is given, else by the first rows, which is reported.",
     )
     text_template: str | None = Field(
         None,
-        description="Text of one example over the row's fields, such as `### Text: {phrase}\\n### The tone is:\\n{tone}`. "
-        "Give this or `messages`. `{{` and `}}` are literal braces.",
+        description="Text of one example over the row's fields, such as `### Text: {phrase}\\n### The tone is:\\n{tone}`; `{text.phrase}` is "
+        "a field of the object `text`. Give this or `messages`. `{{` and `}}` are literal braces.",
     )
     messages: str | list[Message] | None = Field(
         None,
@@ -49,6 +89,18 @@ class Prepare(Section):
     answer: str | None = Field(
         None,
         description="The field whose placeholder starts the answer in `text_template`; the last placeholder if absent.",
+    )
+    labels: dict[str, str] | None = Field(
+        None,
+        description="Words for the values of the answer's field, such as `{0: sadness, 1: joy}`; a value that is not named is an error.",
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        {},
+        description="Variables for the chat template, such as `{enable_thinking: false}`; recorded in prompt.json.",
+    )
+    chat_date: str = Field(
+        "2024-01-01",
+        description="The date that a chat template reads as today (`strftime_now`), so that the same data give the same bytes on every day.",
     )
     strategy: Literal["line-by-line", "join"] = Field(
         "line-by-line",
@@ -98,6 +150,38 @@ class Prepare(Section):
             raise ValueError("max_seq_len and source_max_len are two names of one field: give one of them")
         return data
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _text_keys(cls, value):
+        return {_key_text(key): word for key, word in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("labels")
+    @classmethod
+    def _words(cls, value):
+        if value is not None and (not value or not all(word.strip() == word and word for word in value.values())):
+            raise ValueError("a mapping of values to words without white space around them is expected")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, value):
+        for name in value:
+            if name in RESERVED or not name.isidentifier():
+                raise ValueError(f"`{name}` is no variable that a chat template can be given")
+        return value
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _date(cls, value):
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            return value.isoformat()  # YAML reads 2024-01-01 as a date
+        if isinstance(value, str):
+            try:
+                return datetime.date.fromisoformat(value).isoformat()
+            except ValueError:
+                raise ValueError(f"`{value}` is no date of the form 2024-01-31") from None
+        return value
+
     @property
     def files(self) -> dict[str, str]:
         """The source of each split that has one."""
@@ -110,14 +194,27 @@ class Prepare(Section):
             source = parse(file)
             if source.kind == "hf" and not source.path:
                 raise ValueError(f"`{source.text}` names no file: hf:ORG/NAME@REVISION/FILE")
-            if source.kind in ("registry", "pypi") or source.member:
+            if source.models_only or source.member:
                 raise ValueError(f"`{source.text}` is a source of models, not of rows")
         return self
 
     @model_validator(mode="after")
     def _one_form(self):
-        if (self.text_template is None) == (self.messages is None):
+        if self.text_template is not None and self.messages is not None:
             raise ValueError("give either text_template or messages")
+        templated = self.text_template is not None or isinstance(self.messages, list)
+        if self.format == "template" and not templated:
+            raise ValueError("format template needs text_template, or messages as a list of templates")
+        if self.format in ("messages", "sharegpt", "alpaca", "prompt_completion") and templated:
+            raise ValueError(f"format {self.format} goes without templates: set text_template and messages to null")
+        if self.format in ("sharegpt", "alpaca", "prompt_completion") and self.messages is not None:
+            raise ValueError(f"format {self.format} goes without messages: set it to null")
+        if self.labels is not None and not templated:
+            raise ValueError(
+                "labels goes with a template over fields: text_template, or messages as a list of templates"
+            )
+        if self.answer is not None and self.text_template is None and self.messages is None:
+            raise ValueError("answer goes with text_template")
         if self.answer is not None and self.messages is not None:
             raise ValueError("answer goes with text_template; with messages the last assistant turn is the answer")
         if isinstance(self.messages, list) and (not self.messages or self.messages[-1].role != "assistant"):

@@ -3,7 +3,7 @@
 from pydantic import Field, model_validator
 
 from slmake.params.base import Section
-from slmake.sources.syntax import parse
+from slmake.sources.schemes import parse
 
 
 class Publish(Section):

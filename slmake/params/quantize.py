@@ -4,19 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slmake.params.base import Section
+from slmake.params.base import BlockSize, Section
+
+Algorithm = Literal["default", "rtn", "k_quant"]
+Calibration = Literal["none", "gptq"]
+AccuracyLevel = Annotated[int, Field(ge=0, le=4)]
 
 
 class Search(Section):
     """Values to try for options of `quantize`; an empty list keeps the section's own. All combinations are tried if they fit the
     budget, else Optuna's multi-objective TPE sampler (Ozaki et al. 2022) proposes them, a batch at a time."""
 
-    algo_config: list[Literal["default", "rtn", "k_quant"]] = Field([], description="Algorithms.")
-    calibration: list[Literal["none", "gptq"]] = Field([], description="Calibrations.")
-    block_size: list[Literal[16, 32, 64, 128, 256]] = Field([], description="Block sizes.")
+    algo_config: list[Algorithm] = Field([], description="Algorithms.")
+    calibration: list[Calibration] = Field([], description="Calibrations.")
+    block_size: list[BlockSize] = Field([], description="Block sizes.")
     is_symmetric: list[bool] = Field([], description="With and without zero points.")
-    accuracy_level: list[Annotated[int, Field(ge=0, le=4)]] = Field([], description="Accuracy levels.")
-    node_accuracy_levels: list[dict[str, Annotated[int, Field(ge=0, le=4)]]] = Field(
+    accuracy_level: list[AccuracyLevel] = Field([], description="Accuracy levels.")
+    node_accuracy_levels: list[dict[str, AccuracyLevel]] = Field(
         [], description="Mappings of patterns to accuracy levels."
     )
     matmul_mixed_precision: list[str | None] = Field([], description="Mixed precisions; null for none.")
@@ -41,15 +45,18 @@ class Quantize(Section):
     """Options of the ONNX Runtime GenAI model builder, under the names that builder reads today."""
 
     precision: Literal["int4", "int8", "fp16", "fp32"] = Field("int4", description="Precision of the exported weights.")
-    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = Field("cpu", description="Where the model will run.")
-    algo_config: Literal["default", "rtn", "k_quant"] = Field("k_quant", description="int4: quantization algorithm.")
-    calibration: Literal["none", "gptq"] = Field(
+    execution_provider: Literal["cpu", "cuda", "dml", "webgpu"] = Field(
+        "cpu",
+        description="Where the model will run. It is exported and checked on any machine, on the CPU where the target is not available.",
+    )
+    algo_config: Algorithm = Field("k_quant", description="int4: quantization algorithm.")
+    calibration: Calibration = Field(
         "none",
-        description="int4: `gptq` places the 4-bit weights so that the outputs on training prompts change least (Frantar et al. 2022, "
-        "arXiv:2210.17323), then lets the builder round to nearest. Needs algo_config rtn, is_symmetric true.",
+        description="int4: `gptq` chooses the 4-bit weights that change the outputs on training prompts least (Frantar et al. 2022, "
+        "arXiv:2210.17323), then the builder rounds to nearest. Needs algo_config rtn, is_symmetric true.",
     )
     calibration_rows: int = Field(256, ge=1, le=1_000_000, description="gptq: training rows to run.")
-    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="int4 and int8: weights that share one scale.")
+    block_size: BlockSize = Field(32, description="int4 and int8: weights that share one scale.")
     is_symmetric: bool = Field(True, description="int4 and int8: no zero points.")
     accuracy_level: int = Field(
         4,
@@ -57,7 +64,7 @@ class Quantize(Section):
         le=4,
         description="Minimum type the matrix product accumulates in: 0 unset, 1 fp32, 2 fp16, 3 bf16, 4 int8.",
     )
-    node_accuracy_levels: dict[str, Annotated[int, Field(ge=0, le=4)]] = Field(
+    node_accuracy_levels: dict[str, AccuracyLevel] = Field(
         {},
         description="int4 and int8: another accuracy level for products whose names match a pattern (the last that matches counts), such as "
         "`{'*/down_proj/*': 1}`. The builder has one level for all; these are written into its graph.",
@@ -104,7 +111,8 @@ class Quantize(Section):
                     "matmul_mixed_precision with algo_config `default` writes a model that ONNX Runtime refuses to load: "
                     "use k_quant or rtn, or set matmul_mixed_precision to null"
                 )
-        allowed = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16", "fp32"), "dml": ("int4", "fp16")}
+        # Not fp32 for cuda: the builder writes a graph that ONNX Runtime refuses (no output present.0.key).
+        allowed = {"cpu": ("int4", "int8", "fp32"), "cuda": ("int4", "int8", "fp16"), "dml": ("int4", "fp16")}
         allowed["webgpu"] = ("int4", "int8")
         if self.precision not in allowed[self.execution_provider]:
             raise ValueError(

@@ -1,23 +1,33 @@
 """DVC as this project uses it: its command line, the receipts in dvc.lock, and what they say of the files here."""
 
+import base64
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from slmake import outputs, params
+from slmake import cli, outputs, params
 from slmake.errors import UserError
+from slmake.plan import Plan
 
 LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
+KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
 
 
 def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
-    """Run DVC of this environment; its progress bars go to the terminal, its errors are kept."""
-    command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE if capture else None, stderr=subprocess.PIPE, text=True)
+    """Run DVC of this environment; its progress bars go to the terminal, its errors are kept. It ends when this process is killed."""
+    command = [sys.executable, "-m", "slmake.platforms.atomic_dvc", *arguments]
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=cli.die_with_parent,
+    )
 
 
 def reason(done: subprocess.CompletedProcess) -> str:
@@ -37,6 +47,21 @@ def stages() -> list[str]:
     return [name for name in named if name in ("fetch_model", "prepare", *params.load("params.yaml").all.stages)]
 
 
+def refuse_other_sources(plan: Plan) -> None:
+    """Raise UserError if DVC runs this rule by a dvc.yaml that does not watch the files that params.yaml names."""
+    import yaml
+
+    if "DVC_STAGE" not in os.environ:
+        return
+    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    watched = {path for stage in stages.values() for path in stage.get("deps", [])}
+    for file in [*plan.data, *plan.model_source, *plan.adapter_source]:
+        if file not in watched:
+            raise UserError(
+                f"dvc.yaml does not watch {file}, which params.yaml names. `make docs` writes dvc.yaml anew (`make` does it by itself)."
+            )
+
+
 def now() -> dict:
     """The sum of the receipts, and the time of every rule's last run: Snakemake writes its benchmark then."""
     ran = {path.stem: path.stat().st_mtime_ns for path in sorted(Path("benchmarks").glob("*.tsv"))}
@@ -46,7 +71,67 @@ def now() -> dict:
 def note() -> None:
     """Remember that what is here now is what the receipts say."""
     NOTE.parent.mkdir(parents=True, exist_ok=True)
-    NOTE.write_text(json.dumps(now()), encoding="utf-8")
+    outputs.replace(NOTE, json.dumps(now()).encode())
+    outputs.replace(KEPT, LOCK.read_bytes())
+
+
+def repair_lock() -> str | None:
+    """Bring back the receipts of the last record where dvc.lock was cut, as a killed `dvc repro` leaves it; says so, if it did.
+
+    Raises:
+        UserError: it was cut, and there are no others.
+    """
+    import yaml
+
+    try:
+        receipts()
+    except (yaml.YAMLError, AttributeError, TypeError):
+        if not KEPT.is_file():
+            raise UserError(f"{LOCK} is damaged. Bring it back with `git checkout {LOCK}`, then `make`.") from None
+        outputs.replace(LOCK, KEPT.read_bytes())
+        return f"{LOCK} was damaged; it is again what was recorded last"
+    return None
+
+
+def refuse_unbuilt(wanted: list[str]) -> None:
+    """Compare every output's parameters, code and data, as Snakemake recorded them when it was built, with those of now.
+
+    An output that Snakemake has no record of counts as built from what its receipt says; then its stage must be up to date for DVC.
+
+    Raises:
+        UserError: an output is not of what is here now, so a receipt would claim what is not so.
+    """
+    import yaml
+
+    plan = Plan(params.load("params.yaml"))
+    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    unknown: dict[str, str] = {}  # the first output without record, by stage
+    for stage in wanted:
+        for output in (path for out in named[stage]["outs"] for path in ([out] if isinstance(out, str) else out)):
+            record = metadata(output)
+            if record is None:
+                unknown.setdefault(stage, output)
+            elif not {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"]):
+                raise UserError(
+                    f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
+                    "Run `make`: it builds what changed."
+                )
+    status = dvc("status", "--json", *unknown, capture=True) if unknown else None
+    for stage in json.loads(status.stdout or "{}") if status else ():
+        raise UserError(
+            f"nothing says what {unknown[stage]} was built from; nothing was recorded. `make restore` brings back what was recorded, "
+            f"and `.venv/bin/snakemake --cores all --force {unknown[stage]}` builds it again; then `make`."
+        )
+
+
+def metadata(output: str) -> dict | None:
+    """What Snakemake recorded of an output when it was built: `rule`, `params` and more; None if it has no record."""
+    name = base64.b64encode(output.encode()).decode()
+    try:
+        record = json.loads((Path(".snakemake/metadata") / name).read_text(encoding="utf-8"))
+        return record if record["rule"] and record["params"] is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def refuse_damaged(wanted: list[str]) -> None:

@@ -7,6 +7,8 @@ inputs and outputs are read from `snakemake -n -F`, so that nothing is written t
 """
 
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -14,18 +16,18 @@ from pathlib import Path
 
 import yaml
 
-from slmake.params import load
-from slmake.plan import Plan
+from slmake import outputs
+from slmake.code_inputs import code, digest, modules, remember
+from slmake.errors import UserError
+from slmake.params import load, sums
+from slmake.plan import SECTIONS, Plan
 
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
 # out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
-SECTIONS = {
-    "search": ["quantize", "evaluate", "gates"],
-    "report": ["report", "gates"],
-}  # where it is not the rule's own section alone
+NOTE = Path(".dvc/tmp/slmake.yaml.sha256")  # what dvc.yaml was last written from
 METRICS = {"results/metrics.json"}  # small and the same in every run: kept in Git
 TIMINGS = ["results/benchmark.json"]
 CURVES = ["results/train_loss.csv", "results/eval_loss.csv"]
@@ -36,13 +38,13 @@ def rules() -> dict[str, dict[str, list[str]]]:
     """Rule name to its inputs and outputs, in the Snakefile's order, as a forced dry run of Snakemake prints them.
 
     Raises:
-        SystemExit: Snakemake refuses the Snakefile or params.yaml.
+        UserError: Snakemake refuses the Snakefile or params.yaml.
     """
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nocolor", "--printshellcmds"]
     done = subprocess.run(command, capture_output=True, text=True)
     text = done.stdout + done.stderr
     if done.returncode:
-        sys.exit(f"snakemake --dry-run failed:\n{text}")
+        raise UserError(f"snakemake --dry-run failed:\n{text}")
     graph: dict[str, dict[str, list[str]]] = {}
     name = None
     for line in text.splitlines():
@@ -131,11 +133,45 @@ def text() -> str:
     return HEADER + body
 
 
+def origin() -> str:
+    """Digest of all that dvc.yaml depends on, and of itself."""
+    files = [
+        "dvc.yaml",
+        "Snakefile",
+        "rules/common.smk",
+        *modules("slmake.plan"),
+        *modules("slmake.platforms.dvc_yaml"),
+    ]
+    scripts = sorted(path.stem for path in Path("scripts").glob("[a-z]*.py"))
+    parts = [digest(files, exact=True), *(name for script in scripts for name in code(script))]
+    return hashlib.sha256("\n".join([*parts, json.dumps(sums(load("params.yaml")))]).encode()).hexdigest()
+
+
+def update() -> None:
+    """Bring dvc.yaml up to date with params.yaml, the Snakefile and the imports of scripts; quick where none of them changed.
+
+    Raises:
+        UserError: params.yaml or the Snakefile is refused.
+    """
+    if NOTE.is_file() and NOTE.read_text() == origin():
+        return
+    outputs.replace(Path("dvc.yaml"), text().encode())
+    if Path(".dvc").is_dir():
+        NOTE.parent.mkdir(exist_ok=True)
+        outputs.replace(NOTE, origin().encode())
+    remember()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
+    parser.add_argument("--before-build", action="store_true", help="leave it to the build to report what is wrong")
     args = parser.parse_args(argv)
-    args.output.write_text(text(), encoding="utf-8")
+    try:
+        update() if args.before_build else outputs.replace(args.output, text().encode())
+    except UserError as error:
+        if not args.before_build:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from slmake.reporting.pages import models_of, read_csv
+from slmake.text import one_line
+
+LONGEST = 40  # characters of a label in a figure
 
 COLOURS = {
     "base": "#9aa0a6",
@@ -25,6 +28,7 @@ def plain_plots():
         {
             "svg.hashsalt": "slmake",
             "svg.fonttype": "none",
+            "text.parse_math": False,  # `$5-$10` is a label, not mathematics
             "font.family": "sans-serif",
             "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
             "font.size": 11,
@@ -41,6 +45,11 @@ def plain_plots():
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def shown(labels: list[str]) -> list[str]:
+    """Labels of a dataset as a figure can show them."""
+    return [one_line(label, LONGEST) or "(empty)" for label in labels]
 
 
 def save(plt, figure, path: Path) -> None:
@@ -70,11 +79,11 @@ def draw_loss(plt, losses: list[Path], path: Path) -> None:
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # none where they would overlap
         axes.legend()
     else:
-        nothing(axes, "Nothing was fine-tuned.")
+        draw_note(axes, "Nothing was fine-tuned.")
     save(plt, figure, path)
 
 
-def nothing(axes, text: str) -> None:
+def draw_note(axes, text: str) -> None:
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center", color="#57606a")
 
@@ -92,14 +101,15 @@ def draw_data(plt, dataset: dict, path: Path) -> None:
         start = [0] * len(labels)
         for split, shade in (("train", COLOURS["merged"]), ("eval", COLOURS["adapter"]), ("test", COLOURS["last"])):
             counts = [dataset["labels"][split].get(label, 0) for label in labels]
-            right.barh(labels, counts, left=start, color=shade, label=split)
+            right.barh(range(len(labels)), counts, left=start, color=shade, label=split)
             start = [a + b for a, b in zip(start, counts, strict=True)]
+        right.set_yticks(range(len(labels)), shown(labels))
         right.invert_yaxis()
         right.set(xlabel="rows", title="Labels")
         right.locator_params(axis="x", integer=True)
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     else:
-        nothing(right, "Open text: no labels.")
+        draw_note(right, "Open text: no labels.")
     save(plt, figure, path)
 
 
@@ -134,7 +144,7 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
     names = [name for name in models_of(metrics) if "confusion" in metrics[name]]
     if not names:
         figure, axes = plt.subplots(figsize=(8, 2))
-        nothing(axes, "Open text: no labels to confuse.")
+        draw_note(axes, "Open text: no labels to confuse.")
         save(plt, figure, path)
         return
     labels = list(metrics[names[0]]["per_class"])
@@ -154,8 +164,8 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
                     axes.text(
                         k, i, count, ha="center", va="center", color="white" if shares[i][k] > 0.55 else "#1f2328"
                     )
-        axes.set_xticks(range(len(labels) + 1), [*labels, "(other)"], rotation=35, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels) + 1), [*shown(labels), "(other)"], rotation=35, ha="right")
+        axes.set_yticks(range(len(labels)), shown(labels))
         axes.set(title=name, xlabel="answer", ylabel="expected")
         axes.spines[:].set_visible(False)
     save(plt, figure, path)

@@ -1,13 +1,14 @@
 """HTML pages of the report."""
 
 import csv
-from html import escape
+import html
 from pathlib import Path
 
 from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
 from slmake.scoring.judge import MODELS, SIGNS, judge, number, read_published
+from slmake.text import csv_text, printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
@@ -17,6 +18,11 @@ td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } t
 .ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 """
+
+
+def escape(text: object) -> str:
+    """Text for HTML; control characters as symbols."""
+    return html.escape(printable(str(text)))
 
 
 def page(title: str, *parts: str) -> str:
@@ -30,16 +36,16 @@ def html_table(head: list[str], rows: list[list[object]], classes: list[str] | N
     numbers = [
         all(isinstance(row[i], (int, float)) or _looks_numeric(str(row[i])) for row in rows) for i in range(len(head))
     ]
-    mark = [' class="n"' if number and rows else "" for number in numbers]
+    columns = [' class="n"' if number and rows else "" for number in numbers]
     lines = ["<table>"]
     if any(head):
         lines.append(
-            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(mark, head, strict=True)) + "</tr>"
+            "<tr>" + "".join(f"<th{m}>{escape(name)}</th>" for m, name in zip(columns, head, strict=True)) + "</tr>"
         )
     for k, row in enumerate(rows):
-        own = [f' class="{classes[k]}"' if classes and i == 0 else mark[i] for i in range(len(row))]
+        own = [f' class="{classes[k]}"' if classes and i == 0 else columns[i] for i in range(len(row))]
         lines.append(
-            "<tr>" + "".join(f"<td{m}>{escape(str(cell))}</td>" for m, cell in zip(own, row, strict=True)) + "</tr>"
+            "<tr>" + "".join(f"<td{m}>{escape(cell)}</td>" for m, cell in zip(own, row, strict=True)) + "</tr>"
         )
     return "\n".join([*lines, "</table>"])
 
@@ -87,6 +93,8 @@ def overview(
     inputs = [["base model", base["source"], base.get("sha256") or "–"]]
     for split, source in dataset["source"].items():
         inputs.append([f"data ({split})", source["source"], source.get("sha256", "–")])
+    if "merge" in everything.all.stages and everything.adapter.source:
+        inputs.append(["adapter", everything.adapter.source, everything.adapter.sha256 or "–"])
     rows = dataset["rows"]
     sizes = [
         [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
@@ -164,6 +172,7 @@ def scores_page(metrics: dict) -> str:
                 f"{difference['logit_diff_max']:.4f}",
             ]
             for key, difference in metrics["parity"].items()
+            if key != "tokenizer"
         ]
         parts.append(html_table(head, rows))
     if metrics.get("drop"):
@@ -285,7 +294,11 @@ def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
             lacking = [name for name in numbers if name not in (reader.fieldnames or [])]
             if lacking:
                 raise ValueError(f"it has no column `{lacking[0]}`")
-            return [row | {name: float(row[name] or "") for name in numbers} for row in reader]
+            rows = [
+                {name: csv_text(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+                for row in reader
+            ]
+            return [row | {name: float(row[name] or "") for name in numbers} for row in rows]
         except (ValueError, csv.Error) as error:
             raise UserError(
                 f"{path}, line {max(1, reader.line_num)}, is damaged: {error}. Remove it and run snakemake: it is built again."

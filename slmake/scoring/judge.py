@@ -11,10 +11,11 @@ SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ra
 INTERVAL = ("accuracy", "accuracy_low", "accuracy_high")
 # What evaluate always writes into each entry of these parts of metrics.json.
 PARTS = {"parity": ("prompts", *params.PARITY), "drop": INTERVAL, "per_class": ("precision", "recall", "f1", "rows")}
+TOKENIZER = ("rows", "encode_differ", "decode_differ")
 ADVICE = {
     "minimum": "train longer (finetune.num_train_epochs), raise finetune.lora_r, or add training rows",
     "maximum_drop": "choose a milder quantization (quantize.algo_config k_quant, matmul_mixed_precision, int8_nodes, or precision int8), or "
-    "let quantize.search find one",
+    "let quantize.search choose",
 }
 
 
@@ -29,7 +30,7 @@ def judge(
     names = [name for name in MODELS if name in metrics]
     if not names:
         raise UserError("no model was scored, so no gate can be judged. Build results/metrics.json again.")
-    found = []
+    judged = []
     for name, gate in section.every().items():
         model = _model(name, gate, names)
         rows = _rows(name, gate, metrics, model)
@@ -49,15 +50,38 @@ def judge(
         if low is not None:
             entry |= {"low": low, "high": high, "interval": gate.interval}
         entry["passed"] = bool(passed)
-        found.append(entry if passed else entry | {"missed_by": round(abs(decisive - gate.bound), 6)})
-    return found
+        judged.append(entry if passed else entry | {"missed_by": round(abs(decisive - gate.bound), 6)})
+    return judged + _tokenizer_gate(section, metrics, names[-1])
+
+
+def _tokenizer_gate(section: params.Gates, metrics: dict, model: str) -> list[dict]:
+    """The gate on the runtime's tokenizer, where an exported model was scored: one entry, or none."""
+    agreement, bound = metrics.get("parity", {}).get("tokenizer"), section.max_tokenizer_differences
+    if agreement is None or bound is None:
+        return []
+    value = agreement["encode_differ"] + agreement["decode_differ"]
+    entry = {"gate": "max_tokenizer_differences", "metric": "tokenizer_differences", "kind": "maximum", "model": model}
+    entry |= {"bound": bound, "value": value, "passed": value <= bound}
+    return [entry if entry["passed"] else entry | {"missed_by": value - bound}]
+
+
+def advice(entry: dict, metrics: dict) -> str:
+    """What to do about a missed gate, as the end of a sentence; empty where it depends on the task."""
+    if entry["gate"] != "max_tokenizer_differences":
+        return f": {ADVICE[entry['kind']]}" if entry["kind"] in ADVICE else ""
+    first = metrics["parity"]["tokenizer"]["first"]
+    return (
+        f": row {first['row']} is {first['training']} in training and {first['runtime']} in the runtime, so users get other answers "
+        "than evaluate would show. Clean such characters from the dataset, use another base model or version of onnxruntime-genai, "
+        "or allow so many differences with gates.max_tokenizer_differences"
+    )
 
 
 def _model(name: str, gate: params.Gate, names: list[str]) -> str:
     if gate.model == "last":
         return names[-1]
     wanted = (
-        next((one for one in names if one not in ("base", "adapter", "merged")), "onnx")
+        next((model for model in names if model not in ("base", "adapter", "merged")), "onnx")
         if gate.model == "onnx"
         else gate.model
     )
@@ -71,7 +95,7 @@ def _model(name: str, gate: params.Gate, names: list[str]) -> str:
 def _rows(name: str, gate: params.Gate, metrics: dict, model: str) -> int:
     """Rows behind the figure: those of the class for a class's figure, the compared prompts for a parity."""
     if gate.metric in params.PARITY:
-        return max((entry["prompts"] for entry in metrics.get("parity", {}).values()), default=0)
+        return max((entry.get("prompts", 0) for entry in metrics.get("parity", {}).values()), default=0)
     if gate.metric.startswith("per_class."):
         return _figure(name, gate.metric.rpartition(".")[0] + ".rows", metrics[model], model)
     return metrics["test_rows"]
@@ -106,22 +130,31 @@ def _value(name, gate, model, names, metrics, benchmark, published, entry) -> tu
         entry["against"] = pair.partition("_vs_")[2]
         return metrics["parity"][pair][gate.metric], None, None
 
-    def figures(one: str) -> dict:
-        return metrics[one] | benchmark.get(one, {})
+    scored = metrics.get("providers", {}).get(model)
+    if scored and gate.metric in params.TIMINGS:
+        raise UserError(
+            f"gates.{name}: {model} was exported for {scored['exported_for']}, but {gate.metric} was measured on {scored['scored_on']}. "
+            "Run evaluate on the target, or remove the gate."
+        )
+
+    def figures(of: str) -> dict:
+        return metrics[of] | benchmark.get(of, {})
 
     value = _figure(name, gate.metric, figures(model), model)
     ends = figures(model).get(f"{gate.metric}_low"), figures(model).get(f"{gate.metric}_high")
     if gate.kind in ("minimum", "maximum"):
         return _with_interval(name, gate, value, *ends)
     if gate.against == "published":
-        other, before = "published", published[[one for one in MODELS if one in published][-1]]
+        other, before = "published", published[[known for known in MODELS if known in published][-1]]
     else:
-        wanted = [one for one in names[: names.index(model)] if one != "adapter"]
-        wanted = wanted[-1:] if gate.against == "previous" else [one for one in wanted if one == gate.against]
+        wanted = [earlier for earlier in names[: names.index(model)] if earlier != "adapter"]
+        wanted = (
+            wanted[-1:] if gate.against == "previous" else [earlier for earlier in wanted if earlier == gate.against]
+        )
         if not wanted:
             raise UserError(
                 f"gates.{name}: no model {'before ' + model if gate.against == 'previous' else gate.against} was scored to compare with; "
-                "add it to evaluate.models, or take the gate out."
+                "add it to evaluate.models, or remove the gate."
             )
         other, before = wanted[0], figures(wanted[0])
     entry["against"] = other
@@ -156,19 +189,28 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
-def table(found: list[dict]) -> str:
+def table(judged: list[dict]) -> str:
     """The judged gates as aligned lines of text."""
     rows = []
-    for one in found:
+    for entry in judged:
         gate = (
-            one["gate"] if not one["gate"].startswith("checks") else f"{one['gate']} {one['kind']} of {one['metric']}"
+            entry["gate"]
+            if not entry["gate"].startswith("checks")
+            else f"{entry['gate']} {entry['kind']} of {entry['metric']}"
         )
-        models = one["model"] + (f" against {one['against']}" if "against" in one else "")
-        ends = f"[{number(one['low'])}, {number(one['high'])}]" if "low" in one else ""
-        asked = f" ({one['interval']} end)" if one.get("interval", "ignore") != "ignore" else ""
-        verdict = "passed" if one["passed"] else "MISSED"
+        models = entry["model"] + (f" against {entry['against']}" if "against" in entry else "")
+        ends = f"[{number(entry['low'])}, {number(entry['high'])}]" if "low" in entry else ""
+        asked = f" ({entry['interval']} end)" if entry.get("interval", "ignore") != "ignore" else ""
+        verdict = "passed" if entry["passed"] else "MISSED"
         rows.append(
-            (verdict, gate, models, number(one["value"]), ends, f"{SIGNS[one['kind']]} {number(one['bound'])}{asked}")
+            (
+                verdict,
+                gate,
+                models,
+                number(entry["value"]),
+                ends,
+                f"{SIGNS[entry['kind']]} {number(entry['bound'])}{asked}",
+            )
         )
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
     return "\n".join(
@@ -203,8 +245,13 @@ def check_metrics(metrics: dict) -> None:
         raise ValueError("no model was scored in it")
     for name in names:
         _check_model(name, metrics[name], (*INTERVAL, "size_bytes"))
-    for part in ("parity", "drop"):
-        _check_part(part, metrics.get(part, {}), PARTS[part])
+    parity = dict(_named("parity", metrics.get("parity", {})))
+    if "tokenizer" in parity:
+        agreement = dict(_named("parity.tokenizer", parity.pop("tokenizer")))
+        agreement.pop("first", None)
+        _check_figures("parity.tokenizer", agreement, TOKENIZER)
+    _check_part("parity", parity, PARTS["parity"])
+    _check_part("drop", metrics.get("drop", {}), PARTS["drop"])
 
 
 def _check_model(name: str, entry: object, needed: tuple[str, ...] = ()) -> None:

@@ -7,65 +7,95 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli, params
-from slmake.scoring import metrics, onnx_runner, transformers_runner
-from slmake.scoring import run as run_module
+from slmake.scoring import metrics, tokenizers
+from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
+from slmake.scoring.run import Run
+from slmake.scoring.transformers_runner import TransformersRunner
 
 
-def measure(questions: Questions, run: run_module.Run, weights: np.ndarray) -> tuple[list[str], dict]:
+def measure(questions: Questions, run: Run, weights: np.ndarray) -> tuple[list[str], dict]:
     """One model's answers to the scored rows, and its entry in metrics.json (without its size)."""
     count, labels = questions.scored, questions.form["labels"]
     expected = questions.expected[:count]
     answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
-    found = metrics.score(expected, answers, labels, weights)
+    scores = metrics.score(expected, answers, labels, weights)
     if labels:
         chosen = [labels[index] for index in run.choices[:count]]
-        found["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
-        found["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
+        scores["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
+        scores["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
     tokens = sum(len(answer) for answer in questions.answers[:count])
-    found["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
-    return answers, found
+    scores["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    return answers, scores
 
 
-def compare(
-    questions: Questions, runs: dict[str, run_module.Run], answers: dict[str, list[str]], weights: np.ndarray
-) -> dict:
-    """`parity` and `drop` of every model against the one it was made from (the one before it; adapter's is left to merged)."""
+def compare(questions: Questions, runs: dict[str, Run], answers: dict[str, list[str]], weights: np.ndarray) -> dict:
+    """`parity` and `drop` of every model against the one before it, from which it was made."""
     count, labels = questions.scored, questions.form["labels"]
     names = list(runs)
-    found: dict = {"parity": {}, "drop": {}}
+    compared: dict = {"parity": {}, "drop": {}}
     for before, after in pairwise(names):
         key = f"{after}_vs_{before}"
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            found["parity"][key] = metrics.parity(np.stack(runs[before].logits), np.stack(runs[after].logits))
-        found["drop"][key] = metrics.drop(questions.expected[:count], answers[before], answers[after], labels, weights)
+            compared["parity"][key] = metrics.parity(np.stack(runs[before].logits), np.stack(runs[after].logits))
+        compared["drop"][key] = metrics.drop(
+            questions.expected[:count], answers[before], answers[after], labels, weights
+        )
     if "base" in names and len(names) > 2:
         last = names[-1]
-        found["drop"][f"{last}_vs_base"] = metrics.drop(
+        compared["drop"][f"{last}_vs_base"] = metrics.drop(
             questions.expected[:count], answers["base"], answers[last], labels, weights
         )
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in compared.items() if value}
 
 
 def ask_all(
-    section: params.Evaluate, folders: dict[str, Path], onnx: str, questions: Questions, new_tokens: int, job: cli.Job
-) -> dict[str, run_module.Run]:
-    """Every model's run. The exported one is first: its memory is measured before torch is there."""
-    runs = {}
-    if onnx in folders:
-        runs[onnx] = onnx_runner.ask_onnx(folders[onnx], questions, new_tokens, job, onnx)
+    section: params.Evaluate,
+    folders: dict[str, Path],
+    onnx: str,
+    quantized: params.Finetune | None,
+    questions: Questions,
+    new_tokens: int,
+    job: cli.Job,
+) -> tuple[dict[str, Run], dict]:
+    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, and its execution
+    provider where it was scored on another one.
+
+    Args:
+        folders: the models by name, in the order they are made; `adapter_base` is the base of the adapter.
+        onnx: the exported model's name.
+        quantized: the settings of QLoRA, where the adapter belongs to its 4-bit base; else None.
+    """
+    runs: dict[str, Run] = {}
+    if onnx in folders:  # first: its memory is measured before torch is loaded
+        exported = OnnxRunner(folders[onnx])
+        runs[onnx] = exported.ask(questions, new_tokens, job, onnx)
     timed = "merged" if "merged" in folders else "base"
     model = None
     for name in ("base", "adapter", "merged"):
         if name not in folders:
             continue
         if name == "adapter":
-            model = model or transformers_runner.Transformers(folders["adapter_base"])
-            model.add_adapter(folders[name])
+            model = model or TransformersRunner(folders["adapter_base"], section.batch_size)
+            model.add_adapter(folders[name], quantized)
+            model.latency_rows = 0
         else:
             del model
             gc.collect()
-            model = transformers_runner.Transformers(folders[name])
-        rows = section.latency_rows if name == timed else 0
-        runs[name] = model.ask(questions, new_tokens, section.batch_size, rows, job, name)
-    return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}
+            rows = section.latency_rows if name == timed else 0
+            model = TransformersRunner(folders[name], section.batch_size, rows)
+        runs[name] = model.ask(questions, new_tokens, job, name)
+    facts: dict = {}
+    if onnx in folders:
+        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
+        if exported.model.runs_on != exported.model.provider:
+            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
+    return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}, facts
+
+
+def _tokenizer(folders: dict[str, Path], onnx: str):
+    """Training's tokenizer: that of the model that the export was made from, of which the export has a copy."""
+    from transformers import AutoTokenizer
+
+    folder = folders.get("merged") or folders.get("base") or folders[onnx]
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -13,17 +13,17 @@ def macro_f1(expected: list[str], answers: list[str], labels: list[str]) -> floa
 
 def per_class(expected: list[str], answers: list[str], labels: list[str]) -> dict[str, dict]:
     """Precision, recall, F1 and the number of rows of every label; 0 where a ratio has no denominator."""
-    found = {}
+    scores = {}
     for label in labels:
         hits = sum(e == label and a == label for e, a in zip(expected, answers, strict=True))
         given, there = answers.count(label), expected.count(label)
-        found[label] = {
+        scores[label] = {
             "precision": round(hits / given, 6) if given else 0.0,
             "recall": round(hits / there, 6) if there else 0.0,
             "f1": round(2 * hits / (given + there), 6) if given + there else 0.0,
             "rows": there,
         }
-    return found
+    return scores
 
 
 def confusion(expected: list[str], answers: list[str], labels: list[str]) -> list[list[int]]:
@@ -49,10 +49,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def bootstrapped(expected: list[str], answers: list[str], labels: list[str] | None, weights: np.ndarray) -> dict:
     """Accuracy (and macro-F1 for a classification) of every resample, float64 [samples] each."""
     right = np.array([e == a for e, a in zip(expected, answers, strict=True)], dtype=np.float64)
-    found = {"accuracy": weights @ right / weights.sum(axis=1)}
+    scores = {"accuracy": weights @ right / weights.sum(axis=1)}
     if labels:
-        found["macro_f1"] = _macro_f1(*_indicators(expected, answers, labels), weights)
-    return found
+        scores["macro_f1"] = _macro_f1(*_indicators(expected, answers, labels), weights)
+    return scores
 
 
 def _indicators(expected: list[str], answers: list[str], labels: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,15 +115,15 @@ def score(expected: list[str], answers: list[str], labels: list[str] | None, wei
     with what; for open text ROUGE-L. (Accuracy is exact match: the whole answer, without outer white space.)"""
     drawn = bootstrapped(expected, answers, labels, weights)
     right = sum(e == a for e, a in zip(expected, answers, strict=True))
-    found: dict = {"accuracy": round(right / len(expected), 6)}
-    found["accuracy_low"], found["accuracy_high"] = interval(drawn["accuracy"])
+    scores: dict = {"accuracy": round(right / len(expected), 6)}
+    scores["accuracy_low"], scores["accuracy_high"] = interval(drawn["accuracy"])
     if not labels:
-        return found | {"rouge_l": round(rouge_l(expected, answers), 6)}
-    found["macro_f1"] = round(macro_f1(expected, answers, labels), 6)
-    found["macro_f1_low"], found["macro_f1_high"] = interval(drawn["macro_f1"])
-    found["outside_labels"] = round(sum(answer not in labels for answer in answers) / len(answers), 6)
-    found["per_class"] = per_class(expected, answers, labels)
-    return found | {"confusion": confusion(expected, answers, labels)}
+        return scores | {"rouge_l": round(rouge_l(expected, answers), 6)}
+    scores["macro_f1"] = round(macro_f1(expected, answers, labels), 6)
+    scores["macro_f1_low"], scores["macro_f1_high"] = interval(drawn["macro_f1"])
+    scores["outside_labels"] = round(sum(answer not in labels for answer in answers) / len(answers), 6)
+    scores["per_class"] = per_class(expected, answers, labels)
+    return scores | {"confusion": confusion(expected, answers, labels)}
 
 
 def drop(
@@ -133,8 +133,8 @@ def drop(
     old, new = (bootstrapped(expected, answers, labels, weights) for answers in (before, after))
     once = np.ones((1, len(expected)))
     was, is_ = (bootstrapped(expected, answers, labels, once) for answers in (before, after))
-    found = {}
+    scores = {}
     for name in old:
-        found[name] = round(float(was[name][0] - is_[name][0]), 6)
-        found[f"{name}_low"], found[f"{name}_high"] = interval(old[name] - new[name])
-    return found
+        scores[name] = round(float(was[name][0] - is_[name][0]), 6)
+        scores[f"{name}_low"], scores[f"{name}_high"] = interval(old[name] - new[name])
+    return scores

@@ -5,64 +5,100 @@ from pathlib import Path
 
 import numpy as np
 
-from slmake import cli, generation
+from slmake import cli
+from slmake.errors import UserError
+from slmake.generation import Exported
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, Run, empty_run, peak_bytes, percentiles, reset_peak
 
 
-def ask_onnx(folder: Path, questions: Questions, new_tokens: int, job: cli.Job, name: str) -> Run:
-    """Answers of an exported model, one row at a time, as a user would ask it.
+def load(folder: Path, form: dict | None = None) -> Exported:
+    """The exported model in `folder`.
 
-    The clock runs from the prompt to the end of the answer; what is read for labels and likelihoods comes after it.
+    Raises:
+        UserError: it is not there, or ONNX Runtime cannot load it.
     """
-    reset_peak()
-    began = time.monotonic()
-    model, tokenizer = generation.load(folder)
-    loaded = time.monotonic()
-    run = empty_run(questions)
-    names = {label: index for index, label in enumerate(questions.form["labels"] or [])}
-    room = max(map(len, questions.label_tokens or [[]]))
-    for prompt in questions.prompts[:WARM_UP]:
-        generation.greedy(model, prompt, new_tokens)
-    waits, prefill, generated, prompt_tokens = [], 0.0, 0, 0
-    with job.progress(len(questions.prompts), f"rows of {name}") as bar:
-        for i, prompt in enumerate(questions.prompts):
-            row = _OnnxRow(len(prompt))
-            answer = questions.answers[i]
-            made = generation.greedy(model, prompt, new_tokens, row.look, max(room, len(answer)))
-            waits.append(row.elapsed())
-            prefill += row.prefill
-            generated += len(made)
-            prompt_tokens += len(prompt)
-            run.texts[i] = tokenizer.decode(np.array([t for t in made if t != questions.end], dtype=np.int32))
-            if i < questions.compared:
-                run.logits[i] = row.steps[0].astype(np.float32)
-            best = row.score(answer, made)
-            run.answer_nll[i] = -best
-            if questions.label_tokens:
-                picked = names[questions.expected[i]]
-                first = log_softmax(row.steps[0])
-                bounds = sorted(((first[ids[0]], k) for k, ids in enumerate(questions.label_tokens)), reverse=True)
-                for bound, k in bounds:
-                    if bound <= best:
-                        break
-                    if k != names[questions.expected[i]]:
-                        value = row.score(questions.label_tokens[k], made)
-                        if value > best:
-                            best, picked = value, k
-                run.choices[i] = picked
-            bar.update(1)
-    total = sum(waits)
-    run.timings = percentiles([1000 * wait for wait in waits]) | {
-        "load_s": loaded - began,
-        "score_s": total,
-        "generated_tokens_per_s": generated / total,
-        "prefill_tokens_per_s": prompt_tokens / prefill,
-        "decode_tokens_per_s": generated / max(total - prefill, 1e-9),
-        "peak_memory_bytes": peak_bytes(),
-    }
-    return run
+    if not (folder / "genai_config.json").exists():
+        raise UserError(f"{folder}: no exported model. Build it with `make` or `snakemake --cores all`.")
+    try:
+        return Exported(folder, form)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{folder}: ONNX Runtime cannot load this model: {reason[0] if reason else type(error).__name__}. "
+            "Build it again: remove the folder and run snakemake."
+        ) from error
+
+
+class OnnxRunner:
+    """An exported model, asked with text, one row at a time, as a user asks it.
+
+    The clock runs from the prompt's tokens to the end of the answer; label and likelihood scores are computed after it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model: Exported | None = None
+
+    def ask(self, questions: Questions, new_tokens: int, job: cli.Job, name: str) -> Run:
+        """See `Runner`."""
+        reset_peak()
+        began = time.monotonic()
+        self.model = load(self.folder, questions.form)
+        loaded = time.monotonic()
+        run = empty_run(questions)
+        prompts = [self._prompt(questions, i) for i in range(len(questions.prompts))]
+        for prompt in prompts[:WARM_UP]:
+            self.model.generate(prompt, new_tokens)
+        waits, prefill, generated, room = [], 0.0, 0, max(map(len, questions.label_tokens or [[]]))
+        with job.progress(len(prompts), f"rows of {name}") as bar:
+            for i, prompt in enumerate(prompts):
+                row = _OnnxRow(len(prompt))
+                tokens = self.model.generate(prompt, new_tokens, row.look, max(room, len(questions.answers[i])))
+                waits.append(row.elapsed())
+                prefill += row.prefill
+                generated += len(tokens)
+                run.texts[i] = self.model.decode(tokens)
+                if i < questions.compared:
+                    run.logits[i] = row.steps[0].astype(np.float32)
+                _score(questions, i, row, tokens, run)
+                bar.update(1)
+        total = sum(waits)
+        run.timings = percentiles([1000 * wait for wait in waits]) | {
+            "load_s": loaded - began,
+            "score_s": total,
+            "generated_tokens_per_s": generated / total,
+            "prefill_tokens_per_s": sum(map(len, prompts)) / prefill,
+            "decode_tokens_per_s": generated / max(total - prefill, 1e-9),
+            "peak_memory_bytes": peak_bytes(),
+        }
+        return run
+
+    def _prompt(self, questions: Questions, i: int) -> list[int]:
+        """Tokens of a prompt as the runtime makes them of its text; those of training for a part of a longer sequence."""
+        text = questions.texts[i]
+        return questions.prompts[i].tolist() if text is None else self.model.encode(text)
+
+
+def _score(questions: Questions, i: int, row: "_OnnxRow", tokens: list[int], run: Run) -> None:
+    """Add a row's likelihood of the expected answer, and its most likely label, to `run`."""
+    best = row.score(questions.answers[i], tokens)
+    run.answer_nll[i] = -best
+    if not questions.label_tokens:
+        return
+    labels = questions.form["labels"]
+    expected = choice = labels.index(questions.expected[i])
+    first = log_softmax(row.steps[0])
+    bounds = sorted(((first[ids[0]], k) for k, ids in enumerate(questions.label_tokens)), reverse=True)
+    for bound, k in bounds:
+        if bound <= best:  # no answer is more likely than its first token
+            break
+        if k != expected:
+            value = row.score(questions.label_tokens[k], tokens)
+            if value > best:
+                best, choice = value, k
+    run.choices[i] = choice
 
 
 class _OnnxRow:
@@ -83,10 +119,10 @@ class _OnnxRow:
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
 
-    def score(self, answer: list[int], made: list[int]) -> float:
-        """Log probability of an answer's tokens behind the prompt."""
-        # The free answer went the same way, up to the last token's logits; its end token is not in `made`.
-        if made[: len(answer) - 1] == answer[:-1] and len(self.steps) >= len(answer):
+    def score(self, answer: list[int], generated: list[int]) -> float:
+        """Log probability of an answer's tokens after the prompt."""
+        # Where generation took the same steps, its logits are there, the end token's included (which is not in `generated`).
+        if generated[: len(answer) - 1] == answer[:-1] and len(self.steps) >= len(answer):
             logits = self.steps[: len(answer)]
         else:
             # Token by token, as generation does it: an export may give the last position's logits only.

@@ -6,28 +6,30 @@ import numpy as np
 
 from slmake import prompts
 from slmake.errors import UserError
+from slmake.generation import truncate
 
 IGNORED = -100
-COMPARED = 512  # prompts whose logits are kept for parity, so that a large test split does not fill the memory
+COMPARED = 512  # largest number of prompts whose logits parity compares, so that a large test split fits into memory
 
 
 class Questions:
     """Rows of the chosen splits as prompts (int64 token ids), expected answers and their tokens.
 
     Attributes:
-        prompts: one int64 array of token ids per row.
+        texts: the prompt of every row as text; None for a row that is not alone in its sequence (strategy join).
+        prompts: one int64 array of token ids per row, of training; cut as a user's prompt is, for whose answer there must be room.
         answers: one list of token ids per row, the end token included.
         expected: one text per row.
         label_tokens: for a classification, token ids of every label, the end token included; else None.
-        scored: how many rows, from the first, are scored; rows behind them are asked for parity only.
-        compared: how many rows, from the first, are compared in parity.
+        scored: the number of rows that are scored; the rows after them are asked for parity only.
+        compared: the number of rows, from the first, that parity compares.
     """
 
     def __init__(self, dataset: Path, limit: int | None = None, splits: tuple[str, ...] = ("test",)):
         self.form = prompts.load_prompt(dataset)
         self.dataset, self.end = dataset, self.form["end_token_id"]
         self.rows: list[int] = []
-        self.texts: list[str] = []
+        self.texts: list[str | None] = []
         self.prompts: list[np.ndarray] = []
         self.answers: list[list[int]] = []
         self.expected: list[str] = []
@@ -48,49 +50,53 @@ class Questions:
         columns = ["row", "prompt", "answer", "input_ids", "labels"]
         table = pyarrow.parquet.read_table(self.dataset / f"{split}.parquet", columns=columns).slice(0, limit)
         for row in table.to_pylist():
-            end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # padding stands behind it
+            end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # without padding
             start = end
             while start and row["labels"][start - 1] != IGNORED:
                 start -= 1
-            begin = start  # of this row, where several are joined in one sequence
+            begin = start  # of the last row, where several are joined in one sequence
             while begin and row["labels"][begin - 1] == IGNORED:
                 begin -= 1
             self.rows.append(row["row"])
-            self.texts.append(row["prompt"])
-            self.prompts.append(np.array(row["input_ids"][begin:start], dtype=np.int64))
+            self.texts.append(None if begin else row["prompt"])
+            prompt = row["input_ids"][begin:start]
+            if "max_prompt_tokens" in self.form:
+                prompt = truncate(prompt, self.form["max_prompt_tokens"], self.form["kept_token_id"])
+            self.prompts.append(np.array(prompt, dtype=np.int64))
             self.answers.append(row["input_ids"][start:end])
             self.expected.append(row["answer"].strip())
 
     def extend_for_parity(self, count: int) -> None:
-        """Add rows of eval and train behind the scored ones until there are `count` prompts (or no more rows)."""
+        """Add rows of eval and train after the scored ones until there are `count` prompts (or no more rows)."""
         for split in ("eval", "train"):
             if len(self.rows) < count:
                 self._add(split, count - len(self.rows))
         self.compared = min(len(self.rows), max(count, COMPARED))
 
     def _label_tokens(self) -> list[list[int]]:
-        """Token ids of every label, as the rows have them.
+        """Token ids of every label, as in the rows.
 
         Raises:
-            UserError: two labels are the same tokens, so no score can tell them apart.
+            UserError: two labels are the same tokens, so no score can distinguish them.
         """
-        found = dict(zip(self.expected, self.answers, strict=True))
-        missing = set(self.form["labels"]) - found.keys()
+        labels = self.form["labels"]
+        known = dict(zip(self.expected, self.answers, strict=True))
         for split in ("eval", "train"):
-            if missing:
+            if set(labels) - known.keys():
                 rows = Questions.__new__(Questions)
-                rows.__dict__.update(dataset=self.dataset, rows=[], texts=[], prompts=[], answers=[], expected=[])
+                rows.__dict__.update(
+                    dataset=self.dataset, form=self.form, rows=[], texts=[], prompts=[], answers=[], expected=[]
+                )
                 rows._add(split, None)
-                found = dict(zip(rows.expected, rows.answers, strict=True)) | found
-                missing = set(self.form["labels"]) - found.keys()
+                known = dict(zip(rows.expected, rows.answers, strict=True)) | known
+        missing = sorted(set(labels) - known.keys())
         if missing:
-            raise UserError(f"{self.dataset}: no row has the label {sorted(missing)[0]!r}. Build the dataset again.")
-        tokens = [found[label] for label in self.form["labels"]]
-        for i, one in enumerate(tokens):
-            if one in tokens[:i]:
-                other = self.form["labels"][tokens.index(one)]
+            raise UserError(f"{self.dataset}: no row has the label {missing[0]!r}. Build the dataset again.")
+        tokens = [known[label] for label in labels]
+        for i, ids in enumerate(tokens):
+            if ids in tokens[:i]:
                 raise UserError(
-                    f"the labels {other!r} and {self.form['labels'][i]!r} are the same tokens for this model. Rename one."
+                    f"the labels {labels[tokens.index(ids)]!r} and {labels[i]!r} are the same tokens for this model. Rename one of them."
                 )
         return tokens
 

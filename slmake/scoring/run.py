@@ -1,12 +1,14 @@
-"""What one model answered, and what it cost in time and memory."""
+"""What one model answered, what it cost in time and memory, and what every runner has in common."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from slmake import cli
 from slmake.errors import UserError
 from slmake.scoring.questions import Questions
 
@@ -15,7 +17,7 @@ WARM_UP = 3
 
 @dataclass
 class Run:
-    """What one model made of the questions.
+    """One model's answers to the questions.
 
     Attributes:
         texts: generated text of every prompt.
@@ -32,6 +34,19 @@ class Run:
     timings: dict = field(default_factory=dict)
 
 
+class Runner(Protocol):
+    """A model on the runtime that it ships on."""
+
+    def ask(self, questions: Questions, new_tokens: int, job: cli.Job, name: str) -> Run:
+        """Greedy answers, label choices, answer likelihoods and logits for all questions.
+
+        Args:
+            new_tokens: the largest number of tokens of an answer.
+            name: the model's name on the progress bar.
+        """
+        ...
+
+
 def empty_run(questions: Questions) -> Run:
     count = len(questions.prompts)
     return Run(
@@ -40,7 +55,7 @@ def empty_run(questions: Questions) -> Run:
 
 
 def reset_peak() -> None:
-    """Forget the process's peak memory (Linux; elsewhere the peak is that of the whole run)."""
+    """Reset the process's peak memory (Linux only; elsewhere the peak is that of the whole run)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -65,7 +80,7 @@ def percentiles(milliseconds: list[float]) -> dict:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Whatever a library says of a damaged model is told with the model's folder.
+    """Turn a library's error about a damaged model into one that names the folder and the next command.
 
     Raises:
         UserError: the folder cannot be loaded.
@@ -75,10 +90,10 @@ def readable(folder: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        if getattr(error, "errno", None):  # a trouble of the machine, not of the model
+        if getattr(error, "errno", None):  # the machine's fault, not the model's
             raise
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{folder} cannot be loaded: {type(error).__name__}: {reason[0] if reason else 'no message'} "
-            "Remove the folder and run snakemake: it is built again."
+            "Remove the folder and run snakemake to build it again."
         ) from error

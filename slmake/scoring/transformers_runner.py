@@ -7,53 +7,71 @@ from pathlib import Path
 
 import numpy as np
 
-from slmake import cli
+from slmake import cli, params
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, Run, empty_run, peak_bytes, percentiles, readable, reset_peak
 
-CHUNK = 2**26  # logits (rows x tokens x vocabulary) that may be held at once
-AHEAD = 3  # labels of a row that are followed in one pass
+CHUNK = 2**26  # largest number of logits (rows x tokens x vocabulary) in memory
+LABELS_AT_ONCE = 3  # labels of a row that one pass scores
 
 
-class Transformers:
-    """A Hugging Face model, with or without an adapter on it."""
+class TransformersRunner:
+    """A Hugging Face model, with or without an adapter, asked in batches of similar length in its own data type.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: the model's folder.
+        batch_size: rows in a batch.
+        latency_rows: rows that are asked again one by one to time what a user waits for; 0 for none.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, latency_rows: int = 0):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         reset_peak()
         began = time.monotonic()
+        self.folder, self.batch_size, self.latency_rows = folder, batch_size, latency_rows
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with readable(folder):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
             ).to(self.device)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocabulary = config.vocab_size
-        # Tokens that its cache can take back: a sliding window's that has not slid yet, none of a recurrent state's.
+        # Tokens that can be removed from its cache again: those of a sliding window that is not full, none of a recurrent state.
         self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
         self.load_s = time.monotonic() - began
 
-    def add_adapter(self, folder: Path) -> None:
-        """Put a LoRA adapter on the model, unmerged."""
+    def add_adapter(self, folder: Path, quantized: params.Finetune | None = None) -> None:
+        """Put a LoRA adapter on the model, unmerged.
+
+        Args:
+            quantized: the settings of QLoRA, to give the base the 4-bit weights that the adapter was trained on.
+        """
         from peft import PeftModel
 
         began = time.monotonic()
+        if quantized:
+            self._quantize(quantized)
         with readable(folder):
             self.model = PeftModel.from_pretrained(self.model, folder).to(self.device).eval()
         self.load_s += time.monotonic() - began
 
-    def ask(
-        self, questions: Questions, new_tokens: int, batch_size: int, latency_rows: int, job: cli.Job, name: str
-    ) -> Run:
-        """Greedy answers, label choices and answer likelihoods, in batches of similar length, in the model's own data type.
+    def _quantize(self, section: params.Finetune) -> None:
+        """Round the linear weights as QLoRA does, and as merge does with `onto: dequantized`."""
+        from slmake.merging.shards import fake_quantize, linear_weights
+        from slmake.training.model import pick_device, pick_dtype
 
-        Args:
-            latency_rows: so many rows are asked again one by one, to time what a user waits for; 0 for none.
-        """
+        names = linear_weights(self.folder)
+        dtype = pick_dtype(section.compute_dtype, pick_device())
+        for name, weight in self.model.named_parameters():
+            if name in names:
+                weight.data = fake_quantize(weight.data, dtype, section.quant_type, section.double_quant).to(weight)
+
+    def ask(self, questions: Questions, new_tokens: int, job: cli.Job, name: str) -> Run:
+        """See `Runner`."""
         import torch
 
         run, began = empty_run(questions), time.monotonic()
@@ -61,22 +79,26 @@ class Transformers:
         seconds = {"prefill": 0.0, "decode": 0.0}
         tokens = {"prefill": 0, "decode": 0}
         with job.progress(len(order), f"rows of {name}") as bar, torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                self._batch(questions, order[start : start + batch_size], new_tokens, run, seconds, tokens)
-                bar.update(min(batch_size, len(order) - start))
+            for start in range(0, len(order), self.batch_size):
+                self._batch(questions, order[start : start + self.batch_size], new_tokens, run, seconds, tokens)
+                bar.update(min(self.batch_size, len(order) - start))
             run.timings = {"load_s": self.load_s, "score_s": time.monotonic() - began}
             run.timings |= {f"{key}_tokens_per_s": tokens[key] / max(seconds[key], 1e-9) for key in seconds}
-            chosen = [int(i) for i in np.linspace(0, questions.scored - 1, min(latency_rows, questions.scored))]
-            if chosen:
-                waits = []
-                for i in [chosen[0]] * WARM_UP + chosen:
-                    start = time.perf_counter()
-                    logits, cache, mask, _ = self._prefill([questions.prompts[i]], [[]])
-                    self._greedy(logits[:, 0], cache, mask, new_tokens, questions.end)
-                    waits.append(1000 * (time.perf_counter() - start))
-                run.timings |= percentiles(waits[WARM_UP:])
+            run.timings |= self._latency(questions, new_tokens)
         run.timings["peak_memory_bytes"] = peak_bytes()
         return run
+
+    def _latency(self, questions: Questions, new_tokens: int) -> dict:
+        """Percentiles of the time that rows take one by one; empty without `latency_rows`."""
+        count = min(self.latency_rows, questions.scored)
+        chosen = [int(i) for i in np.linspace(0, questions.scored - 1, count)]
+        waits = []
+        for i in chosen[:1] * WARM_UP + chosen:
+            start = time.perf_counter()
+            logits, cache, mask, _ = self._prefill([questions.prompts[i]], [[]])
+            self._greedy(logits[:, 0], cache, mask, new_tokens, questions.end)
+            waits.append(1000 * (time.perf_counter() - start))
+        return percentiles(waits[WARM_UP:]) if chosen else {}
 
     def _prefill(self, rows: list[np.ndarray], answers: list[list[int]]):
         """One pass over prompts and the answers behind them.
@@ -91,7 +113,7 @@ class Transformers:
         ids = torch.zeros((len(rows), longest + more), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for k, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            # Left padding of prompts: generation goes on at their right end. What stands behind an answer is not looked at.
+            # Prompts are padded on the left, so that generation continues at their right end. Padding on the right is not read.
             ids[k, longest - len(row) : longest] = torch.from_numpy(row)
             ids[k, longest : longest + len(answer)] = torch.tensor(answer, dtype=torch.long)
             mask[k, longest - len(row) :] = 1
@@ -114,14 +136,15 @@ class Transformers:
         answers = [questions.answers[i] for i in chosen]
         longest = max(len(answer) for answer in answers)
         room = max(len(questions.prompts[i]) for i in chosen) + longest
-        joined = len(chosen) * longest * self.vocabulary <= CHUNK and room < self.croppable
-        behind = [answer[:-1] if joined else [] for answer in answers]
+        # Score the expected answers in the prompt's own pass, where memory and cache allow it.
+        one_pass = len(chosen) * longest * self.vocabulary <= CHUNK and room < self.croppable
+        behind = [answer[:-1] if one_pass else [] for answer in answers]
         logits, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen], behind)
         seconds["prefill"] += taken
         tokens["prefill"] += int(mask.sum()) + sum(map(len, behind))
         first = logits[:, 0]
         log_first = first.log_softmax(-1)
-        if joined:
+        if one_pass:
             scores = self._summed(logits.log_softmax(-1), answers)
         else:
             scores = self._score(log_first, cache, mask, list(range(len(chosen))), answers)
@@ -130,28 +153,28 @@ class Transformers:
             picked = self._best_labels(questions, chosen, scores, log_first, cache, mask)
             for i, label in zip(chosen, picked, strict=True):
                 run.choices[i] = label
-        made: list[list[int] | None] = [None] * len(chosen)
-        if joined and tokens["decode"]:  # the first batch is generated token by token: it is timed
+        generated: list[list[int] | None] = [None] * len(chosen)
+        if one_pass and tokens["decode"]:  # the first batch is generated token by token, to time it
             likeliest = logits.argmax(-1).tolist()
             for k, answer in enumerate(answers):
                 whole = answer[-1] == questions.end or len(answer) >= new_tokens
                 if whole and likeliest[k][: len(answer)] == answer:
-                    made[k] = [token for token in answer[:new_tokens] if token != questions.end]
-        left = [k for k, answer in enumerate(made) if answer is None]
-        if left:
+                    generated[k] = [token for token in answer[:new_tokens] if token != questions.end]
+        rest = [k for k, answer in enumerate(generated) if answer is None]
+        if rest:
             start = time.perf_counter()
-            if len(left) < len(chosen):
-                cache.batch_select_indices(torch.tensor(left, device=self.device))
-            found = self._greedy(first[left], cache, mask[left], new_tokens, questions.end)
+            if len(rest) < len(chosen):
+                cache.batch_select_indices(torch.tensor(rest, device=self.device))
+            continuations = self._greedy(first[rest], cache, mask[rest], new_tokens, questions.end)
             seconds["decode"] += time.perf_counter() - start
-            tokens["decode"] += sum(map(len, found))
-            for k, answer in zip(left, found, strict=True):
-                made[k] = answer
-        kept = first.cpu().numpy()
+            tokens["decode"] += sum(map(len, continuations))
+            for k, answer in zip(rest, continuations, strict=True):
+                generated[k] = answer
+        first_logits = first.cpu().numpy()
         for k, i in enumerate(chosen):
-            run.texts[i] = self.tokenizer.decode(made[k], skip_special_tokens=True)
+            run.texts[i] = self.tokenizer.decode(generated[k], skip_special_tokens=True)
             if i < questions.compared:
-                run.logits[i] = kept[k].copy()
+                run.logits[i] = first_logits[k].copy()
 
     @staticmethod
     def _summed(logs, answers: list[list[int]]) -> np.ndarray:
@@ -175,12 +198,12 @@ class Transformers:
         for k, label in enumerate(picked):
             bounds[k, label] = -np.inf
         while True:
-            nearest = np.argsort(-bounds, axis=1, kind="stable")[:, :AHEAD]
+            nearest = np.argsort(-bounds, axis=1, kind="stable")[:, :LABELS_AT_ONCE]
             pairs = [(k, int(label)) for k, few in enumerate(nearest) for label in few if bounds[k, label] > best[k]]
             if not pairs:
                 return picked
-            found = self._score(log_first, cache, mask, [k for k, _ in pairs], [labels[label] for _, label in pairs])
-            for (k, label), value in zip(pairs, found, strict=True):
+            values = self._score(log_first, cache, mask, [k for k, _ in pairs], [labels[label] for _, label in pairs])
+            for (k, label), value in zip(pairs, values, strict=True):
                 bounds[k, label] = -np.inf
                 if value > best[k]:
                     best[k], picked[k] = value, label
@@ -195,13 +218,13 @@ class Transformers:
             return total
         step = max(1, CHUNK // (longest * log_first.shape[-1]))
         for start in range(0, len(rows), step):
-            some, wanted = rows[start : start + step], answers[start : start + step]
-            ids = torch.zeros((len(some), longest), dtype=torch.long)
-            for k, answer in enumerate(wanted):  # right padding: what stands behind an answer is not looked at
+            part, wanted = rows[start : start + step], answers[start : start + step]
+            ids = torch.zeros((len(part), longest), dtype=torch.long)
+            for k, answer in enumerate(wanted):  # padded on the right, which is not read
                 ids[k, : len(answer) - 1] = torch.tensor(answer[:-1])
             own = copy.deepcopy(cache)
-            own.batch_select_indices(torch.tensor(some, device=self.device))
-            before = mask[some]
+            own.batch_select_indices(torch.tensor(part, device=self.device))
+            before = mask[part]
             out = self.model(
                 input_ids=ids.to(self.device),
                 attention_mask=torch.cat([before, torch.ones_like(ids, device=self.device)], dim=1),
@@ -209,7 +232,7 @@ class Transformers:
                 past_key_values=own,
                 use_cache=True,
             )
-            total[start : start + len(some)] += self._summed(
+            total[start : start + len(part)] += self._summed(
                 out.logits.float().log_softmax(-1), [answer[1:] for answer in wanted]
             )
         return total
@@ -218,15 +241,15 @@ class Transformers:
         """The most likely tokens of each row, up to its end token (which is left out); the cache grows."""
         import torch
 
-        made: list[list[int]] = [[] for _ in range(len(mask))]
-        alive = [True] * len(mask)
+        answers: list[list[int]] = [[] for _ in range(len(mask))]
+        running = [True] * len(mask)
         for step in range(new_tokens):
             token = logits.argmax(-1)
-            for k, one in enumerate(token.tolist()):
-                alive[k] = alive[k] and one != end
-                if alive[k]:
-                    made[k].append(one)
-            if step == new_tokens - 1 or not any(alive):
+            for k, number in enumerate(token.tolist()):
+                running[k] = running[k] and number != end
+                if running[k]:
+                    answers[k].append(number)
+            if step == new_tokens - 1 or not any(running):
                 break
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             out = self.model(
@@ -237,4 +260,4 @@ class Transformers:
                 use_cache=True,
             )
             logits = out.logits[:, -1].float()
-        return made
+        return answers

@@ -1,33 +1,126 @@
-"""Azure Blob: who we are there, what lies there, and what its errors mean.
+"""Azure Blob: the source, the file system with its credentials, and what Azure's errors mean.
 
 adlfs finds the account and the credentials: AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY
 or AZURE_STORAGE_SAS_TOKEN (the Azure CLI's names, as DVC reads them), or else DefaultAzureCredential (`az login`, a managed
 identity, AZURE_CLIENT_ID and its like). Its client of the Azure SDK is used directly where a request needs a condition.
 """
 
+import functools
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Coroutine
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+from urllib.parse import urlsplit
 
+from slmake import cli
 from slmake.errors import UserError
+from slmake.sources import secrets
+from slmake.sources.base import Source, check_plain, not_of_form
+from slmake.sources.download import PASSING, Broken, digest_of, download
+from slmake.sources.fetching import model_files
+from slmake.sources.pickles import PICKLES, pickle_advice
 
-RETRIES = {
-    "retry_total": 0
-}  # the SDK waits 15 s and more before it tries again: `run` below and `download` do it sooner
-PASSING = (429, 500, 502, 503, 504)  # answers that another try may change
+# The SDK waits 15 s and more before it tries again: `run` below and `download` do it sooner.
+RETRIES = {"retry_total": 0}
 ATTEMPTS = 5
+BLOCK = 16 * 2**20  # bytes of a request
+PARALLEL = 4  # requests at a time; each keeps a block in memory
 
 
-class Blob(NamedTuple):
+class BlobEntry(NamedTuple):
     """One blob of a listing."""
 
     name: str  # relative to the path that was listed
     path: str  # in its container
     size: int  # bytes
     etag: str  # without quotes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AzureBlob(Source):
+    """`az://container/path`, or `abfs://container@account.dfs.core.windows.net/path`; a blob, or a folder of them."""
+
+    kind = "az"
+    prefixes = ("az://", "abfs://", "abfss://")
+    form = "az://container/path"
+
+    name: str = ""  # of the container
+    account: str = ""  # where the URI names it; else the environment does
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        try:
+            url = urlsplit(text)
+        except ValueError:
+            raise not_of_form(cls, text) from None
+        if url.query:
+            raise ValueError(
+                f"`{secrets.masked(text)}`: an az:// source takes no query: put a SAS into AZURE_STORAGE_SAS_TOKEN"
+            )
+        container, at, host = url.netloc.rpartition("@") if "@" in url.netloc else (url.netloc, "", "")
+        if at and not re.fullmatch(r"[a-z0-9]+\.(dfs|blob)\.core\.[a-z.]+", host):
+            raise ValueError(
+                f"`{secrets.masked(text)}` does not name an account: {url.scheme}://CONTAINER@ACCOUNT.dfs.core.windows.net/path"
+            )
+        path = url.path.strip("/")
+        if not re.fullmatch(r"[a-z0-9$](-?[a-z0-9])+", container) or not path:
+            raise not_of_form(cls, text)
+        return cls(text=text, name=container, path=check_plain(path, text), account=host.split(".")[0])
+
+    def pinned(self, job: cli.Job) -> str:
+        """The source with its ETag: of a folder, the SHA-256 over names and ETags of its files."""
+        return f"{self.full}#etag={etag_of(self.entries('model')[2])}"
+
+    def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
+        fs, container, entries = self.entries(use)
+        etag = etag_of(entries)
+        self.check_etag(etag)
+        single = entries[0].path == self.path
+        root = folder / etag[:40]  # a changed source is downloaded anew
+        with job.progress(sum(entry.size for entry in entries), "B") as bar:
+            for entry in entries:
+                target = root / entry.name
+                if target.exists() and target.stat().st_size == entry.size:
+                    bar.update(entry.size)
+                else:
+                    what = self.text if single else f"{self.text}/{entry.name}"
+                    download_blob(fs, container, entry, target, what, bar)
+        return (root / entries[0].name if single else root), {"etag": etag}
+
+    def entries(self, use: str) -> tuple[object, str, list[BlobEntry]]:
+        """File system, container and the blobs that are read: one, or those of a model folder.
+
+        Raises:
+            UserError: nothing there, pickled weights only, or no access.
+        """
+        fs = filesystem(self.account)
+        entries = listing(fs, self.name, self.path)
+        if len(entries) == 1 and entries[0].path == self.path:
+            return fs, self.name, entries
+        if use == "dataset":
+            raise UserError(f"{self.full}: a folder, not a dataset file. Check prepare.source.")
+        names = set(model_files(entry.name for entry in entries))
+        chosen = [entry for entry in entries if entry.name in names]
+        for entry in chosen:
+            try:
+                check_plain(entry.name, entry.name)
+            except ValueError as error:
+                raise UserError(f"{self.full}: {error}.") from None
+        if not any(entry.name.endswith(".safetensors") for entry in chosen):
+            pickled = [entry.name for entry in entries if entry.name.endswith(PICKLES)]
+            if pickled:
+                raise UserError(f"{self.full}: weights are in {pickle_advice(pickled[0])}")
+            raise UserError(f"{self.full}: no model there: no safetensors file among {len(entries)} files.")
+        return fs, self.name, chosen
+
+
+def etag_of(entries: list[BlobEntry]) -> str:
+    """The ETag of one blob; of several, the SHA-256 over their names and ETags."""
+    return entries[0].etag if len(entries) == 1 else digest_of({entry.name: entry.etag for entry in entries})
 
 
 def filesystem(account: str = "", credential: object | None = None):
@@ -87,37 +180,77 @@ def wait_asked(error: BaseException) -> float:
     return min(30.0, float(after)) if str(after).isdigit() else 0.0
 
 
-def listing(fs, container: str, path: str) -> list[Blob]:
+def listing(fs, container: str, path: str) -> list[BlobEntry]:
     """The blob at `path`, or all blobs below it, by name.
 
     Raises:
         UserError: there is nothing, or no container, or no access.
     """
 
-    async def walk() -> list[Blob]:
-        client, found = fs.service_client.get_container_client(container), []
+    async def walk() -> list[BlobEntry]:
+        client, entries = fs.service_client.get_container_client(container), []
         async for blob in client.list_blobs(name_starts_with=path, **RETRIES):
             folder = (blob.metadata or {}).get("hdi_isfolder") or blob.name.endswith("/")
             if not folder and (blob.name == path or blob.name.startswith(f"{path.rstrip('/')}/")):
                 name = blob.name[len(path) :].strip("/") or path.rpartition("/")[2]
-                found.append(Blob(name, blob.name, blob.size, blob.etag.strip('"')))
-        return sorted(found)
+                entries.append(BlobEntry(name, blob.name, blob.size, blob.etag.strip('"')))
+        return sorted(entries)
 
     try:
-        found = run(fs, walk)
+        entries = run(fs, walk)
     except Exception as error:
         raise explain(error, f"az://{container}/{path}") from None
-    if exact := [blob for blob in found if blob.path == path]:
+    if exact := [entry for entry in entries if entry.path == path]:
         return exact
-    if not found:
+    if not entries:
         raise UserError(
             f"az://{container}/{path}: no such file or folder there. Check the path; names are case-sensitive."
         )
-    return found
+    return entries
+
+
+def download_blob(fs, container: str, entry: BlobEntry, target: Path, what: str, bar: cli.Progress) -> None:
+    """Download one blob, PARALLEL blocks at a time, on the condition that its ETag stays what the listing said."""
+    import asyncio
+
+    from azure.core import MatchConditions
+    from azure.core import exceptions as azure
+
+    client = fs.service_client.get_blob_client(container, entry.path)
+
+    async def block(start: int) -> bytes:
+        stream = await client.download_blob(
+            offset=start,
+            length=min(BLOCK, entry.size - start),
+            etag=f'"{entry.etag}"',
+            match_condition=MatchConditions.IfNotModified,
+            **RETRIES,
+        )
+        return await stream.readall()
+
+    async def blocks(start: int) -> list[bytes | BaseException]:
+        starts = range(start, min(entry.size, start + PARALLEL * BLOCK), BLOCK)
+        return await asyncio.gather(*map(block, starts), return_exceptions=True)
+
+    def read(start: int) -> Iterator[bytes]:
+        while start < entry.size:
+            for received in run(fs, functools.partial(blocks, start)):
+                if isinstance(received, azure.ResourceModifiedError):
+                    raise UserError(f"{what}: it was changed while it was read. Run the same command again.")
+                if isinstance(received, azure.HttpResponseError) and received.status_code not in (*PASSING, 200, 206):
+                    raise explain(received, what)
+                if isinstance(received, azure.AzureError | OSError):
+                    raise Broken(f"the connection broke ({type(received).__name__})", wait_asked(received))
+                if isinstance(received, BaseException):
+                    raise received
+                yield received
+                start += len(received)
+
+    download(read, target, entry.size, what, bar)
 
 
 def scrub(text: str) -> str:
-    """`text` without the credentials of the environment and without signatures of URLs."""
+    """`text` without the credentials of the environment and without those of URLs."""
     for name in (
         "AZURE_STORAGE_CONNECTION_STRING",
         "AZURE_STORAGE_KEY",
@@ -128,7 +261,7 @@ def scrub(text: str) -> str:
         for part in {value, *re.findall(r"(?:AccountKey|SharedAccessSignature)=([^;]+)", value)}:
             if len(part) > 3:
                 text = text.replace(part, "***")
-    return re.sub(r"(?i)\b(sig|AccountKey|SharedAccessSignature|access_token)=[^&;\s'\"]+", r"\1=***", text)
+    return secrets.scrub(text)
 
 
 def explain(error: BaseException, what: str) -> UserError:
@@ -152,15 +285,15 @@ def explain(error: BaseException, what: str) -> UserError:
     elif isinstance(error, azure.ResourceNotFoundError):
         why = "no such blob. Check the path; names are case-sensitive."
     elif isinstance(error, azure.ResourceModifiedError) or status == 412:
-        why = "it was changed by someone else meanwhile. Run the same command again."
+        why = "someone else changed it meanwhile. Run the same command again."
     elif status in PASSING:
-        why = f"the server answered {status} ({code or 'no reason given'}) again and again. Run the same command again later: it goes on where it stopped."
+        why = f"the server answered {status} ({code or 'no reason given'}) again and again. Run the same command again later: it resumes where it stopped."
     elif isinstance(
         error, azure.ServiceRequestError | azure.ServiceResponseError | azure.IncompleteReadError | OSError
     ):
         why = (
             f"the server cannot be reached or the connection broke ({type(error).__name__}). Check the network and the account's name, "
-            "then run the same command again: it goes on where it stopped."
+            "then run the same command again: it resumes where it stopped."
         )
     else:
         first = (str(error).strip().splitlines() or ["no message"])[0]

@@ -2,18 +2,26 @@
 
 import contextlib
 import functools
+import math
+import re
 import struct
+import tempfile
 from pathlib import Path
 
 from slmake.errors import UserError
-from slmake.model_folder import _first_line, refuse_incomplete
+from slmake.model_folder import first_line, refuse_incomplete
+
+# Fields that are a size or a count; a context's length is no part of the weights.
+SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
 
 
 @contextlib.contextmanager
 def parsed_once():
-    """Let transformers parse a GGUF file once: it asks for a new reader for configuration, weights and tokenizer each,
-    and every reader goes through the whole vocabulary again in Python (4 s for 49,152 tokens); and for the same map of
-    tensor names once for every module (5 s for 30 layers)."""
+    """Make transformers parse a GGUF file once.
+
+    It creates a reader for configuration, weights and tokenizer each, and every reader goes through the whole vocabulary
+    in Python (4 s for 49,152 tokens). It also builds the same map of tensor names once per module (5 s for 30 layers).
+    """
     import gguf
 
     originals = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -27,8 +35,11 @@ def parsed_once():
 def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     """Dequantize a GGUF file through transformers and save weights, configuration and tokenizer.
 
+    transformers reads it in a folder that has nothing but a link to it: a tokenizer_config.json beside it could name code.
+
     Raises:
-        UserError: not a GGUF file, or an architecture that transformers does not read from GGUF.
+        UserError: not a GGUF file, sizes that its tensors do not have, or an architecture that transformers does not
+            read from GGUF.
     """
     with open(file, "rb") as handle:
         if handle.read(4) != b"GGUF":
@@ -36,20 +47,23 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     try:
-        with parsed_once():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=wanted, output_loading_info=True
+        with parsed_once(), tempfile.TemporaryDirectory(prefix="slmake-gguf-") as folder:
+            link = Path(folder) / "model.gguf"
+            link.symlink_to(file.resolve())
+            _refuse_oversized(file, link)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=link.name, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, EOFError, IndexError, struct.error, OSError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
+    except (ValueError, KeyError, EOFError, IndexError, RecursionError, struct.error, OSError) as error:
         if getattr(error, "errno", None):
             raise
         raise UserError(
-            f"{file}: transformers cannot read this GGUF file: {_first_line(error)} It may be damaged: download it again."
+            f"{file}: transformers cannot read this GGUF file: {first_line(error)} It may be damaged: download it again."
         ) from None
-    refuse_incomplete(file, found)
+    refuse_incomplete(file, report)
     # The weights are dequantized now; these marks of the source format would make save_pretrained refuse.
     for mark in ("quantization_config", "_name_or_path"):
         if hasattr(model.config, mark):
@@ -58,3 +72,21 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _refuse_oversized(file: Path, link: Path) -> None:
+    """Refuse sizes that the file's tensors cannot have, before transformers allocates memory for them."""
+    import gguf
+
+    reader = gguf.GGUFReader(str(link))
+    elements = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors)
+    for name, field in reader.fields.items():
+        if name.startswith(("GGUF.", "general.", "tokenizer.")) or "context" in name or "rope" in name:
+            continue
+        value = field.parts[field.data[0]][0] if len(field.data) == 1 else 0
+        limit = len(reader.tensors) if name.endswith(".block_count") else elements
+        if SIZE.search(name) and value > limit:
+            unit = "tensors" if name.endswith(".block_count") else "values"
+            raise UserError(
+                f"{file}: {name} is {value:,}, but the file has only {limit:,} {unit}: it is damaged. Download it again."
+            )

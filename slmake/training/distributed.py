@@ -1,13 +1,13 @@
-"""Several processes that train one adapter together: one per GPU, on one node or several.
+"""Data-parallel training: one process per GPU, on one node or several.
 
-`launch` starts them on this machine; a Slurm job of several nodes goes through srun; under torchrun, or on Azure Machine
-Learning, they are there already (RANK, WORLD_SIZE and so on in the environment). Each process computes its share of a
-step's sequences. What they add up is the gradient of the whole step's loss, so the number of processes changes the
-speed and the last digits, not the training: the step's batch stays the one that params.yaml asks for.
+`launch` starts the processes on this machine. A Slurm job of several nodes starts them with srun. Under torchrun, or on
+Azure Machine Learning, they already run (RANK, WORLD_SIZE and so on are in the environment). Each process computes its
+share of a step's sequences, and the gradients are summed. So the number of processes changes the speed and the last
+digits, not the training: the batch of a step is the one that params.yaml asks for.
 
-The base model is read by every process, from the page cache of its node after the first; with `finetune.sharding: full`
-each keeps 1/N of it (fully sharded data parallel: Zhao et al. 2023, arXiv:2304.11277). Adapters, their gradients and the
-optimizer are small and are held by all.
+Every process reads the base model; all but the first on a node read it from the page cache. With `finetune.sharding:
+full` each process keeps 1/N of it (fully sharded data parallel: Zhao et al. 2023, arXiv:2304.11277). Adapters, their
+gradients and the optimizer are small and are replicated.
 """
 
 import contextlib
@@ -27,29 +27,29 @@ import numpy as np
 from slmake import cli
 from slmake.errors import UserError
 
-GRACE = 30  # seconds that a process has to end after another one failed
+GRACE = 30  # seconds that a process has to end after another process failed
 
 
 class Group:
-    """The processes of one training, seen from one of them."""
+    """The processes that train one adapter, seen from one of them."""
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world: int = 1):
         self.rank, self.world = rank, world
         self.local_rank, self.local_world = local_rank, local_world
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which logs and saves."""
         return self.rank == 0
 
     def share(self, passes: list[np.ndarray]) -> list[tuple[int, np.ndarray, bool]]:
         """What this process computes of some forward passes; every process gets the same number of them.
 
-        Whole passes go round; what does not come out even is divided by rows, so that no process waits for another.
+        Whole passes are dealt out in turn; the remainder is divided by rows, so that no process waits for another.
 
         Returns:
-            For each: a number that no other pass of this step has, the rows, and whether they count (a process
-            for which no row is left computes one that does not: sharded weights need all processes in step).
+            For each: a number that is unique in this step, the rows, and whether they count. A process without rows
+            computes one that does not count, because sharded weights need every process in every pass.
         """
         even = len(passes) // self.world * self.world
         mine = [(i, passes[i], True) for i in range(self.rank, even, self.world)]
@@ -64,11 +64,11 @@ class Group:
             return list(values)
         import torch
 
-        together = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(together)
-        return together.tolist()
+        totals = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(totals)
+        return totals.tolist()
 
-    def add_gradients(self, parameters: Iterable) -> None:
+    def all_reduce_gradients(self, parameters: Iterable) -> None:
         """Sum the gradients of (float32) parameters over all processes, in one message."""
         if self.world == 1:
             return
@@ -80,8 +80,8 @@ class Group:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def agree(self, value):
-        """The first process's value, in all of them."""
+    def broadcast(self, value):
+        """Rank 0's value, in every process."""
         if self.world == 1:
             return value
         import torch
@@ -91,7 +91,7 @@ class Group:
         return box[0]
 
     def check_same(self, tensors: Iterable, step: int) -> None:
-        """Raise UserError unless all processes hold the same bytes."""
+        """Raise UserError unless all processes have the same bytes."""
         if self.world == 1:
             return
         import torch
@@ -99,17 +99,17 @@ class Group:
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        found = [None] * self.world
-        torch.distributed.all_gather_object(found, digest.hexdigest())
-        if len(set(found)) > 1:
+        digests = [None] * self.world
+        torch.distributed.all_gather_object(digests, digest.hexdigest())
+        if len(set(digests)) > 1:
             raise UserError(
-                f"at step {step} the processes hold different adapters: their machines compute differently. Train on nodes of one "
-                "kind, or on one node."
+                f"at step {step} the processes have different adapters: their machines compute differently. Train on nodes of the "
+                "same kind, or on one node."
             )
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """The processes of a node run the block one after another: a node holds one whole model at a time."""
+    def in_turn(self) -> Iterator[None]:
+        """Run the block in one process of a node after another, so that a node loads one whole model at a time."""
         import torch
 
         for number in range(self.local_world):
@@ -118,7 +118,7 @@ class Group:
             torch.distributed.barrier()
 
     def shard(self, peft, device, kept: set) -> tuple[int, int]:
-        """Leave 1/world of the base's weights in this process; layers are gathered when they are needed.
+        """Shard the base: 1/world of its weights stays in this process, and a layer is gathered when it is needed.
 
         Args:
             peft: the model with its adapters, anywhere.
@@ -126,7 +126,7 @@ class Group:
             kept: parameters that stay whole (the adapters').
 
         Returns:
-            How many of the base's weights this process holds now, and of how many.
+            How many of the base's weights this process has now, and how many there are.
         """
         import torch
         from torch.distributed.fsdp import fully_shard
@@ -144,13 +144,13 @@ class Group:
 
 
 def log_of(log: Path | None, rank: int) -> Path | None:
-    """A process's own log beside the first one's."""
+    """The log of a rank: rank 0's own, the others' beside it."""
     return log if log is None or rank == 0 else log.with_name(f"{log.stem}.rank{rank}{log.suffix}")
 
 
-def one_voice(log: Path | None) -> Path | None:
-    """The log of this process if it is the first one; the others' output goes to logs of their own, and none to the terminal."""
-    if "SLMAKE_SPREAD" in os.environ:  # a task of `_spread`'s srun
+def redirect_worker_output(log: Path | None) -> Path | None:
+    """The log of rank 0; a worker's output is redirected to a log of its own, and nothing of it reaches the terminal."""
+    if "SLMAKE_SRUN" in os.environ:  # a task of `_srun`
         names = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
         os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(os.environ["SLURM_NNODES"]))
@@ -166,8 +166,8 @@ def one_voice(log: Path | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Group]:
-    """The group that this process belongs to, as the environment says; else it is alone.
+def process_group() -> Iterator[Group]:
+    """The process group that the environment describes; without one, a group of this process alone.
 
     Raises:
         UserError: in the block, another process of the group ended.
@@ -193,14 +193,14 @@ def joined() -> Iterator[Group]:
             raise
         traceback.print_exc()
         raise UserError(
-            f"another of the {world} processes that train together ended, or the connection to it broke. Its log says why; then run the "
-            "same command again: it goes on from the last checkpoint."
+            f"another of the {world} training processes ended, or the connection to it broke. Its log says why. Run the same "
+            "command again: training resumes from the last checkpoint."
         ) from None
     torch.distributed.destroy_process_group()
 
 
 def per_node(asked: str) -> int:
-    """Processes on each node: as many as asked for; `auto`: one for each GPU, one where there is none."""
+    """Processes on each node: as many as asked for; `auto`: one per GPU, one without a GPU."""
     if asked != "auto":
         return int(asked)
     if not Path("/dev/nvidiactl").exists():
@@ -211,21 +211,21 @@ def per_node(asked: str) -> int:
 
 
 def launch(asked: str, module: str, arguments: list[str], log: Path | None) -> bool:
-    """Start the processes that train together, and wait for them; False if this process shall do the work itself.
+    """Start the training processes and wait for them; False if this process is to train itself.
 
     Args:
         asked: processes per node, a number or `auto`.
         module: the module that each of them runs, with `arguments`.
-        log: the first process's log file.
+        log: rank 0's log file.
 
     Raises:
         SystemExit: one of them failed.
     """
-    if "WORLD_SIZE" in os.environ or "SLMAKE_SPREAD" in os.environ:
+    if "WORLD_SIZE" in os.environ or "SLMAKE_SRUN" in os.environ:
         return False
     count, nodes = per_node(asked), int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
     if nodes > 1:
-        _spread(nodes, count, [sys.executable, "-m", module, *arguments])
+        _srun(nodes, count, [sys.executable, "-m", module, *arguments])
     elif count == 1:
         return False
     else:
@@ -234,19 +234,20 @@ def launch(asked: str, module: str, arguments: list[str], log: Path | None) -> b
 
 
 def _threads(count: int) -> None:
-    """Share this node's cores among the processes on it: threads that wait for each other's core slow all of them."""
+    """Divide this node's cores among its processes: with more threads than cores, all of them are slower."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
 
 
 def _spawn(count: int, module: str, arguments: list[str], log: Path | None) -> None:
+    """Train in `count` processes of this machine."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
     _threads(count)
-    if Path("/sys/class/net/lo").exists():  # nothing outside this machine takes part
+    if Path("/sys/class/net/lo").exists():  # all processes are on this machine
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
     with tempfile.TemporaryDirectory(prefix="slmake-") as folder:
         os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), SLMAKE_STORE=f"file://{folder}/store")
-        # A process whose parent is gone ends, too (torch sees to it): two trainings never write the same checkpoints.
+        # torch ends a process whose parent has ended, so two runs never write the same checkpoints.
         context = start_processes(_process, (module, arguments), count, join=False, start_method="spawn")
         try:
             with cli.terminable():
@@ -254,18 +255,9 @@ def _spawn(count: int, module: str, arguments: list[str], log: Path | None) -> N
                     pass
         except (ProcessExitedException, ProcessRaisedException) as error:
             context.processes[0].join(GRACE)
-            codes = [process.exitcode for process in context.processes]
-            # The one that was killed is the reason, whoever noticed it first (torch ends the rest with SIGTERM).
-            killed = [rank for rank, code in enumerate(codes) if (code or 0) < 0 and code != -signal.SIGTERM]
-            rank = killed[0] if killed else error.error_index
-            # Where the first process failed by itself, it has told its error, which may be that of all.
-            if killed or (rank and codes[0] != 1):
-                why = f"ended by {signal.Signals(-codes[rank]).name}" if killed else str(error).strip()
-                where = f" Its log: {log_of(log, rank)}" if log else ""
-                print(
-                    f"{module.rpartition('.')[2]}: error: process {rank + 1} of {count} failed: {why}.{where}",
-                    file=sys.stderr,
-                )
+            message = _failure([process.exitcode for process in context.processes], error, log)
+            if message:
+                print(f"{module.rpartition('.')[2]}: error: {message}", file=sys.stderr)
             raise SystemExit(getattr(error, "exit_code", None) or 1) from None
         except (KeyboardInterrupt, cli.Interrupted):
             raise SystemExit(130) from None
@@ -277,28 +269,39 @@ def _spawn(count: int, module: str, arguments: list[str], log: Path | None) -> N
                 process.kill()
 
 
+def _failure(codes: list[int | None], error: Exception, log: Path | None) -> str | None:
+    """Which process failed and why, from the exit codes by rank; None if rank 0 has printed its own error already."""
+    # A killed process is the cause, whichever process failed first after it (torch ends the rest with SIGTERM).
+    killed = [rank for rank, code in enumerate(codes) if (code or 0) < 0 and code != -signal.SIGTERM]
+    rank = killed[0] if killed else error.error_index
+    if not killed and (not rank or codes[0] == 1):
+        return None
+    reason = f"ended by {signal.Signals(-codes[rank]).name}" if killed else str(error).strip()
+    return f"process {rank + 1} of {len(codes)} failed: {reason}." + (f" Its log: {log_of(log, rank)}" if log else "")
+
+
 def _process(rank: int, module: str, arguments: list[str]) -> None:
     import runpy
 
-    # How it learns that its parent is gone; what runs in the background of a shell ignores it.
+    # SIGINT says that the parent has ended; a process in the background of a shell would ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _spread(nodes: int, count: int, command: list[str]) -> None:
-    """One srun for all nodes of this Slurm job, in a step that shares the resources of the step we are in."""
+def _srun(nodes: int, count: int, command: list[str]) -> None:
+    """One srun for all nodes of this Slurm job, in a step that shares the resources of the current step."""
     if not shutil.which("srun"):
         sys.exit(
-            f"{command[2].rpartition('.')[2]}: error: this job has {nodes} nodes, but srun cannot be reached, so only one of them could work. "
+            f"{command[2].rpartition('.')[2]}: error: this job has {nodes} nodes, but there is no srun here, so only one of them could be used. "
             "Ask for one node, or run without a container (docs/slurm.md)."
         )
     _threads(count)
     hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
     first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
-    environment = os.environ | {"SLMAKE_SPREAD": "1", "MASTER_ADDR": first, "MASTER_PORT": str(port)}
+    environment = os.environ | {"SLMAKE_SRUN": "1", "MASTER_ADDR": first, "MASTER_PORT": str(port)}
     srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks-per-node={count}", f"--ntasks={nodes * count}"]
     done = subprocess.run([*srun, "--kill-on-bad-exit=1", *command], env=environment)
     if done.returncode:

@@ -1,8 +1,8 @@
 """A decoder layer's small operations with their gradients written out: attention, rotary embedding, RMSNorm.
 
 On a CPU a training step spends as long between the matrix products as in them: autograd records every factor and sum of
-these operations and walks back through a full activation for each. Here each is one node. Nothing is assumed about the
-model: a module or function is replaced only where the replacement gives its result on a probe.
+these operations and goes back through a full activation for each. Here each operation is one node. A module or function
+is replaced only where the replacement gives the same result on a probe.
 """
 
 import sys
@@ -10,7 +10,9 @@ import types
 
 import torch
 
-SHORT = 256  # tokens; longer sequences go to the library's kernel, which does not hold the matrix of all pairs
+from slmake.training.probe import close
+
+SHORT = 256  # tokens; longer sequences use the library's kernel, which does not store the scores of all pairs
 
 
 class RMSNorm(torch.autograd.Function):
@@ -60,7 +62,7 @@ def _rotated(x, cos, sin, sign: int):
 
 
 class Attention(torch.autograd.Function):
-    """softmax(q k' s + mask) v with grouped key and value heads, which are not copied for each query head.
+    """softmax(q k' s + mask) v with grouped key and value heads, without a copy of them for each query head.
 
     Shapes: q [batch, heads, time, width], k and v [batch, kv_heads, time, width], mask [batch or 1, 1, time, time] of
     the same type, 0 or -inf. Returns [batch, time, heads, width].
@@ -92,7 +94,7 @@ class Attention(torch.autograd.Function):
 
 
 def short_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """An attention function for transformers: `Attention` for short sequences on a CPU, else the library's own."""
+    """An attention function for transformers: `Attention` for short sequences on a CPU, otherwise the library's own."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     time = query.shape[2]
@@ -131,15 +133,42 @@ def fuse(model) -> dict[str, int]:
             count["norm"] += _fuse_norm(module)
     for source in {type(module).__module__ for module in model.modules() if hasattr(module, "q_proj")}:
         count["rotary"] += _fuse_rotary(sys.modules[source])
-    if model.config._attn_implementation == "sdpa":
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register("slmake_short", short_attention)
-        AttentionMaskInterface.register("slmake_short", sdpa_mask)
-        model.set_attn_implementation("slmake_short")
-        count["attention"] = 1
+    count["attention"] = _fuse_attention(model)
     return count
+
+
+def _fuse_attention(model) -> int:
+    """Use `short_attention` if the whole model then gives the same logits, also for a padded row."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation != "sdpa":
+        return 0
+    AttentionInterface.register("slmake_short", short_attention)
+    AttentionMaskInterface.register("slmake_short", sdpa_mask)
+    expected = _probe_logits(model)
+    model.set_attn_implementation("slmake_short")
+    try:
+        half = model.get_input_embeddings().weight.dtype.itemsize == 2
+        same = close(_probe_logits(model), expected, 0.05 if half else 1e-3)
+    except RuntimeError:  # shapes that `Attention` does not have, such as values of another width than the keys'
+        same = False
+    if not same:
+        model.set_attn_implementation("sdpa")
+    return int(same)
+
+
+@torch.no_grad()
+def _probe_logits(model) -> torch.Tensor:
+    """Logits at the real tokens of two rows, the second one padded."""
+    ids = torch.arange(5, 21).view(2, 8) * 7 % model.get_input_embeddings().num_embeddings
+    mask = (torch.arange(8) < torch.tensor([[8], [5]])).long()
+    was_training = model.training
+    model.eval()
+    try:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    finally:
+        model.train(was_training)
 
 
 def _norm_forward(self, x):
@@ -172,10 +201,10 @@ def _fuse_rotary(source) -> int:
         return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
 
     try:
-        wanted = original(q, k, angles.cos(), angles.sin())
+        expected = original(q, k, angles.cos(), angles.sin())
     except (TypeError, RuntimeError):
         return 0
-    if not all(map(torch.allclose, wanted, rotary(q, k, angles.cos(), angles.sin()))):
+    if not all(map(torch.allclose, expected, rotary(q, k, angles.cos(), angles.sin()))):
         return 0
     rotary.original = original
     source.apply_rotary_pos_emb = rotary

@@ -2,22 +2,25 @@
 
 PEFT computes the base product, the update, its scaling and the sum as separate operations that each read and write a
 full activation. Here they are one: y = x W' + s (x A') B', with the gradients written out (Hu et al. 2021,
-arXiv:2106.09685). Layers that read the same input (q, k and v; gate and up) are one layer with a longer W: fewer and larger
-products. The parameters stay PEFT's own; only `forward` of its layers is replaced.
+arXiv:2106.09685). Layers that read the same input (q, k and v; gate and up) are one layer with a longer W: fewer and
+larger products. The parameters stay PEFT's own. The `forward` of a layer is replaced where a probe shows that PEFT's own
+computes the same; other variants, such as DoRA, keep theirs.
 """
 
 import types
 
 import torch
 
-# Layers of one module that read the same input, by the names that most architectures give them.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from slmake.training.probe import close
+
+# Layers of a module that read the same input, by the names that most architectures use.
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Frozen:
-    """A frozen weight [out, in] with its two products; in bfloat16 on a CPU packed once for both, instead of in every product.
+    """A frozen weight [out, in] with its two products; in bfloat16 on a CPU it is packed once, not in every product.
 
-    The operators are those that torch's compiler emits for frozen weights on CPUs (oneDNN). The packed copies take twice
+    The operators are those that torch's compiler emits for frozen weights on CPUs (oneDNN). The packed copies need twice
     the weight's memory.
     """
 
@@ -26,8 +29,8 @@ class Frozen:
         narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         if pack and narrow and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.packed = [
-                torch.ops.mkldnn._reorder_linear_weight(one.contiguous())
-                for one in (weight.detach(), weight.detach().t())
+                torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())
+                for matrix in (weight.detach(), weight.detach().t())
             ]
 
     def _product(self, x: torch.Tensor, backward: bool) -> torch.Tensor:
@@ -45,7 +48,7 @@ class Frozen:
 
 
 class Gathered:
-    """The frozen weights of some layers as one, put together for each product: sharded weights are only there while they are used."""
+    """The frozen weights of several layers, concatenated for each product: sharded weights are gathered only while in use."""
 
     def __init__(self, bases: list):
         self.bases = bases
@@ -60,10 +63,10 @@ class Gathered:
 
 
 class LoraLinear(torch.autograd.Function):
-    """y_i = x W_i' + s (x A_i') B_i' for layers i that read the same x, or y = x Q' where a quantized Q stands for W + s B A.
+    """y_i = x W_i' + s (x A_i') B_i' for layers i that read the same x, or y = x Q' with a quantized Q of W + s B A.
 
     Shapes: x [..., in]; frozen (`Frozen` of W or Q, or `Gathered`) [out, in] and bias [out] or None of all layers, out being the sum of
-    out_i; scaling s; update False with Q, which has the update in it; adapters a_1 [r_1, in], b_1 [out_1, r_1], a_2, b_2, …
+    out_i; scaling s; update False with Q, which includes the update; adapters a_1 [r_1, in], b_1 [out_1, r_1], a_2, b_2, …
     Returns a tuple of [..., out_i].
     The adapters' matrices may be float32 over a bfloat16 base; products are taken in x's type.
     """
@@ -83,7 +86,7 @@ class LoraLinear(torch.autograd.Function):
             y += bias
         ctx.save_for_backward(flat, inner, a_, b_)
         ctx.frozen, ctx.scaling, ctx.update, ctx.type = frozen, scaling, update, a[0].dtype
-        ctx.shape, ctx.ranks, ctx.sizes = x.shape, [len(one) for one in a], [len(one) for one in b]
+        ctx.shape, ctx.ranks, ctx.sizes = x.shape, [len(matrix) for matrix in a], [len(matrix) for matrix in b]
         return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in y.split(ctx.sizes, dim=1))
 
     @staticmethod
@@ -101,8 +104,8 @@ class LoraLinear(torch.autograd.Function):
                 grad_x.addmm_(grad_inner, a)
             grad_x = grad_x.view(ctx.shape)
         adapters, row, column = [], 0, 0
-        for one, size, rank in zip(grad_a, ctx.sizes, ctx.ranks, strict=True):
-            adapters += [one, grad_b[row : row + size, column : column + rank]]
+        for part, size, rank in zip(grad_a, ctx.sizes, ctx.ranks, strict=True):
+            adapters += [part, grad_b[row : row + size, column : column + rank]]
             row, column = row + size, column + rank
         return grad_x, None, None, None, None, *adapters
 
@@ -113,34 +116,34 @@ def _adapter(module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _forward(self, x, *args, **kwargs):
-    base, scaling, stand_in = self.get_base_layer(), self.scaling[self.active_adapters[0]], self.fake_quantized
-    frozen = self.frozen or Frozen(base.weight if stand_in is None else stand_in)
-    return LoraLinear.apply(x, frozen, base.bias, scaling, stand_in is None, *_adapter(self))[0]
+    base, scaling, quantized = self.get_base_layer(), self.scaling[self.active_adapters[0]], self.fake_quantized
+    frozen = self.frozen or Frozen(base.weight if quantized is None else quantized)
+    return LoraLinear.apply(x, frozen, base.bias, scaling, quantized is None, *_adapter(self))[0]
 
 
-class Siblings:
-    """Layers of one module that are computed together when the first of them is asked; the others' results wait for their turn."""
+class FusedProjections:
+    """Layers of a module that are computed as one when the first is called; the others' results are kept until their calls."""
 
-    def __init__(self, layers: list, settled: bool):
-        """Where the weights are settled, lay them into one matrix; each layer's own becomes a view of its part."""
+    def __init__(self, layers: list, weights_fixed: bool):
+        """If the weights are fixed, concatenate them once; each layer's own becomes a view of its part."""
         self.layers, self.bases = layers, [layer.get_base_layer() for layer in layers]
         self.scaling = layers[0].scaling[layers[0].active_adapters[0]]
-        if settled:
+        if weights_fixed:
             weight = torch.cat([base.weight.data for base in self.bases])
             self.frozen = Frozen(weight, pack=True)
             for base, part in zip(self.bases, weight.split([len(base.weight) for base in self.bases]), strict=True):
                 base.weight.data = part
         else:
             self.frozen = Gathered(self.bases)
-        self.x, self.waiting = None, []
+        self.x, self.results = None, []
         for index, layer in enumerate(layers):
             layer.forward = types.MethodType(self._forward_of(index), layer)
 
     @staticmethod
-    def fit(layers: list) -> bool:
-        """Whether these layers can be one: same input width, scaling and type, all with a bias or none."""
+    def compatible(layers: list) -> bool:
+        """Whether these layers can be one: same input width, scaling and type, all with a bias or all without."""
         bases = [layer.get_base_layer() for layer in layers]
-        alike = {
+        kinds = {
             (
                 base.in_features,
                 base.weight.dtype,
@@ -150,19 +153,19 @@ class Siblings:
             )
             for base, layer in zip(bases, layers, strict=True)
         }
-        return len(alike) == 1
+        return len(kinds) == 1
 
     def _forward_of(self, index: int):
         def forward(layer, x, *args, **kwargs):
             if index == 0:
-                matrices = [matrix for one in self.layers for matrix in _adapter(one)]
+                matrices = [matrix for projection in self.layers for matrix in _adapter(projection)]
                 bias = None if self.bases[0].bias is None else torch.cat([base.bias for base in self.bases])
                 first, *rest = LoraLinear.apply(x, self.frozen, bias, self.scaling, True, *matrices)
-                self.x, self.waiting = x, [None, *rest]
+                self.x, self.results = x, [None, *rest]
                 return first
-            if self.x is not x:  # not the input that the first one had
+            if self.x is not x:  # another input than the first layer's
                 return _forward(layer, x)
-            out, self.waiting[index] = self.waiting[index], None
+            out, self.results[index] = self.results[index], None
             if index == len(self.layers) - 1:
                 self.x = None
             return _forward(layer, x) if out is None else out
@@ -181,30 +184,51 @@ def lora_layers(peft) -> dict[str, torch.nn.Module]:
     }
 
 
-def fuse(peft, together: bool = False, settled: bool = False) -> int:
+@torch.no_grad()
+def _computes(module) -> bool:
+    """Whether `LoraLinear` gives the result of PEFT's own forward, with random values in all parameters of the adapter.
+
+    DoRA's magnitude, a bias of B and the like would have no effect with the values that they are initialized to.
+    """
+    base, generator = module.get_base_layer(), torch.Generator().manual_seed(0)
+    frozen = {id(value) for value in base.parameters()}
+    parameters = [value for value in module.parameters() if id(value) not in frozen]
+    before = [value.clone() for value in parameters]
+    x = torch.randn(4, base.in_features, generator=generator).to(base.weight)
+    try:
+        for value in parameters:
+            random = torch.randn(value.shape, generator=generator)
+            value.copy_(random / value.shape[-1] ** 0.5)
+        scaling = module.scaling[module.active_adapters[0]]
+        fused = LoraLinear.apply(x, Frozen(base.weight), base.bias, scaling, True, *_adapter(module))[0]
+        return close(fused, module(x), 0.02)
+    finally:
+        for value, original in zip(parameters, before, strict=True):
+            value.copy_(original)
+
+
+def fuse(peft, join: bool = False, weights_fixed: bool = False) -> int:
     """Replace the forward of every plain LoRA layer without dropout; returns how many were replaced.
 
     Args:
-        together: compute layers that read the same input as one (not with quantized stand-ins).
-        settled: the base's weights stay as and where they are (no stand-ins, no shards), and are packed where that helps.
+        join: compute layers that read the same input as one (not with quantized weights).
+        weights_fixed: the base's weights stay as and where they are (not quantized, not sharded); pack them where that helps.
     """
-    plain = {
-        name: module
-        for name, module in lora_layers(peft).items()
-        if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity)
-    }
-    for module in plain.values():
-        module.fake_quantized = module.frozen = None
-        module.forward = types.MethodType(_forward, module)
+    plain = {}
+    for name, module in lora_layers(peft).items():
+        if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity) and _computes(module):
+            plain[name] = module
+            module.fake_quantized = module.frozen = None
+            module.forward = types.MethodType(_forward, module)
     alone = dict(plain)
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if together else ():
-        for names in SIBLINGS:
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if join else ():
+        for names in PROJECTIONS:
             layers = [plain.get(f"{parent}.{name}") for name in names]
-            if None not in layers and Siblings.fit(layers):
-                Siblings(layers, settled)
+            if None not in layers and FusedProjections.compatible(layers):
+                FusedProjections(layers, weights_fixed)
                 for name in names:
                     del alone[f"{parent}.{name}"]
-    if settled:
+    if weights_fixed:
         for module in alone.values():
             module.frozen = Frozen(module.get_base_layer().weight, pack=True)
     return len(plain)

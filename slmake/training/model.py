@@ -1,4 +1,4 @@
-"""The model that is trained: device, data type, base, adapters, and the loss on answer tokens."""
+"""The model to train: its device, data type, base and adapters, and the loss on answer tokens."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from slmake.training.data import Data
 
 
 def pick_device(number: int = 0):
-    """The GPU of that number if there is one, else the CPU."""
+    """The GPU with that number if there is a GPU, else the CPU."""
     import torch
 
     return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pick_dtype(name: str, device):
-    """The data type of the frozen base: `auto` is bfloat16 where its products are the faster ones, else float32.
+    """The data type of the frozen base: `auto` is bfloat16 where its matrix products are faster, else float32.
 
-    By the kind of processor, not by a timing, so that one machine always chooses the same. Measured (docs/log.md): AMD's
-    AVX-512 does bfloat16 products at four times the float32 rate, Intel's without AMX at two thirds of it.
+    The processor's features decide, not a timing, so that a machine always chooses the same. Measured (docs/log.md): AMD's
+    AVX-512 computes bfloat16 products at four times the float32 rate, Intel's without AMX at two thirds of it.
     """
     import torch
 
@@ -36,14 +36,29 @@ def pick_dtype(name: str, device):
     return torch.bfloat16 if amd or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def load_model(section: params.Finetune, base: Path, device, place=None):
-    """The base model with fresh adapters, ready to train on `device`; it lies there, or in `place`.
+def load_model(section: params.Finetune, base: Path, device, load_on=None):
+    """The base model with new adapters, ready to train on `device`.
+
+    Args:
+        load_on: the device where its weights are loaded, if that is another one.
 
     Raises:
         UserError: the folder is missing or damaged, or target modules match nothing.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
+    model = _load_base(section, base, device, load_on)
+    model.requires_grad_(False)
+    for module in model.modules():
+        # bitsandbytes' inference kernel repacks 4-bit weights in eval() for good and has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    peft = _add_adapters(section, model)
+    if section.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return peft
+
+
+def _load_base(section: params.Finetune, base: Path, device, load_on):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if not (base / "config.json").exists():
@@ -58,11 +73,11 @@ def load_model(section: params.Finetune, base: Path, device, place=None):
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": place or device},
+            device_map={"": load_on or device},
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -73,17 +88,21 @@ def load_model(section: params.Finetune, base: Path, device, place=None):
                 f"{base}: truncated or corrupt weights: {error}. Fetch the model again: remove {base} and run snakemake."
             ) from None
         raise
-    model.requires_grad_(False)
-    for module in model.modules():
-        # bitsandbytes' inference kernel repacks 4-bit weights in eval() for good and has no gradient.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+
+
+def _add_adapters(section: params.Finetune, model):
+    """The model with LoRA adapters; they stay in float32 even over a bfloat16 base (PEFT's default)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     if isinstance(section.target_modules, list):
         # PEFT only complains if none of the names matches.
         names = [f".{name}" for name, _ in model.named_modules()]
-        lost = [target for target in section.target_modules if not any(name.endswith(f".{target}") for name in names)]
-        if lost and len(lost) < len(section.target_modules):
-            raise UserError(f"finetune.target_modules: {lost} matches no module of this model.")
+        unmatched = [
+            target for target in section.target_modules if not any(name.endswith(f".{target}") for name in names)
+        ]
+        if unmatched and len(unmatched) < len(section.target_modules):
+            raise UserError(f"finetune.target_modules: {unmatched} matches no module of this model.")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     torch.manual_seed(section.seed)
@@ -101,27 +120,22 @@ def load_model(section: params.Finetune, base: Path, device, place=None):
             {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         )
         raise UserError(
-            f"finetune.target_modules: {section.target_modules} matches no module of this model. Linear modules there: {', '.join(linear)}."
+            f"finetune.target_modules: {section.target_modules} matches no module of this model. Its linear modules: {', '.join(linear)}."
         ) from error
     adapted = [module.get_base_layer() for module in peft.modules() if hasattr(module, "get_base_layer")]
     if any(layer is embedding or (tied and layer is head) for layer in adapted):
         raise UserError(
-            "finetune.target_modules: an adapter on the input embedding, or on an output head that shares its weights, cannot be "
-            "merged. Leave it out."
+            "finetune.target_modules: adapters on the input embedding, or on an output head that shares its weights, are not "
+            "supported. Remove it from the list."
         )
-    if section.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    # The adapters stay in float32 even over a bfloat16 base (peft's default); the loss head sees label positions only.
     return peft
 
 
 class Head:
-    """Lets the output head compute logits at label positions only.
+    """Makes the output head compute logits at label positions only.
 
-    The head is the largest matrix of a small model, and the loss is on a few tokens of each row: computing it for the
-    rest is most of the waste of a plain forward pass. A hook picks the positions as one 2-D product; everything a model
-    does to its logits afterwards stays as it is.
+    The head is the largest matrix of a small model, and the loss is on a few tokens of each row. A hook selects these
+    positions, so that the head is one 2-D product over them; what the model does to its logits afterwards is unchanged.
     """
 
     def __init__(self, model):
@@ -129,35 +143,35 @@ class Head:
         head = model.get_output_embeddings()
         if head is None:
             raise UserError("finetune: this model has no output head: it is not a causal language model.")
-        head.register_forward_pre_hook(self._pick)
+        head.register_forward_pre_hook(self._select)
 
-    def _pick(self, _module, arguments):
-        if self.positions is None:  # not asked yet: all of them
+    def _select(self, _module, arguments):
+        if self.positions is None:  # not set: all positions
             return None
         hidden = arguments[0]
         return (hidden.reshape(-1, hidden.shape[-1])[self.positions], *arguments[1:])
 
 
-def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, longest: float = 0):
+def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, max_shared_len: float = 0):
     """Sum of the answer tokens' cross entropy over some sequences, float32 scalar tensor, and their number.
 
     Args:
-        longest: sequences up to this length go through the model by `prefix.Layout` (0: as a plain padded batch).
+        max_shared_len: sequences up to this length are computed with a shared prefix (0: as a plain padded batch).
     """
     import torch
 
     from slmake.training import shared_prefix
 
-    rows, places, targets = data.targets(chosen)
-    wanted = torch.from_numpy(targets).to(device)
-    if data.needed[chosen].max() <= longest:
-        layout = shared_prefix.Layout([data.row(one) for one in chosen], device)
-        head.positions = layout.token[rows, places]
+    rows, positions, next_tokens = data.targets(chosen)
+    targets = torch.from_numpy(next_tokens).to(device)
+    if data.needed[chosen].max() <= max_shared_len:
+        layout = shared_prefix.Layout([data.row(index) for index in chosen], device)
+        head.positions = layout.token[rows, positions]
         logits = shared_prefix.forward(peft, layout)
     else:
         batch = data.batch(chosen, device)
         time = batch["input_ids"].shape[1]
-        head.positions = torch.from_numpy(rows * time + places).to(device)
+        head.positions = torch.from_numpy(rows * time + positions).to(device)
         logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.reshape(len(wanted), -1).float(), wanted, reduction="sum")
-    return loss, len(wanted)
+    loss = torch.nn.functional.cross_entropy(logits.reshape(len(targets), -1).float(), targets, reduction="sum")
+    return loss, len(targets)

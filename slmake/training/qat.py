@@ -1,6 +1,8 @@
-"""Quantization-aware training (`finetune.qat`): forward and backward use Q(W + s B A), the weights as round-to-nearest
-quantization will leave them, and the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432) passes the gradient
-on to A and B. The base stays frozen, so this costs no gradient of W.
+"""Quantization-aware training (`finetune.qat`).
+
+Forward and backward use Q(W + s B A), the merged weights after round-to-nearest quantization. The straight-through
+estimator (Bengio et al. 2013, arXiv:1308.3432) passes the gradient to A and B. The base stays frozen, so this costs no
+gradient of W.
 """
 
 import numpy as np
@@ -10,7 +12,7 @@ from slmake.training.lora_linear import lora_layers
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> torch.Tensor:
-    """Symmetric round-to-nearest quantization, dequantized again, as the model builder's `rtn` does it.
+    """Symmetric round-to-nearest quantization and dequantization, as the model builder's `rtn` does it.
 
     Blocks of `block_size` weights along the input share the scale absmax / (2^(bits-1) - 0.5); levels run from -2^(bits-1)
     to 2^(bits-1) - 1.
@@ -33,26 +35,29 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> torch.
 
 
 class QuantizationAware:
-    """Keeps the LoRA layers' quantized stand-ins for W + s B A up to date.
+    """Updates the quantized weights Q(W + s B A) that LoRA layers compute with.
 
     With a rate below 1, every step quantizes a random share of the layers only (Quant-Noise, Fan et al. 2020,
-    arXiv:2004.07320): the model then works both quantized and not.
+    arXiv:2004.07320), so that the model works both with and without quantization.
     """
 
     def __init__(self, peft, block_size: int, target_modules: str | list[str], rate: float, seed: int):
-        """Choose the layers: `all-linear`, or those whose last name is in `target_modules`.
+        """Choose from the layers that `lora_linear.fuse` has replaced: `all-linear`, or those whose last name is in
+        `target_modules`.
 
-        Layers that will keep 8 bits are best left out: their rounding is too small to be worth simulating.
+        Leave out layers that will have 8 bits: their rounding is too small to be worth simulating.
         """
         self.block_size, self.rate, self.seed = block_size, rate, seed
         every = target_modules == "all-linear"
         self.layers = {
-            n: module for n, module in lora_layers(peft).items() if every or n.rsplit(".", 1)[-1] in target_modules
+            name: module
+            for name, module in lora_layers(peft).items()
+            if hasattr(module, "fake_quantized") and (every or name.rsplit(".", 1)[-1] in target_modules)
         }
 
     @torch.no_grad()
     def refresh(self, step: int | None) -> None:
-        """Quantize W + s B A anew, before optimizer step `step`; None quantizes every one (to evaluate)."""
+        """Quantize W + s B A again, before optimizer step `step`; None quantizes every layer (to evaluate)."""
         chosen = np.ones(len(self.layers), dtype=bool)
         if step is not None and self.rate < 1:
             chosen = np.random.default_rng([self.seed, step]).random(len(self.layers)) < self.rate

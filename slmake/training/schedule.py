@@ -1,4 +1,4 @@
-"""Which rows each training step takes, and its learning rate: functions of the step alone, so that a resumed run does the same arithmetic."""
+"""The batches and the learning rate of every training step: functions of the step alone, so that a resumed run repeats the same arithmetic."""
 
 import math
 
@@ -8,10 +8,10 @@ from slmake import params
 
 
 def epoch_order(lengths: np.ndarray, batch_size: int, epoch: int, seed: int, group_by_length: bool) -> list[np.ndarray]:
-    """Batches of one pass over the data, as arrays of sequence numbers; a function of its arguments alone.
+    """Batches of one epoch as arrays of sequence numbers; a function of its arguments alone.
 
     With `group_by_length`, sequences are shuffled, sorted by length within groups of 32 batches, cut into batches, and
-    the batches are shuffled again: little padding, and still another order every epoch.
+    the batches are shuffled again. That leaves little padding, and every epoch still has another order.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -40,7 +40,7 @@ class Schedule:
         import torch
         from transformers import get_scheduler
 
-        # transformers' schedules are closed forms of the step; only that function is used, so nothing has to be restored.
+        # transformers' schedules are closed forms of the step. Only that function is used, so there is no state to restore.
         dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.section.learning_rate)
         warmup = math.ceil(self.section.warmup_ratio * self.steps)
         scheduler = get_scheduler(
@@ -49,14 +49,14 @@ class Schedule:
         return scheduler.lr_lambdas[0]
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step` (from 0). Starts above 0, so that no step is lost."""
+        """Learning rate of optimizer step `step` (from 0). It starts above 0, so that no step is wasted."""
         return self.section.learning_rate * self._factor(
             step + 1 if step < self.steps * self.section.warmup_ratio else step
         )
 
     def batches(self, step: int) -> list[np.ndarray]:
         """The sequence numbers of each forward pass of optimizer step `step`."""
-        found = []
+        batches = []
         for number in range(
             step * self.section.gradient_accumulation_steps, (step + 1) * self.section.gradient_accumulation_steps
         ):
@@ -67,9 +67,9 @@ class Schedule:
                     epoch,
                     epoch_order(self.lengths, size, epoch, seed, self.section.group_by_length),
                 )
-            found.append(self._batches[index])
-        return found
+            batches.append(self._batches[index])
+        return batches
 
     def epoch(self, step: int) -> float:
-        """Passes over the data after `step` steps."""
+        """Epochs completed after `step` steps."""
         return step * self.section.gradient_accumulation_steps / self.per_epoch

@@ -1,10 +1,10 @@
-"""What all rows of a batch begin with - an instruction, a template, a system prompt - is computed once for all of them.
+"""Shared-prefix computation: the common prefix of a batch's rows (an instruction, a template, a system prompt) is computed once.
 
-In a causal model a token's state depends on the tokens before it and on nothing else, so rows with a common beginning have
-the same states there, and the gradients that reach these states add up. This is the plain batch's loss and gradient, with
-sums in another order; with `lora_dropout`, the rows also share what is dropped there. The tokens of a batch are laid out behind
-each other, the common ones first, with no padding between them. Only attention knows of rows: it gathers its queries, keys and
-values by row, and its results by token.
+In a causal model a token's state depends only on the tokens before it. So rows with a common prefix have the same states
+there, and the gradients that reach these states add up. The loss and gradient are those of the plain batch, with sums in
+another order; with `lora_dropout`, the rows also share what is dropped in the prefix. The tokens of a batch form one
+sequence, the shared ones first, without padding. Only attention needs rows: it gathers its queries, keys and values by
+row, and its results by token.
 """
 
 import math
@@ -12,19 +12,22 @@ import math
 import numpy as np
 import torch
 
-# Layers whose result for a token is a matter of the tokens that it attends to; not convolutions or recurrent states.
+from slmake.training.probe import close
+
+# Layers whose result for a token depends only on the tokens that it attends to; not convolutions or recurrent states.
 ATTENTION = {"full_attention", "sliding_attention"}
 
 
 class Layout:
-    """Which token stands at which place of a batch of rows.
+    """The tokens of a batch of rows as one sequence, and the index of each token in both.
 
     Attributes:
-        common: tokens that all rows begin with.
-        positions: int64 [tokens], each token's place in its row.
-        token: int64 [rows, time], the token at each place; 0 behind a row's end, where causality lets nobody look.
-        place: int64 [tokens], a token's place in the flat batch (a common one's in the first row).
-        back: int64 [rows * time], `token` where that place computes it, else the number of tokens.
+        common: length of the shared prefix.
+        positions: int64 [tokens], each token's position in its row.
+        token: int64 [rows, time], index of the token at each position of the batch; 0 after a row's end, where causality
+            hides it.
+        flat: int64 [tokens], each token's index in the flattened batch (a shared token's in the first row).
+        back: int64 [rows * time], `token` where a flat index is some token's own, else the number of tokens.
     """
 
     def __init__(self, rows: list[np.ndarray], device):
@@ -36,21 +39,21 @@ class Layout:
         own = (steps >= common) & (steps < lengths[:, None])
         computed = own.copy()
         computed[0, :common] = True
-        # Boolean indexing goes row by row, and the first row's common tokens are the first ones.
+        # Boolean indexing goes row by row, so the shared tokens, in the first row, come first.
         tokens = int(computed.sum())
         back = np.full(own.shape, tokens)
         back[computed] = np.arange(tokens)
         token = np.where(steps < common, back[0], np.where(own, back, 0))
-        place = np.flatnonzero(computed)
+        flat = np.flatnonzero(computed)
         self.ids = torch.from_numpy(np.concatenate([rows[0][:common], *(row[common:] for row in rows)])).to(device)
-        self.positions = torch.from_numpy(place % time).to(device)
+        self.positions = torch.from_numpy(flat % time).to(device)
         self.rows, self.time, self.tokens = len(rows), int(time), tokens
-        self.token, self.place = torch.from_numpy(token).to(device), torch.from_numpy(place).to(device)
+        self.token, self.flat = torch.from_numpy(token).to(device), torch.from_numpy(flat).to(device)
         self.back = torch.from_numpy(back.reshape(-1)).to(device)
         self._indices: dict = {}
 
     def by_row(self, heads: int, token_first: bool) -> torch.Tensor:
-        """For x [heads * tokens, width] (or [tokens * heads, width]) the rows that make up [rows, heads, time, width]."""
+        """Indices into x [heads * tokens, width] (or [tokens * heads, width]) that give [rows, heads, time, width]."""
         key = (heads, token_first)
         if key not in self._indices:
             head = torch.arange(heads, device=self.token.device)[:, None]
@@ -60,17 +63,17 @@ class Layout:
         return self._indices[key]
 
     def by_token(self, heads: int) -> torch.Tensor:
-        """For x [rows * heads * time, width] the rows that make up [heads, tokens, width]."""
+        """Indices into x [rows * heads * time, width] that give [heads, tokens, width]."""
         key = (heads,)
         if key not in self._indices:
-            head = torch.arange(heads, device=self.place.device)[:, None]
-            row, step = self.place // self.time, self.place % self.time
+            head = torch.arange(heads, device=self.flat.device)[:, None]
+            row, step = self.flat // self.time, self.flat % self.time
             self._indices[key] = ((row * heads + head) * self.time + step).reshape(-1)
         return self._indices[key]
 
 
 class ByRow(torch.autograd.Function):
-    """Queries, keys or values by token, [1, heads, tokens, width], as those of every row, [rows, heads, time, width]."""
+    """Queries, keys or values by token, [1, heads, tokens, width], to by row, [rows, heads, time, width]."""
 
     @staticmethod
     def forward(ctx, x, layout):
@@ -79,25 +82,25 @@ class ByRow(torch.autograd.Function):
         swapped = x.transpose(1, 2)
         token_first = swapped.is_contiguous()
         flat = (swapped if token_first else x).reshape(-1, width)
-        found = flat.index_select(0, layout.by_row(heads, token_first))
-        return found.view(layout.rows, heads, layout.time, width)
+        gathered = flat.index_select(0, layout.by_row(heads, token_first))
+        return gathered.view(layout.rows, heads, layout.time, width)
 
     @staticmethod
     def backward(ctx, grad):
         layout, (_, heads, _, width) = ctx.layout, grad.shape
-        found = grad.reshape(-1, width).index_select(0, layout.by_token(heads)).view(1, heads, layout.tokens, width)
+        by_token = grad.reshape(-1, width).index_select(0, layout.by_token(heads)).view(1, heads, layout.tokens, width)
         if layout.common and layout.rows > 1:
-            found[0, :, : layout.common] = grad[:, :, : layout.common].sum(0)
-        return found, None
+            by_token[0, :, : layout.common] = grad[:, :, : layout.common].sum(0)
+        return by_token, None
 
 
 class ByToken(torch.autograd.Function):
-    """Attention's results of every row, [rows, time, heads, width], as those of each token, [1, tokens, heads, width]."""
+    """Attention's results by row, [rows, time, heads, width], to by token, [1, tokens, heads, width]."""
 
     @staticmethod
     def forward(ctx, x, layout):
         ctx.layout, ctx.shape = layout, x.shape
-        return x.reshape(layout.rows * layout.time, -1).index_select(0, layout.place).view(1, -1, *x.shape[2:])
+        return x.reshape(layout.rows * layout.time, -1).index_select(0, layout.flat).view(1, -1, *x.shape[2:])
 
     @staticmethod
     def backward(ctx, grad):
@@ -106,16 +109,16 @@ class ByToken(torch.autograd.Function):
 
 
 def share(model) -> float:
-    """Let a transformers model take batches by `Layout` (`forward` here), in place.
+    """Make a transformers model accept a `Layout` (`forward` here), in place.
 
     Returns:
-        The longest row that may be given so: the width of its sliding window or infinity; 0 if this model cannot.
+        The longest row that it can compute so: the width of its sliding window or infinity; 0 if it cannot.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     config, name = model.config.get_text_config(), model.config._attn_implementation
-    if name not in ("sdpa", "slmake_short"):  # others look at positions, or take no mask of four dimensions
+    if name not in ("sdpa", "slmake_short"):  # others use positions, or take no mask of four dimensions
         return 0
     if model._is_stateful or not set(getattr(config, "layer_types", None) or ATTENTION) <= ATTENTION:
         return 0
@@ -125,8 +128,8 @@ def share(model) -> float:
         if layout is None:
             return inner(module, query, key, value, attention_mask, **kwargs)
         query, key, value = (ByRow.apply(x, layout) for x in (query, key, value))
-        found, weights = inner(module, query, key, value, None, **kwargs)
-        return ByToken.apply(found, layout), weights
+        output, weights = inner(module, query, key, value, None, **kwargs)
+        return ByToken.apply(output, layout), weights
 
     AttentionInterface.register(f"{name}_by_layout", attention)
     AttentionMaskInterface.register(f"{name}_by_layout", ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -135,8 +138,8 @@ def share(model) -> float:
 
 
 def forward(model, layout: Layout):
-    """The model's logits for the tokens of a layout, [1, tokens, vocabulary], or for those that a hook on its head picks."""
-    # A mask of four dimensions is handed on as it is; attention by rows is causal and needs none.
+    """The model's logits for the tokens of a layout, [1, tokens, vocabulary], or for those that a hook on its head selects."""
+    # A mask of four dimensions is passed on unchanged; attention by rows is causal and needs none.
     unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
     return model(
         input_ids=layout.ids[None],
@@ -149,22 +152,18 @@ def forward(model, layout: Layout):
 
 @torch.no_grad()
 def agrees(model, vocabulary: int, device) -> bool:
-    """Whether the model gives the same logits for two short rows by `Layout` as for each of them alone.
-
-    The same but for rounding: their difference, as root mean square, is below a twentieth of their spread.
-    """
+    """Whether the model gives the same logits for two short rows with a shared prefix as for each of them alone."""
     rows = [np.array(row) % vocabulary for row in ([5, 7, 11, 13, 17], [5, 7, 19, 23, 29, 31, 37])]
     layout = Layout(rows, device)
     was_training = model.training
     model.eval()
     try:
-        found = forward(model, layout)[0]
-        for number, row in enumerate(rows):
-            alone = model(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False).logits[0].float()
-            there = found[layout.token[number, : len(row)]].float()
-            if not (there - alone).square().mean().sqrt() < 0.05 * alone.std():  # also where it is not a number
+        logits = forward(model, layout)[0]
+        for index, row in enumerate(rows):
+            alone = model(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False).logits[0]
+            if not close(logits[layout.token[index, : len(row)]], alone, 0.05):
                 return False
-    except TypeError:  # a model whose layers pass no arguments on to attention
+    except TypeError:  # a model whose layers do not pass arguments on to attention
         return False
     finally:
         model.train(was_training)

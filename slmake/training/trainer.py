@@ -18,7 +18,7 @@ from slmake.training.schedule import Schedule
 
 
 class Trainer:
-    """Model, optimizer and curves of one run."""
+    """Model, optimizer and loss curves of a run."""
 
     def __init__(
         self,
@@ -38,24 +38,16 @@ class Trainer:
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
         if section.early_stopping_patience and not len(self.eval):
             raise UserError(
-                "finetune.early_stopping_patience: the eval split is empty, so nothing says when to stop. Raise "
+                "finetune.early_stopping_patience: the eval split is empty, so there is no loss to stop by. Raise "
                 "prepare.eval_fraction, or set early_stopping_patience to 0."
             )
         self.schedule = Schedule(section, self.train.lengths)
         key = None
-        if self.group.first:
+        if self.group.is_main_process:
             dtype = pick_dtype(section.compute_dtype, self.device)
             key = fingerprint(section, base, dataset, dtype, self.group.world)
-        self.checkpoints = Checkpoints(checkpoints, self.group.agree(key))
-        if section.sharding == "full" and self.group.world > 1:
-            with self.group.turn():
-                self._load(base, place=torch.device("cpu"))
-                kept = {value for value in self.peft.parameters() if value.requires_grad}
-                held, of = self.group.shard(self.peft, self.device, kept)
-                self.job.log(f"holds {held} of {of} weights of the base")
-        else:
-            self._load(base)
-        self.longest = self._longest()
+        self.checkpoints = Checkpoints(checkpoints, self.group.broadcast(key))
+        self._load(base)
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -71,36 +63,64 @@ class Trainer:
         self.window = [0.0, 0]  # loss sum and answer tokens since the last line of the curve
         self._resume()
 
-    def _load(self, base: Path, place=None) -> None:
-        """The model with its fused operations, on its device or first in `place`."""
+    def _load(self, base: Path) -> None:
+        """The model on its device, or a shard of it, and the longest row that it can compute with a shared prefix."""
+        import torch
+
+        if self.section.sharding == "full" and self.group.world > 1:
+            with self.group.in_turn():
+                self._load_fused(base, load_on=torch.device("cpu"))
+                trained = {value for value in self.peft.parameters() if value.requires_grad}
+                local, total = self.group.shard(self.peft, self.device, trained)
+                self.job.log(f"has {local} of {total} weights of the base")
+        else:
+            self._load_fused(base)
+        self.max_shared_len = self._max_shared_len()
+
+    def _load_fused(self, base: Path, load_on=None) -> None:
+        """The model with its fused operations."""
         from slmake.training import fused_ops, lora_linear, qat
 
         section = self.section
-        self.peft = load_model(section, base, self.device, place)
+        self.peft = load_model(section, base, self.device, load_on)
         self.head = Head(self.peft.get_base_model())
-        together = section.qat == "none"
-        replaced = {"lora": lora_linear.fuse(self.peft, together, settled=together and section.sharding == "none")}
+        join = section.qat == "none"
+        replaced = {"lora": lora_linear.fuse(self.peft, join, weights_fixed=join and section.sharding == "none")}
         if self.device.type == "cpu":
             replaced |= fused_ops.fuse(self.peft.get_base_model())
         self.qat = None
         if section.qat != "none":
-            chosen, rate = section.qat_target_modules, section.qat_rate
-            self.qat = qat.QuantizationAware(self.peft, section.qat_block_size, chosen, rate, section.seed)
+            targets, rate = section.qat_target_modules, section.qat_rate
+            self.qat = qat.QuantizationAware(self.peft, section.qat_block_size, targets, rate, section.seed)
             names = {name.rsplit(".", 1)[-1] for name in self.qat.layers}
-            lost = [] if isinstance(chosen, str) else [name for name in chosen if name not in names]
-            if lost or not names:
-                raise UserError(f"finetune.qat_target_modules: {lost or chosen} matches no layer that has an adapter.")
+            unmatched = [] if isinstance(targets, str) else [name for name in targets if name not in names]
+            if unmatched or not names:
+                raise UserError(
+                    f"finetune.qat_target_modules: {unmatched or targets} matches no layer that has an adapter."
+                )
         self.job.log(f"fused: {replaced}, qat {section.qat}")
+
+    def _max_shared_len(self) -> float:
+        """Longest sequence that is computed with a shared prefix; 0 if the model cannot, or if its logits differ."""
+        from slmake.training import shared_prefix
+
+        limit = shared_prefix.share(self.peft.get_base_model())
+        vocabulary = self.peft.get_input_embeddings().num_embeddings
+        if limit and not shared_prefix.agrees(self.peft, vocabulary, self.device):
+            limit = 0
+        self.job.log(f"shared-prefix computation: {'on' if limit else 'off, this model does not support it'}")
+        return limit
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        found = self.group.agree(self.checkpoints.load(self.job.say) if self.group.first else None)
-        if found is None:
+        checkpoint = self.checkpoints.load(self.job.say) if self.group.is_main_process else None
+        checkpoint = self.group.broadcast(checkpoint)
+        if checkpoint is None:
             return
         import torch
 
-        tensors, state = found
+        tensors, state = checkpoint
         with torch.no_grad():
             for name, value in self.trained.items():
                 value.copy_(tensors[f"adapter/{name}"])
@@ -114,11 +134,11 @@ class Trainer:
         self.best_tensors = best or None
         for name in ("step", *STATE):
             setattr(self, name, state[name])
-        self.job.say(f"goes on from step {self.step} of {self.schedule.steps}")
+        self.job.say(f"resumes from step {self.step} of {self.schedule.steps}")
 
     def _save(self) -> None:
         self.group.check_same(self.trained.values(), self.step)
-        if not self.group.first:
+        if not self.group.is_main_process:
             return
         tensors = {}
         for name, value in self.trained.items():
@@ -130,26 +150,13 @@ class Trainer:
             tensors[f"best/{name}"] = value
         self.checkpoints.save(self.step, tensors, {name: getattr(self, name) for name in STATE})
 
-    def _longest(self) -> float:
-        """Longest sequence that goes through the model by `prefix.Layout`; 0 where the model cannot, or gives another result."""
-        from slmake.training import shared_prefix
-
-        longest = shared_prefix.share(self.peft.get_base_model())
-        vocabulary = self.peft.get_input_embeddings().num_embeddings
-        if longest and not shared_prefix.agrees(self.peft, vocabulary, self.device):
-            longest = 0
-        self.job.log(
-            f"what all rows of a batch begin with is computed {'once' if longest else 'for each: not with this model'}"
-        )
-        return longest
-
     def _loss(self, data: Data, chosen: np.ndarray):
-        return loss_sum(self.peft, self.head, data, chosen, self.device, self.longest)
+        return loss_sum(self.peft, self.head, data, chosen, self.device, self.max_shared_len)
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _optimizer_step(self) -> tuple[float, float, int]:
-        """Forward, backward and update; returns the mean loss, the learning rate and the number of real tokens."""
+        """Forward, backward and update. Returns the mean loss, the learning rate and the number of real tokens."""
         import torch
 
         if self.qat:
@@ -157,24 +164,24 @@ class Trainer:
         rate = self.schedule.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        chosen = self.schedule.batches(self.step)
-        rows = np.concatenate(chosen)
-        wanted = int(self.train.answers[rows].sum())
+        batches = self.schedule.batches(self.step)
+        rows = np.concatenate(batches)
+        targets = int(self.train.answers[rows].sum())
         total = 0.0
-        for number, one, counts in self.group.share(chosen):
-            # Dropout depends on the step alone, so that a resumed run draws what an undisturbed one does.
+        for number, batch, counts in self.group.share(batches):
+            # Dropout depends on the step alone, so that a resumed run draws the same random numbers.
             torch.manual_seed((self.section.seed * 1_000_003 + self.step * 1009 + number) % 2**63)
-            loss, _ = self._loss(self.train, one)
+            loss, _ = self._loss(self.train, batch)
             if not counts:
                 loss = loss * 0
-            (loss / wanted).backward()
+            (loss / targets).backward()
             total += loss.item()
         (total,) = self.group.sums(total)
-        self.group.add_gradients(self.trained.values())
+        self.group.all_reduce_gradients(self.trained.values())
         if not math.isfinite(total):
-            named = sorted(int(row) for row in self.train.rows[rows])
+            numbers = sorted(int(row) for row in self.train.rows[rows])
             raise UserError(
-                f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, named[:32]))} of the dataset). Lower "
+                f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, numbers[:32]))} of the dataset). Lower "
                 "finetune.learning_rate, set max_grad_norm, or look at these rows."
             )
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.section.max_grad_norm or math.inf)
@@ -183,8 +190,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.window[0] += total
-        self.window[1] += wanted
-        return total / wanted, rate, int(self.train.real[rows].sum())
+        self.window[1] += targets
+        return total / targets, rate, int(self.train.real[rows].sum())
 
     def evaluate(self) -> float | None:
         """Mean cross entropy per answer token on the eval split; None if it is empty."""
@@ -199,15 +206,16 @@ class Trainer:
         order = np.argsort(-self.eval.lengths, kind="stable")
         size = self.section.per_device_train_batch_size
         with torch.no_grad():
-            for _, one, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):
-                loss, wanted = self._loss(self.eval, one)
+            for _, batch, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):
+                loss, targets = self._loss(self.eval, batch)
                 if counts:
-                    total, count = total + loss.item(), count + wanted
+                    total, count = total + loss.item(), count + targets
         total, count = self.group.sums(total, count)
         self.peft.train()
         return total / count
 
-    def _note_evaluation(self) -> None:
+    def _evaluate_and_decide(self) -> None:
+        """Add a point to the eval curve; with early stopping, keep the best adapter and decide whether to stop."""
         loss = self.evaluate()
         if loss is None:
             return
@@ -220,6 +228,14 @@ class Trainer:
         else:
             self.bad_evaluations += 1
             self.stopped = self.bad_evaluations >= self.section.early_stopping_patience
+
+    def _add_train_point(self, rate: float) -> None:
+        """Add the mean loss since the last point to the training curve."""
+        mean = self.window[0] / self.window[1]
+        self.train_curve.append(
+            [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
+        )
+        self.window = [0.0, 0]
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -235,22 +251,14 @@ class Trainer:
                 tokens += count
                 last = self.step == total
                 if self.step % section.logging_steps == 0 or last:
-                    mean = self.window[0] / self.window[1]
-                    self.train_curve.append(
-                        [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
-                    )
-                    self.window = [0.0, 0]
+                    self._add_train_point(rate)
                 if last or (section.eval_steps and self.step % section.eval_steps == 0):
-                    self._note_evaluation()
+                    self._evaluate_and_decide()
                 if self.step % section.save_steps == 0 and not last:
                     self._save()
                 bar.update(1, loss=f"{loss:.3f}", **{"tokens/s": f"{tokens / (time.monotonic() - began):.0f}"})
         if self.window[1]:
-            rate = self.schedule.learning_rate(self.step - 1)
-            mean = self.window[0] / self.window[1]
-            self.train_curve.append(
-                [self.step, round(self.schedule.epoch(self.step), 4), round(mean, 6), float(f"{rate:.6g}")]
-            )
+            self._add_train_point(self.schedule.learning_rate(self.step - 1))
         if self.best_tensors is not None:
             import torch
 
@@ -262,8 +270,8 @@ class Trainer:
         return {"steps": self.step, "tokens": tokens, "seconds": seconds, "stopped": self.stopped}
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as PEFT does, without what differs between runs (order of sets, its model card)."""
-        # An adapted output head is frozen like the rest: its weights are the base's.
+        """Write the adapter as PEFT does, without what differs between runs (the order of sets, the model card)."""
+        # The weights of an adapted output head are the base's: they are frozen.
         self.peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         path = folder / "adapter_config.json"

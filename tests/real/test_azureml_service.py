@@ -25,7 +25,18 @@ from slmake.azureml import service, settings
 from slmake.errors import UserError
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
-RULES = ("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report")
+RULES = (
+    "fetch_model",
+    "prepare",
+    "rehearse",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "gates",
+    "package",
+    "report",
+)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +279,7 @@ def check(tmp_path: Path, **changes: object) -> str:
     ml = service.client(loaded)
 
     def submit() -> None:
-        with service.told("workspace_name, resource_group, subscription_id", file):
+        with service.translate_errors("workspace_name, resource_group, subscription_id", file):
             ml.workspaces.get(loaded.workspace_name)
         for name, one in loaded.clusters.items():
             service.prepare_cluster(ml, name, one, file, job)
@@ -284,7 +295,7 @@ def cluster(**fields: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"workspace_name": "elsewhere"}, r"workspace_name, resource_group, subscription_id: not found: .*elsewhere"),
         (cluster(name="none"), r"clusters\.gpu\.name: the workspace has no compute `none`; it has: .*Correct the name, or give clusters\.gpu\.size"),
@@ -297,7 +308,7 @@ def cluster(**fields: object) -> dict:
         ({"model": "azureml://registries/shared/models/mlflow/versions/1"}, r"registered as mlflow_model, .* Set model_type to mlflow_model"),
     ],
 )  # fmt: skip
-def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, said):
+def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, message):
     for kind in ("triton_model", "mlflow_model"):
         name = f"{kind.partition('_')[0]}/versions/1"
         properties = {
@@ -308,7 +319,7 @@ def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, said):
         }
         asked.models[name] = asked.resource(f"/models/{name}", properties)
         asked.models[name]["id"] = f"azureml://registries/shared/models/{name}"
-    assert re.search(said, check(tmp_path, **changes))
+    assert re.search(message, check(tmp_path, **changes))
 
 
 def test_no_right_to_create_a_cluster(asked, tmp_path):
@@ -316,8 +327,8 @@ def test_no_right_to_create_a_cluster(asked, tmp_path):
         [r"^PUT .*/computes/", error(403, "AuthorizationFailed", "does not have authorization to perform action"), 9]
     ]
     try:
-        said = check(tmp_path, **cluster(name="mine", size="Standard_D2"))
+        message = check(tmp_path, **cluster(name="mine", size="Standard_D2"))
     finally:
         asked.server.faults.clear()
-    assert said.startswith("clusters.gpu.size: permission denied")
-    assert "AzureML Compute Operator" in said
+    assert message.startswith("clusters.gpu.size: permission denied")
+    assert "AzureML Compute Operator" in message

@@ -33,8 +33,8 @@ def arguments(tmp_path: Path, container: str, model: Path, name: str = "publishe
 
 def blobs(server, container: str) -> dict[str, tuple[str, object]]:
     """ETag and time of every blob."""
-    found = server.client().get_container_client(container).list_blobs()
-    return {blob.name: (blob.etag, blob.last_modified) for blob in found}
+    names = server.client().get_container_client(container).list_blobs()
+    return {blob.name: (blob.etag, blob.last_modified) for blob in names}
 
 
 def pointer(server, container: str) -> dict:
@@ -117,7 +117,7 @@ def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, conta
     monkeypatch.syspath_prepend(str(ROOT))
     from slmake import cli
     from slmake.packaging import blob_store
-    from slmake.sources.syntax import parse
+    from slmake.sources.schemes import parse
 
     model = make_exported(tmp_path / "model")
     store = blob_store.Store(parse(f"az://{container}/models/tones", must_pin=False))
@@ -146,7 +146,7 @@ def test_cut_in_the_middle_leaves_the_old_pointer_and_the_next_run_finishes(tmp_
     proxy.cut_up = 1_000_000
     failed = run_script("publish", *arguments(tmp_path, container, new, "new"))
     assert failed.returncode == 1
-    assert "it goes on where it stopped" in failed.stderr
+    assert "it resumes where it stopped" in failed.stderr
     # Bounded: each of our attempts sends the PUT twice, because aiohttp repeats an idempotent request once by itself when
     # the connection breaks (aiohttp/client.py, "retry_persistent_connection"; RFC 9112, 9.3.1).
     assert proxy.hits == 2 * blob.ATTEMPTS

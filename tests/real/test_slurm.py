@@ -82,7 +82,7 @@ def test_a_cancelled_finetune_goes_on_in_the_next_job(copy_of_clustered, built, 
     text = (tmp_path / "printed.txt").read_text()
     assert len(jobs(text)) == 2
     assert f"SLURM-job '{first}' failed, SLURM status is: 'CANCELLED'" in text
-    assert "goes on from step" in (project / "logs" / "finetune.log").read_text()
+    assert "resumes from step" in (project / "logs" / "finetune.log").read_text()
     wanted, found = digests(undisturbed), digests(project)
     made = [name for name in wanted if name.startswith(("build/adapter/", "results/train_loss", "results/eval_loss"))]
     assert len(made) >= 4
@@ -161,12 +161,14 @@ def test_out_of_time(copy_of_clustered):
 
 def test_tasks_of_srun_train_together(base, dataset, slurm, tmp_path):
     """The way of a job with several nodes, on the one node there is: srun starts the processes, and the bytes are those of `auto`'s."""
-    from test_devices import contents, tune_by_two
+    from test_distributed import contents, tune_by_two
     from test_finetune import command
 
     tune_by_two(tmp_path / "pair", base, dataset)
     arguments = ["-m", "scripts.finetune", *command(tmp_path / "spread", base, dataset)]
-    code = "import sys; from slmake.training import distributed; distributed._spread(1, 2, [sys.executable, *sys.argv[1:]])"
+    code = (
+        "import sys; from slmake.training import distributed; distributed._srun(1, 2, [sys.executable, *sys.argv[1:]])"
+    )
     script = f"PYTHONPATH={shlex.quote(str(ROOT))} " + shlex.join([sys.executable, "-c", code, *arguments])
     done = run(
         tmp_path, "sbatch", "--wait", "--ntasks=2", "--mem=4000", "--time=20", f"--wrap={script}", "--output=log"

@@ -10,8 +10,8 @@ from azurite import ACCOUNT
 from tiny import make_model, make_rows, run_script, write_params
 
 from slmake.outputs import folder_digest
-from slmake.sources import blob, resolve
-from slmake.sources.syntax import parse
+from slmake.sources import blob
+from slmake.sources.schemes import parse
 
 pytestmark = pytest.mark.real
 
@@ -183,9 +183,9 @@ def test_download_that_broke_for_good_goes_on_where_it_stopped(tmp_path, blob_se
     model = make_model(tmp_path / "model")
     weights = model / "model.safetensors"
     upload(blob_server, container, weights, "w.safetensors")
-    monkeypatch.setattr("sources.download.BLOCK", 65536)
-    monkeypatch.setattr("sources.download.ATTEMPTS", 2)
-    monkeypatch.setattr("sources.blob.RETRIES", {"retry_total": 0})
+    monkeypatch.setattr("slmake.sources.blob.BLOCK", 65536)
+    monkeypatch.setattr("slmake.sources.download.ATTEMPTS", 2)
+    monkeypatch.setattr("slmake.sources.blob.RETRIES", {"retry_total": 0})
     source = parse(f"az://{container}/w.safetensors", must_pin=False)
 
     class Bar:
@@ -196,8 +196,6 @@ def test_download_that_broke_for_good_goes_on_where_it_stopped(tmp_path, blob_se
 
     fs = blob.filesystem()
     (entry,) = blob.listing(fs, container, source.path)
-    from slmake.sources import download
-
     sizes = []
     original = proxy._strike
     proxy._strike = lambda: original() if len(sizes) else False
@@ -205,8 +203,8 @@ def test_download_that_broke_for_good_goes_on_where_it_stopped(tmp_path, blob_se
     target.parent.mkdir()
     (tmp_path / "got" / "w.safetensors.partial").write_bytes(weights.read_bytes()[: 3 * 65536])
     bar = Bar()
-    download.from_blob(fs, container, entry, target, "w", bar)
+    blob.download_blob(fs, container, entry, target, "w", bar)
     assert bar.done == entry.size
     assert target.read_bytes() == weights.read_bytes()
-    assert resolve.etag_of([entry]) == entry.etag
+    assert blob.etag_of([entry]) == entry.etag
     assert ACCOUNT

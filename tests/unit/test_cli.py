@@ -1,4 +1,4 @@
-"""What every script's command line shares: arguments, the log, the terminal, and the way errors are told."""
+"""What every script's command line shares: arguments, the log, the terminal, and the way errors are reported."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from slmake.errors import UserError
 SCRIPT = """
     import errno, os, subprocess, sys, time, warnings
     from pathlib import Path
-    from common import cli, outputs
+    from slmake import cli, outputs
     from slmake.errors import UserError
 
     with cli.job("merge", Path("logs/merge.log") if "--log" in sys.argv else None) as job:
@@ -157,6 +157,10 @@ def test_exception_without_a_message(script):
             "the disk is full. Free some space and run the same command again; what was built before is untouched.",
         ),
         (
+            '__import__("sqlite3").OperationalError("database or disk is full")',
+            "the disk is full. Free some space and run the same command again; what was built before is untouched.",
+        ),
+        (
             'OSError(errno.EDQUOT, "Disk quota exceeded", "build/x")',
             "your disk quota is used up (build/x). Free some space and run the same command again.",
         ),
@@ -178,13 +182,24 @@ def test_exception_without_a_message(script):
             "FileNotFoundError: [Errno 2] No such file or directory: 'x.json'",
         ),
     ],
-    ids=["full", "full-by-text", "quota", "permission", "read-only", "memory", "no-memory", "other"],
+    ids=["full", "full-by-text", "full-sqlite", "quota", "permission", "read-only", "memory", "no-memory", "other"],
 )
 def test_troubles_of_the_machine(script, log, error, told):
     """One line that says what to do; the traceback is in the log."""
     done = script(f"raise {error}")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"merge: error: {told}\n")
     assert log.read_text().startswith("Traceback (most recent call last):\n")
+
+
+def test_full_disk_without_a_log_shows_no_traceback(script):
+    for error in (
+        'OSError(errno.ENOSPC, "No space left on device")',
+        '__import__("sqlite3").OperationalError("database or disk is full")',
+    ):
+        done = script(f"raise {error}", log=False)
+        assert done.stderr == (
+            "merge: error: the disk is full. Free some space and run the same command again; what was built before is untouched.\n"
+        )
 
 
 def test_disk_that_is_really_full(script, tmp_path):
@@ -216,7 +231,7 @@ def test_folder_without_write_permission(script, tmp_path):
 
 
 def test_log_that_cannot_be_written(script, tmp_path):
-    """A bad --log is told as any other error: one line, exit code 1, no traceback."""
+    """A bad --log is reported as any other error: one line, exit code 1, no traceback."""
     (tmp_path / "logs").write_text("a file, not a folder")
     done = script('job.say("not reached")')
     assert done.returncode == 1
@@ -253,7 +268,7 @@ def test_signal_removes_outputs(script, log, tmp_path, number):
     process.send_signal(number)
     output, told = process.communicate(timeout=30)
     assert (process.returncode, output) == (130, "")
-    assert told == "merge: error: interrupted. Run the same command again to go on.\n"
+    assert told == "merge: error: interrupted. Run the same command again to resume.\n"
     assert list((tmp_path / "build").iterdir()) == []
     assert list((tmp_path / "results").iterdir()) == []
     assert "Traceback" not in log.read_text()

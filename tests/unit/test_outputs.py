@@ -1,8 +1,10 @@
 """Outputs appear whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -48,7 +50,8 @@ def test_folder_and_files_appear_at_the_end(tmp_path):
 
 def test_temporary_siblings_are_ignored_by_git(tmp_path, root):
     with outputs.written(tmp_path / "model") as (folder,):
-        assert folder.name == ".model.partial"
+        assert re.fullmatch(r"\.model\.[0-9a-f]{8}\.partial", folder.name)
+        assert outputs.scratch(folder).name == folder.name.replace(".partial", ".scratch.partial")
     assert ".*.partial" in (root / ".gitignore").read_text().splitlines()
 
 
@@ -102,7 +105,7 @@ def test_refuses_to_overwrite(tmp_path, taken):
         pytest.fail("the block ran")
     assert str(refused.value) == f"{tmp_path / taken} {told}"
     assert outputs.folder_digest(tmp_path) == before
-    assert ".model.partial" not in names(tmp_path)
+    assert not [name for name in names(tmp_path) if name.endswith(".partial")]
 
 
 def test_empty_folder_may_be_filled(tmp_path):
@@ -114,9 +117,10 @@ def test_empty_folder_may_be_filled(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_wiped(tmp_path):
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "stale").write_text("old")
-    (tmp_path / ".report.json.partial").write_text("old")
+    for name in (".model.partial", ".model.0123abcd.partial", ".model.0123abcd.scratch.partial"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "stale").write_text("old")
+    (tmp_path / ".report.json.89abcdef.partial").write_text("old")
     with outputs.written(tmp_path / "model", [tmp_path / "report.json"]) as (folder, file):
         assert names(folder) == []
         assert not file.exists()
@@ -138,6 +142,44 @@ def test_permissions_follow_the_umask(tmp_path, umask, mask, file_mode, folder_m
         assert stat.S_IMODE((tmp_path / path).stat().st_mode) == file_mode
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == folder_mode
     assert umask(mask) == mask  # unchanged by the block
+
+
+def test_leftovers_of_another_output_stay(tmp_path):
+    """Two candidates of a search are built side by side."""
+    others = [".model-2.0123abcd.partial", ".model.json.0123abcd.partial", ".onnx.0123abcd.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with outputs.written(tmp_path / "model") as (folder,):
+        (folder / "weights").write_bytes(b"123")
+    assert names(tmp_path) == sorted([*others, "model"])
+
+
+def test_a_process_that_still_works_on_the_output_cannot_write_into_it(tmp_path):
+    """As the child of a killed Snakemake does where nothing ends it: its folder is moved away, and its names are its own."""
+    with contextlib.ExitStack() as stack:
+        (former,) = stack.enter_context(outputs.written(tmp_path / "model"))
+        (former / "weights").write_bytes(b"old")
+        with outputs.written(tmp_path / "model") as (folder,):
+            assert not former.exists()
+            with pytest.raises(FileNotFoundError):
+                (former / "more").write_bytes(b"old")
+            (folder / "weights").write_bytes(b"new")
+        with pytest.raises(FileNotFoundError):
+            stack.close()
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "weights").read_bytes() == b"new"
+
+
+def test_replace_leaves_the_old_content_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "dvc.lock"
+    outputs.replace(path, b"old")
+    monkeypatch.setattr(outputs.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        outputs.replace(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    outputs.replace(path, b"new")
+    assert path.read_bytes() == b"new"
 
 
 # remove

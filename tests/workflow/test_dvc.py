@@ -9,24 +9,7 @@ import yaml
 from project import change, planned, run, snakemake
 from tiny import ROOT
 
-
-@pytest.fixture
-def repository(copy_of_built):
-    """The built project as a Git and DVC repository whose receipts are committed."""
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "test"],
-        ["dvc", "init", "-q"],
-        ["dvc", "config", "core.analytics", "false"],
-        ["dvc", "config", "core.autostage", "false"],
-        ["dvc", "commit", "--force", "--quiet"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-q", "-m", "build"],
-    ):
-        done = run(copy_of_built, *command)
-        assert done.returncode == 0, f"{command}: {done.stdout}"
-    return copy_of_built
+from slmake.plan import SECTIONS
 
 
 def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
@@ -120,10 +103,21 @@ def test_dvc_yaml_agrees_with_the_snakefile():
     assert (ROOT / "dvc.yaml").read_text(encoding="utf-8") == done.stdout, "run `make docs`"
     stages = yaml.safe_load(done.stdout)["stages"]
     assert list(stages) == [
-        *("fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"),
+        *(
+            "fetch_model",
+            "prepare",
+            "rehearse",
+            "finetune",
+            "merge",
+            "quantize",
+            "evaluate",
+            "gates",
+            "package",
+            "report",
+        ),
     ]
     for name, stage in stages.items():
-        assert stage["params"] == [*([name, "gates"] if name == "report" else [name]), "all.container"]
+        assert stage["params"] == [*SECTIONS.get(name, [name]), "all.container"]
         assert f"--allowed-rules {name} --" in stage["cmd"]
         assert f"scripts/{name}.py" in stage["deps"]
 
@@ -140,7 +134,8 @@ def test_a_changed_parameter_runs_exactly_its_stages(repository):
     change(repository, "quantize", accuracy_level=0)
     done = run(repository, "dvc", "repro")
     assert done.returncode == 0, done.stdout
-    assert {"quantize", "evaluate"} <= ran(done.stdout) <= {"quantize", "evaluate", "gates", "package", "report"}
+    after = {"rehearse", "quantize", "evaluate", "gates", "package", "report"}
+    assert {"quantize", "evaluate"} <= ran(done.stdout) <= after
     assert planned(repository) == set()
 
 
@@ -161,13 +156,3 @@ def test_metrics_and_plots_are_shown(repository):
     page = (repository / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert "cross entropy per answer token" in page
     assert "Confusion of int4" in page
-
-
-def test_an_experiment_changes_a_parameter_and_rebuilds(repository):
-    done = run(repository, "dvc", "exp", "run", "-S", "finetune.learning_rate=0.003")
-    assert done.returncode == 0, done.stdout
-    assert {"finetune", "merge", "quantize", "evaluate"} <= ran(done.stdout)
-    assert "prepare" not in ran(done.stdout)
-    assert yaml.safe_load((repository / "params.yaml").read_text())["finetune"]["learning_rate"] == 0.003
-    curve = (repository / "results" / "train_loss.csv").read_text().splitlines()
-    assert max(float(line.split(",")[3]) for line in curve[1:]) == pytest.approx(0.003, rel=0.2)

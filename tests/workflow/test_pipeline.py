@@ -7,7 +7,7 @@ from project import change, digests, new_project, planned, run, snakemake
 from tiny import make_rows
 
 SHOWN = {"gates", "package", "report"}  # what follows evaluate
-EVERYTHING = {"fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate"} | SHOWN
+EVERYTHING = {"fetch_model", "prepare", "rehearse", "finetune", "merge", "quantize", "evaluate"} | SHOWN
 AFTER_PREPARE = EVERYTHING - {"fetch_model"}
 
 
@@ -23,10 +23,12 @@ def test_builds_every_output(built):
         "base.json",
         "benchmark.json",
         "dataset.json",
+        "estimate.json",
         "eval_loss.csv",
         "gates.json",
         "metrics.json",
         "predictions.csv",
+        "rehearsal.json",
         "train_loss.csv",
     }
     assert not list(built.rglob("*.partial"))
@@ -48,8 +50,8 @@ def test_nothing_to_do_after_a_build(built):
     [
         ("prepare", {"seed": 1}, AFTER_PREPARE),
         ("finetune", {"learning_rate": 0.02}, EVERYTHING - {"fetch_model", "prepare"}),
-        ("merge", {"dtype": "bfloat16"}, {"merge", "quantize", "evaluate"} | SHOWN),
-        ("quantize", {"accuracy_level": 0}, {"quantize", "evaluate"} | SHOWN),
+        ("merge", {"dtype": "bfloat16"}, {"rehearse", "merge", "quantize", "evaluate"} | SHOWN),
+        ("quantize", {"accuracy_level": 0}, {"rehearse", "quantize", "evaluate"} | SHOWN),
         ("evaluate", {"batch_size": 8}, {"evaluate"} | SHOWN),
         ("gates", {"min_accuracy": 0.01}, SHOWN),
         ("package", {"language": ["de"]}, {"package"}),

@@ -24,23 +24,18 @@ def test_one_name_everywhere():
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
     rules = [name for name in re.findall(r"^rule (\w+):", text, re.M) if name != "all"]
     assert rules == [
-        *("fetch_model", "prepare", "finetune", "merge", "candidate", "search", "quantize"),
+        *("fetch_model", "prepare", "rehearse", "finetune", "adapter", "merge", "candidate", "search", "quantize"),
         *("evaluate", "gates", "package", "report", "publish"),
     ]
-    parts = {
-        "candidate": ("candidate-{candidate}", "evaluate"),
-        "search": ("search", "quantize"),
-    }  # of the search in quantize
     for name in rules:
         body = text.split(f"rule {name}:")[1].split("\nrule ")[0]
         assert f'code=code_of("{name}"),' in body
-        assert f'code=digest_of("{name}"),' in body
+        assert f'sources=digest_of("{name}"),' in body
         assert f'"python -m scripts.{name}"' in body
-        file, section = parts.get(name, (name, name))
+        file = "candidate-{candidate}" if name == "candidate" else name
         assert f'"logs/{file}.log"' in body
         assert f'"benchmarks/{file}.tsv"' in body
-        assert f'section_of("{section}"' in body or name == "candidate"
-        assert "container=CONTAINER," in body
+        assert f'section=section_of("{name}"),' in body or name == "candidate"
         assert (ROOT / "scripts" / f"{name}.py").exists()
     assert not re.search(r"^\s+(script|run|notebook):\s*$", text, re.M)
 
@@ -50,7 +45,9 @@ def test_help_loads_no_heavy_library():
     for name in (
         "fetch_model",
         "prepare",
+        "rehearse",
         "finetune",
+        "adapter",
         "merge",
         "quantize",
         "evaluate",

@@ -113,14 +113,14 @@ def test_the_pipeline_agrees_with_dvc_yaml(compiled):
     document = yaml.safe_load((ROOT / "azureml" / "pipeline.yml").read_text(encoding="utf-8"))
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     outs = {
-        name: [one if isinstance(one, str) else next(iter(one)) for one in stage["outs"]]
+        name: [rule if isinstance(rule, str) else next(iter(rule)) for rule in stage["outs"]]
         for name, stage in stages.items()
     }
     made = {path for paths in outs.values() for path in paths}
     assert list(document["jobs"]) == list(stages)
     for name, stage in stages.items():
         job = document["jobs"][name]
-        assert f"azureml.py step {name} " in job["command"]
+        assert f"tools.azureml step {name} " in job["command"]
         assert set(job["inputs"]) == {"data", *(pipeline.port(path) for path in stage["deps"] if path in made)}
         extra = {f"receipt_{name}", *["checkpoints"] * (name == "finetune")}
         assert set(job["outputs"]) == {pipeline.port(path) for path in outs[name]} | extra
@@ -212,7 +212,7 @@ def test_a_changed_gate_leaves_the_code_that_trains_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"subscription_id": "mine"}, 'subscription_id: "mine" is not allowed'),
         ({"workspace": "w"}, "workspace: unknown name. Did you mean `workspace_name`?"),
@@ -230,10 +230,10 @@ def test_a_changed_gate_leaves_the_code_that_trains_as_it_was():
         ({"clusters": {"cpu": {"name": "c-1", "size": "S", "instance_type": "t"}}, "compute": {"default": "cpu"}}, "give one of them"),
     ],
 )  # fmt: skip
-def test_wrong_settings_name_the_field(tmp_path, changes, said):
+def test_wrong_settings_name_the_field(tmp_path, changes, message):
     with pytest.raises(UserError) as caught:
         loaded(tmp_path, **changes)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "nothing was sent" in str(caught.value)
 
 
@@ -243,7 +243,7 @@ def test_the_shipped_settings_are_valid_but_blank():
         shipped.refuse_blanks(SHIPPED)
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_every_mistake_is_reported_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         loaded(tmp_path, subscription_id="x", resource_group="a b", max_nodes=1)
     assert "3 errors" in str(caught.value)
@@ -349,16 +349,16 @@ def test_errors_name_the_field_and_keep_secrets():
             return {"content-type": self.content_type}
 
     forbidden = HttpResponseError("no right to do it, sig=s3cr3t&x", response=Answer())
-    for error, said in (
+    for error, message in (
         (HttpResponseError("ClusterCoreQuotaReached: quota of 0"), "the subscription's quota does not allow it"),
         (ClientAuthenticationError("no credential"), "Log in (`az login`)"),
         (ServiceRequestError("refused"), "no connection to Azure"),
         (forbidden, "AzureML Data Scientist"),
     ):
-        told = str(errors.explain(error, "azureml/settings.yaml: clusters.gpu.size"))
-        assert told.startswith("azureml/settings.yaml: clusters.gpu.size: ")
-        assert said in told
-        assert "s3cr3t" not in told
+        text = str(errors.explain(error, "azureml/settings.yaml: clusters.gpu.size"))
+        assert text.startswith("azureml/settings.yaml: clusters.gpu.size: ")
+        assert message in text
+        assert "s3cr3t" not in text
     assert not errors.passes(forbidden)
     assert errors.passes(ServiceRequestError("refused"))
 

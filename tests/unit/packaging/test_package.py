@@ -1,7 +1,9 @@
 """package and verify: what is shipped, the same bytes each time, and every flipped byte named."""
 
+import ast
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -172,17 +174,43 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
     )
     assert done.returncode == 0, done.stderr
 
-    model, tokenizer = generation.load(packed)
-    form = json.loads((packed / "prompt.json").read_text())
-    ids = tokenizer.encode(form["prompt"].format(phrase="We buried the old dog"))
-    made = [
-        token for token in generation.greedy(model, ids, form["longest_answer_tokens"]) if token != form["end_token_id"]
-    ]
-    assert done.stdout.strip() == tokenizer.decode(made).strip()
-    source = (packed / "run.py").read_text()
-    assert {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))} == {
-        *("json", "sys", "pathlib", "onnxruntime_genai"),
+    model = generation.Exported(packed, json.loads((packed / "prompt.json").read_text()))
+    assert done.stdout.strip() == model.answer("We buried the old dog")
+    assert (packed / "run.py").read_bytes() == Path(generation.__file__).read_bytes()
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(ast.parse((packed / "run.py").read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
     }
+    assert imported == {
+        *("json", "re", "sys", "unicodedata", "collections", "datetime", "pathlib", "onnxruntime_genai")
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], 'this model takes 1 text: "phrase". Given: 0.'),
+        (["a", "b"], 'this model takes 1 text: "phrase". Given: 2.'),
+        (["word " * 4000], "the text is too long: "),
+    ],
+    ids=["none", "two", "long"],
+)
+def test_run_py_refuses_in_one_line(packed, texts, message):
+    done = subprocess.run([sys.executable, str(packed / "run.py"), *texts], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("run.py: error: " + message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_py_imports_nothing_from_its_folder(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "package"))
+    for name in ("json", "unicodedata", "onnxruntime_genai", "numpy"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name} of the package was run')\n")
+    command = [sys.executable, "run.py", "We buried the old dog"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_card_is_what_a_hub_reads(packed):
@@ -193,10 +221,10 @@ def test_card_is_what_a_hub_reads(packed):
     assert card.data.license == "apache-2.0"
     assert card.data.base_model == "org/name"
     assert card.data.library_name == "onnxruntime-genai"
-    (result,) = [one for one in card.data.eval_results if one.metric_type == "accuracy"]
+    (result,) = [score for score in card.data.eval_results if score.metric_type == "accuracy"]
     assert result.metric_value == 0.8
     assert yaml.safe_load(text.split("---")[1])["tags"][:3] == ["onnx", "onnxruntime-genai", "fp32"]
-    for told in (
+    for part in (
         "80.0% (75.0% to 85.0%)",
         "| joy | 0.900 | 0.700 | 0.790 | 6 |",
         "`learning_rate`",
@@ -204,7 +232,7 @@ def test_card_is_what_a_hub_reads(packed):
         "python run.py",
         "rows.json`, SHA-256 `",
     ):
-        assert told in text
+        assert part in text
     assert "latency" not in text  # timings differ from run to run, and the package must not
 
 
@@ -222,11 +250,11 @@ def test_bill_of_materials_is_valid_and_complete(packed):
     bom = json.loads(text)
     assert bom["metadata"]["component"]["type"] == "machine-learning-model"
     figures = {
-        one["type"]: one
-        for one in bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+        entry["type"]: entry
+        for entry in bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     }
     assert figures["accuracy"]["confidenceInterval"] == {"lowerBound": "0.75", "upperBound": "0.85"}
-    names = {one["name"] for one in bom["components"]}
+    names = {entry["name"] for entry in bom["components"]}
     assert any(name.endswith("/rows.json") for name in names)
     assert {"hf:org/name@1234", "model.onnx.data", "onnxruntime-genai", "numpy"} <= names
     for wrong in ({"bomFormat": "SPDX"}, {"components": [{"type": "modle", "name": "x"}]}, {"unknown": 1}):
@@ -236,23 +264,24 @@ def test_bill_of_materials_is_valid_and_complete(packed):
 
 def test_provenance_names_every_input_and_every_file(packed, parts):
     statement = provenance.check_statement((packed / "provenance.intoto.json").read_text(encoding="utf-8"))
-    subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+    subjects = {entry["name"]: entry["digest"]["sha256"] for entry in statement["subject"]}
     assert subjects.keys() == FILES - {"provenance.intoto.json", "SHA256SUMS"}
     assert subjects["model.onnx"] == hashlib.sha256((packed / "model.onnx").read_bytes()).hexdigest()
-    found = {
-        one["name"]: one["digest"]["sha256"]
-        for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    inputs = {
+        entry["name"]: entry["digest"]["sha256"]
+        for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     }
-    assert found[str(parts / "rows.json")] == hashlib.sha256(b"[]").hexdigest()
-    assert {f"params.yaml#{name}" for name in ("fetch_model", "finetune", "gates", "package")} <= found.keys()
-    assert not any(name.endswith(".sif") for name in found)
+    assert inputs[str(parts / "rows.json")] == hashlib.sha256(b"[]").hexdigest()
+    assert {f"params.yaml#{name}" for name in ("fetch_model", "finetune", "gates", "package")} <= inputs.keys()
+    assert not any(name.endswith(".sif") for name in inputs)
     recorded = {
         "base": {"source": "x"},
         "dataset": {"source": {"train": {"source": "az://c/rows", "sha256": "b" * 64}}},
     }
     other = provenance.provenance({}, [], {}, recorded, f"containers/one.sif@sha256:{'a' * 64}")
     there = {
-        one["name"]: one["digest"]["sha256"] for one in other["predicate"]["buildDefinition"]["resolvedDependencies"]
+        entry["name"]: entry["digest"]["sha256"]
+        for entry in other["predicate"]["buildDefinition"]["resolvedDependencies"]
     }
     assert there == {"az://c/rows": "b" * 64, "containers/one.sif": "a" * 64}
     for wrong in ({"_type": "https://example.org"}, {"subject": []}, {"predicate": {"surprise": 1}}):
@@ -279,27 +308,134 @@ def test_one_flipped_byte_is_named(copy, capsys, name):
         assert message.count("\n  ") == 1
 
 
-def test_missing_and_foreign_files_are_named(copy, capsys):
-    (copy / "tokenizer.json").unlink()
-    (copy / "evil.py").write_text("", encoding="utf-8")
-    message = refused(capsys, copy, "--package-only")
-    assert "tokenizer.json: missing" in message
-    assert "evil.py: not part of the package" in message
+def reseal(folder: Path, *names: str) -> None:
+    """What a forger without a key can do after an edit: make the checksums fit again, and the provenance or bill if named."""
+    own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
+    if "bill" in names:
+        bom = json.loads((folder / checksums.BOM).read_text())
+        for part in bom["components"]:
+            if part["type"] == "file":
+                part["hashes"][0]["content"] = hashlib.sha256((folder / part["name"]).read_bytes()).hexdigest()
+        (folder / checksums.BOM).write_text(checksums.canonical(bom))
+    if "provenance" in names:
+        statement = json.loads((folder / checksums.PROVENANCE).read_text())
+        statement["subject"] = [{"name": n, "digest": {"sha256": d}} for n, d in checksums.digests(folder, own).items()]
+        (folder / checksums.PROVENANCE).write_text(checksums.canonical(statement))
+    (folder / checksums.SUMS).write_text(checksums.sums_text(checksums.digests(folder, own[:2])))
 
 
-def test_consistently_forged_sums_do_not_help(copy, capsys):
-    """Someone who changes a file and SHA256SUMS alike is caught by the provenance."""
-    (copy / "run.py").write_text("print('hello')\n", encoding="utf-8")
-    (copy / "SHA256SUMS").write_text(checksums.sums_text(checksums.digests(copy, ("SHA256SUMS",))), encoding="utf-8")
-    assert "its subjects are not the files of this package" in refused(capsys, copy, "--package-only")
+def change_bill(folder: Path, change) -> None:
+    """Edit the bill of materials, and make checksums and provenance fit it."""
+    bom = json.loads((folder / checksums.BOM).read_text())
+    change(bom)
+    (folder / checksums.BOM).write_text(checksums.canonical(bom))
+    reseal(folder, "provenance")
+
+
+def swap_for_link(folder: Path, name: str) -> None:
+    """Move a file out of the package and leave a link to it."""
+    (folder / name).rename(folder.parent / "moved")
+    (folder / name).symlink_to(folder.parent / "moved")
+
+
+def file_components(bom: dict) -> list[dict]:
+    return [part for part in bom["components"] if part["type"] == "file"]
+
+
+EDITS = {  # what is done to a package: what verify says of it
+    "link to a folder outside": (
+        lambda p: (p / "onnxruntime_genai").symlink_to("../evil"),
+        "onnxruntime_genai: a link (to '../evil')",
+    ),
+    "link to a file inside": (lambda p: (p / "copy.py").symlink_to("run.py"), "copy.py: a link"),
+    "link to nothing": (lambda p: (p / "gone").symlink_to("nowhere"), "gone: a link"),
+    "file become a link to the same bytes": (lambda p: swap_for_link(p, "model.onnx.data"), "model.onnx.data: a link"),
+    "checksums become a link": (lambda p: swap_for_link(p, "SHA256SUMS"), "SHA256SUMS: a link"),
+    "marker become a link": (lambda p: (p / ".snakemake_timestamp").symlink_to("run.py"), "a link (to 'run.py')"),
+    "link in a folder": (lambda p: (p / "licenses" / "more").symlink_to("/etc"), "licenses/more: a link"),
+    "pipe": (lambda p: os.mkfifo(p / "queue"), "queue: not a regular file"),
+    "file become a pipe": (
+        lambda p: ((p / "prompt.json").unlink(), os.mkfifo(p / "prompt.json")),
+        "prompt.json: not a regular file",
+    ),
+    "hidden library": (lambda p: (p / ".snakemake_evil.so").write_bytes(b"evil"), "'.snakemake_evil.so': not part of"),
+    "marker with content": (lambda p: (p / ".snakemake_timestamp").write_text("x"), "'.snakemake_timestamp': not part"),
+    "marker in a folder": (lambda p: (p / "licenses" / ".snakemake_timestamp").touch(), "not part of the package"),
+    "marker as a folder": (lambda p: (p / ".snakemake_timestamp").mkdir(), "'.snakemake_timestamp': not part of"),
+    "hidden folder": (lambda p: ((p / ".git").mkdir(), (p / ".git" / "config").touch()), "'.git': not part of"),
+    "hidden file with checksums made to fit": (
+        lambda p: ((p / "SHA256SUMS").write_text((p / "SHA256SUMS").read_text() + f"{'0' * 64}  .x\n"), (p / ".x").touch()),
+        "'.x': not part of the package",
+    ),
+    "unknown file": (lambda p: (p / "sitecustomize.py").touch(), "sitecustomize.py: not part of the package"),
+    "unknown package": (
+        lambda p: ((p / "onnxruntime_genai").mkdir(), (p / "onnxruntime_genai" / "__init__.py").touch()),
+        "onnxruntime_genai/__init__.py: not part of the package",
+    ),
+    "empty folder": (lambda p: (p / "onnxruntime_genai").mkdir(), "onnxruntime_genai: an empty folder"),
+    "name with a line break": (lambda p: (p / "a\nb").touch(), r"'a\nb': not part of the package"),
+    "missing file": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+    "missing folder": (lambda p: shutil.rmtree(p / "licenses"), "licenses/LICENSE: missing"),
+    "missing checksums": (lambda p: (p / "SHA256SUMS").unlink(), "SHA256SUMS: missing, so nothing can be checked"),
+    "missing bill": (lambda p: (p / "bom.cdx.json").unlink(), "bom.cdx.json: missing, so nothing can be checked"),
+    "renamed file": (lambda p: (p / "run.py").rename(p / "Run.py"), "run.py: missing"),
+    "file cut short": (lambda p: (p / "model.onnx.data").write_bytes(b""), "model.onnx.data: changed"),
+    "checksums made to fit": (
+        lambda p: ((p / "run.py").write_text("print('hello')\n"), reseal(p)),
+        "its subjects are not the files of this package",
+    ),
+    "checksums and provenance made to fit": (
+        lambda p: ((p / "run.py").write_text("print('hello')\n"), reseal(p, "provenance")),
+        "bom.cdx.json: its files are not those of this package: run.py.",
+    ),
+    "file added, checksums and provenance made to fit": (
+        lambda p: ((p / "more.py").touch(), reseal(p, "bill", "provenance")),
+        "bom.cdx.json: its files are not those of this package: more.py.",
+    ),
+    "hash changed in the bill": (
+        lambda p: change_bill(p, lambda bom: file_components(bom)[0]["hashes"][0].update(content="0" * 64)),
+        "its files are not those of this package",
+    ),
+    "file taken from the bill": (
+        lambda p: change_bill(p, lambda bom: bom["components"].remove(file_components(bom)[0])),
+        "bom.cdx.json",
+    ),
+    "file twice in the bill": (
+        lambda p: change_bill(
+            p, lambda bom: bom["components"].append(file_components(bom)[0] | {"bom-ref": "again"})
+        ),
+        "bom.cdx.json: its files are not those of this package: one is listed twice.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_edit_of_a_package_is_refused(copy, edit):
+    change, message = EDITS[edit]
+    change(copy)
+    with pytest.raises(UserError) as caught:
+        verify.check(copy, None)
+    assert message in str(caught.value)
+
+
+def test_what_may_be_there_and_where_a_package_may_lie(packed, tmp_path, monkeypatch):
+    """Snakemake's empty marker, another folder, another name, a link to the package itself: still the package."""
+    shutil.copytree(packed, tmp_path / "moved" / "elsewhere")
+    (tmp_path / "moved" / "elsewhere" / ".snakemake_timestamp").touch()
+    (tmp_path / "current").symlink_to("moved/elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("moved/elsewhere"), tmp_path / "moved" / "elsewhere", Path("current")):
+        statement, signed = verify.check(folder, None)
+        assert len(statement["subject"]) == len(FILES) - 2
+        assert signed == "not signed"
 
 
 def test_changed_parameter_is_named(packed, tmp_path):
     statement = json.loads((packed / "provenance.intoto.json").read_text())
     file = write_params(tmp_path / "params.yaml", finetune={"seed": 7}, package={"signing_key": "key.pem"})
-    found = verify.changed_inputs(statement, file)
-    assert "params.yaml#finetune: changed since the package was made; build again" in found
-    assert not any("#merge" in line for line in found)
+    changed = verify.changed_inputs(statement, file)
+    assert "params.yaml#finetune: changed since the package was made; build again" in changed
+    assert not any("#merge" in line for line in changed)
 
 
 def test_changed_input_is_named(packed, parts, capsys, monkeypatch, tmp_path):
@@ -307,8 +443,8 @@ def test_changed_input_is_named(packed, parts, capsys, monkeypatch, tmp_path):
     statement = json.loads((packed / "provenance.intoto.json").read_text())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text("[1]", encoding="utf-8")
-    for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
-        one["name"] = "rows.json" if one["name"] == str(parts / "rows.json") else one["name"]
+    for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        entry["name"] = "rows.json" if entry["name"] == str(parts / "rows.json") else entry["name"]
     assert verify.changed_inputs(statement, Path("params.yaml")) == [
         "rows.json: changed since the package was made; build again"
     ]
@@ -329,8 +465,8 @@ def test_signed_package(parts, tmp_path, capsys):
     folder = pack(parts, tmp_path / "signed", signing_key=str(key))
     assert "signed" in capsys.readouterr().err
     (tmp_path / "public.pem").write_bytes(signature.public_key(key))
-    for one in (key, tmp_path / "public.pem"):
-        verify.main([str(folder), "--package-only", "--key", str(one)])
+    for half in (key, tmp_path / "public.pem"):
+        verify.main([str(folder), "--package-only", "--key", str(half)])
         assert "signature good" in capsys.readouterr().err
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", other)
     assert str(key) not in "".join(path.read_text() for path in folder.glob("*.json"))
@@ -340,16 +476,34 @@ def test_signed_package(parts, tmp_path, capsys):
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", key)
 
 
+def test_signing_as_the_readme_has_it(parts, tmp_path, monkeypatch, capsys):
+    """A new key, relative paths, Snakemake's marker; then the package moves, is copied, and is checked with either half of the key."""
+    monkeypatch.chdir(tmp_path)
+    key = make_key(Path("key.pem"))
+    folder = pack(parts, Path("build"), signing_key="key.pem")
+    assert folder == Path("build/package")
+    (folder / ".snakemake_timestamp").touch()
+    verify.main(["--params", "build/params.yaml"])  # `make verify`
+    assert "signature good; loads and generates" in capsys.readouterr().err
+    shutil.copytree(folder, "copied")
+    folder.rename("moved")
+    Path("public.pem").write_bytes(signature.public_key(key))
+    for name in ("moved", "copied", str(tmp_path / "copied")):
+        for half in ("key.pem", "public.pem"):
+            assert verify.check(Path(name), Path(half))[1] == "signature good"
+    assert verify.check(Path("copied"), None)[1] == "signature not checked (give --key)"
+    Path("copied/more.py").touch()
+    with pytest.raises(UserError, match=r"does not fit this package and key .*Extra files found.*: more.py"):
+        signature.check(Path("copied"), key)
+
+
 def test_forger_without_the_key_is_caught(parts, tmp_path, capsys):
-    """File, checksums and provenance changed alike: only the signature tells."""
+    """File, checksums, bill and provenance changed alike: only the signature shows it."""
     key = make_key(tmp_path / "key.pem")
     folder = pack(parts, tmp_path / "signed", signing_key=str(key))
-    own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
     (folder / "metrics.json").write_text("{}", encoding="utf-8")
-    statement = json.loads((folder / checksums.PROVENANCE).read_text())
-    statement["subject"] = [{"name": n, "digest": {"sha256": d}} for n, d in checksums.digests(folder, own).items()]
-    (folder / checksums.PROVENANCE).write_text(checksums.canonical(statement), encoding="utf-8")
-    (folder / checksums.SUMS).write_text(checksums.sums_text(checksums.digests(folder, own[:2])), encoding="utf-8")
+    reseal(folder, "bill", "provenance")
+    verify.check(folder, None)  # without the key there is nothing to see
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", key)
 
 
@@ -373,3 +527,17 @@ def test_missing_licence_and_missing_package_are_named(parts, tmp_path, capsys):
         pack(parts, tmp_path / "run", license_files=["NO-LICENCE"])
     assert "package.license_files: NO-LICENCE: no such file." in capsys.readouterr().err
     assert "no package here. Build it with `make`." in refused(capsys, tmp_path / "no")
+
+
+@pytest.mark.parametrize("read", ["same", "other"])
+def test_a_dataset_that_was_another_while_it_was_read_is_not_named(tmp_path, monkeypatch, read):
+    """Edited while prepare ran, and taken back: the file here is not what the model was trained on."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text("[]", encoding="utf-8")
+    sha256 = hashlib.sha256(b"[]" if read == "same" else b"[1]").hexdigest()
+    recorded = {"base": {"source": "x"}, "dataset": {"source": {"train": {"source": "rows.json", "sha256": sha256}}}}
+    if read == "same":
+        provenance.provenance({}, [Path("rows.json")], {}, recorded)
+    else:
+        with pytest.raises(UserError, match=r"rows.json: its content was another one while it was read. `snakemake"):
+            provenance.provenance({}, [Path("rows.json")], {}, recorded)

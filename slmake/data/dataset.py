@@ -1,0 +1,153 @@
+"""From the files that `prepare` names to its output: rows, splits, tokens, prompt.json and statistics."""
+
+import contextlib
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from slmake import cli, outputs, params
+from slmake.data.formats import prompt_template
+from slmake.data.rows import decompressed, read_rows
+from slmake.data.splits import (
+    FEW_ANSWERS,
+    SPLITS,
+    check_labels,
+    check_test_split,
+    drop_duplicates,
+    similar_labels,
+    split_rows,
+)
+from slmake.data.store import Store
+from slmake.data.template import PromptTemplate, read_valid
+from slmake.data.tokenize import BATCH, Tokenize, Writer, lengths_summary, load_tokenizer
+from slmake.errors import UserError
+from slmake.sources.fetching import Fetched, fetch
+from slmake.sources.schemes import parse
+
+FIRST_ROWS = 20  # by which a format is detected
+
+
+class Preparation:
+    """One run of prepare: reads, splits and tokenizes into a folder.
+
+    Args:
+        scored: evaluate will score the test split, so it must not be empty.
+    """
+
+    def __init__(self, section: params.Prepare, base: Path, folder: Path, job: cli.Job, scored: bool):
+        self.section, self.folder, self.job, self.scored = section, folder, job, scored
+        self.tokenizer = load_tokenizer(base)
+        check_context(section, base)
+
+    def run(self, downloads: Path) -> dict:
+        """Do all of it; returns the statistics.
+
+        Raises:
+            UserError: the first thing that is wrong with sources, rows, labels or lengths.
+        """
+        files = {name: fetch(parse(text), "dataset", downloads, self.job) for name, text in self.section.files.items()}
+        contents = {name: decompressed(file.path, file.record["source"], downloads) for name, file in files.items()}
+
+        def first_rows() -> list:
+            return list(islice(read_rows(contents["train"], files["train"].record["source"]), FIRST_ROWS))
+
+        template = prompt_template(self.section, self.tokenizer, first_rows, self.job.say)
+        with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
+            split, before, labels = self._split(store, self._read(store, files, contents, template))
+            within = store.exact_duplicates(split == 0)
+            tokenize = Tokenize(self.section, self.tokenizer, template.special_tokens)
+            writers = self._write(store, split, tokenize)
+            answers, codes = store.answers(), store.answer_codes().copy()
+        for path in set(contents.values()) - {file.path for file in files.values()}:
+            path.unlink()
+        self._write_prompt(template, labels, tokenize)
+        per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
+        return {
+            "source": {name: file.record for name, file in files.items()},
+            "rows": {"read": len(split), **{name: int((split == i).sum()) for i, name in enumerate(SPLITS)}},
+            "sequences": {name: sum(writer.lengths.values()) for name, writer in writers.items()},
+            "tokens": {name: writer.tokens for name, writer in writers.items()},
+            "answer_tokens": {name: writer.answer_tokens for name, writer in writers.items()},
+            "length": lengths_summary(sum((writer.lengths for writer in writers.values()), Counter())),
+            "labels": per_label,
+            "truncated": tokenize.truncated,
+            "duplicates": {
+                "removed_from_train": int(((before == 0) & (split < 0)).sum()),
+                "removed_from_eval": int(((before == 1) & (split < 0)).sum()),
+                "within_train": within,
+            },
+        }
+
+    def _read(
+        self, store: Store, files: dict[str, Fetched], contents: dict[str, Path], template: PromptTemplate
+    ) -> dict[str, int]:
+        """Read and check every row; returns the number of rows of each file."""
+        sizes = {}
+        for split, file in files.items():
+            name = file.record["source"]
+            rows = read_rows(contents[split], name, template.fields, self.job.say)
+            sizes[split] = store.add(read_valid(name, template, rows))
+        return sizes
+
+    def _split(self, store: Store, sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
+        """Split of every row without and with duplicates (int8 [rows], as `split_rows` gives it), and the labels."""
+        split = split_rows(self.section, store, sizes)
+        if self.scored:
+            check_test_split(self.section, split)
+        before = split.copy()
+        drop_duplicates(self.section, store, split)
+        labels = check_labels(store, split, before)
+        for warning in similar_labels(labels or []):
+            self.job.say(f"warning: {warning}")
+        return split, before, labels
+
+    def _write(self, store: Store, split: np.ndarray, tokenize: Tokenize) -> dict[str, Writer]:
+        """Tokenize the rows of every split into its Parquet file."""
+        tokenizer, join = self.tokenizer, self.section.strategy == "join"
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        with contextlib.ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(
+                    Writer(self.folder / f"{name}.parquet", self.section, pad_id, join and name != "test")
+                )
+                for name in SPLITS
+            }
+            bar = stack.enter_context(self.job.progress(int((split >= 0).sum()), "rows"))
+            for numbers, batch in store.batches(BATCH):
+                for index, writer in enumerate(writers.values()):
+                    chosen = [row for row, own in zip(batch, split[numbers] == index, strict=True) if own]
+                    if chosen:
+                        writer.write(chosen, tokenize(chosen))
+                        bar.update(len(chosen))
+        return writers
+
+    def _write_prompt(self, template: PromptTemplate, labels: list[str] | None, tokenize: Tokenize) -> None:
+        written = template.inference()
+        chat = written.pop("chat", None)
+        written |= {
+            "end_token": self.tokenizer.eos_token,
+            "end_token_id": self.tokenizer.eos_token_id,
+            "labels": labels,
+            "longest_answer_tokens": tokenize.longest_answer,
+            **tokenize.inference(),
+        }
+        outputs.write_json(self.folder / "prompt.json", written | ({"chat": chat} if chat else {}))
+
+
+def _counts(answers: list[str] | None, codes: np.ndarray) -> dict[str, int]:
+    """Rows of each label."""
+    numbers, amounts = np.unique(codes, return_counts=True)
+    return {answers[code]: int(amount) for code, amount in zip(numbers, amounts, strict=True)}
+
+
+def check_context(section: params.Prepare, base: Path) -> None:
+    """Raise UserError where rows may be longer than what the base model reads."""
+    config = base / "config.json"
+    context = outputs.read_json(config, output=base).get("max_position_embeddings") if config.is_file() else None
+    if context and section.max_seq_len > context:
+        raise UserError(
+            f"prepare.max_seq_len: {section.max_seq_len} is more than the base model reads: {context} tokens (max_position_embeddings in "
+            f"{config}). Lower it."
+        )

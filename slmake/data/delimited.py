@@ -1,0 +1,81 @@
+"""CSV and its kin: rows of columns with a header, whose delimiter is detected from the first rows."""
+
+import csv
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from slmake.errors import UserError
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+LOOKED_AT = 100  # rows
+
+
+def read_delimited(
+    path: Path, name: str, tabs: bool, fields: Iterable[str], say: Callable[[str], None]
+) -> Iterator[dict]:
+    """Rows of a file that is valid UTF-8.
+
+    Args:
+        tabs: the delimiter is the tab, as in .tsv; otherwise it is detected.
+        fields: columns that must be there, by which one of two possible delimiters is chosen.
+
+    Raises:
+        UserError: two delimiters are possible, a row does not fit the header, or a quote is not closed.
+    """
+    # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if tabs else _delimiter(path, name, set(fields))
+    if delimiter not in ",\t" or (delimiter == "\t" and not tabs):
+        say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")
+    number = 0
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle, delimiter=delimiter, strict=True)
+        try:
+            columns = next(reader, [])
+            if len(set(columns)) != len(columns) or not all(columns):
+                raise UserError(
+                    f"{name}: row 1: the header has an empty or repeated column name: {', '.join(columns)}."
+                )
+            for values in filter(None, reader):
+                number += 1
+                if len(values) != len(columns):
+                    raise UserError(
+                        f"{name}: row {number} (line {reader.line_num}): {len(values)} values for {len(columns)} columns separated by "
+                        f"{DELIMITERS[delimiter]}. Put text with such a character between double quotes."
+                    )
+                yield dict(zip(columns, values, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{name}: malformed CSV: row {number + 1} (line {reader.line_num}): {error}") from None
+
+
+def _delimiter(path: Path, name: str, fields: set[str]) -> str:
+    """The delimiter by which the header and the first rows have the same number of columns, two at least.
+
+    Raises:
+        UserError: several do, and the columns needed do not decide.
+    """
+    headers, fits = {}, []
+    for delimiter in DELIMITERS:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            reader = csv.reader(handle, delimiter=delimiter, strict=True)
+            try:
+                rows = list(islice(filter(None, reader), LOOKED_AT))
+            except csv.Error:
+                continue
+        if rows and len(rows[0]) > 1:
+            headers[delimiter] = rows[0]
+            if all(len(row) == len(rows[0]) for row in rows):
+                fits.append(delimiter)
+    if len(fits) > 1:
+        fits = [delimiter for delimiter in fits if fields and fields <= set(headers[delimiter])] or fits
+    if len(fits) > 1:
+        readings = " or ".join(f"{DELIMITERS[delimiter]} ({' / '.join(headers[delimiter])})" for delimiter in fits)
+        raise UserError(
+            f"{name}: the columns may be separated by {readings}. Put text with the other character between double quotes, or save the file "
+            "with tabs as .tsv."
+        )
+    if fits:
+        return fits[0]
+    # No delimiter fits all rows: the error is that of the most likely one.
+    return max(headers, key=lambda delimiter: (len(headers[delimiter]), delimiter == ","), default=",")

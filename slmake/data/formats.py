@@ -1,0 +1,151 @@
+"""Which format the rows have: a template over fields, or one of the usual layouts of chats and instructions.
+
+template            any fields; text_template or messages says how they become text
+messages            a list of {role, content} (OpenAI, TRL)
+sharegpt            `conversations`: a list of {from, value} (ShareGPT, LLaMA-Factory)
+alpaca              `instruction`, an optional `input`, `output`, an optional `system` (Stanford Alpaca)
+prompt_completion   `prompt` and `completion`: texts, or lists of {role, content} (TRL)
+"""
+
+from collections.abc import Callable
+
+from slmake import params
+from slmake.data.chat import ChatTemplate
+from slmake.data.template import Conversations, FieldTemplate, PromptTemplate
+from slmake.errors import UserError
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
+ROLES |= {"model": "assistant", "bot": "assistant", "system": "system"}
+ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
+PROMPT_COMPLETION = "{prompt}{completion}"
+
+
+def prompt_template(
+    section: params.Prepare, tokenizer, first_rows: Callable[[], list], say: Callable[[str], None]
+) -> PromptTemplate:
+    """The prompt template that params.yaml asks for; with `format: auto` and no template, what the first rows look like.
+
+    Args:
+        first_rows: reads some rows of the training file.
+        say: takes one line for the user, where the format was detected.
+
+    Raises:
+        UserError: no chat template where one is needed, rows of no known format, or of two.
+    """
+
+    def chat() -> ChatTemplate:
+        return ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date)
+
+    if section.text_template is not None:
+        return FieldTemplate(section)
+    if isinstance(section.messages, list):
+        return FieldTemplate(section, chat())
+    if section.messages is not None:
+        return Conversations(section.messages, chat())
+    rows = [row for row in first_rows() if isinstance(row, dict)]
+    name, column = _detected(rows) if section.format == "auto" else (section.format, _column(rows, section.format))
+    if section.format == "auto":
+        say(f"the rows are read as {name} (prepare.format)")
+    if name == "messages":
+        return Conversations(column, chat())
+    if name == "sharegpt":
+        return Conversations(column, chat(), lambda row: sharegpt_turns(row, column))
+    if name == "alpaca":
+        if tokenizer.chat_template:
+            return Conversations("output", chat(), alpaca_turns)
+        return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields)
+    if any(isinstance(row.get("prompt"), list) for row in rows):
+        return Conversations("completion", chat(), prompt_completion_turns)
+    return FieldTemplate(_with_template(section, PROMPT_COMPLETION))
+
+
+def _with_template(section: params.Prepare, template: str) -> params.Prepare:
+    return section.model_copy(update={"text_template": template})
+
+
+def _detected(rows: list[dict]) -> tuple[str, str]:
+    """Format and its column.
+
+    Raises:
+        UserError: none fits, or more than one.
+    """
+    columns = {key for row in rows for key, value in row.items() if value is not None}
+    fits = []
+    for column in ("messages", "conversations", "conversation"):
+        turn = next((row[column][0] for row in rows if isinstance(row.get(column), list) and row[column]), None)
+        if isinstance(turn, dict) and {"role", "content"} <= turn.keys():
+            fits.append(("messages", column))
+        elif isinstance(turn, dict) and {"from", "value"} <= turn.keys():
+            fits.append(("sharegpt", column))
+    if {"instruction", "output"} <= columns:
+        fits.append(("alpaca", ""))
+    if {"prompt", "completion"} <= columns:
+        fits.append(("prompt_completion", ""))
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise UserError(
+            f"prepare.format: the rows can be read as {' and as '.join(name for name, _ in fits)}. Set it to one of them."
+        )
+    raise UserError(
+        f"prepare: no known format in the first rows, whose fields are {', '.join(sorted(columns)) or 'none'}. Give text_template (such as "
+        "`{phrase}\\n{tone}`), or messages."
+    )
+
+
+def _column(rows: list[dict], name: str) -> str:
+    preferred = "conversations" if name == "sharegpt" else "messages"
+    return next(
+        (key for key in (preferred, "conversations", "messages", "conversation") if any(key in row for row in rows)),
+        preferred,
+    )
+
+
+def sharegpt_turns(row: dict, column: str) -> object:
+    """ShareGPT's turns with the usual roles; a `system` field is the first turn."""
+    turns = row[column]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return turns
+    converted = _system(row)
+    for turn in turns:
+        role = turn.get("from")
+        if role not in ROLES:
+            raise ValueError(f"has a turn from {role!r}; known are {', '.join(ROLES)}")
+        converted.append({"role": ROLES[role], "content": turn.get("value")})
+    return converted
+
+
+def alpaca_fields(row: dict) -> dict:
+    """Instruction with its input, if it has one, and output.
+
+    Raises:
+        ValueError: one of them is not text.
+    """
+    for name, needed in (("instruction", True), ("input", False), ("output", True)):
+        if not isinstance(row.get(name), str) and (needed or row.get(name) is not None):
+            raise ValueError(f"is there, but `{name}` is not text")
+    more = (row.get("input") or "").strip()
+    return {"instruction": row["instruction"] + (f"\n\n{more}" if more else ""), "output": row["output"]}
+
+
+def alpaca_turns(row: dict) -> list[dict]:
+    """An instruction as the user's turn and its output as the assistant's; a `system` field is the first turn."""
+    fields = alpaca_fields(row)
+    question = {"role": "user", "content": fields["instruction"]}
+    return [*_system(row), question, {"role": "assistant", "content": fields["output"]}]
+
+
+def prompt_completion_turns(row: dict) -> list:
+    """The turns of a prompt with those of its completion.
+
+    Raises:
+        ValueError: they are not two lists.
+    """
+    if not isinstance(row.get("prompt"), list) or not isinstance(row["completion"], list):
+        raise ValueError("and `prompt` are not two lists of messages")
+    return row["prompt"] + row["completion"]
+
+
+def _system(row: dict) -> list[dict]:
+    text = row.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []

@@ -1,0 +1,146 @@
+"""The stages of a build on a small model, one function per stage, as a rehearsal runs them."""
+
+import fnmatch
+import json
+from pathlib import Path
+
+import numpy as np
+
+from slmake import cli, params
+from slmake.errors import UserError
+
+
+def finetune(section: params.Finetune, base: Path, dataset: Path, target: Path, steps: int, job: cli.Job) -> dict:
+    """Train an adapter for a few steps and write it into `target`.
+
+    Returns:
+        steps, tokens and seconds, as `Trainer.run` counts them.
+    """
+    from slmake.training.distributed import Group
+    from slmake.training.trainer import Trainer
+
+    short = section.model_copy(
+        update={"max_steps": steps, "eval_steps": 0, "save_steps": steps + 1, "early_stopping_patience": 0}
+    )
+    trainer = Trainer(short, base, dataset, target.with_name("checkpoints"), job, Group())
+    done = trainer.run()
+    target.mkdir()
+    trainer.save_adapter(target)
+    return done
+
+
+def merge(everything: params.Params, base: Path, adapter: Path, target: Path, job: cli.Job) -> None:
+    """Merge the adapter into the base."""
+    from slmake.merging import merge as merging
+
+    target.mkdir()
+    merging.merge(everything.merge, everything.finetune, base, adapter, target, job)
+
+
+def export(section: params.Quantize, model: Path, dataset: Path, target: Path, job: cli.Job) -> dict:
+    """Export a model and check the graph. Returns what is in it."""
+    from slmake.export.build import build
+
+    target.mkdir()
+    scratch = target.with_name(f".{target.name}.cache")
+    return build(section, model, dataset if section.calibration == "gptq" else None, target, scratch, job)
+
+
+def plain(section: params.Quantize) -> params.Quantize:
+    """The section for an fp32 export of the same model on the CPU."""
+    return type(section)(
+        precision="fp32", execution_provider="cpu", matmul_mixed_precision=None, prune_lm_head=section.prune_lm_head
+    )
+
+
+def for_twin(section: params.Quantize, twin: Path, depth: int) -> params.Quantize:
+    """The section with patterns that name layers by number as the twin's layers have them.
+
+    The twin's layers stand for layers of the real model, evenly spread from the first to the last.
+
+    Args:
+        twin: the twin's folder.
+        depth: number of layers of the real model.
+    """
+    layers = json.loads((twin / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    stands_for = [round(layer * (depth - 1) / max(1, layers - 1)) for layer in range(layers)]
+
+    def renamed(pattern: str) -> list[str]:
+        before, layer, after = pattern.partition("layers.")
+        number, slash, rest = after.partition("/")
+        if not layer:
+            return [pattern]
+        fitting = [own for own, real in enumerate(stands_for) if fnmatch.fnmatchcase(str(real), number)]
+        return [f"{before}layers.{own}{slash}{rest}" for own in fitting]
+
+    def all_renamed(patterns: list[str]) -> list[str]:
+        return [name for pattern in patterns for name in renamed(pattern)]
+
+    levels = section.node_accuracy_levels
+    return section.model_copy(
+        update={
+            "search": None,
+            "int8_nodes": all_renamed(section.int8_nodes),
+            "nodes_to_exclude": all_renamed(section.nodes_to_exclude),
+            "node_accuracy_levels": {name: levels[pattern] for pattern in levels for name in renamed(pattern)},
+        }
+    )
+
+
+def reference_logits(model: Path, prompts: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits behind each prompt as transformers computes them in float32: one float32 array [vocabulary] per prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+    ).eval()
+    with torch.no_grad():
+        return [
+            loaded(input_ids=torch.from_numpy(prompt)[None], logits_to_keep=1).logits[0, -1].numpy()
+            for prompt in prompts
+        ]
+
+
+def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits behind each prompt as the exported model computes them: one float32 array [vocabulary] per prompt.
+
+    Raises:
+        UserError: ONNX Runtime cannot load or run the model.
+    """
+    from slmake.scoring import onnx_runner
+
+    model = onnx_runner.load(folder)
+    logits: list[np.ndarray] = []
+
+    def keep(generator) -> None:
+        logits.append(np.array(generator.get_logits()).reshape(-1).astype(np.float32))
+
+    for prompt in prompts:
+        model.generate(prompt.tolist(), 1, keep)
+    return logits
+
+
+def difference(reference: list[np.ndarray], logits: list[np.ndarray]) -> float:
+    """Largest difference between two models' logits, as a share of the reference's spread (its standard deviation)."""
+    shares = []
+    for wanted, given in zip(reference, logits, strict=True):
+        if not np.isfinite(given).all():
+            return float("inf")
+        shares.append(float(np.abs(wanted - given).max() / max(float(wanted.std()), 1e-12)))
+    return max(shares)
+
+
+def prompts_of(dataset: Path, lengths: list[int]) -> list[np.ndarray]:
+    """Prompts of given lengths from the tokens of the training rows, int64 token ids.
+
+    Raises:
+        UserError: there are no training rows.
+    """
+    from slmake.training.data import Data
+
+    data = Data(dataset / "train.parquet")
+    if not len(data):
+        raise UserError(f"{dataset}: no training rows.")
+    tokens = np.asarray(data.ids[: max(lengths)], dtype=np.int64)
+    return [np.resize(tokens, length) for length in lengths]

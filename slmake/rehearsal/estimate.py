@@ -1,0 +1,224 @@
+"""What the real build will need: memory and time of each stage, and disk.
+
+Two probes of the model at its real width, with few layers and with twice as many, run the stages that grow with the model.
+A straight line through both gives the whole model: a stage's memory and time are linear in the number of layers.
+"""
+
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.rehearsal import chain, twin
+
+LIBRARIES = ["torch", "transformers", "peft"]  # imported once, before the probes' processes are forked
+STEPS = 3  # training steps of a probe
+BESIDES = 500_000_000  # bytes of a process that has imported the libraries and streams files
+REMEDIES = {
+    "finetune": "finetune.method: qlora, finetune.gradient_checkpointing: true, or a smaller finetune.per_device_train_batch_size "
+    "with more gradient_accumulation_steps",
+    "quantize": "quantize.calibration: none",
+    "evaluate": "a smaller evaluate.batch_size, or evaluate.models: [onnx]",
+}
+
+
+class Need(NamedTuple):
+    """What one stage needs."""
+
+    memory: float  # bytes of resident memory at its peak
+    seconds: float | None = None  # None where it is not estimated
+    disk: float = 0  # bytes that it leaves on disk
+
+
+def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path, job: cli.Job) -> dict[str, Need]:
+    """Needs of the stages that params.yaml asks for, by stage.
+
+    Raises:
+        UserError: a probe fails; the message says at which stage.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    depth = config.num_hidden_layers
+    step = max(twin.LEAST_LAYERS, twin.period(list(getattr(config, "layer_types", None) or [None])))
+    counts = [depth] if depth <= step else [step, min(depth, 2 * step)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    measured: dict[str, list[dict]] = {"finetune": [], "quantize": []}
+    for layers in counts:
+        model = scratch / f"probe-{layers}"
+        twin.make_model(base, model, lambda config, layers=layers: twin.cut(config, layers))
+        for stage, function in (("finetune", train_probe), ("quantize", export_probe)):
+            if stage in everything.all.stages:
+                target = scratch / f"{stage}-{layers}"
+                job.log(f"probe of {stage} with {layers} of {depth} layers")
+                measured[stage].append(run(context, stage, function, everything, model, dataset, target, depth))
+    weights = outputs.folder_size(base)
+    needs = (
+        {"finetune": _training(everything, measured["finetune"], counts, depth, dataset)}
+        if measured["finetune"]
+        else {}
+    )
+    if "merge" in everything.all.stages:
+        needs["merge"] = Need(BESIDES, disk=weights)
+    if measured["quantize"]:
+        line = {
+            name: _line(counts, [result[name] for result in measured["quantize"]], depth)
+            for name in ("memory", "seconds", "size")
+        }
+        calibrated = weights if everything.quantize.calibration == "gptq" else 0
+        needs["quantize"] = Need(line["memory"], line["seconds"], line["size"] + calibrated)
+        if "package" in everything.all.stages:
+            needs["package"] = Need(BESIDES, disk=line["size"])
+    if "evaluate" in everything.all.stages:
+        needs["evaluate"] = Need(BESIDES + weights)
+    return needs
+
+
+def _training(everything: params.Params, results: list[dict], counts: list[int], depth: int, dataset: Path) -> Need:
+    from slmake.training.data import Data
+    from slmake.training.schedule import Schedule
+
+    data = Data(dataset / "train.parquet")
+    section = everything.finetune
+    rows = (
+        Schedule(section, data.lengths).steps
+        * section.per_device_train_batch_size
+        * section.gradient_accumulation_steps
+    )
+    tokens = rows * float(data.real.mean())
+    per_token = _line(counts, [result["seconds"] / max(1, result["tokens"]) for result in results], depth)
+    return Need(_line(counts, [result["memory"] for result in results], depth), per_token * tokens)
+
+
+def _line(counts: list[int], values: list[float], depth: int) -> float:
+    """The value at `depth` layers of a straight line through the probes' values."""
+    if len(counts) == 1:
+        return values[0]
+    slope = (values[1] - values[0]) / (counts[1] - counts[0])
+    return values[0] + max(0.0, slope) * (depth - counts[0])
+
+
+# -- probes ------------------------------------------------------------------------------------------------------------
+
+
+def train_probe(everything: params.Params, model: Path, dataset: Path, target: Path, depth: int) -> dict:
+    """A few training steps."""
+    return chain.finetune(everything.finetune, model, dataset, target, STEPS, _job())
+
+
+def export_probe(everything: params.Params, model: Path, dataset: Path, target: Path, depth: int) -> dict:
+    """The export as params.yaml asks for it."""
+    began = time.monotonic()
+    chain.export(chain.for_twin(everything.quantize, model, depth), model, dataset, target, _job())
+    return {"size": outputs.folder_size(target), "seconds": time.monotonic() - began}
+
+
+def _job() -> cli.Job:
+    return cli.Job("rehearse", sys.stderr, None)
+
+
+def run(context, stage: str, function: Callable, *arguments: object) -> dict:
+    """What `function` returns in a process of its own, with `memory`: its peak resident memory in bytes.
+
+    Raises:
+        UserError: it failed, or the system ended it.
+    """
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise UserError(
+            f"{stage}: a process with a part of this model's layers was ended (exit code {process.exitcode}), most likely for want of "
+            f"memory. Change {REMEDIES[stage]}, or use a machine with more memory."
+        ) from None
+    process.join()
+    if error:
+        raise UserError(f"{stage}: {error}")
+    return result
+
+
+def _child(sender, function: Callable, arguments: tuple) -> None:
+    from slmake.scoring.run import peak_bytes
+
+    try:
+        result = function(*arguments)
+        sender.send((result | {"memory": peak_bytes()}, None))
+    except UserError as error:
+        sender.send((None, str(error)))
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        sender.send((None, f"{type(error).__name__}: {error}"))
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return total
+    return min(total, limit)
+
+
+def table(needs: dict[str, Need], memory: float, disk: float) -> str:
+    """Needs by stage as aligned lines, and what is there."""
+    lines = [f"  {'stage':<12}{'memory':>10}{'time':>10}{'disk':>10}"]
+    for stage, need in needs.items():
+        seconds = "" if need.seconds is None else duration(need.seconds)
+        lines.append(
+            f"  {stage:<12}{gigabytes(need.memory):>10}{seconds:>10}{gigabytes(need.disk) if need.disk else '':>10}"
+        )
+    total = sum(need.disk for need in needs.values())
+    lines.append(
+        f"  {'needed':<12}{gigabytes(max(need.memory for need in needs.values())):>10}{'':>10}{gigabytes(total):>10}"
+    )
+    lines.append(f"  {'here':<12}{gigabytes(memory):>10}{'':>10}{gigabytes(disk):>10}")
+    return "\n".join(lines)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def refuse_too_large(needs: dict[str, Need], memory: float, disk: float) -> None:
+    """Raise UserError where a stage needs more memory, or all stages more disk, than there is."""
+    stage, need = max(needs.items(), key=lambda item: item[1].memory)
+    override = "To build all the same, set rehearse.refuse to false."
+    if need.memory > memory:
+        remedy = f" Change {REMEDIES[stage]}." if stage in REMEDIES else ""
+        raise UserError(
+            f"{stage} would need about {gigabytes(need.memory)} of memory; {gigabytes(memory)} are here.{remedy} {override}"
+        )
+    total = sum(need.disk for need in needs.values())
+    if total > disk:
+        raise UserError(
+            f"the build would need about {gigabytes(total)} on disk; {gigabytes(disk)} are free here. Free some space. {override}"
+        )
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk that holds `folder`."""
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,101 @@
+"""A twin of a model: the same architecture, tokenizer, vocabulary, head size, norms and rotary style, but few layers and heads.
+
+Its weights are random from a seed. What it takes to train, merge and export it is what the real model takes, in seconds.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from slmake.errors import UserError
+from slmake.model_folder import KEPT
+
+SEED = 20240101
+LEAST_LAYERS = 2
+EXPERTS = 4
+# Configuration fields that hold the number of experts, by the names of the architectures that have them.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
+
+
+def period(layer_types: list[str]) -> int:
+    """Length of the shortest pattern that a list of layer types repeats."""
+    for length in range(1, len(layer_types)):
+        if all(kind == layer_types[index % length] for index, kind in enumerate(layer_types)):
+            return length
+    return len(layer_types)
+
+
+def shrink(config):
+    """Shrink a transformers configuration in place: a whole period of layer types, one key-value head with its query heads.
+
+    Args:
+        config: a `transformers.PretrainedConfig` of a causal language model.
+
+    Returns:
+        The configuration.
+    """
+    types = getattr(config, "layer_types", None)
+    layers = min(config.num_hidden_layers, max(LEAST_LAYERS, period(types) if types else 1))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_values = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    groups = config.num_attention_heads // key_values
+    heads = max(2, groups)
+    changes = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // groups,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 2 * heads * head_dim,
+    }
+    if types:
+        changes["layer_types"] = types[:layers]
+    experts = next((name for name in EXPERT_COUNTS if getattr(config, name, None)), None)
+    if experts:
+        changes[experts] = min(EXPERTS, getattr(config, experts))
+        chosen = next((name for name in EXPERT_CHOICES if getattr(config, name, None)), None)
+        if chosen:
+            changes[chosen] = min(2, getattr(config, chosen))
+        if getattr(config, "moe_intermediate_size", None):
+            changes["moe_intermediate_size"] = 2 * head_dim
+    for name, value in changes.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def cut(config, layers: int):
+    """Leave a transformers configuration the first `layers` layers, in place and at full width. Returns it."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def make_model(base: Path, target: Path, change: Callable) -> None:
+    """Write a model with random weights and the base's tokenizer into `target`.
+
+    Args:
+        base: a model folder in Hugging Face layout.
+        change: changes the base's configuration, such as `shrink`.
+
+    Raises:
+        UserError: transformers cannot make a model of the shrunken configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    target.mkdir(parents=True)
+    try:
+        config = change(AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True))
+        torch.manual_seed(SEED)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except (ValueError, KeyError, AttributeError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{base}/config.json: no small model can be made of this configuration ({type(error).__name__}: {error}). "
+            "Leave rehearse out of all.stages to build without a rehearsal."
+        ) from None
+    model.save_pretrained(target)
+    for path in sorted(base.iterdir()):
+        if path.suffix in KEPT and path.name != "config.json" and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)

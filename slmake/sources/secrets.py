@@ -1,0 +1,68 @@
+"""Credentials in the text of a source: recognized, refused, and never repeated in a message. Standard library only.
+
+params.yaml, logs, receipts and results are shared, so a source holds no credential. They come from the environment:
+~/.netrc (or the file that NETRC names) for web servers, AZURE_STORAGE_* or `az login` for Azure, HF_TOKEN for the hub.
+"""
+
+import re
+from urllib.parse import unquote
+
+_NAMES = (
+    r"sig|signature|token|secret|pass|passwd|password|pwd|auth|authorization|credential|credentials|apikey|accountkey|jwt|sas"
+    r"|(?:api|access|account|private|secret|shared|subscription|master)[-_]?key(?:[-_]?id)?|awsaccesskeyid|sharedaccesssignature"
+)
+_ASSIGNED = re.compile(rf"(?i)(?<![^/?&;#\s'\"])((?:[\w.]+[-_])*(?:{_NAMES}))=[^/&;\s'\"]+")
+HARMLESS = {
+    "alt",
+    "api-version",
+    "branch",
+    "dl",
+    "download",
+    "export",
+    "format",
+    "inline",
+    "raw",
+    "ref",
+    "ref_type",
+    "rev",
+}
+HARMLESS |= {"revision", "v", "version", "versionid"}  # query parameters that choose a content, not who may read it
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a source assigns a value to a name that credentials have, as in `;sig=…` or `/token=…`."""
+    return bool(_ASSIGNED.search(text) or _ASSIGNED.search(unquote(text)))
+
+
+def harmless(name: str, value: str) -> bool:
+    """Whether a query parameter of a web address is known to carry no credential."""
+    return name.lower() in HARMLESS and bool(re.fullmatch(r"[\w./-]{0,40}", value))
+
+
+def masked(source: str) -> str:
+    """A source as an error may show it: without user, password, query, fragment and parameters."""
+    scheme = re.match(r"\w+:(//)?", source)
+    prefix = scheme[0] if scheme else ""
+    rest = unquote(source[len(prefix) :])
+    head, mark, tail = re.fullmatch(r"([^?#;&]*)([?#;&]?)(.*)", rest, re.DOTALL).groups()
+    authority, _, path = head.partition("/")
+    named = (
+        prefix.lower() in ("abfs://", "abfss://") and ":" not in head.rpartition("@")[0]
+    )  # CONTAINER@ACCOUNT, no password
+    if not prefix or (named and "@" not in tail):
+        pass
+    elif prefix.endswith("//"):
+        if "@" in authority or (":" in authority and "@" in path):
+            head = "***@" + head.rpartition("@")[2]
+        elif "@" in tail or (":" in authority and not re.fullmatch(r"[^:]*:\d{1,5}", authority)):
+            head = "***"
+    elif ":" in head:  # hf:user:password@…
+        head = "***" + ("@" + head.rpartition("@")[2] if "@" in head else "")
+    return scrub(prefix + head + (f"{mark}***" if tail else mark))
+
+
+def scrub(text: str) -> str:
+    """Any text without passwords and credentials of addresses in it."""
+    text = re.sub(r"(?i)\b(https?://)[^/?#\s'\"@]*@", r"\1***@", text)
+    text = re.sub(r"(://[^/?#\s'\"@:]*):(?!\d{1,5}[/?#\s'\"])[^/\s'\"@]+@", r"\1:***@", text)
+    return _ASSIGNED.sub(r"\1=***", text)

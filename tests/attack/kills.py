@@ -1,0 +1,208 @@
+"""Kills and edits while a tiny project is built and recorded, and what must hold after each of them."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from project import change, digests, environment, planned, run
+
+TIMEOUT = 600  # seconds for one command; more is a hang
+OUTPUTS = {
+    "fetch_model": ["build/base", "results/base.json"],
+    "prepare": ["build/dataset", "results/dataset.json"],
+    "rehearse": ["results/rehearsal.json", "results/estimate.json"],
+    "finetune": ["build/adapter", "results/train_loss.csv", "results/eval_loss.csv"],
+    "merge": ["build/merged"],
+    "quantize": ["build/onnx-int4"],
+    "evaluate": ["results/metrics.json", "results/benchmark.json", "results/predictions.csv"],
+    "gates": ["results/gates.json"],
+    "package": ["build/package"],
+    "report": ["build/report"],
+}
+
+
+class Failed(Exception):
+    """Something that must hold does not."""
+
+
+def expect(holds: object, what: str) -> None:
+    """Raise Failed unless `holds`."""
+    if not holds:
+        raise Failed(what)
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A project with its times and records, so that Snakemake and DVC take it for the same."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-a", source, target], check=True)
+    return target
+
+
+def killed_at(project: Path, seconds: float, command: list[str], main_only: bool = False) -> int | None:
+    """Run a command and kill it (and, unless `main_only`, all that it started) after some seconds; its exit code if it ended before."""
+    log = (project / "attack.log").open("w", encoding="utf-8")
+    process = subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill() if main_only else os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+    finally:
+        log.close()
+
+
+def log_of(project: Path) -> str:
+    return "\n".join((project / "attack.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+
+
+def build(rule: str) -> list[str]:
+    """The command that builds one rule, as DVC and Azure ML call it."""
+    target = "build/report/overview.html" if rule == "report" else OUTPUTS[rule][0]
+    triggers = ["--rerun-triggers", "mtime", "params", "input", "code"]
+    return ["snakemake", "--cores", "all", "--nocolor", *triggers, "--allowed-rules", rule, "--", target]
+
+
+WORK = ("build/checkpoints/", "build/downloads-")  # no outputs: what a killed rule resumes from
+
+
+def seen(project: Path) -> dict[str, str]:
+    """Digests of the outputs that a user or another rule can see."""
+    return {name: digest for name, digest in digests(project).items() if "/." not in name and not name.startswith(WORK)}
+
+
+def no_wrong_bytes(project: Path, reference: dict[str, str], lost: list[str]) -> None:
+    """Every file that can be seen is what an undisturbed build makes; only files of `lost` outputs may be absent."""
+    now = seen(project)
+    wrong = [name for name, digest in now.items() if reference.get(name) != digest]
+    expect(not wrong, f"wrong bytes: {wrong}")
+    gone = [name for name in reference if name not in now and not name.startswith(tuple(lost))]
+    expect(not gone, f"lost: {gone}")
+
+
+def kill_rules(
+    whole: Path, reference: dict[str, str], work: Path, rng: random.Random, seconds: dict[str, float]
+) -> int:
+    """Kill one rule at random moments, each time after a rerun that must work; returns the number of kills.
+
+    Args:
+        seconds: how long each rule took so far, corrected on the way.
+    """
+    rule = rng.choice(list(OUTPUTS))
+    project = copy(whole, work)
+    for name in OUTPUTS[rule]:
+        path = project / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kills = 0
+    for attempt in range(5):
+        begun = time.monotonic()
+        limit = TIMEOUT if attempt == 4 else rng.uniform(0.2, 1.1) * seconds.get(rule, 20.0)
+        code = killed_at(project, limit, build(rule), main_only=rng.random() < 0.25)
+        if code is None:
+            expect(attempt < 4, f"{rule} hangs:\n{log_of(project)}")
+            kills += 1
+            seconds[rule] = max(seconds.get(rule, 20.0), time.monotonic() - begun)
+            no_wrong_bytes(project, reference, OUTPUTS[rule])
+            unlocked = run(project, "snakemake", "--unlock", timeout=TIMEOUT)
+            expect(unlocked.returncode == 0, f"--unlock: {unlocked.stdout}")
+        else:
+            expect(code == 0, f"{rule}: the rerun after {kills} kills failed:\n{log_of(project)}")
+            seconds[rule] = time.monotonic() - begun
+            break
+    no_wrong_bytes(project, reference, [])
+    left = [path.name for folder in ("build", "results") for path in (project / folder).glob(".*.partial")]
+    expect(not left, f"left behind: {left}")
+    return kills
+
+
+def receipts(project: Path) -> dict:
+    """What dvc.lock says; it must never be cut."""
+    path = project / "dvc.lock"
+    try:
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {}) if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise Failed(f"dvc.lock is cut: {error}") from None
+
+
+def kill_record(whole: Path, work: Path, rng: random.Random, seconds: dict[str, float]) -> int:
+    """Kill the recording of receipts at random moments; returns the number of kills."""
+    project = copy(whole, work)
+    right = receipts(project)
+    command = [sys.executable, "-m", "tools.record"]
+    (project / "dvc.lock").unlink()
+    kills = 0
+    for attempt in range(6):
+        begun = time.monotonic()
+        limit = TIMEOUT if attempt == 5 else rng.uniform(0.1, 1.0) * seconds.get("record", 5.0)
+        code = killed_at(project, limit, command, main_only=rng.random() < 0.25)
+        if code is None:
+            kills += 1
+            wrong = [name for name, receipt in receipts(project).items() if receipt != right[name]]
+            expect(not wrong, f"wrong receipts: {wrong}")
+        else:
+            expect(code == 0, f"record: the rerun after {kills} kills failed:\n{log_of(project)}")
+            seconds["record"] = time.monotonic() - begun
+            break
+    expect(receipts(project) == right, "the receipts are not those of an undisturbed recording")
+    status = run(project, "dvc", "status", timeout=TIMEOUT)
+    expect("up to date" in status.stdout, f"dvc status: {status.stdout}")
+    return kills
+
+
+def append(name: str, text: str) -> Callable[[Path], None]:
+    """An edit that keeps the file's time."""
+
+    def edit(project: Path) -> None:
+        path = project / name
+        status = path.stat()
+        path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    return edit
+
+
+EDITS: dict[str, Callable[[Path], None]] = {
+    "the learning rate": lambda project: change(project, "finetune", learning_rate=0.02),
+    "the seed of prepare": lambda project: change(project, "prepare", seed=3),
+    "a gate": lambda project: change(project, "gates", min_accuracy=0.01),
+    "the limitations in the card": lambda project: change(project, "package", limitations="None known."),
+    "the dataset": append("data/dataset.json", "\n"),
+    "the base model": append("data/base/tokenizer_config.json", "\n"),
+    "a script": append("scripts/merge.py", "\nVALUE = 1\n"),
+    "a module": append("slmake/scoring/judge.py", "\nVALUE = 1\n"),
+    "a licence": append("LICENSE", "\n"),
+}
+
+
+def edit_build(whole: Path, work: Path, rng: random.Random) -> str:
+    """Edit something while a build runs; the recording then refuses, or what it records is so. Returns what was edited."""
+    project = copy(whole, work)
+    before = receipts(project)
+    rule = rng.choice(["gates", "report", "package"])
+    for name in OUTPUTS[rule]:
+        path = project / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    what = rng.choice(list(EDITS))
+    with (project / "attack.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            ["snakemake", "--cores", "all", "--nocolor"], cwd=project, env=environment(), stdout=log, stderr=log
+        )
+        time.sleep(rng.uniform(0, 8))
+        EDITS[what](project)
+        process.wait(TIMEOUT)
+    expect("Traceback" not in (project / "attack.log").read_text(encoding="utf-8"), log_of(project))
+    done = run(project, sys.executable, "-m", "tools.record", timeout=TIMEOUT)
+    if done.returncode:
+        expect(receipts(project) == before, f"{what}: refused, but the receipts changed")
+    else:
+        expect(planned(project) == set(), f"{what}: recorded, although rules have to run")
+    return what

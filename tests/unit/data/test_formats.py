@@ -1,0 +1,143 @@
+"""The usual layouts of chats and instructions, detected from the rows or named."""
+
+import pytest
+from prepared import CHAT, WHOLE, other_chat, write_rows
+from tiny import make_rows
+
+ROWS = make_rows(24)
+LAYOUTS = {
+    "messages": [
+        {"messages": [{"role": "user", "content": row["phrase"]}, {"role": "assistant", "content": row["tone"]}]}
+        for row in ROWS
+    ],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": row["phrase"]}, {"from": "gpt", "value": row["tone"]}], "id": "x"}
+        for row in ROWS
+    ],
+    "alpaca": [{"instruction": row["phrase"], "input": "", "output": row["tone"]} for row in ROWS],
+    "prompt_completion": [
+        {
+            "prompt": [{"role": "user", "content": row["phrase"]}],
+            "completion": [{"role": "assistant", "content": row["tone"]}],
+        }
+        for row in ROWS
+    ],
+}
+NONE = {"messages": None, **CHAT}
+
+
+@pytest.fixture
+def plain(tokenizer_folder, tmp_path):
+    """The test tokenizer without a chat template."""
+    return other_chat(tokenizer_folder, tmp_path / "plain", None)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_chats(build, tokenizer, tmp_path, capsys, layout, ending):
+    """Detected or named: the same prompts and answers, and one line that says what was detected."""
+    source = write_rows(tmp_path / f"rows{ending}", LAYOUTS[layout])
+    built = build(source, **NONE, **WHOLE)
+    assert f"prepare: the rows are read as {layout} (prepare.format)\n" in capsys.readouterr().err
+    for example, row in zip(built.train, ROWS, strict=True):
+        assert example["prompt"] == f"<|start|>user\n{row['phrase']}<|end|>\n<|start|>assistant\n"
+        assert tokenizer.decode([label for label in example["labels"] if label != -100]) == f"{row['tone']}<|end|>"
+    named = build(source, name="named", format=layout, **NONE, **WHOLE)
+    assert "the rows are read as" not in capsys.readouterr().err
+    assert (named.folder / "train.parquet").read_bytes() == (built.folder / "train.parquet").read_bytes()
+
+
+def test_inputs_and_system_fields(build):
+    """Alpaca's input stands below the instruction where there is one; a system field is the first turn."""
+    rows = [
+        {"instruction": f"Do {i}", "input": "this" * (i % 2), "output": "yes", "system": "Be short."} for i in range(8)
+    ]
+    first, second = build(rows, **NONE, **WHOLE).train[:2]
+    assert first["prompt"] == "<|start|>system\nBe short.<|end|>\n<|start|>user\nDo 0<|end|>\n<|start|>assistant\n"
+    assert "<|start|>user\nDo 1\n\nthis<|end|>" in second["prompt"]
+
+
+def test_alpaca_without_a_chat_template(build, plain):
+    rows = [{"instruction": f"Do {i}", "input": "this" * (i % 2) or None, "output": "yes"} for i in range(8)]
+    built = build(rows, base=plain, **NONE, **WHOLE)
+    assert built.train[0]["prompt"] == "### Instruction:\nDo 0\n\n### Response:\n"
+    assert built.train[1]["prompt"] == "### Instruction:\nDo 1\n\nthis\n\n### Response:\n"
+    assert built.prompt["fields"] == ["instruction"]
+
+
+def test_prompts_and_completions_as_text(build):
+    rows = [{"prompt": f"Q: {i}\nA: ", "completion": f"{i + 1}"} for i in range(8)]
+    built = build(rows, **NONE, **WHOLE)
+    assert (built.train[1]["prompt"], built.train[1]["answer"]) == ("Q: 1\nA: ", "2")
+    assert built.prompt["prompt"] == "{prompt}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        (ROWS, {}, "prepare: no known format in the first rows, whose fields are phrase, tone. Give text_template (such as"),
+        ([{**LAYOUTS["alpaca"][0], **LAYOUTS["sharegpt"][0]}], {}, "prepare.format: the rows can be read as sharegpt and as alpaca. Set it"),
+        (ROWS, {"format": "sharegpt"}, "the template's field `conversations` is in no row. Fields there: phrase, tone."),
+        (ROWS, {"format": "alpaca"}, "the template's field `output` is in no row."),
+        (ROWS, {"format": "prompt_completion"}, "in no row. Fields there: phrase, tone."),
+        ([{"conversations": [{"from": "alien", "value": "x"}, {"from": "gpt", "value": "y"}]}], {"format": "sharegpt"}, "row 1: field `conversations` has a turn from 'alien'; known are human"),
+        ([{"conversations": [{"from": "gpt", "value": "y"}, {"from": "human", "value": "x"}]}], {}, "row 1: field `conversations` does not end with the assistant's turn"),
+        ([{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "y"}]}], {}, "row 1: field `conversations` has a message without text"),
+        ([{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]}], {}, "row 1: field `conversations` ends with an empty answer"),
+        ([{"conversations": "text"}], {"format": "sharegpt"}, "row 1: field `conversations` is not a list of messages"),
+        ([{"instruction": 3, "output": "x"}], {}, "row 1: field `output` is there, but `instruction` is not text"),
+        ([{"instruction": "x", "input": ["y"], "output": "x"}], {}, "row 1: field `output` is there, but `input` is not text"),
+        ([{"instruction": "x", "output": " "}], {}, "row 1: field `output` ends with an empty answer"),
+        ([{"prompt": "x", "completion": 3.5, "more": [1]}, {"prompt": 4, "completion": "x"}], {}, "row 2: field `prompt` is int, not text: 4"),
+        ([{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}], {}, "row 1: field `completion` and `prompt` are not two lists of messages"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit(refused, rows, fields, message):
+    assert message in refused(rows, **NONE, **fields)
+
+
+@pytest.mark.parametrize("layout", ["messages", "sharegpt"])
+def test_chats_need_a_chat_template(refused, plain, layout):
+    assert "tokenizer has no chat template" in refused(LAYOUTS[layout], base=plain, **NONE)
+
+
+# Templates over nested fields, and words for values
+
+
+def test_nested_fields(build):
+    """`{text.phrase}` is the field of an object, in the prompt and in the answer; prompt.json has plain names."""
+    rows = [{"text": {"phrase": row["phrase"]}, "meta": {"tone": row["tone"]}} for row in ROWS]
+    built = build(rows, text_template="Q: {text.phrase}\nA: {meta.tone}", **WHOLE)
+    assert (built.train[0]["prompt"], built.train[0]["answer"]) == (f"Q: {ROWS[0]['phrase']}\nA: ", ROWS[0]["tone"])
+    assert (built.prompt["prompt"], built.prompt["fields"]) == ("Q: {text_phrase}\nA: ", ["text_phrase"])
+    named = build(rows, name="named", text_template="Q: {text.phrase}\nA: {meta.tone}", answer="meta.tone", **WHOLE)
+    assert (named.folder / "train.parquet").read_bytes() == (built.folder / "train.parquet").read_bytes()
+
+
+def test_nested_fields_that_are_not_there(refused):
+    rows = [{"text": {"phrase": "x"} if i else "plain", "tone": "joy"} for i in range(4)]
+    assert "row 1: field `text.phrase` is missing" in refused(rows, text_template="{text.phrase}\n{tone}")
+    assert "field `text.phrases` is in no row" in refused(rows, text_template="{text.phrases}\n{tone}")
+
+
+@pytest.mark.parametrize("value", [int, str, float, lambda i: f"{i}.0"])
+def test_words_for_values(build, value):
+    """Keys are compared as text; YAML's numbers are fine, and a whole number may be written 1 or 1.0."""
+    tones = ["sadness", "joy", "fear", "surprise"]
+    rows = [{"phrase": row["phrase"], "tone": value(tones.index(row["tone"]))} for row in ROWS]
+    built = build(rows, labels=dict(enumerate(tones)), **WHOLE)
+    assert [row["answer"] for row in built.train] == [row["tone"] for row in ROWS]
+    assert built.prompt["labels"] == sorted(tones)
+
+
+def test_words_for_truth_values(build):
+    rows = [{"phrase": row["phrase"], "tone": i % 2 == 0} for i, row in enumerate(ROWS)]
+    built = build(rows, labels={True: "good", False: "bad"}, **WHOLE)
+    assert [row["answer"] for row in built.train[:2]] == ["good", "bad"]
+
+
+def test_value_without_a_word(refused, tmp_path):
+    rows = [{**row, "tone": 1} for row in ROWS]
+    rows[4]["tone"] = 7
+    message = refused(rows, labels={0: "bad", 1: "good"})
+    assert "row 5: field `tone` is '7', which prepare.labels does not name: 0, 1" in message

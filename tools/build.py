@@ -1,0 +1,90 @@
+"""Build what params.yaml asks for, with a few lines per rule: what starts and why, its progress, and its result.
+
+    python -m tools.build                  build everything, put the report on one page, record it all with DVC
+    python -m tools.build build/adapter    build one thing and what it needs
+    python -m tools.build --verbose        show all that Snakemake prints (`make VERBOSE=1`)
+
+Snakemake decides what to build and builds it, as `snakemake --cores all` does. Exit code 0 means that all of it is up to date.
+"""
+
+import argparse
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+from slmake import cli, params
+from slmake.errors import UserError
+from slmake.outputs import read_json
+from slmake.platforms import dvc_yaml
+from slmake.platforms.screen import Screen, run
+from tools import record
+
+OVERVIEW, PAGE = Path("build/report/overview.html"), Path("build/report.html")
+NEXT = {  # a command to try: what it does, and the stage that it needs
+    'make ask TEXT="your text"': ("ask the exported model", "quantize"),
+    "make verify": ("check the package: checksums, provenance, and that it generates", "package"),
+    "edit params.yaml, then make": ("build what depends on the change, and nothing else", None),
+    "make help": ("list all commands", None),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help="what to build (default: all that params.yaml asks for)")
+    parser.add_argument("--verbose", action="store_true", help="show all that Snakemake prints")
+    args = parser.parse_args(argv)
+    with contextlib.suppress(UserError):  # the build reports what is wrong
+        dvc_yaml.update()
+    screen = Screen(sys.stderr)
+    if not run(screen, args.targets, args.verbose):
+        for line in screen.ending():
+            screen.write(line)
+        return 130 if screen.interrupted else 1
+    with cli.job("build") as job:
+        if OVERVIEW.exists():
+            write_page()
+        if args.targets:
+            job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
+            return 0
+        record.main([])
+        stages = params.load("params.yaml").all.stages
+        made = {"report": PAGE} if "report" in stages else {}
+        made |= {"package": Path("build/package")} if "package" in stages else {}
+        scores = [accuracies("gates" in stages)] if "evaluate" in stages else []
+        if screen.started:
+            paths = [f"{name + ':':8} {path}" for name, path in made.items()]
+            commands = [f"  {command:28} {use}" for command, (use, stage) in NEXT.items() if stage in (None, *stages)]
+            print("", *scores, *paths, "", "Next:", *commands, sep="\n")
+        else:
+            names = " and ".join(map(str, made.values())) or "everything"
+            print(f"build: nothing to do: {names} {'are' if len(made) > 1 else 'is'} up to date", *scores, sep="\n")
+    return 0
+
+
+def write_page() -> None:
+    """Put the report's figures on one page, unless the page is newer than all of them.
+
+    Raises:
+        UserError: Snakemake cannot.
+    """
+    newest = max(path.stat().st_mtime for path in OVERVIEW.parent.iterdir())
+    if PAGE.exists() and PAGE.stat().st_mtime >= newest:
+        return
+    command = [sys.executable, "-m", "snakemake", "--nocolor", "--report", str(PAGE)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise UserError(f"{PAGE} could not be written. Snakemake's reason:\n{done.stdout.strip()}")
+
+
+def accuracies(judged: bool) -> str:
+    """The scores of the last evaluation, one line."""
+    metrics = read_json(Path("results/metrics.json"))
+    models = {name: value for name, value in metrics.items() if isinstance(value, dict) and "size_bytes" in value}
+    shown = ", ".join(f"{name} {value['accuracy']:.1%}" for name, value in models.items())
+    passed = f"; {len(read_json(Path('results/gates.json'))['gates'])} gates passed" if judged else ""
+    return f"accuracy on {metrics['test_rows']} test rows: {shown}{passed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
