@@ -22,8 +22,8 @@ SMALLEST = {
     "prepare": {"source": "data/rows.json", "text_template": "{phrase}\n{tone}"},
 }
 SECTIONS = [
-    *("all", "fetch_model", "prepare", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"),
-    "publish",
+    *("all", "fetch_model", "prepare", "rehearse", "adapter", "finetune", "merge", "quantize", "evaluate", "gates"),
+    *("package", "report", "publish"),
 ]
 
 
@@ -87,7 +87,7 @@ def test_smallest_file(write):
     assert loaded.prepare.source == "data/rows.json"
     assert (loaded.prepare.max_seq_len, loaded.prepare.test_fraction) == (1024, 0.2)
     assert (loaded.finetune.lora_r, loaded.finetune.learning_rate) == (16, 2e-4)
-    assert loaded.all.stages == ["finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
+    assert loaded.all.stages == ["rehearse", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
 
 
 def test_section_is_one_part(write):
@@ -212,7 +212,7 @@ def test_as_json_is_the_same_for_the_same_values(write):
         ("merge", 7, 1, "merge.7: unknown name. Known here: dtype, onto."),
         ("merge", True, 1, "merge.true: unknown name. Known here: dtype, onto."),
         ("all", "stages", "finetune", 'all.stages: "finetune" is not allowed: it should be a valid list.'),
-        ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package', 'report' or 'publish'. Did you mean `merge`?"),
+        ("all", "stages", ["finetune", "marge"], "all.stages.1: \"marge\" is not allowed: choose 'rehearse', 'finetune', 'merge', 'quantize', 'evaluate', 'gates', 'package', 'report' or 'publish'. Did you mean `merge`?"),
     ],
 )  # fmt: skip
 def test_wrong_value(told, section, field, value, line):
@@ -313,7 +313,6 @@ def test_every_error_is_told_at_once(told):
         evalute={"batch_size": 1},
     )
     assert lines == [
-        "all: merge needs finetune: list finetune too, or leave merge out.",
         "fetch_model: `hf:org/name` is not of the form hf:ORG/NAME@REVISION[/file]: a hub source needs a revision (a commit hash or a tag).",
         'finetune.lora_r: "16" is not allowed: it should be a valid integer.',
         "finetune.learning_rate: 5 is not allowed: it should be less than or equal to 1.",
@@ -321,6 +320,7 @@ def test_every_error_is_told_at_once(told):
         "finetune.lora_rr: unknown name. Did you mean `lora_r`?",
         "quantize.precision: \"int5\" is not allowed: choose 'int4', 'int8', 'fp16' or 'fp32'. Did you mean `int8`?",
         "evalute: unknown name. Did you mean `evaluate`?",
+        "all.stages: merge needs finetune, or an adapter from elsewhere: list finetune too, or set adapter.source.",
     ]
 
 
@@ -334,7 +334,7 @@ DIGEST = "0" * 64
     ("sections", "line"),
     [
         ({"all": {"stages": ["finetune", "finetune"]}}, "all: a stage is listed twice."),
-        ({"all": {"stages": ["merge", "quantize"]}}, "all: merge needs finetune: list finetune too, or leave merge out."),
+        ({"all": {"stages": ["merge", "quantize"]}}, "all.stages: merge needs finetune, or an adapter from elsewhere: list finetune too, or set adapter.source."),
         ({"all": {"stages": ["finetune", "quantize"]}}, "all: quantize after finetune needs merge: list merge too."),
         ({"all": {"stages": ["quantize", "gates"]}}, "all: gates needs evaluate: list evaluate too, or leave gates out."),
         ({"all": {"stages": ["report"]}}, "all: report needs evaluate: list evaluate too, or leave report out."),
@@ -601,7 +601,7 @@ def schema() -> dict:
 
 def test_schema_allows_no_other_names(schema):
     objects = [schema, *schema["$defs"].values()]
-    assert len(objects) == 16
+    assert len(objects) == 18
     for one in objects:
         assert one["type"] == "object"
         assert one["additionalProperties"] is False
