@@ -11,8 +11,8 @@ READY   := $(VENV)/.ready-$(MACHINE)
 PEERS   := .venv-bench
 # Tests at a time: one more than the cores of a small machine, because many wait for servers, networks and clusters.
 WORKERS ?= 3
-# A file's tests (a class's, where there are classes) stay together, for their fixtures' sake.
-PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
+# Which tests stay together is said in tests/conftest.py; in the order of collection, those that wait for services begin.
+PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # The torch build that fits the machine (uv's name for it), unless a folder of wheels says which.
@@ -123,7 +123,7 @@ faults: setup azurite ## break networks, servers and disks; figures to docs/reli
 	@rm -f build/faults.jsonl
 	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl
 
-attack: setup ## kill, edit and mislead a tiny project for SECONDS=600; figures to docs/reliability.md
+attack: setup ## kill and edit builds of a tiny project for SECONDS=600; docs/reliability.md
 	$(BIN)/python tests/attack/campaign.py --document --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 ##@ Compare with the peers

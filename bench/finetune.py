@@ -142,6 +142,26 @@ def count_work(params: Path, dataset: Path) -> dict:
     }
 
 
+def speed_bars(speed: dict[str, list[float]], limit: list[dict], per_token: float, dtype: str) -> list[dict]:
+    """Bars of the speed over each peer's, and of its share of what the machine's products allow.
+
+    Args:
+        speed: tokens a second by contender, a value per round.
+        limit: FLOP/s of the products alone, per round.
+        per_token: FLOP that a token takes.
+    """
+    bars = []
+    for name, wanted in (("olive", 2.5), ("trl", 1.5), ("trainer", None)):
+        if name in speed:
+            label = f"finetune: tokens/s over {SHOWN[name]}"
+            bars.append(bar(label, ratios(speed["ours"], speed[name]), at_least=wanted))
+    rates = [rate * per_token for rate in speed["ours"]]
+    square, shapes = ([run[kind] for run in limit] for kind in ("square", "shapes"))
+    bars.append(bar(f"finetune: share of a large {dtype} product's rate", ratios(rates, square), at_least=0.6))
+    bars.append(bar("finetune: share of the step's own products' rate", ratios(rates, shapes)))
+    return bars
+
+
 def bench(args: argparse.Namespace) -> dict:
     base, dataset = measure.need(ROOT / "build" / "base"), measure.need(ROOT / "build" / "dataset")
     work = measure.fresh(SCRATCH / "finetune")
@@ -176,25 +196,7 @@ def bench(args: argparse.Namespace) -> dict:
     )
     losses = dict(zip(scored, report["losses"], strict=True))
     speed = {name: [run["tokens_per_s"] for run in runs[name]] for name in scored}
-    bars = []
-    for name, wanted in (("olive", 2.5), ("trl", 1.5), ("trainer", None)):
-        if name in speed:
-            label = f"finetune: tokens/s over {SHOWN[name]}"
-            bars.append(bar(label, ratios(speed["ours"], speed[name]), at_least=wanted))
-    work_done = [rate * per_token for rate in speed["ours"]]
-    bars.append(
-        bar(
-            f"finetune: share of a large {dtype} product's rate",
-            ratios(work_done, [run["square"] for run in runs["limit"]]),
-            at_least=0.6,
-        )
-    )
-    bars.append(
-        bar(
-            "finetune: share of the step's own products' rate",
-            ratios(work_done, [run["shapes"] for run in runs["limit"]]),
-        )
-    )
+    bars = speed_bars(speed, runs["limit"], per_token, dtype)
     if "trl" in losses:
         bars.append(bar("finetune: loss on test answers over TRL's", [losses["ours"] / losses["trl"]], at_most=1.1))
     same = len({run["sha256"] for run in runs["ours"]}) == 1

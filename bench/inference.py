@@ -64,16 +64,9 @@ def thousand_rows(dataset: Path, target: Path, count: int) -> Path:
     return target
 
 
-def bench(args: argparse.Namespace) -> dict:
-    dataset, merged = measure.need(ROOT / "build" / "dataset"), ROOT / "build" / "merged"
-    model = merged if merged.exists() else measure.need(ROOT / "build" / "base")
-    work = measure.fresh(SCRATCH / "inference")
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()[:PROMPTS]
-    prompts = [[token for token, label in zip(r["input_ids"], r["labels"], strict=True) if label == -100] for r in rows]
-    (work / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-    # Without calibration: it changes the weights' values and nothing about their speed.
+def exports(model: Path, work: Path) -> dict[str, Path]:
+    """Folders of the model's exports, by name."""
+    # Without calibration: it changes the weights' values, not their speed.
     kinds = {
         "int4": {},
         "int4, 4 bits throughout": {"int8_nodes": [], "matmul_mixed_precision": "last_matmul:int8"},
@@ -85,6 +78,30 @@ def bench(args: argparse.Namespace) -> dict:
         params = measure.params(work / f"{number}.yaml", quantize={"calibration": "none", **changes})
         folders[name] = work / f"onnx-{number}"
         measure.run(builder_command(params, model, folders[name], work / "cache"))
+    return folders
+
+
+def latency_bars(middle: dict[str, list[float]], sizes: dict[str, float]) -> list[dict]:
+    """Bars of the median latencies, in milliseconds by round."""
+    bars = []
+    if "llama.cpp" in middle:
+        for name in ("int4", "int4, 4 bits throughout"):
+            label = f"latency p50 over llama.cpp's: {name} ({sizes[name]:.0f} against {sizes['llama.cpp']:.0f} MB)"
+            bars.append(bar(label, ratios(middle[name], middle["llama.cpp"]), at_most=1.0))
+    speed = ratios(middle["float32 ONNX"], middle["int4"])
+    return [*bars, bar("latency: speed over the float32 ONNX", speed, at_least=1.8)]
+
+
+def bench(args: argparse.Namespace) -> dict:
+    dataset, merged = measure.need(ROOT / "build" / "dataset"), ROOT / "build" / "merged"
+    model = merged if merged.exists() else measure.need(ROOT / "build" / "base")
+    work = measure.fresh(SCRATCH / "inference")
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()[:PROMPTS]
+    prompts = [[token for token, label in zip(r["input_ids"], r["labels"], strict=True) if label == -100] for r in rows]
+    (work / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    folders = exports(model, work)
     asked = ["--prompts", work / "prompts.json", "--tokens", TOKENS]
     contenders = {
         name: lambda _, folder=folder: measure.runner("latency_runner", "--model", folder, *asked)[0]
@@ -101,14 +118,7 @@ def bench(args: argparse.Namespace) -> dict:
         notes.append("llama.cpp was not measured: llama-cpp-python is not installed (`make peers` compiles it).")
     runs = measure.interleaved(args.rounds, **contenders)
     middle = {name: [statistics.median(run["milliseconds"]) for run in samples] for name, samples in runs.items()}
-    bars = []
-    if "llama.cpp" in middle:
-        for name in ("int4", "int4, 4 bits throughout"):
-            label = f"latency p50 over llama.cpp's: {name} ({sizes[name]:.0f} against {sizes['llama.cpp']:.0f} MB)"
-            bars.append(bar(label, ratios(middle[name], middle["llama.cpp"]), at_most=1.0))
-    bars.append(
-        bar("latency: speed over the float32 ONNX", ratios(middle["float32 ONNX"], middle["int4"]), at_least=1.8)
-    )
+    bars = latency_bars(middle, sizes)
     measure.say(f"scoring {args.score_rows} rows")
     data = thousand_rows(dataset, work / "dataset", args.score_rows)
     files = [part for name in ("metrics", "benchmark", "predictions") for part in (f"--{name}", work / f"{name}.out")]

@@ -25,6 +25,23 @@ def seconds(rule: str) -> float:
     return float((PROJECT / "benchmarks" / f"{rule}.tsv").read_text(encoding="utf-8").splitlines()[1].split("\t")[0])
 
 
+def change_one_parameter() -> tuple[measure.ProcessUsage, float]:
+    """Change a parameter of quantize and rebuild the scores: what that took, and the seconds of its rules alone.
+
+    Raises:
+        BenchError: more was rebuilt than the parameter asks for.
+    """
+    path = PROJECT / "params.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["quantize"]["block_size"] = 64 if content["quantize"]["block_size"] == 32 else 32
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    changed = snakemake("results/metrics.json")
+    for rule in ("prepare", "finetune", "merge"):
+        if f"rule {rule}:" in changed.output:
+            raise BenchError(f"a changed quantize parameter ran {rule}")
+    return changed, seconds("quantize") + seconds("evaluate")
+
+
 def bench(args: argparse.Namespace) -> dict:
     if not (PROJECT / "build" / "onnx-int4").exists():
         job.new_project(
@@ -62,15 +79,7 @@ def bench(args: argparse.Namespace) -> dict:
         contenders["olive"] = lambda _: {"wall_s": measure.peer("olive_run", *arguments)[1].wall}
     runs = measure.interleaved(args.rounds, **contenders)
 
-    path = PROJECT / "params.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["quantize"]["block_size"] = 64 if content["quantize"]["block_size"] == 32 else 32
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    changed = snakemake("results/metrics.json")
-    for rule in ("prepare", "finetune", "merge"):
-        if f"rule {rule}:" in changed.output:
-            raise BenchError(f"a changed quantize parameter ran {rule}")
-    alone = seconds("quantize") + seconds("evaluate")
+    changed, alone = change_one_parameter()
     wall = {name: [run["wall_s"] for run in samples] for name, samples in runs.items()}
     bars = [
         bar("nothing to do: snakemake --cores all", wall["snakemake"], at_most=3, unit="s"),

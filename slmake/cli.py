@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from slmake.errors import UserError
 
@@ -155,62 +156,62 @@ def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
         name: the rule's name, shown before every line.
         log_path: where file descriptors 1 and 2 go meanwhile; None leaves them alone.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     if PLANNED in os.environ:
         die_with_parent()
-    saved = None
-    if log_path is not None:
+    with _redirected(name, log_path) as terminal:
+        _close_stdin()
+        logging.basicConfig(
+            stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
+        )
+        current = Job(name, terminal, log_path)
         try:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        except OSError as error:
-            _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
-        saved = (os.dup(1), os.dup(2))
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        os.close(target)
-        terminal = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
-    else:
-        terminal = sys.stderr
-    _close_stdin()
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
-    )
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
-    current = Job(name, terminal, log_path)
+            with terminable():
+                yield current
+        except UserError as error:
+            _fail(current, str(error))
+        except (KeyboardInterrupt, Interrupted):
+            _fail(current, "interrupted. Run the same command again to resume.", code=130)
+        except MemoryError:
+            traceback.print_exc()
+            _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
+        except Exception as error:
+            full = _is_full(error)
+            if log_path or not full:
+                traceback.print_exc()
+            if full or isinstance(error, OSError):
+                _fail(current, _explain_os_error(error))
+            text = str(error).strip().splitlines()
+            where = f" Details: {log_path}" if log_path else ""
+            _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+
+
+@contextlib.contextmanager
+def _redirected(name: str, log_path: Path | None) -> Iterator[TextIO]:
+    """Send file descriptors 1 and 2 to the log, if there is one; yields the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if log_path is None:
+        yield sys.stderr
+        return
     try:
-        yield current
-    except UserError as error:
-        _fail(current, str(error))
-    except (KeyboardInterrupt, Interrupted):
-        _fail(current, "interrupted. Run the same command again to resume.", code=130)
-    except MemoryError:
-        traceback.print_exc()
-        _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     except OSError as error:
-        if log_path or not _is_full(error):
-            traceback.print_exc()
-        _fail(current, _explain_os_error(error))
-    except Exception as error:
-        if log_path or not _is_full(error):
-            traceback.print_exc()
-        if _is_full(error):  # reported by a library in an exception of its own
-            _fail(current, _explain_os_error(OSError(errno.ENOSPC, FULL)))
-        text = str(error).strip().splitlines()
-        where = f" Details: {log_path}" if log_path else ""
-        _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+        _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
+    saved = (os.dup(1), os.dup(2))
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    try:
+        with os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace") as terminal:
+            yield terminal
     finally:
-        signal.signal(signal.SIGTERM, previous)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk takes no log
                 stream.flush()
-        if saved:
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
-            terminal.close()
+        for number, original in enumerate(saved, 1):
+            os.dup2(original, number)
+            os.close(original)
 
 
 def _close_stdin() -> None:
@@ -226,8 +227,8 @@ def _is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or FULL in str(error) or "disk is full" in str(error)
 
 
-def _explain_os_error(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
+def _explain_os_error(error: Exception) -> str:
+    where = f" ({error.filename})" if getattr(error, "filename", None) else ""
     if _is_full(error):
         return f"the disk is full{where}. Free some space and run the same command again; what was built before is untouched."
     if error.errno == errno.EDQUOT:

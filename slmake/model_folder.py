@@ -189,10 +189,10 @@ def copy_folder(source: Path, target: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    wanted, total = getattr(torch, dtype), 0
+    torch_dtype, total = getattr(torch, dtype), 0
     for file in files:
         tensors = load_file(file)
-        cast = {name: value.to(wanted) if value.is_floating_point() else value for name, value in tensors.items()}
+        cast = {name: value.to(torch_dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         save_file(cast, target / file.name, metadata={"format": "pt"})
         total += sum(value.numel() * value.element_size() for value in cast.values())
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))

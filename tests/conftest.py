@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 from project import change, new_project, run, snakemake
 from tiny import ROOT, make_model, make_rows, write_gguf, write_params, write_wheel
+from xdist.scheduler import LoadScopeScheduling
 
 from scripts import prepare
 
@@ -195,6 +196,21 @@ def copy_of_searched(searched, tmp_path) -> Path:
     target = tmp_path / "project"
     subprocess.run(["cp", "-a", searched, target], check=True)
     return target
+
+
+class Scheduling(LoadScopeScheduling):
+    """The tests of a file (of a class, where there are classes) stay together, for their fixtures' sake.
+
+    Those of workflow/ need not: what they share, all processes share (`once`). They come last and fill the gaps.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith("tests/workflow/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """How tests are dealt out to processes. (xdist's groups do not work with this version of pytest.)"""
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -31,6 +31,7 @@ LIBRARIES = (
     *("transformers.generation", "datasets", "pandas", "pyarrow.parquet", "safetensors.torch", "onnx", "onnxruntime"),
     *("onnxruntime_genai", "onnxruntime_genai.models.builder", "pydantic", "matplotlib.figure", "matplotlib.backends.backend_svg"),
     *("sklearn.metrics", "snakemake.cli", "snakemake.api", "snakemake.workflow", "dvc.cli", "dvc.repo", "adlfs", "gguf"),
+    *("azure.storage.blob.aio", "azure.ai.ml", "azure.identity"),
 )  # fmt: skip
 CLIENT = """#!{python} -IS
 import sys
@@ -43,10 +44,10 @@ client({python!r})
 FOLDER: Path | None = None  # of this test run's clients (tests/conftest.py); None: every program is a new process
 
 
-def program(name: str, environment: dict[str, str]) -> str | None:
-    """The client of a program, put first in a PATH; None where there is none. The first call of a test run starts the server."""
+def program(name: str, environment: dict[str, str]) -> str:
+    """A program's client, put first in the PATH, or the program itself. The first call of a test run starts the server."""
     if FOLDER is None or name not in ("python", *PROGRAMS):
-        return None
+        return sys.executable if name == "python" else name
     from filelock import FileLock
 
     with FileLock(f"{FOLDER}.lock"):
@@ -128,6 +129,7 @@ def _attend(connection: socket.socket) -> None:
     with connection.makefile("rb") as reader:
         request = json.loads(reader.read(int.from_bytes(size, "big")))
     child = os.fork()
+    os.setpgid(child, child)
     if child == 0:
         connection.close()
         _become(streams, **request)
@@ -136,9 +138,10 @@ def _attend(connection: socket.socket) -> None:
         os.close(stream)
     handle = os.pidfd_open(child)
     while handle not in select.select([handle, connection], [], [])[0]:
-        number = connection.recv(1)
-        os.kill(child, number[0] if number else signal.SIGKILL)  # a client that was killed cannot say so
-        if not number:
+        if number := connection.recv(1):
+            os.kill(child, number[0])
+        else:  # a client that was killed cannot say so; with the child end the clients that it has started
+            os.killpg(child, signal.SIGKILL)
             break
     status = os.waitpid(child, 0)[1]
     with contextlib.suppress(OSError):
@@ -154,6 +157,9 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # Libraries read it when they are loaded; Snakemake sets it to a rule's threads, and sums depend on it.
+    threads = environment.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
+    importlib.import_module("torch").set_num_threads(int(threads))
     for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         errors, lines = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
         stream = open(number, mode, lines, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115

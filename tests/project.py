@@ -46,9 +46,9 @@ def run(project: Path, *command: str, fresh: bool = False, **options: object) ->
         fresh: as a new process, whose own processes are new, too; otherwise tests/preloaded.py spares it the imports.
     """
     variables = environment()
-    client = None if fresh or "--profile" in command else preloaded.program(command[0], variables)
+    program = command[0] if fresh or "--profile" in command else preloaded.program(command[0], variables)
     return subprocess.run(
-        [client or command[0], *command[1:]], cwd=project, env=variables,
+        [program, *command[1:]], cwd=project, env=variables,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -169,6 +168,6 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Run one of the project's scripts (or another module, by its dotted name) as a user does; output is captured as text."""
     variables = {**options.pop("env", os.environ), "PYTHONPATH": str(ROOT)}
-    python = preloaded.program("python", variables) or sys.executable
+    python = preloaded.program("python", variables)
     command = [python, "-m", name if "." in name else f"scripts.{name}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, **options)

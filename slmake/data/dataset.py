@@ -1,5 +1,6 @@
 """From the files that `prepare` names to its output: rows, splits, tokens, prompt.json and statistics."""
 
+import contextlib
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -106,19 +107,20 @@ class Preparation:
         """Tokenize the rows of every split into its Parquet file."""
         tokenizer, join = self.tokenizer, self.section.strategy == "join"
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        writers = {
-            name: Writer(self.folder / f"{name}.parquet", self.section, pad_id, join and name != "test")
-            for name in SPLITS
-        }
-        with self.job.progress(int((split >= 0).sum()), "rows") as bar:
+        with contextlib.ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(
+                    Writer(self.folder / f"{name}.parquet", self.section, pad_id, join and name != "test")
+                )
+                for name in SPLITS
+            }
+            bar = stack.enter_context(self.job.progress(int((split >= 0).sum()), "rows"))
             for numbers, batch in store.batches(BATCH):
                 for index, writer in enumerate(writers.values()):
                     chosen = [row for row, own in zip(batch, split[numbers] == index, strict=True) if own]
                     if chosen:
                         writer.write(chosen, tokenize(chosen))
                         bar.update(len(chosen))
-        for writer in writers.values():
-            writer.close()
         return writers
 
     def _write_prompt(self, template: PromptTemplate, labels: list[str] | None, tokenize: Tokenize) -> None:

@@ -18,7 +18,7 @@ def read_delimited(
 
     Args:
         tabs: the delimiter is the tab, as in .tsv; otherwise it is detected.
-        fields: columns that must be there, by which two possible delimiters are told apart.
+        fields: columns that must be there, by which one of two possible delimiters is chosen.
 
     Raises:
         UserError: two delimiters are possible, a row does not fit the header, or a quote is not closed.

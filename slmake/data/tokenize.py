@@ -159,10 +159,19 @@ class Writer:
                 columns[name].append(value)
         self.file.write_table(self.arrow.table(columns, schema=self.schema))
 
-    def close(self) -> None:
-        if self.open:
-            self._flush([self._joined()])
-        self.file.close()
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        try:
+            if self.open and error is None:
+                self._flush([self._joined()])
+            self.file.close()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            self.file.is_open = False  # or it would try again, and fail aloud, when it is deleted
 
 
 def lengths_summary(lengths: Counter) -> dict:

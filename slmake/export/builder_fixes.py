@@ -1,7 +1,7 @@
 """Work around faults of the model builder in onnxruntime-genai 0.18.
 
-Each fix replaces methods of the builder while it runs, and names the fault. tests/unit/export/test_builder_fixes.py exports
-a model without each fix, and fails when the builder does not need it any more.
+Each fix replaces methods of the builder while it runs, and names the fault. tests/unit/export/test_families.py exports a
+model without each fix, and fails when the builder does not need it any more.
 """
 
 import contextlib

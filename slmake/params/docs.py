@@ -4,6 +4,7 @@ python -m slmake.params.docs --output docs
 """
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 
@@ -39,7 +40,15 @@ def reference() -> str:
 
     def table(title: str, model: type[BaseModel]) -> None:
         lines.extend(
-            ["", title, "", model.__doc__.strip(), "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+            [
+                "",
+                title,
+                "",
+                inspect.cleandoc(model.__doc__),
+                "",
+                "| field | default | allowed | meaning |",
+                "|---|---|---|---|",
+            ]
         )
         spec = schema["$defs"][model.__name__]["properties"]
         for key, info in model.model_fields.items():

@@ -45,26 +45,26 @@ def parts(folder: Path) -> list[Path]:
         raise UserError(
             f"{mlmodel}: no folder with a config.json below it: the Hugging Face model is missing. Download the folder again."
         )
-    made = [model]
+    folders = [model]
     if not (model / "tokenizer_config.json").exists():
         tokenizer = _first(root, ["components/tokenizer", "data/tokenizer"], "tokenizer_config.json")
         if tokenizer is None:
             raise UserError(
                 f"{mlmodel}: no tokenizer (tokenizer_config.json) in {model.name}, components/tokenizer or data/tokenizer."
             )
-        made.append(tokenizer)
-    return made
+        folders.append(tokenizer)
+    return folders
 
 
 def _first(root: Path, names: list[str | None], file: str) -> Path | None:
     for name in filter(None, names):
-        place = (root / name).resolve()
-        if place.is_relative_to(root.resolve()) and (place / file).exists():
+        folder = (root / name).resolve()
+        if folder.is_relative_to(root.resolve()) and (folder / file).exists():
             return root / name
     return None
 
 
 def _configured(root: Path) -> Path | None:
     """The only folder that holds a config.json together with weights."""
-    found = [path.parent for path in sorted(root.rglob("config.json")) if any(path.parent.glob("*.safetensors"))]
-    return found[0] if len(found) == 1 else None
+    folders = [path.parent for path in sorted(root.rglob("config.json")) if any(path.parent.glob("*.safetensors"))]
+    return folders[0] if len(folders) == 1 else None

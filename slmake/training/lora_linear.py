@@ -186,7 +186,7 @@ def lora_layers(peft) -> dict[str, torch.nn.Module]:
 
 @torch.no_grad()
 def _computes(module) -> bool:
-    """Whether `_forward` gives the result of PEFT's own forward, with random values in all parameters of the adapter.
+    """Whether `LoraLinear` gives the result of PEFT's own forward, with random values in all parameters of the adapter.
 
     DoRA's magnitude, a bias of B and the like would have no effect with the values that they are initialized to.
     """
@@ -199,7 +199,9 @@ def _computes(module) -> bool:
         for value in parameters:
             random = torch.randn(value.shape, generator=generator)
             value.copy_(random / value.shape[-1] ** 0.5)
-        return close(_forward(module, x), type(module).forward(module, x), 0.02)
+        scaling = module.scaling[module.active_adapters[0]]
+        fused = LoraLinear.apply(x, Frozen(base.weight), base.bias, scaling, True, *_adapter(module))[0]
+        return close(fused, module(x), 0.02)
     finally:
         for value, original in zip(parameters, before, strict=True):
             value.copy_(original)
@@ -214,9 +216,9 @@ def fuse(peft, join: bool = False, weights_fixed: bool = False) -> int:
     """
     plain = {}
     for name, module in lora_layers(peft).items():
-        module.fake_quantized = module.frozen = None
         if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity) and _computes(module):
             plain[name] = module
+            module.fake_quantized = module.frozen = None
             module.forward = types.MethodType(_forward, module)
     alone = dict(plain)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if join else ():

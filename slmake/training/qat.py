@@ -42,7 +42,8 @@ class QuantizationAware:
     """
 
     def __init__(self, peft, block_size: int, target_modules: str | list[str], rate: float, seed: int):
-        """Choose the layers: `all-linear`, or those whose last name is in `target_modules`.
+        """Choose from the layers that `lora_linear.fuse` has replaced: `all-linear`, or those whose last name is in
+        `target_modules`.
 
         Leave out layers that will have 8 bits: their rounding is too small to be worth simulating.
         """
@@ -51,7 +52,7 @@ class QuantizationAware:
         self.layers = {
             name: module
             for name, module in lora_layers(peft).items()
-            if every or name.rsplit(".", 1)[-1] in target_modules
+            if hasattr(module, "fake_quantized") and (every or name.rsplit(".", 1)[-1] in target_modules)
         }
 
     @torch.no_grad()

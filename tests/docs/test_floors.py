@@ -7,17 +7,12 @@ from tiny import ROOT
 
 FLOORS = (
     *("params", "sources", "data", "training", "merging", "export"),
-    *("scoring", "reporting", "packaging", "platforms", "azureml"),
+    *("scoring", "rehearsal", "reporting", "packaging", "platforms", "azureml"),
 )
 GROUND = (
-    "cli",
-    "code_inputs",
-    "errors",
-    "generation",
-    "outputs",
-    "prompts",
+    *("cli", "code_inputs", "errors", "generation", "outputs", "prompts", "text"),
 )  # modules of slmake/ that all floors import
-BESIDE = {"model_folder": "sources", "plan": "azureml"}  # modules of slmake/ and the floor on which they stand
+BESIDE = {"model_folder": "sources", "plan": "export"}  # modules of slmake/ and the floor on which they stand
 # Floor and the higher floor it imports -> why that is right.
 EXCEPTIONS = {
     (

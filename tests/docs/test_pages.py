@@ -12,7 +12,11 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")]
 )
-GENERATED = {"docs/params.md": r".*", "docs/benchmarks.md": r"<!-- generated.*?begin -->.*<!-- generated.*?end -->"}
+GENERATED = {
+    "docs/params.md": r".*",
+    "docs/benchmarks.md": r"<!-- generated.*?begin -->.*<!-- generated.*?end -->",
+    "docs/reliability.md": r"<!-- figures of .*?<!-- end.*?-->",
+}
 IDIOMS = (
     *("mend", "mended", "mends", "goes on from", "go on from", "is told", "tells", "brings", "left out of account"),
     *("slower hour", "noisier hour", "the process that speaks", "data set", "what all rows"),

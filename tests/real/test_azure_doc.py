@@ -51,10 +51,10 @@ def test_every_command_as_written(copy_of_built, tmp_path, blob_server, containe
     git(tmp_path, "clone", "-q", str(owner), "other")
     (other / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     equip(other)
-    told = shell(other, colleague)
-    assert "everything matches its receipt" in told
-    assert "up to date" in told
-    assert "Nothing to be done" in told
+    output = shell(other, colleague)
+    assert "everything matches its receipt" in output
+    assert "up to date" in output
+    assert "Nothing to be done" in output
     assert contents(other) == contents(owner)
 
     rows = "".join(json.dumps(row) + "\n" for row in make_rows(96))

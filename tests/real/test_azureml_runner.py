@@ -52,13 +52,13 @@ def test_the_pipeline_ends_in_the_bytes_of_a_local_build(compiled, built, tmp_pa
             assert files == sums(built / path), path
 
 
-def test_a_finetune_that_loses_its_machine_goes_on(compiled, built, tmp_path):
+def test_a_finetune_that_loses_its_machine_resumes(compiled, built, tmp_path):
     """Killed after its first checkpoint, started again on another machine with the same mounts: it resumes, and ends in the same bytes."""
     project = Path(shutil.copytree(compiled, tmp_path / "project"))
     change(project, "finetune", num_train_epochs=20.0, save_steps=2)
     assert run(project, "python", "-m", "tools.azureml", "compile").returncode == 0
     step = yaml.safe_load((project / "azureml" / "pipeline.yml").read_text())["jobs"]["finetune"]
-    runner = Runner(tmp_path / "machines")
+    runner = Runner(tmp_path / "machines", fresh=True)
     code = project / "build" / "azureml" / "code" / "finetune"
     places = {
         "data": project / "data" / "dataset.json",
@@ -69,7 +69,7 @@ def test_a_finetune_that_loses_its_machine_goes_on(compiled, built, tmp_path):
 
     def outputs() -> dict[str, Path]:
         return {
-            reference(value) if isinstance(value, str) else name: runner.place("out")
+            reference(value) if isinstance(value, str) else name: runner.new_path("out")
             for name, value in step["outputs"].items()
         }
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import yaml
 from aml_server import Fault, clean_environment, error
@@ -72,8 +73,9 @@ def environment(aml) -> dict[str, str]:
 
 def azureml(aml, project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
     """Run tools/azureml.py as a user does; both streams in stdout."""
-    command = ["python", "-m", "tools.azureml", *arguments]
-    return subprocess.run(command, cwd=project, env=environment(aml), **STREAMS, **options)
+    variables = environment(aml)
+    command = [preloaded.program("python", variables), "-m", "tools.azureml", *arguments]
+    return subprocess.run(command, cwd=project, env=variables, **STREAMS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +279,7 @@ def check(tmp_path: Path, **changes: object) -> str:
     ml = service.client(loaded)
 
     def submit() -> None:
-        with service.told("workspace_name, resource_group, subscription_id", file):
+        with service.translate_errors("workspace_name, resource_group, subscription_id", file):
             ml.workspaces.get(loaded.workspace_name)
         for name, one in loaded.clusters.items():
             service.prepare_cluster(ml, name, one, file, job)
@@ -293,7 +295,7 @@ def cluster(**fields: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"workspace_name": "elsewhere"}, r"workspace_name, resource_group, subscription_id: not found: .*elsewhere"),
         (cluster(name="none"), r"clusters\.gpu\.name: the workspace has no compute `none`; it has: .*Correct the name, or give clusters\.gpu\.size"),
@@ -306,7 +308,7 @@ def cluster(**fields: object) -> dict:
         ({"model": "azureml://registries/shared/models/mlflow/versions/1"}, r"registered as mlflow_model, .* Set model_type to mlflow_model"),
     ],
 )  # fmt: skip
-def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, said):
+def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, message):
     for kind in ("triton_model", "mlflow_model"):
         name = f"{kind.partition('_')[0]}/versions/1"
         properties = {
@@ -317,7 +319,7 @@ def test_wrong_settings_name_the_field(ran, asked, tmp_path, changes, said):
         }
         asked.models[name] = asked.resource(f"/models/{name}", properties)
         asked.models[name]["id"] = f"azureml://registries/shared/models/{name}"
-    assert re.search(said, check(tmp_path, **changes))
+    assert re.search(message, check(tmp_path, **changes))
 
 
 def test_no_right_to_create_a_cluster(asked, tmp_path):
@@ -325,8 +327,8 @@ def test_no_right_to_create_a_cluster(asked, tmp_path):
         [r"^PUT .*/computes/", error(403, "AuthorizationFailed", "does not have authorization to perform action"), 9]
     ]
     try:
-        said = check(tmp_path, **cluster(name="mine", size="Standard_D2"))
+        message = check(tmp_path, **cluster(name="mine", size="Standard_D2"))
     finally:
         asked.server.faults.clear()
-    assert said.startswith("clusters.gpu.size: permission denied")
-    assert "AzureML Compute Operator" in said
+    assert message.startswith("clusters.gpu.size: permission denied")
+    assert "AzureML Compute Operator" in message

@@ -125,12 +125,12 @@ def test_the_image_alone_runs_the_whole_pipeline(built, base, tmp_path):
     assert digests(project) == digests(built)
 
 
-def fails(project, *said: str) -> None:
+def fails(project, *messages: str) -> None:
     """A forced build stops before any job, says what it should, and leaves everything in place."""
     before = digests(project)
     done = snakemake(project, *PROFILE, "--forceall")
     assert done.returncode != 0
-    for text in said:
+    for text in messages:
         assert text in done.stdout
     assert "Activating singularity image" not in done.stdout
     assert "Traceback" not in done.stdout

@@ -8,18 +8,18 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import preloaded
 import pytest
 from azurite import Azurite
 from project import environment
 from proxy import Faulty
 from sharing import contents, git, remote
-from tiny import write_params
+from tiny import ROOT, write_params
 
 from slmake.outputs import folder_digest
 
@@ -42,12 +42,22 @@ class Case:
     def stored(self) -> dict[str, bytes]:
         return {blob.name: self.blobs.download_blob(blob.name).readall() for blob in self.blobs.list_blobs()}
 
+    def environment(self) -> dict[str, str]:
+        """Modules are looked for in the working folder first, and outside of a project in this one."""
+        return environment() | {"PYTHONPATH": str(ROOT)}
+
+    def run(self, command: list) -> None:
+        """Run a command that must not fail."""
+        variables = self.environment()
+        program = [preloaded.program("python", variables), *map(str, command)]
+        subprocess.run(program, cwd=self.cwd, env=variables, check=True, capture_output=True)
+
     def start(self, port: int, **options) -> subprocess.Popen:
-        variables = environment() | {
+        variables = self.environment() | {
             "AZURE_STORAGE_CONNECTION_STRING": self.server.connection(port, options.get("key"))
         }
         return subprocess.Popen(
-            [sys.executable, *map(str, self.command)],
+            [preloaded.program("python", variables), *map(str, self.command)],
             cwd=self.cwd,
             env=variables,
             stdout=subprocess.PIPE,
@@ -67,14 +77,14 @@ class Case:
 
 
 class Push(Case):
-    """tools/remote.py push, to an empty remote."""
+    """tools.remote push, to an empty remote."""
 
     def __init__(self, folder, server, pushed, full):
         super().__init__(folder, server, pushed)
         self.cwd = folder / "full"
         subprocess.run(["cp", "-a", full, self.cwd], check=True)
         self.aim(self.container)
-        self.command = ["tools/remote.py", "push"]
+        self.command = ["-m", "tools.remote", "push"]
 
     def aim(self, container: str) -> None:
         config = self.cwd / ".dvc" / "config"
@@ -92,15 +102,13 @@ class Push(Case):
         return self.stored()
 
     def damage(self, change: Callable) -> None:
-        subprocess.run(
-            [sys.executable, *self.command], cwd=self.cwd, env=environment(), check=True, capture_output=True
-        )
+        self.run(self.command)
         name, content = max(self.stored().items(), key=lambda item: len(item[1]))
         self.blobs.upload_blob(name, change(content), overwrite=True)
 
 
 class Pull(Push):
-    """tools/remote.py pull, into a fresh clone."""
+    """tools.remote pull, into a fresh clone."""
 
     def __init__(self, folder, server, pushed, full):
         Case.__init__(self, folder, server, pushed)
@@ -110,7 +118,7 @@ class Pull(Push):
         cache = full / ".dvc" / "cache"
         for path in cache.glob("files/md5/*/*"):
             self.blobs.upload_blob(f"tones/{path.relative_to(cache).as_posix()}", path.read_bytes())
-        self.command = ["tools/remote.py", "pull"]
+        self.command = ["-m", "tools.remote", "pull"]
 
     def wanted(self):
         return {name: (self.project / name).read_bytes() for name in contents(self.project)}
@@ -128,7 +136,7 @@ class Pull(Push):
 
 
 class Publish(Case):
-    """scripts/publish.py, over a model that was published before."""
+    """scripts.publish, over a model that was published before."""
 
     def __init__(self, folder, server, pushed, full):
         super().__init__(folder, server, pushed)
@@ -159,9 +167,7 @@ class Publish(Case):
 
     def publish(self, model: Path, name: str) -> None:
         self.aim(self.container)
-        subprocess.run(
-            [sys.executable, *map(str, self.arguments(model, name))], env=environment(), check=True, capture_output=True
-        )
+        self.run(self.arguments(model, name))
 
     def wanted(self):
         digest = folder_digest(self.model)
@@ -186,7 +192,7 @@ class Publish(Case):
 
 
 class Fetch(Case):
-    """scripts/fetch_model.py, from a folder in a container."""
+    """scripts.fetch_model, from a folder in a container."""
 
     def __init__(self, folder, server, pushed, full):
         super().__init__(folder, server, pushed)

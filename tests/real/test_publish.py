@@ -33,8 +33,8 @@ def arguments(tmp_path: Path, container: str, model: Path, name: str = "publishe
 
 def blobs(server, container: str) -> dict[str, tuple[str, object]]:
     """ETag and time of every blob."""
-    found = server.client().get_container_client(container).list_blobs()
-    return {blob.name: (blob.etag, blob.last_modified) for blob in found}
+    names = server.client().get_container_client(container).list_blobs()
+    return {blob.name: (blob.etag, blob.last_modified) for blob in names}
 
 
 def pointer(server, container: str) -> dict:

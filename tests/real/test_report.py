@@ -72,7 +72,7 @@ def test_every_section_opens_without_an_error(page, browser, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "parts"),
     [
         ("overview.html", ["data/dataset.json", "data/base", "held out for the test", "learning rate"]),
         ("scores.html", ["restricted_accuracy", "merged against adapter", "int4 against merged", "mean KL"]),
@@ -85,13 +85,13 @@ def test_every_section_opens_without_an_error(page, browser, tmp_path):
         ("data.svg", ["95th percentile", "sadness"]),
     ],
 )
-def test_figures_show_what_they_promise(built, browser, tmp_path, name, told):
+def test_figures_show_what_they_promise(built, browser, tmp_path, name, parts):
     """Each figure as the browser draws it, by its text; and no drawn text runs out of the picture."""
     shots = Path(os.environ.get("SLMAKE_SCREENSHOTS", tmp_path / "screenshots"))
     browser.get((built / "build" / "report" / name).as_uri())
     text = browser.execute_script("return document.documentElement.textContent")
-    for one in told:
-        assert one in text, name
+    for part in parts:
+        assert part in text, name
     shoot(browser, shots, name.replace(".", "-"))
     if name.endswith(".svg"):
         outside = browser.execute_script(
@@ -119,13 +119,13 @@ def test_pictures_of_the_readme(page, tmp_path):
 def test_candidates_of_a_search(searched, browser, tmp_path):
     """The Pareto plot and its table, of real candidates."""
     shots = Path(os.environ.get("SLMAKE_SCREENSHOTS", tmp_path / "screenshots"))
-    for name, told in (
+    for name, parts in (
         ("candidates.svg", ["Pareto front", "chosen", "size (MB)", "merged, not quantized"]),
         ("candidates.html", ["block_size 16", "block_size 32", "chosen", "mean KL"]),
     ):
         browser.get((searched / "build" / "report" / name).as_uri())
         text = browser.execute_script("return document.documentElement.textContent")
-        for one in told:
-            assert one in text, name
+        for part in parts:
+            assert part in text, name
         shoot(browser, shots, name.replace(".", "-"))
         assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

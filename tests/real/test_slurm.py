@@ -93,8 +93,8 @@ def little_memory(project) -> None:
     """Let `merge` ask for far too little."""
     snakefile = project / "Snakefile"
     text = snakefile.read_text(encoding="utf-8")
-    assert "slurm.memory(4000, 2)" in text
-    snakefile.write_text(text.replace("slurm.memory(4000, 2)", "slurm.memory(300)"), encoding="utf-8")
+    assert "memory(4000, 2)" in text
+    snakefile.write_text(text.replace("memory(4000, 2)", "memory(300)"), encoding="utf-8")
 
 
 MERGE = ("--force", "build/merged", "--allowed-rules", "merge")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_model, write_params
 
-from bench import document, flops, job, measure, models, prepare, quantize, results
+from bench import document, finetune, flops, inference, job, measure, models, prepare, quantize, results
 
 
 def test_ratios_are_taken_round_by_round():
@@ -65,11 +65,11 @@ def test_step_flops_are_those_that_torch_counts(tmp_path, kv):
         logits = model(input_ids=ids).logits
         logits.float().square().mean().backward()
     config = json.loads((base / "config.json").read_text())
-    found = flops.step_flops(config, 4, rows * time, np.full(rows, time), rows * time)
-    found["attention"] = found["attention"] * 2 * time // (time + 1)
+    counted = flops.step_flops(config, 4, rows * time, np.full(rows, time), rows * time)
+    counted["attention"] = counted["attention"] * 2 * time // (time + 1)
     # The counter also sees the rotary embedding's product of positions and frequencies.
     rotary = 2 * time * config["hidden_size"] // config["num_attention_heads"] // 2
-    assert counter.get_total_flops() - sum(found.values()) in (0, rotary)
+    assert counter.get_total_flops() - sum(counted.values()) in (0, rotary)
 
 
 def test_step_flops_of_smollm2_by_hand():
@@ -81,11 +81,11 @@ def test_step_flops_of_smollm2_by_hand():
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     }
-    found = flops.step_flops(config, 64, 30, np.array([10, 20]), 6)
-    assert found["base"] == 30 * (4 * 30 * 3_538_944 - 2 * 576 * (576 + 192 + 192))
-    assert found["lora"] == 30 * 64 * (6 * 30 * 10_176 - 2 * 3 * 576)
-    assert found["attention"] == 3 * 4 * 576 * 30 * (55 + 210)
-    assert found["head"] == 4 * 6 * 576 * 49152
+    counted = flops.step_flops(config, 64, 30, np.array([10, 20]), 6)
+    assert counted["base"] == 30 * (4 * 30 * 3_538_944 - 2 * 576 * (576 + 192 + 192))
+    assert counted["lora"] == 30 * 64 * (6 * 30 * 10_176 - 2 * 3 * 576)
+    assert counted["attention"] == 3 * 4 * 576 * 30 * (55 + 210)
+    assert counted["head"] == 4 * 6 * 576 * 49152
 
 
 def test_random_models_load_strictly_and_merge(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_random_models_load_strictly_and_merge(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_a_failing_child_is_told_with_its_output():
+def test_a_failing_child_is_reported_with_its_output():
     with pytest.raises(measure.BenchError, match=r"code 3:(?s:.)*something broke"):
         measure.run([sys.executable, "-c", "import sys; print('something broke'); sys.exit(3)"])
     assert measure.last_json('noise\n{"a": 1}\nmore noise\n') == {"a": 1}
@@ -125,9 +125,9 @@ def test_a_failing_child_is_told_with_its_output():
 def test_contenders_run_interleaved():
     seen = []
     contenders = {name: lambda number, name=name: seen.append((number, name)) or {"n": number} for name in "abc"}
-    found = measure.interleaved(2, **contenders)
+    runs = measure.interleaved(2, **contenders)
     assert seen == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
-    assert found["b"] == [{"n": 0}, {"n": 1}]
+    assert runs["b"] == [{"n": 0}, {"n": 1}]
 
 
 def test_import_times_are_summed_by_rule(tmp_path):
@@ -150,7 +150,7 @@ def test_the_bare_builder_is_asked_for_what_quantize_asks(tmp_path):
     command = [str(word) for word in quantize.builder_command(params, model, tmp_path / "out", tmp_path / "cache")]
     assert "block_size=16" in command
     overrides = json.loads(command[command.index("--target_options") + 1])["quant_config"]["weights"]["overrides"]
-    names = {one["match"]["name"] for one in overrides if "name" in one["match"]}
+    names = {word["match"]["name"] for word in overrides if "name" in word["match"]}
     assert names == {f"/model/layers.{layer}/mlp/down_proj/MatMul" for layer in range(2)}
 
 
@@ -219,8 +219,8 @@ def test_another_machine_adds_to_the_document_and_a_newer_run_replaces(tmp_path)
 
     def measured(kept: str, when: str, ratio: float, **machine) -> None:
         bars = [results.bar("merge: time over a plain copy", [ratio], at_most=1.5)]
-        found = {**RESULT, "machine": {**RESULT["machine"], **machine, "when": when}, "bars": bars, "runs": "/a/path"}
-        results.save(tmp_path / kept / "merge.json", found)
+        report = {**RESULT, "machine": {**RESULT["machine"], **machine, "when": when}, "bars": bars, "runs": "/a/path"}
+        results.save(tmp_path / kept / "merge.json", report)
         document.write(["merge"], tmp_path / kept, page)
 
     measured("here", "2026-11-24 10:00 UTC", 1.1)
@@ -263,3 +263,35 @@ def test_dropping_the_cache_keeps_the_files(tmp_path):
     assert measure.flush(tmp_path) >= 0
     assert (tmp_path / "a").read_bytes() == b"x" * 10_000
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
+
+
+def test_bars_of_time_to_an_accuracy():
+    def runs(seconds: list[float], accuracy: float) -> list[dict]:
+        return [{"int4_s": value, "accuracy": accuracy} for value in seconds]
+
+    peers = {"olive": runs([30, 40], 0.3), "trl": runs([20, 30], 0.9)}
+    olive, trl = job.accuracy_bars({"ours": runs([10, 10], 0.85), **peers}, 0.8)
+    assert olive["met"] is None
+    assert "does not reach it (30.0%), so there is no bar (3 x was wanted)" in olive["note"]
+    assert (trl["median"], trl["min"], trl["met"]) == (2.5, 2.0, True)
+    _, trl = job.accuracy_bars({"ours": runs([10, 10], 0.75), **peers}, 0.8)
+    assert trl["met"] is False
+    assert "ours does not reach it (75.0%)" in trl["note"]
+
+
+def test_bars_of_training_speed():
+    speed = {"ours": [300.0, 330.0], "trl": [100.0, 110.0]}
+    limit = [{"square": 1000.0, "shapes": 600.0}, {"square": 1100.0, "shapes": 660.0}]
+    over, square, shapes = finetune.speed_bars(speed, limit, per_token=2.0, dtype="float32")
+    assert (over["median"], over["met"]) == (3.0, True)
+    assert (square["median"], square["met"]) == (0.6, True)
+    assert (shapes["median"], shapes["met"]) == (1.0, None)
+
+
+def test_bars_of_latency():
+    middle = {"int4": [50.0], "int4, 4 bits throughout": [40.0], "float32 ONNX": [100.0], "llama.cpp": [80.0]}
+    sizes = dict.fromkeys(middle, 90.0)
+    bars = inference.latency_bars(middle, sizes)
+    assert [bar["median"] for bar in bars] == [0.625, 0.5, 2.0]
+    without = {name: values for name, values in middle.items() if name != "llama.cpp"}
+    assert [bar["median"] for bar in inference.latency_bars(without, sizes)] == [2.0]

@@ -158,13 +158,3 @@ def test_metrics_and_plots_are_shown(repository):
     page = (repository / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert "cross entropy per answer token" in page
     assert "Confusion of int4" in page
-
-
-def test_an_experiment_changes_a_parameter_and_rebuilds(repository):
-    done = run(repository, "dvc", "exp", "run", "-S", "finetune.learning_rate=0.003")
-    assert done.returncode == 0, done.stdout
-    assert {"finetune", "merge", "quantize", "evaluate"} <= ran(done.stdout)
-    assert "prepare" not in ran(done.stdout)
-    assert yaml.safe_load((repository / "params.yaml").read_text())["finetune"]["learning_rate"] == 0.003
-    curve = (repository / "results" / "train_loss.csv").read_text().splitlines()
-    assert max(float(line.split(",")[3]) for line in curve[1:]) == pytest.approx(0.003, rel=0.2)

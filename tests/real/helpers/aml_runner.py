@@ -9,18 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import yaml
 
 from slmake.azureml.step import sums
 
 
 class Runner:
-    """Steps and pipelines below `folder`; `image` is a .sif file, or None for the Python that runs the tests."""
+    """Steps and pipelines below `folder`; `image` is a .sif file, or None for the Python that runs the tests.
 
-    def __init__(self, folder: Path, image: str | None = None):
-        self.folder, self.image = folder, image
+    Outside of an image, `fresh` steps are new processes that share nothing; otherwise tests/preloaded.py spares them the imports.
+    """
 
-    def place(self, name: str) -> Path:
+    def __init__(self, folder: Path, image: str | None = None, fresh: bool = False):
+        self.folder, self.image, self.fresh = folder, image, fresh
+
+    def new_path(self, name: str) -> Path:
         """A path that nobody could have guessed, in a folder of its own."""
         folder = self.folder / f"{name}-{secrets.token_hex(8)}"
         folder.mkdir(parents=True)
@@ -33,19 +37,23 @@ class Runner:
             inputs, outputs: where the content of each is; outputs need not exist.
             start: what starts the process: subprocess.run, or Popen to deal with it while it runs.
         """
-        work = self.place("work")
+        work = self.new_path("work")
         shutil.copytree(code, work)
         mounted = {name: self._mount(path) for name, path in inputs.items()}
         for path in outputs.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        told = re.sub(r"\$\{\{inputs\.(\w+)\}\}", lambda found: str(mounted[found[1]]), command)
-        told = re.sub(r"\$\{\{outputs\.(\w+)\}\}", lambda found: str(outputs[found[1]]), told)
-        assert "${{" not in told, told
+        filled = re.sub(r"\$\{\{inputs\.(\w+)\}\}", lambda match: str(mounted[match[1]]), command)
+        filled = re.sub(r"\$\{\{outputs\.(\w+)\}\}", lambda match: str(outputs[match[1]]), filled)
+        assert "${{" not in filled, filled
         before = {name: sums(path) for name, path in mounted.items()}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {"PATH": path, "LANG": "C.UTF-8", "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+        if not (self.fresh or self.image):
+            preloaded.program("python", variables)
         done = start(
-            self._command(told, work, [*mounted.values(), *outputs.values()]),
+            self._command(filled, work, [*mounted.values(), *outputs.values()]),
             cwd=work,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.folder), "OMP_NUM_THREADS": "1"},
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -55,7 +63,7 @@ class Runner:
         return done
 
     def _mount(self, path: Path) -> Path:
-        target = self.place("in")
+        target = self.new_path("in")
         if path.is_dir():
             shutil.copytree(path, target)
         else:
@@ -64,32 +72,31 @@ class Runner:
             part.chmod(0o555 if part.is_dir() else 0o444)
         return target
 
-    def _command(self, told: str, work: Path, places: list[Path]) -> list[str]:
+    def _command(self, command: str, work: Path, mounts: list[Path]) -> list[str]:
         if not self.image:
-            inside = f"export PATH={Path(sys.executable).parent}:$PATH; {told}"
-            return ["bash", "-c", inside]
-        binds = ",".join(f"{path.parent}:{path.parent}" for path in places)
+            return ["bash", "-c", command]
+        binds = ",".join(f"{path.parent}:{path.parent}" for path in mounts)
         base = ["apptainer", "exec", "--cleanenv", "--home", str(work), "--bind", binds, "--pwd", str(work)]
-        return [*base, "--env", "OMP_NUM_THREADS=1", self.image, "bash", "-c", told]
+        return [*base, "--env", "OMP_NUM_THREADS=1", self.image, "bash", "-c", command]
 
     def pipeline(self, file: Path) -> dict[str, Path]:
         """Run a whole pipeline.yml; where each of its outputs lies, by name."""
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = {name: (file.parent / value["path"]).resolve() for name, value in document["inputs"].items()}
-        made = {name: self.place("out") for name in document["outputs"]}
+        inputs_of_job = {name: (file.parent / value["path"]).resolve() for name, value in document["inputs"].items()}
+        outputs_of_job = {name: self.new_path("out") for name in document["outputs"]}
         left = dict(document["jobs"])
         while left:
             name = next(name for name, step in left.items() if not waits(step, left))
             step = left.pop(name)
-            inputs = {key: given[reference(value)] if "parent.inputs" in value else made[reference(value)]
+            inputs = {key: inputs_of_job[reference(value)] if "parent.inputs" in value else outputs_of_job[reference(value)]
                       for key, value in step["inputs"].items()}  # fmt: skip
             outputs = {
-                key: made[reference(value)] if isinstance(value, str) else self.place("out")
+                key: outputs_of_job[reference(value)] if isinstance(value, str) else self.new_path("out")
                 for key, value in step["outputs"].items()
             }
             done = self.step((file.parent / step["code"]).resolve(), step["command"], inputs, outputs)
             assert done.returncode == 0, f"{name}:\n{done.stdout}"
-        return made
+        return outputs_of_job
 
 
 def reference(binding: str) -> str:

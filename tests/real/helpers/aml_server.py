@@ -82,10 +82,10 @@ class Server:
 
     def admit(self, authorization: str) -> None:
         """Raise Fault unless a request carries a token that has not expired."""
-        found = re.fullmatch(r"Bearer [\w-]+\.([\w-]+)\.\w+", authorization)
-        if not found or not self.known:
+        token = re.fullmatch(r"Bearer [\w-]+\.([\w-]+)\.\w+", authorization)
+        if not token or not self.known:
             raise error(401, "AuthenticationFailed", "Authentication failed. The token is missing or invalid.")
-        claims = json.loads(base64.urlsafe_b64decode(found[1] + "=" * (-len(found[1]) % 4)))
+        claims = json.loads(base64.urlsafe_b64decode(token[1] + "=" * (-len(token[1]) % 4)))
         if claims["exp"] < time.time():
             raise error(
                 401, "ExpiredAuthenticationToken", "The access token expiry UTC time is earlier than current UTC time."

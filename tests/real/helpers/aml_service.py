@@ -101,19 +101,19 @@ class AzureML:
             return 201, self.resources[path], {}
         if kind == "codes" and rest.endswith("/versions"):
             wanted = query.get("hash", [""])[0]
-            found = [item for place, item in self.resources.items() if place.startswith(path)]
-            return 200, {"value": [item for item in found if wanted in item["properties"]["properties"].values()]}, {}
+            items = [item for resource, item in self.resources.items() if resource.startswith(path)]
+            return 200, {"value": [item for item in items if wanted in item["properties"]["properties"].values()]}, {}
         if path in self.resources:
             return 200, self.resources[path], {}
         if kind == "models" and rest.endswith("/versions"):
-            found = [item for place, item in self.resources.items() if place.startswith(f"{path}/")]
-            if found:
-                return 200, {"value": found}, {}
+            items = [item for resource, item in self.resources.items() if resource.startswith(f"{path}/")]
+            if items:
+                return 200, {"value": items}, {}
         if kind == "models" and "/versions" not in rest:
             numbers = [
-                int(place.rpartition("/")[2])
-                for place in self.resources
-                if place.startswith(f"/models/{rest}/versions/")
+                int(resource.rpartition("/")[2])
+                for resource in self.resources
+                if resource.startswith(f"/models/{rest}/versions/")
             ]
             if numbers:
                 latest = {"latestVersion": str(max(numbers)), "nextVersion": str(max(numbers) + 1), "properties": {}}
@@ -121,7 +121,7 @@ class AzureML:
         if path == "/computes":
             return (
                 200,
-                {"value": [item for place, item in self.resources.items() if place.startswith("/computes/")]},
+                {"value": [item for resource, item in self.resources.items() if resource.startswith("/computes/")]},
                 {},
             )
         if kind == "computes":
@@ -183,8 +183,8 @@ class AzureML:
 
     def registry(self, path: str):
         if path.startswith("/registrymanagement/"):
-            found = {"registryName": "shared", "subscriptionId": SUBSCRIPTION, "resourceGroup": GROUP}
-            return 200, found | {"primaryRegionResourceProviderUri": f"https://{REGISTRY}/", "registryFqdns": {}}, {}
+            answer = {"registryName": "shared", "subscriptionId": SUBSCRIPTION, "resourceGroup": GROUP}
+            return 200, answer | {"primaryRegionResourceProviderUri": f"https://{REGISTRY}/", "registryFqdns": {}}, {}
         name = path.partition("/models/")[2]
         if name not in self.models:
             raise error(404, "UserError", f"The model {name} was not found in the registry shared.")
@@ -192,28 +192,28 @@ class AzureML:
 
     def dataplane(self, path: str, body: dict):
         if path == "/dataversion/batchGetResolvedUris":
-            wanted = {one: {"uri": self.assets[one], "type": "uri_folder"} for one in body["values"]}
+            wanted = {asset: {"uri": self.assets[asset], "type": "uri_folder"} for asset in body["values"]}
             return 200, {"values": wanted}, {}
         if path.endswith("/rundata"):
             return 200, {"runMetadata": self.run(body["runId"])}, {}
-        found = re.fullmatch(r"/runs/([^/]+)(/children|/details)?", path)
-        if not found or found[2] == "/details":
+        match = re.fullmatch(r"/runs/([^/]+)(/children|/details)?", path)
+        if not match or match[2] == "/details":
             raise error(404, "UserError", f"not part of this stand-in: {path}")
-        if found[2] == "/children":
-            return 200, {"value": [self.run(name) for name in self.jobs[found[1]]["children"]]}, {}
-        return 200, self.run(found[1]), {}
+        if match[2] == "/children":
+            return 200, {"value": [self.run(name) for name in self.jobs[match[1]]["children"]]}, {}
+        return 200, self.run(match[1]), {}
 
     def run(self, name: str) -> dict:
-        found = self.runs.get(name) or self.jobs.get(name)
-        if not found:
+        record = self.runs.get(name) or self.jobs.get(name)
+        if not record:
             raise error(404, "UserError", f"Run {name} was not found")
         return {
             "runId": name,
-            "displayName": found["display"],
-            "status": found["status"],
-            "properties": found["properties"],
+            "displayName": record["display"],
+            "status": record["status"],
+            "properties": record["properties"],
             "tags": {},
-            "outputs": {key: {"assetId": value, "type": "uri_folder"} for key, value in found["outputs"].items()},
+            "outputs": {key: {"assetId": value, "type": "uri_folder"} for key, value in record["outputs"].items()},
             "inputs": {},
             "createdUtc": "2026-01-01T00:00:00+00:00",
             "experimentId": "e",
@@ -241,8 +241,8 @@ class AzureML:
             raise error(404, "UserError", f"Run {name} was not found")
         if action == "cancel":
             self.jobs[name]["stop"].set()
-            place = f"https://{ARM}{PREFIX}/jobs/{name}/canceled"
-            return 202, None, {"Location": place, "Retry-After": "0"}
+            location = f"https://{ARM}{PREFIX}/jobs/{name}/canceled"
+            return 202, None, {"Location": location, "Retry-After": "0"}
         if action == "canceled":
             return 200, None, {}
         job = self.jobs[name]
@@ -273,10 +273,10 @@ class AzureML:
 
     def mount(self, uri: str) -> tuple[Path, str]:
         """The content of an `azureml://…/datastores/…/paths/…`, downloaded; its identity is its URI."""
-        found = re.search(r"datastores/([\w-]+)/paths/(.+)", uri)
-        place = self.runner.place("input")
-        self.download(CONTAINERS[found[1]], found[2].rstrip("/"), place)
-        return place, uri
+        match = re.search(r"datastores/([\w-]+)/paths/(.+)", uri)
+        target = self.runner.new_path("input")
+        self.download(CONTAINERS[match[1]], match[2].rstrip("/"), target)
+        return target, uri
 
     def step(self, parent: str, rule: str, step: dict, places: dict) -> bool:
         component = self.resources[step["componentId"][len(PREFIX) :]]["properties"]["componentSpec"]
@@ -287,9 +287,9 @@ class AzureML:
         inputs, identities = {}, {}
         for key, value in step.get("inputs", {}).items():
             inputs[key], identities[key] = places[value["value"].strip("${}")]
-        outputs = {key: self.runner.place("output") for key in component["outputs"]}
+        outputs = {key: self.runner.new_path("output") for key in component["outputs"]}
         container, _, root = code.partition(f"{DOMAIN}/")[2].partition("/")
-        snapshot = self.runner.place("code")
+        snapshot = self.runner.new_path("code")
         self.download(container, root, snapshot)
         # What Azure ML compares to decide that a deterministic step was done before.
         depends = json.dumps(
@@ -305,9 +305,9 @@ class AzureML:
             return False
         else:
             self.finished[key] = run
-        for output, place in outputs.items():
+        for output, path in outputs.items():
             asset = child["outputs"].get(output)
-            places[f"parent.jobs.{rule}.outputs.{output}"] = (place, asset)
+            places[f"parent.jobs.{rule}.outputs.{output}"] = (path, asset)
             bound = (step.get("outputs", {}).get(output) or {}).get("value", "").strip("${}")
             if bound:
                 self.jobs[parent]["outputs"][bound.rpartition(".")[2]] = asset
@@ -316,29 +316,29 @@ class AzureML:
     def execute(self, parent: str, run: str, snapshot: Path, command: str, inputs: dict, outputs: dict) -> bool:
         child, stop = self.runs[run], self.jobs[parent]["stop"]
         started = self.runner.step(snapshot, command, inputs, outputs, start=self.popen)
-        said: list[str] = []
-        reader = threading.Thread(target=lambda: said.append(started.stdout.read()), daemon=True)
+        output_of_step: list[str] = []
+        reader = threading.Thread(target=lambda: output_of_step.append(started.stdout.read()), daemon=True)
         reader.start()
         while started.poll() is None:
             if stop.is_set():
                 os.killpg(started.pid, signal.SIGKILL)
             time.sleep(0.1)
         reader.join()
-        self.upload(LOGS, f"ExperimentRun/dcid.{run}/user_logs/std_log.txt", "".join(said).encode())
+        self.upload(LOGS, f"ExperimentRun/dcid.{run}/user_logs/std_log.txt", "".join(output_of_step).encode())
         child["exit"] = started.returncode
         if started.returncode:
             child["status"] = "Canceled" if stop.is_set() else "Failed"
             return False
-        for output, place in outputs.items():
+        for output, path in outputs.items():
             target = f"azureml/{run}/{output}"
-            if place.is_dir():
-                for file in (path for path in place.rglob("*") if path.is_file()):
-                    self.upload(STORE, f"{target}/{file.relative_to(place).as_posix()}", file.read_bytes())
+            if path.is_dir():
+                for file in (item for item in path.rglob("*") if item.is_file()):
+                    self.upload(STORE, f"{target}/{file.relative_to(path).as_posix()}", file.read_bytes())
             else:
-                self.upload(STORE, target, place.read_bytes())
+                self.upload(STORE, target, path.read_bytes())
             asset = f"azureml://locations/westeurope/workspaces/{SUBSCRIPTION}/data/{run}_{output}/versions/1"
             place_of = f"subscriptions/{SUBSCRIPTION}/resourcegroups/{GROUP}/workspaces/{WORKSPACE}/datastores/{STORE}"
-            self.assets[asset] = f"azureml://{place_of}/paths/{target}" + "/" * place.is_dir()
+            self.assets[asset] = f"azureml://{place_of}/paths/{target}" + "/" * path.is_dir()
             child["outputs"][output] = asset
         child |= {"status": "Completed", "places": outputs}
         return True
@@ -357,12 +357,12 @@ class AzureML:
         client = self.blobs.get_container_client(container)
         names = [blob.name for blob in client.list_blobs(name_starts_with=name)]
         single = names == [name]
-        for one in names:
-            rest = one[len(name) :].strip("/")
-            place = target if single else target / rest
+        for blob_name in names:
+            rest = blob_name[len(name) :].strip("/")
+            file = target if single else target / rest
             if rest or single:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(client.download_blob(one).readall())
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(client.download_blob(blob_name).readall())
 
 
 def waits(step: dict, left: dict) -> bool:

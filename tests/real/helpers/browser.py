@@ -52,16 +52,16 @@ def open_report(browser, page: Path) -> None:
 
 def visible(browser, text: str) -> list:
     """What is displayed and says exactly this."""
-    found = browser.find_elements("xpath", f'//*[normalize-space(text())="{text}"]')
-    return [one for one in found if one.is_displayed()]
+    elements = browser.find_elements("xpath", f'//*[normalize-space(text())="{text}"]')
+    return [element for element in elements if element.is_displayed()]
 
 
 def click(browser, text: str) -> None:
     """Click what says this text, once it is there."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        if found := visible(browser, text):
-            browser.execute_script("arguments[0].click()", found[-1])
+        if elements := visible(browser, text):
+            browser.execute_script("arguments[0].click()", elements[-1])
             return
         time.sleep(0.2)
     raise AssertionError(f"nothing says {text!r}: {browser.find_element('tag name', 'body').text[:2000]}")

@@ -12,6 +12,7 @@ from slmake.azureml import settings
 from slmake.errors import UserError
 from slmake.olive import reader as reader_module
 from slmake.olive.reader import Reader
+from slmake.sources import hub
 from tools import import_olive
 
 TEMPLATE = "### Text: {phrase}\n### The tone is:\n{tone}"
@@ -141,7 +142,7 @@ def test_the_tutorials_blocks_in_every_spelling(tmp_path, loader, model, data, m
 
 
 @pytest.mark.parametrize("field", ["model_script", "io_config", "dummy_inputs_func", "user_script"])
-def test_what_only_told_the_exporter_how_to_trace_means_nothing(field):
+def test_fields_of_the_tracing_exporter_have_no_meaning(field):
     content = tutorial()
     content["input_model"]["config"][field] = {"input_names": ["input_ids"]} if field == "io_config" else "user.py"
     assert "to trace the model" in notes(read(content), "dropped")[f"input_model.config.{field}"]
@@ -229,6 +230,19 @@ def test_an_adapter_without_a_merge_is_merged(tmp_path):
     assert "merge is added" in notes(imported, "nearest")["passes"]
 
 
+@pytest.mark.parametrize("passes", [[{"type": "MergeAdapterWeights"}, BUILDER], [BUILDER]])
+def test_an_adapter_from_elsewhere_is_merged(tmp_path, passes):
+    content = small(*passes)
+    content["input_model"]["adapter_path"] = "adapters/mine"
+    imported = read(content)
+    made = loaded(imported, tmp_path)
+    assert made.adapter.source == "adapters/mine"
+    assert made.all.stages == ["merge", "quantize", "evaluate", "report"]
+    assert ("passes" in notes(imported, "nearest")) is (passes == [BUILDER])
+    content["input_model"]["adapter_path"] = "org/adapter"
+    assert loaded(read(content), tmp_path).adapter.source == "hf:org/adapter@main"
+
+
 def test_pass_flows(tmp_path):
     content = tutorial(old=False) | {"pass_flows": [["builder"], ["lora", "merge", "builder"]]}
     imported = read(content)
@@ -307,7 +321,7 @@ def test_passes_that_quantize(tmp_path, passes, expected, nearest):
 
 
 @pytest.mark.parametrize(
-    ("passes", "field", "said"),
+    ("passes", "field", "message"),
     [
         ([{"type": "AutoAWQQuantizer"}, BUILDER], "passes.p0.type", "nearest: gptq"),
         ([{"type": "QuaRot"}, BUILDER], "passes.p0.type", "nearest: gptq"),
@@ -326,15 +340,15 @@ def test_passes_that_quantize(tmp_path, passes, expected, nearest):
         ([BUILDER, BUILDER], "passes.p1", "a second quantize"),
     ],
 )  # fmt: skip
-def test_what_has_no_counterpart_is_refused_with_the_nearest_thing(passes, field, said):
-    assert said in notes(read(small(*passes)), "unknown")[field]
+def test_what_has_no_counterpart_is_refused_with_the_nearest_thing(passes, field, message):
+    assert message in notes(read(small(*passes)), "unknown")[field]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"a": 1, // note\n "b": 2}', "JSON has no comments"),
         ('{"a": 1,}', "no comma before a closing bracket"),
@@ -345,11 +359,11 @@ def test_what_has_no_counterpart_is_refused_with_the_nearest_thing(passes, field
         ("3", "expected a mapping"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, text, said):
+def test_files_that_cannot_be_read(tmp_path, text, message):
     (tmp_path / "olive.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
         import_olive.read(tmp_path / "olive.json")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["olive.json", "olive.yaml", "olive.yml"])
@@ -364,9 +378,9 @@ def test_paths_of_another_machine_and_placeholders_are_to_be_filled_in(tmp_path)
     content = tutorial(old=False, data="C:\\data\\rows.json") | {
         "input_model": {"type": "HfModel", "model_path": "/home/me/model"}
     }
-    found = notes(read(content), "todo")
-    assert found["input_model.model_path"].startswith("nothing is at this path here")
-    assert found["data_configs.0.load_dataset_config.params.data_files"].startswith("nothing is at this path here")
+    todo = notes(read(content), "todo")
+    assert todo["input_model.model_path"].startswith("nothing is at this path here")
+    assert todo["data_configs.0.load_dataset_config.params.data_files"].startswith("nothing is at this path here")
     content = small(BUILDER | {"precision": "<place_holder>"})
     content["input_model"]["model_path"] = "<model_name_placeholder>"
     imported = read(content)
@@ -401,15 +415,15 @@ def test_a_value_of_another_kind_anywhere_ends_in_no_traceback(wrong):
 def test_a_branch_becomes_the_commit_of_today(monkeypatch, tmp_path, capsys):
     (tmp_path / "olive.json").write_text(json.dumps(small(BUILDER)), encoding="utf-8")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(import_olive, "pinned", lambda source, job: source.full.replace("@main", f"@{'a' * 40}"))
+    monkeypatch.setattr(hub, "commit_of", lambda source: "a" * 40)
     import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "one")])
     assert f"hf:org/name@{'a' * 40}" in (tmp_path / "one" / "params.yaml").read_text()
     assert "the commit of the branch today" in capsys.readouterr().out
 
-    def fails(source, job):
+    def fails(source):
         raise UserError("out of reach")
 
-    monkeypatch.setattr(import_olive, "pinned", fails)
+    monkeypatch.setattr(hub, "commit_of", fails)
     import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "two")])
     assert "hf:org/name@main" in (tmp_path / "two" / "params.yaml").read_text()
     assert "put a commit or a tag behind the @" in capsys.readouterr().out

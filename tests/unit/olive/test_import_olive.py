@@ -61,7 +61,7 @@ def leaves(value: object, where: str = "") -> list[str]:
     """Every field of a configuration that is not a mapping itself."""
     if not isinstance(value, dict):
         return [where]
-    return [leaf for key, one in value.items() for leaf in leaves(one, f"{where}.{key}".lstrip("."))]
+    return [leaf for key, item in value.items() for leaf in leaves(item, f"{where}.{key}".lstrip("."))]
 
 
 def test_the_tutorial(run_import):
@@ -108,12 +108,12 @@ def test_the_present_schema(run_import):
 def test_every_field_is_in_the_table(name):
     """Each leaf of the configuration, or something that holds it, has a row."""
     content = config(name)
-    told = [row.field for row in Reader(content, "main").run().rows]
-    content["data_configs"] = {str(i): one for i, one in enumerate(content["data_configs"])}
+    reported = [row.field for row in Reader(content, "main").run().rows]
+    content["data_configs"] = {str(i): item for i, item in enumerate(content["data_configs"])}
     for leaf in leaves(content):
-        assert any(field == leaf or leaf.startswith(f"{field}.") or field.startswith(f"{leaf}.") for field in told), (
-            leaf
-        )
+        assert any(
+            field == leaf or leaf.startswith(f"{field}.") or field.startswith(f"{leaf}.") for field in reported
+        ), leaf
 
 
 @pytest.mark.parametrize("name", ["tutorial-lora", "current"])
@@ -124,11 +124,11 @@ def test_an_unknown_field_anywhere_is_named_and_stops_the_import(run_import, nam
     def walk(value, path):
         if isinstance(value, dict):
             places.append(path)
-            for key, one in value.items():
-                walk(one, [*path, key])
+            for key, item in value.items():
+                walk(item, [*path, key])
         elif isinstance(value, list):
-            for i, one in enumerate(value):
-                walk(one, [*path, i])
+            for i, item in enumerate(value):
+                walk(item, [*path, i])
 
     walk(config(name), [])
     skipped = (["systems"], ["passes"])  # their fields are names that the user gives
@@ -138,8 +138,8 @@ def test_an_unknown_field_anywhere_is_named_and_stops_the_import(run_import, nam
         for part in path:
             inner = inner[part]
         inner["strange_field"] = {"type": "Strange"} if path in skipped else 1
-        found = rows(Reader(content, "main").run(), "unknown")
-        assert any("strange_field" in field for field in found), (path, found)
+        unknown = rows(Reader(content, "main").run(), "unknown")
+        assert any("strange_field" in field for field in unknown), (path, unknown)
     content = config(name)
     content["passes"][next(iter(content["passes"]))]["strange_field"] = 1
     done = run_import(content)
@@ -205,7 +205,7 @@ def test_placeholders_are_to_be_filled_in():
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         (
             ("passes", "builder", "type"),
@@ -226,18 +226,18 @@ def test_placeholders_are_to_be_filled_in():
         ),
     ],
 )
-def test_what_cannot_be_had_is_said(path, value, said):
+def test_what_cannot_be_had_is_named(path, value, message):
     content = copy.deepcopy(config())
     inner = content
     for part in path[:-1]:
         inner = inner[part]
     inner[path[-1]] = value
-    found = rows(Reader(content, "main").run(), "unknown")
+    unknown = rows(Reader(content, "main").run(), "unknown")
     name = ".".join(map(str, path))
-    assert said in found[name]
+    assert message in unknown[name]
 
 
-def test_a_value_out_of_range_is_told_by_our_name(run_import):
+def test_a_value_out_of_range_is_named_as_in_params_yaml(run_import):
     content = config()
     content["passes"]["lora"]["config"]["lora_r"] = 0
     done = run_import(content)
@@ -247,11 +247,11 @@ def test_a_value_out_of_range_is_told_by_our_name(run_import):
     assert not done.folder.exists()
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "cannot be read"), ("[]", "expected a mapping")])
-def test_bad_files(run_import, text, said):
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "expected a mapping")])
+def test_bad_files(run_import, text, message):
     done = run_import(text)
     assert done.code == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

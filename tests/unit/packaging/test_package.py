@@ -221,10 +221,10 @@ def test_card_is_what_a_hub_reads(packed):
     assert card.data.license == "apache-2.0"
     assert card.data.base_model == "org/name"
     assert card.data.library_name == "onnxruntime-genai"
-    (result,) = [one for one in card.data.eval_results if one.metric_type == "accuracy"]
+    (result,) = [score for score in card.data.eval_results if score.metric_type == "accuracy"]
     assert result.metric_value == 0.8
     assert yaml.safe_load(text.split("---")[1])["tags"][:3] == ["onnx", "onnxruntime-genai", "fp32"]
-    for told in (
+    for part in (
         "80.0% (75.0% to 85.0%)",
         "| joy | 0.900 | 0.700 | 0.790 | 6 |",
         "`learning_rate`",
@@ -232,7 +232,7 @@ def test_card_is_what_a_hub_reads(packed):
         "python run.py",
         "rows.json`, SHA-256 `",
     ):
-        assert told in text
+        assert part in text
     assert "latency" not in text  # timings differ from run to run, and the package must not
 
 
@@ -250,11 +250,11 @@ def test_bill_of_materials_is_valid_and_complete(packed):
     bom = json.loads(text)
     assert bom["metadata"]["component"]["type"] == "machine-learning-model"
     figures = {
-        one["type"]: one
-        for one in bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+        entry["type"]: entry
+        for entry in bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     }
     assert figures["accuracy"]["confidenceInterval"] == {"lowerBound": "0.75", "upperBound": "0.85"}
-    names = {one["name"] for one in bom["components"]}
+    names = {entry["name"] for entry in bom["components"]}
     assert any(name.endswith("/rows.json") for name in names)
     assert {"hf:org/name@1234", "model.onnx.data", "onnxruntime-genai", "numpy"} <= names
     for wrong in ({"bomFormat": "SPDX"}, {"components": [{"type": "modle", "name": "x"}]}, {"unknown": 1}):
@@ -264,23 +264,24 @@ def test_bill_of_materials_is_valid_and_complete(packed):
 
 def test_provenance_names_every_input_and_every_file(packed, parts):
     statement = provenance.check_statement((packed / "provenance.intoto.json").read_text(encoding="utf-8"))
-    subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+    subjects = {entry["name"]: entry["digest"]["sha256"] for entry in statement["subject"]}
     assert subjects.keys() == FILES - {"provenance.intoto.json", "SHA256SUMS"}
     assert subjects["model.onnx"] == hashlib.sha256((packed / "model.onnx").read_bytes()).hexdigest()
-    found = {
-        one["name"]: one["digest"]["sha256"]
-        for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    inputs = {
+        entry["name"]: entry["digest"]["sha256"]
+        for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     }
-    assert found[str(parts / "rows.json")] == hashlib.sha256(b"[]").hexdigest()
-    assert {f"params.yaml#{name}" for name in ("fetch_model", "finetune", "gates", "package")} <= found.keys()
-    assert not any(name.endswith(".sif") for name in found)
+    assert inputs[str(parts / "rows.json")] == hashlib.sha256(b"[]").hexdigest()
+    assert {f"params.yaml#{name}" for name in ("fetch_model", "finetune", "gates", "package")} <= inputs.keys()
+    assert not any(name.endswith(".sif") for name in inputs)
     recorded = {
         "base": {"source": "x"},
         "dataset": {"source": {"train": {"source": "az://c/rows", "sha256": "b" * 64}}},
     }
     other = provenance.provenance({}, [], {}, recorded, f"containers/one.sif@sha256:{'a' * 64}")
     there = {
-        one["name"]: one["digest"]["sha256"] for one in other["predicate"]["buildDefinition"]["resolvedDependencies"]
+        entry["name"]: entry["digest"]["sha256"]
+        for entry in other["predicate"]["buildDefinition"]["resolvedDependencies"]
     }
     assert there == {"az://c/rows": "b" * 64, "containers/one.sif": "a" * 64}
     for wrong in ({"_type": "https://example.org"}, {"subject": []}, {"predicate": {"surprise": 1}}):
@@ -432,9 +433,9 @@ def test_what_may_be_there_and_where_a_package_may_lie(packed, tmp_path, monkeyp
 def test_changed_parameter_is_named(packed, tmp_path):
     statement = json.loads((packed / "provenance.intoto.json").read_text())
     file = write_params(tmp_path / "params.yaml", finetune={"seed": 7}, package={"signing_key": "key.pem"})
-    found = verify.changed_inputs(statement, file)
-    assert "params.yaml#finetune: changed since the package was made; build again" in found
-    assert not any("#merge" in line for line in found)
+    changed = verify.changed_inputs(statement, file)
+    assert "params.yaml#finetune: changed since the package was made; build again" in changed
+    assert not any("#merge" in line for line in changed)
 
 
 def test_changed_input_is_named(packed, parts, capsys, monkeypatch, tmp_path):
@@ -442,8 +443,8 @@ def test_changed_input_is_named(packed, parts, capsys, monkeypatch, tmp_path):
     statement = json.loads((packed / "provenance.intoto.json").read_text())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text("[1]", encoding="utf-8")
-    for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
-        one["name"] = "rows.json" if one["name"] == str(parts / "rows.json") else one["name"]
+    for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        entry["name"] = "rows.json" if entry["name"] == str(parts / "rows.json") else entry["name"]
     assert verify.changed_inputs(statement, Path("params.yaml")) == [
         "rows.json: changed since the package was made; build again"
     ]
@@ -464,8 +465,8 @@ def test_signed_package(parts, tmp_path, capsys):
     folder = pack(parts, tmp_path / "signed", signing_key=str(key))
     assert "signed" in capsys.readouterr().err
     (tmp_path / "public.pem").write_bytes(signature.public_key(key))
-    for one in (key, tmp_path / "public.pem"):
-        verify.main([str(folder), "--package-only", "--key", str(one)])
+    for half in (key, tmp_path / "public.pem"):
+        verify.main([str(folder), "--package-only", "--key", str(half)])
         assert "signature good" in capsys.readouterr().err
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", other)
     assert str(key) not in "".join(path.read_text() for path in folder.glob("*.json"))

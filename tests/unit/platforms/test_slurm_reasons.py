@@ -1,4 +1,4 @@
-"""What is said about jobs that Slurm ended: rule, job id, reason, remedy, log. (tests/real/test_slurm.py sees real ones.)"""
+"""Messages about jobs that Slurm ended: rule, job id, reason, remedy, log. (tests/real/test_slurm.py sees real ones.)"""
 
 import pytest
 
@@ -16,7 +16,7 @@ ASKED = "resources: tmpdir=/tmp, mem_mb=300, mem=300 MB, nodes=1, runtime=60\n"
 
 
 @pytest.mark.parametrize(
-    ("status", "printed", "told"),
+    ("status", "printed", "expected"),
     [
         ("TIMEOUT", "", "it ran over its time limit of 60 minutes. Raise it: --set-resources merge:runtime=MINUTES."),
         ("FAILED", "slurmstepd: error: Exceeded job memory limit\n", "it was killed over its memory limit of 300 MB."),
@@ -26,12 +26,12 @@ ASKED = "resources: tmpdir=/tmp, mem_mb=300, mem=300 MB, nodes=1, runtime=60\n"
         ("NODE_FAIL", "", "its node failed."),
     ],
 )
-def test_each_reason_is_told_in_one_line(tmp_path, status, printed, told):
+def test_each_reason_takes_one_line(tmp_path, status, printed, expected):
     log = tmp_path / "17.log"
     log.write_text(ASKED + printed)
     (line,) = reasons(SAID.format(log=log, status=status))
     assert line.startswith("rule merge, Slurm job 17: it")
-    assert told in line
+    assert expected in line
     assert line.endswith(f"Its log: {log}")
 
 
@@ -41,7 +41,7 @@ def test_an_error_of_the_rule_itself_is_left_to_the_rule(tmp_path):
     assert reasons(SAID.format(log=log, status="FAILED")) == []
 
 
-def test_of_several_attempts_the_last_is_told(tmp_path):
+def test_of_several_attempts_the_last_is_reported(tmp_path):
     log = tmp_path / "17.log"
     log.write_text(ASKED)
     first = SAID.format(log=log, status="NODE_FAIL")

@@ -85,7 +85,15 @@ def exported(tmp_path_factory, taught) -> dict[str, Path]:
     return {name: export(taught, folder / name, name) for name in ("fp32", "int4")}
 
 
-def run(folder: Path, dataset: Path, precision: str = "int4", models: dict | None = None, **section: object) -> Path:
+def run(
+    folder: Path,
+    dataset: Path,
+    precision: str = "int4",
+    models: dict | None = None,
+    finetune: dict | None = None,
+    merge: dict | None = None,
+    **section: object,
+) -> Path:
     """Run the script in this process; returns the folder of its outputs."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -97,7 +105,8 @@ def run(folder: Path, dataset: Path, precision: str = "int4", models: dict | Non
         **section,
     }
     quantization = {"precision": precision, "calibration": "none", "matmul_mixed_precision": None, "int8_nodes": []}
-    file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization)
+    others = {"finetune": finetune or {}, "merge": merge or {}}
+    file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization, **others)
     arguments = ["--params", file, "--dataset", dataset]
     for name, path in (models or {}).items():
         arguments += [f"--{name}", path]
@@ -286,6 +295,17 @@ def test_questions_of_a_padded_dataset_are_the_same(tmp_path, base, dataset):
     assert found.expected == plain.expected
 
 
+def test_rows_of_joined_sequences_are_asked_by_their_tokens(tmp_path, base, exported):
+    """The text of a joined sequence is that of all its rows, so it is none of the last row's."""
+    folder = make_dataset(tmp_path / "data", base, make_rows(96), strategy="join", max_seq_len=100)
+    questions = Questions(folder, None, ("train",))
+    assert None in questions.texts
+    runner = onnx_runner.OnnxRunner(exported["fp32"])
+    runner.model = onnx_runner.load(exported["fp32"], questions.form)
+    for i, text in enumerate(questions.texts):
+        assert runner._prompt(questions, i) == questions.prompts[i].tolist(), text
+
+
 def test_max_samples_takes_the_first_rows(dataset):
     whole, some = Questions(dataset), Questions(dataset, 5)
     assert some.rows == whole.rows[:5]
@@ -426,6 +446,35 @@ def test_adapter_is_scored_on_its_base_and_compared_with_merged(tmp_path, base, 
     assert metrics["adapter"]["answer_perplexity"] != metrics["base"]["answer_perplexity"]
     with pytest.raises(SystemExit):
         run(tmp_path / "alone", dataset, models={"adapter": tmp_path / "adapter"})
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_qlora_adapter_is_scored_on_its_own_4_bit_base(tmp_path, base, dataset, double_quant):
+    """With `onto: dequantized`, adapter and merged are the same model again."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from scripts import merge
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    sections = {
+        "finetune": {"method": "qlora", "double_quant": double_quant, "compute_dtype": "float32"},
+        "merge": {"onto": "dequantized"},
+    }
+    file = write_params(tmp_path / "params.yaml", **sections)
+    arguments = ["--params", file, "--base", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
+    merge.main([str(argument) for argument in arguments])
+    models = {"base": base, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}
+    metrics = read_json(run(tmp_path / "run", dataset, models=models, max_new_tokens=2, **sections) / "metrics.json")
+    found = metrics["parity"]["merged_vs_adapter"]
+    assert found["top1_agreement"] == 1.0
+    assert found["kl_max"] < 1e-5
+    plain = read_json(run(tmp_path / "plain", dataset, models=models, max_new_tokens=2) / "metrics.json")
+    assert plain["parity"]["merged_vs_adapter"]["kl_max"] > 100 * max(found["kl_max"], 1e-6)
+    assert metrics["base"] == plain["base"]
 
 
 def test_benchmark_has_timings_of_every_model(scored):

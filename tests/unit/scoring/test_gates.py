@@ -328,3 +328,66 @@ def test_existing_judgement_is_refused(tmp_path, capsys):
         run(tmp_path, min_accuracy=0.6)
     assert f"{tmp_path}/gates.json already exists" in capsys.readouterr().err
     assert (tmp_path / "gates.json").read_bytes() == before
+
+
+# -- the runtime's tokenizer -------------------------------------------------------------------------------------------
+
+AGREES = {"rows": 240, "encode_differ": 0, "decode_differ": 0, "hard_texts": 20, "hard_encode_differ": 4}
+DIFFERS = {**AGREES, "encode_differ": 3, "first": {"row": 12, "training": [1, 7, 9], "runtime": [7, 9]}}
+
+
+def with_tokenizer(agreement: dict) -> dict:
+    return {**METRICS, "parity": {**METRICS["parity"], "tokenizer": agreement}}
+
+
+def test_tokenizer_that_agrees_passes_whatever_hard_texts_do(tmp_path):
+    (entry,) = json.loads(run(tmp_path, with_tokenizer(AGREES)).read_text(encoding="utf-8"))["gates"]
+    assert entry == {
+        "gate": "max_tokenizer_differences",
+        "metric": "tokenizer_differences",
+        "kind": "maximum",
+        "model": "int4",
+        "bound": 0,
+        "value": 0,
+        "passed": True,
+    }
+
+
+def test_tokenizer_that_differs_is_refused_with_the_first_row(tmp_path, capsys):
+    message = missed(tmp_path, capsys, with_tokenizer(DIFFERS))
+    assert "1 of 1 gates missed.\n  MISSED  max_tokenizer_differences  int4  3.0000  " in message
+    assert (
+        "max_tokenizer_differences is missed by 3.0000: row 12 is [1, 7, 9] in training and [7, 9] in the runtime"
+        in message
+    )
+    assert "or allow so many differences with gates.max_tokenizer_differences." in message
+
+
+@pytest.mark.parametrize(("bound", "count"), [(3, 1), (None, 0)])
+def test_tokenizer_gate_can_be_set_or_left_out(tmp_path, bound, count):
+    file = run(tmp_path, with_tokenizer(DIFFERS), max_tokenizer_differences=bound)
+    assert len(json.loads(file.read_text(encoding="utf-8"))["gates"]) == count
+
+
+def test_decoding_counts_too(tmp_path, capsys):
+    agreement = {**AGREES, "decode_differ": 1, "first": {"row": 3, "training": "a  b", "runtime": "a▁▁b"}}
+    assert "row 3 is a  b in training and a▁▁b in the runtime" in missed(tmp_path, capsys, with_tokenizer(agreement))
+
+
+@pytest.mark.parametrize(
+    ("agreement", "reason"),
+    [({"rows": 3}, "`parity.tokenizer` has no `encode_differ`"), ([], "`parity.tokenizer` is no object of figures")],
+)
+def test_damaged_tokenizer_figures_are_named(tmp_path, capsys, agreement, reason):
+    assert reason in missed(tmp_path, capsys, with_tokenizer(agreement))
+
+
+def test_latency_of_another_device_cannot_be_gated(tmp_path, capsys):
+    metrics = {**METRICS, "providers": {"int4": {"exported_for": "dml", "scored_on": "cpu"}}}
+    gate = {"metric": "latency_ms_p95", "maximum": 1000.0}
+    message = missed(tmp_path, capsys, metrics, checks=[gate])
+    assert (
+        "gates.checks[0]: int4 was exported for dml, but latency_ms_p95 was measured on cpu. Run evaluate on the"
+        in message
+    )
+    run(tmp_path, metrics, checks=[{"metric": "accuracy", "minimum": 0.5}])

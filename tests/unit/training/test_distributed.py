@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from test_finetune import FILES, command, contents, curve, tune
 
@@ -21,18 +22,27 @@ SCRIPT = ("-m", "scripts.finetune")
 CLOSE = 5e-6
 
 
-def start(folder: Path, base: Path, dataset: Path, launcher: tuple = (), **changes: object) -> subprocess.Popen:
-    """The script in processes of its own; what they print to the terminal is its stdout."""
+def start(
+    folder: Path, base: Path, dataset: Path, launcher: tuple = (), fresh: bool = True, **changes: object
+) -> subprocess.Popen:
+    """The script in processes of its own; what they print to the terminal is its stdout. `fresh`: they import all libraries."""
     arguments = [*command(folder, base, dataset, **changes), "--log", str(folder / "logs" / "finetune.log")]
     how = [*launcher, *SCRIPT, *arguments] if launcher else [*SCRIPT, *arguments, "--nproc-per-node", "2"]
+    variables = dict(os.environ)
+    python = sys.executable if fresh else preloaded.program("python", variables)
     return subprocess.Popen(
-        [sys.executable, *how], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [python, *how],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
 def tune_by_two(folder: Path, base: Path, dataset: Path, launcher: tuple = (), **changes: object) -> str:
     """Run it to its end; returns what it printed."""
-    process = start(folder, base, dataset, launcher, **changes)
+    process = start(folder, base, dataset, launcher, fresh=bool(launcher), **changes)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
@@ -87,10 +97,10 @@ def test_one_process_computes_every_pass():
 
 
 def test_two_processes_train_to_the_losses_of_one(tmp_path, base, dataset, pair):
-    one = tune(tmp_path / "one", base, dataset)
-    assert np.abs(np.subtract(losses(one), losses(pair))).max() < CLOSE
-    assert np.abs(np.subtract(losses(one, "eval"), losses(pair, "eval"))).max() < CLOSE
-    mine, theirs = weights(one), weights(pair)
+    single = tune(tmp_path / "one", base, dataset)
+    assert np.abs(np.subtract(losses(single), losses(pair))).max() < CLOSE
+    assert np.abs(np.subtract(losses(single, "eval"), losses(pair, "eval"))).max() < CLOSE
+    mine, theirs = weights(single), weights(pair)
     assert mine.keys() == theirs.keys()
     # Adam divides by the root of a mean square: where a gradient is near 0, a last digit can become a part of a step.
     differences = np.concatenate([np.abs(mine[name] - theirs[name]).ravel() for name in mine])
@@ -117,11 +127,11 @@ def test_again_and_under_torchrun_the_same_bytes(tmp_path, base, dataset, pair):
 def test_whole_passes_are_shared_with_the_dropout_of_one(tmp_path, base, dataset):
     """Where gradient_accumulation_steps is a multiple of the devices, even the random numbers are those of one process."""
     changes = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "lora_dropout": 0.2}
-    one = tune(tmp_path / "one", base, dataset, **changes)
+    single = tune(tmp_path / "one", base, dataset, **changes)
     tune_by_two(tmp_path / "two", base, dataset, **changes)
-    assert np.abs(np.subtract(losses(one), losses(tmp_path / "two"))).max() < CLOSE
+    assert np.abs(np.subtract(losses(single), losses(tmp_path / "two"))).max() < CLOSE
     undropped = tune(tmp_path / "undropped", base, dataset, **{**changes, "lora_dropout": 0.0})
-    assert np.abs(np.subtract(losses(one), losses(undropped))).max() > 100 * CLOSE
+    assert np.abs(np.subtract(losses(single), losses(undropped))).max() > 100 * CLOSE
 
 
 def test_sharded_base_gives_the_same_bytes_and_each_process_has_half(tmp_path, base, dataset, pair):
@@ -137,11 +147,11 @@ def test_sharded_base_gives_the_same_bytes_and_each_process_has_half(tmp_path, b
     "changes", [{"method": "qlora"}, {"gradient_checkpointing": True}, {"compute_dtype": "bfloat16"}]
 )
 def test_other_ways_to_train_work_for_two(tmp_path, base, dataset, changes):
-    one = tune(tmp_path / "one", base, dataset, **changes)
+    single = tune(tmp_path / "one", base, dataset, **changes)
     tune_by_two(tmp_path / "two", base, dataset, **changes)
     # bfloat16 has 8 bits: its rounding is what differs.
     close = CLOSE if "gradient_checkpointing" in changes else 0.02
-    assert np.abs(np.subtract(losses(one), losses(tmp_path / "two"))).max() < close
+    assert np.abs(np.subtract(losses(single), losses(tmp_path / "two"))).max() < close
 
 
 def test_sharding_and_gradient_checkpointing(tmp_path, base, dataset, pair):

@@ -326,7 +326,7 @@ def test_logging_steps_average_over_answer_tokens(tmp_path, base, dataset, tuned
     every, fourth = curve(tuned / "train_loss.csv"), curve(folder / "train_loss.csv")
     assert [line["step"] for line in fourth] == [*range(4, len(every), 4), len(every)]
     for line in fourth[:-1]:
-        part = [one["loss"] for one in every[int(line["step"]) - 4 : int(line["step"])]]
+        part = [point["loss"] for point in every[int(line["step"]) - 4 : int(line["step"])]]
         assert min(part) < line["loss"] < max(part)
     assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
         tuned / "adapter/adapter_model.safetensors"

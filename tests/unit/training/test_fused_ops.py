@@ -25,8 +25,8 @@ def outcome(model, ids, mask):
 
 def assert_equal(found, wanted):
     """Equal up to the order of float32 sums, measured against the largest element."""
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()))
+    for values, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(values, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3", "qwen2"])

@@ -171,7 +171,7 @@ def projections(weights_fixed: bool = True, widths=(16, 16, 16), biases=(True, T
             torch.nn.init.normal_(value.data, std=0.3)
     twin = copy.deepcopy(peft)
     assert lora_linear.fuse(twin, True, weights_fixed) == 3
-    return [[one.base_model.model[name] for name in names] for one in (peft, twin)]
+    return [[model.base_model.model[name] for name in names] for model in (peft, twin)]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 0, 1, 2, 2)], ids=str)
@@ -193,9 +193,9 @@ def test_projections_of_different_inputs_are_computed_separately():
 @pytest.mark.parametrize("different", [{"widths": (16, 16, 8)}, {"biases": (True, False, True)}], ids=["width", "bias"])
 def test_layers_that_differ_are_not_joined(different):
     expected, found = projections(**different)
-    for one, other in zip(expected, found, strict=True):
-        x = torch.randn((3, one.in_features), dtype=torch.float64)
-        torch.testing.assert_close(other(x), one(x), rtol=1e-12, atol=1e-12)
+    for layer, fused in zip(expected, found, strict=True):
+        x = torch.randn((3, layer.in_features), dtype=torch.float64)
+        torch.testing.assert_close(fused(x), layer(x), rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_weights_are_packed_and_multiply_as_before():
@@ -246,6 +246,7 @@ def test_variants_of_lora_keep_pefts_forward(config, trained):
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     expected = gradients(peft, x)
     assert lora_linear.fuse(peft, True, True) == 0
+    assert qat.QuantizationAware(peft, 32, "all-linear", 1.0, 42).layers == {}
     found = gradients(peft, x)
     for name, value in before.items():
         assert torch.equal(parameters[name], value), name

@@ -57,8 +57,8 @@ def test_logits_and_gradients_are_those_of_rows_computed_one_by_one(folder, rows
         fused_ops.fuse(model)
     assert shared_prefix.share(model) == float("inf")
     found, _ = together(model, rows)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=3e-6 * float(other.abs().max()))
+    for logits, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
     found_gradient = gradient(model, found)
     torch.testing.assert_close(found_gradient, wanted_gradient, rtol=0, atol=3e-6 * float(wanted_gradient.abs().max()))
 
@@ -98,8 +98,8 @@ def test_a_sliding_window_bounds_the_rows(tmp_path):
     assert shared_prefix.share(model) == 6
     rows = [[1, 5, 9, 20, 21, 22], [1, 5, 9, 30]]
     wanted = one_by_one(load(tmp_path / "mistral"), rows)
-    for one, other in zip(together(model, rows)[0], wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=3e-6 * float(other.abs().max()))
+    for logits, expected in zip(together(model, rows)[0], wanted, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
 
 
 def test_a_model_whose_attention_cannot_be_replaced_is_unchanged(folder):

@@ -1,0 +1,178 @@
+"""Exported models: text becomes the tokens of training, and a text that does not fit is refused."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tiny import make_model
+
+from slmake import generation, params
+from slmake.data.tokenize import Tokenize, truncate
+from slmake.errors import UserError
+from slmake.export import builder
+from slmake.scoring import onnx_runner, tokenizers
+from slmake.scoring.questions import Questions
+from tools import ask
+
+FORM = {"prompt": "### {phrase} ({{x}})\n", "fields": ["phrase"], "end_token_id": 0, "longest_answer_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, base) -> Path:
+    """The tiny base as ONNX in float32; do not write into it."""
+    folder = tmp_path_factory.mktemp("exported")
+    section = params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None)
+    builder.export(section, base, folder, folder.parent / "cache")
+    return folder
+
+
+def tokenizer_of(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def with_begin(folder: Path, base: Path):
+    """The tiny tokenizer with a begin token before, and an end token after every text, as some have, and NFC."""
+    from tokenizers import normalizers, processors
+
+    tokenizer = tokenizer_of(base)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 1), ("<|end|>", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer_of(folder)
+
+
+def section(limit: int = 64) -> params.Prepare:
+    return params.Prepare(source="rows.json", text_template="{a}{b}", max_seq_len=limit)
+
+
+def test_prompt_fills_the_template_in(exported):
+    model = generation.Exported(exported, FORM)
+    assert model.prompt("a {b}") == "### a {b} ({x})\n"
+    two = generation.Exported(exported, {**FORM, "prompt": "{a}-{b}", "fields": ["a", "b"]})
+    assert two.prompt("1", "2") == "1-2"
+    assert (model.provider, model.runs_on, model.context_length) == ("cpu", "cpu", 512)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], 'this model takes 1 text: "phrase". Given: 0.'),
+        (["a", "b"], 'this model takes 1 text: "phrase". Given: 2.'),
+        (["a\0b"], "the text holds a NUL character"),
+        (["word " * 600], "the text is too long: "),
+    ],
+    ids=["none", "two", "NUL", "long"],
+)
+def test_texts_that_do_not_fit_are_refused(exported, texts, message):
+    with pytest.raises(ValueError, match=message):
+        generation.Exported(exported, FORM).answer(*texts)
+    if len(texts) == 1:  # `ask` says the same
+        with pytest.raises(UserError, match=message):
+            ask.ask(exported, FORM, texts, None)
+
+
+def test_begin_token_and_normalization_are_those_of_training(tmp_path, exported, base):
+    """The closing token that this tokenizer adds is dropped, as in training."""
+    folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    tokenizer = with_begin(folder, base)
+    rules = Tokenize(section(), tokenizer, True).inference()
+    assert rules == {"begin_token_ids": [1], "normalization": "NFC"}
+    text = "cafe\u0301"
+    expected = tokenizer(text)["input_ids"][:-1]
+    assert expected[0] == 1
+    assert generation.Exported(folder, {**FORM, **rules}).encode(text) == expected
+    assert generation.Exported(folder, FORM).encode(text) != expected
+    assert Tokenize(section(), tokenizer, False).inference() == {"normalization": "NFC"}  # a chat template writes it
+    assert Tokenize(section(), tokenizer_of(base), True).inference() == {}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_each_normal_form_is_recognized(base, form):
+    from tokenizers import normalizers
+
+    tokenizer = tokenizer_of(base)
+    for normalizer in (getattr(normalizers, form)(), normalizers.Sequence([getattr(normalizers, form)()])):
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        assert Tokenize(section(), tokenizer, True).inference() == {"normalization": form}
+    assert unicodedata.normalize(form, "\u00e9\ufb01") in ("\u00e9\ufb01", "e\u0301\ufb01", "\u00e9fi", "e\u0301fi")
+
+
+@pytest.mark.parametrize("begin", [None, 5])
+def test_prompts_are_cut_as_in_training(exported, begin):
+    """With room for the longest answer, whatever the answer of a row."""
+    ids, longest = [5, *range(10, 40)], [1] * 6
+    expected = truncate(ids, longest, 20, begin)
+    assert generation.truncate(ids, 14, begin) == expected
+    assert len(expected) == 14
+    shorter = truncate(ids, longest[:2], 20, begin)  # what a row with a short answer has in the dataset
+    assert generation.truncate(shorter, 14, begin) == expected
+    assert generation.truncate(ids[:14], 14, begin) == ids[:14]
+    form = {**FORM, "max_prompt_tokens": 4, "kept_token_id": None}
+    whole = generation.Exported(exported, FORM).encode("a longer text than four tokens")
+    assert generation.Exported(exported, form).encode("a longer text than four tokens") == whole[-4:]
+
+
+def test_tokenize_says_how_it_cut(base):
+    from slmake.data.store import Row
+
+    tokenize = Tokenize(section(limit=12), tokenizer_of(base), True)
+    tokenize([Row("f", 1, "word " * 30, "joy", "word", "joy"), Row("f", 2, "a", "sadness", "a", "sadness is long")])
+    rules = tokenize.inference()
+    assert rules["max_prompt_tokens"] == 12 - tokenize.longest_answer
+    assert rules["kept_token_id"] is None
+
+
+def test_tokenizer_that_differs_is_counted_and_shown(tmp_path, exported, base, dataset):
+    """The same export with a begin token in the rows but not in the runtime."""
+    questions = Questions(dataset, 8)
+    model = onnx_runner.load(exported, questions.form)
+    agreement = tokenizers.compare(model, tokenizer_of(base), questions)
+    assert (agreement["encode_differ"], agreement["decode_differ"]) == (0, 0)
+    assert "first" not in agreement
+    before = questions.prompts[3].tolist()
+    questions.prompts[3] = questions.prompts[3][1:]
+    agreement = tokenizers.compare(model, tokenizer_of(base), questions)
+    assert agreement["encode_differ"] == 1
+    assert agreement["first"] == {"row": questions.rows[3], "training": before[1:], "runtime": before}
+
+
+def test_chat_is_written_by_the_models_template(tmp_path, exported, base):
+    """Options, date and what stands before an answer are those of training, also of a conversation."""
+    folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    template = (
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}{% if loud %}LOUD {% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    chat = {"template_kwargs": {"loud": True}, "date": "2024-01-02", "answer_prefix": "<think></think>"}
+    model = generation.Exported(folder, {**FORM, "prompt": None, "fields": [], "chat": chat})
+    assert model.prompt("Hi") == "02 Jan 2024 LOUD [user] Hi\n[assistant] <think></think>"
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "?"},
+    ]
+    asked = "02 Jan 2024 LOUD [user] Hi\n[assistant] Yo\n[user] ?\n[assistant] <think></think>"
+    assert model.prompt(json.dumps(turns)) == asked
+    assert model.prompt("[1, 2]") == "02 Jan 2024 LOUD [user] [1, 2]\n[assistant] <think></think>"
+    with pytest.raises(ValueError, match=r'takes 1 text: "text"\. Given: 2\.'):
+        model.prompt("a", "b")
+
+
+def test_short_prompts_of_a_model_with_a_window_are_answered(tmp_path):
+    """ONNX Runtime refuses a cache that is smaller than the window."""
+    model = make_model(tmp_path / "model", "mistral", sliding_window=64)
+    (tmp_path / "onnx").mkdir()
+    options = params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None)
+    builder.export(options, model, tmp_path / "onnx", tmp_path / "cache")
+    exported = generation.Exported(tmp_path / "onnx", FORM)
+    assert exported.smallest_cache == 64
+    assert 1 <= len(exported.generate([2, 3, 4], 4)) <= 4
+    assert len(exported.generate(list(range(2, 202)), 4)) <= 4

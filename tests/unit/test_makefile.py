@@ -1,0 +1,58 @@
+"""The Makefile: what its targets call exists, every target is listed by `make help`, and the list fits a terminal."""
+
+import importlib.util
+import os
+import re
+import subprocess
+
+from tiny import ROOT
+
+TEXT = (ROOT / "Makefile").read_text(encoding="utf-8")
+LISTED = re.findall(r"^([a-z-]+):.*## \S", TEXT, re.M)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_modules_and_scripts_exist():
+    modules = set(re.findall(r"python -m ([\w.]+)", TEXT))
+    assert {"tools.build", "tools.ask", "tools.verify", "pytest", "pip"} <= modules
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+    files = set(re.findall(r"\b(?:tools|tests)/[\w/]+\.\w+", TEXT))
+    assert {"tools/image.sh", "tools/sif.sh", "tools/lock.sh"} <= files
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    assert [name for name in files if name.endswith(".sh") and not os.access(ROOT / name, os.X_OK)] == []
+
+
+def test_every_target_is_listed_and_can_be_planned():
+    phony = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)$", TEXT, re.M).group(1).replace("\\\n", " ").split()
+    assert sorted(phony) == sorted(LISTED)
+    done = make("--dry-run", "TEXT=Hello", "URL=azure://container/path", *LISTED)
+    assert done.returncode == 0, done.stderr
+    for module in re.findall(r"python -m (tools\.\w+|bench)", TEXT):
+        assert f"python -m {module}" in done.stdout
+    assert "--verbose" not in done.stdout
+    assert "python -m tools.build --verbose" in make("--dry-run", "VERBOSE=1").stdout
+
+
+def test_help_lists_every_target_in_groups_on_100_columns():
+    done = make("help")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("  make ")] == LISTED
+    assert lines[1] == "Build"
+    assert lines[2].startswith("  make build ")
+    assert len([line for line in lines if line and not line.startswith(" ")]) == 5
+    assert max(map(len, lines)) <= 100
+
+
+def test_an_old_python_is_refused_before_anything_is_installed():
+    """By the Python that would make the environment; the sentence in the README is this check's."""
+    check = re.search(r"-c '(import sys; .*3, 11.*)'$", TEXT, re.M).group(1)
+    for version, code in (((3, 10, 14), 1), ((3, 11, 0), 0), ((3, 13, 5), 0)):
+        done = subprocess.run(
+            ["python3", "-c", f"import sys; sys.version_info = {version}; {check}"], capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert ("name one: make PYTHON=python3.12" in done.stderr) == bool(code)
