@@ -197,13 +197,13 @@ def test_without_snakemake_s_records_only_the_receipts_count(repository):
     shutil.rmtree(repository / ".snakemake")
     assert planned(repository) == set()
     assert record(repository).returncode == 0, "all is as the receipts say"
-    change(repository, "finetune", learning_rate=0.5)
+    change(repository, "evaluate", latency_rows=3)
     receipts = (repository / "dvc.lock").read_bytes()
     done = record(repository)
     assert done.returncode == 1
-    assert "nothing says what build/adapter was built from; nothing was recorded" in done.stdout
+    assert "nothing says what results/metrics.json was built from; nothing was recorded" in done.stdout
     assert (repository / "dvc.lock").read_bytes() == receipts
-    done = snakemake(repository, "--dry-run", "--force", "build/adapter")
+    done = snakemake(repository, "--dry-run", "--force", "results/metrics.json")
     assert done.returncode == 0, "the command that the message names"
 
 
