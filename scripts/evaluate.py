@@ -21,6 +21,26 @@ from slmake.scoring.questions import Questions
 from slmake.text import csv_cell
 
 
+def model_folders(args, onnx: str) -> dict[str, Path]:
+    """The folders of the models to score, by name; `adapter_base` for the adapter's base.
+
+    Raises:
+        UserError: no model is named, one is missing, or an adapter without its base.
+    """
+    named = {"base": args.base, "adapter": args.adapter, "merged": args.merged, onnx: args.onnx}
+    folders = {name: folder for name, folder in named.items() if folder}
+    if not folders:
+        raise UserError("nothing to score: give --base, --adapter, --merged or --onnx.")
+    if args.adapter:
+        folders["adapter_base"] = args.adapter_base or args.base
+        if not folders["adapter_base"]:
+            raise UserError("--adapter needs the base model it was trained on: give --base or --adapter-base.")
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no model here. Build it with `snakemake --cores all {folder}`.")
+    return folders
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
@@ -36,17 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("evaluate", args.log) as job:
         everything = params.load(args.params)
         section, onnx = everything.evaluate, everything.quantize.precision
-        named = {"base": args.base, "adapter": args.adapter, "merged": args.merged, onnx: args.onnx}
-        folders = {name: folder for name, folder in named.items() if folder}
-        if not folders:
-            raise UserError("nothing to score: give --base, --adapter, --merged or --onnx.")
-        if args.adapter:
-            folders["adapter_base"] = args.adapter_base or args.base
-            if not folders["adapter_base"]:
-                raise UserError("--adapter needs the base model it was trained on: give --base or --adapter-base.")
-        for folder in folders.values():
-            if not folder.is_dir():
-                raise UserError(f"{folder}: no model here. Build it with `snakemake --cores all {folder}`.")
+        folders = model_folders(args, onnx)
         with outputs.written(files=[args.metrics, args.benchmark, args.predictions]) as (
             metrics_file,
             benchmark_file,

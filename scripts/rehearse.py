@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
+from slmake.export.families import unsupported
 from slmake.rehearsal import chain, estimate, twin
 
 LONGEST = 8192  # tokens of the longest prompt that is tried
@@ -38,6 +39,9 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
         UserError: a check fails; the message names it, the figure and the remedy.
     """
     stages, checks = everything.all.stages, {}
+    reason = unsupported(outputs.read_json(base / "config.json", output=base)) if "quantize" in stages else None
+    if reason:
+        raise UserError(f"{base}: {reason}")
     small = scratch / "twin"
     twin.make_model(base, small, twin.shrink)
     model = small

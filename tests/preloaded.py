@@ -157,6 +157,9 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # Libraries read it when they are loaded; Snakemake sets it to a rule's threads, and sums depend on it.
+    threads = environment.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
+    importlib.import_module("torch").set_num_threads(int(threads))
     for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         errors, lines = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
         stream = open(number, mode, lines, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115

@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with contextlib.suppress(UserError):  # the build reports what is wrong
         dvc_yaml.update()
-    screen = Screen(sys.stderr)
-    if not run(screen, args.targets, args.verbose):
+    screen = Screen(sys.stderr, args.verbose)
+    if not run(screen, args.targets):
         for line in screen.ending():
             screen.write(line)
         return 130 if screen.interrupted else 1

@@ -22,7 +22,6 @@ from slmake.olive import reader
 from slmake.olive.models import BRANCH
 from slmake.params.errors import Loader
 from slmake.sources.schemes import parse
-from tools.pin import pinned
 
 
 def read(path: Path) -> dict:
@@ -59,22 +58,21 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def pin_branch(imported: reader.Reader, job: cli.Job) -> None:
-    """Put the commit of today in the place of a hub model's branch, where the hub can be asked."""
-    source = imported.params["fetch_model"].get("source", "") if "fetch_model" in imported.params else ""
-    rows = [row for row in imported.rows if row.kind == "todo" and row.note == BRANCH]
-    if not rows or "HF_HUB_OFFLINE" in os.environ:
-        return
-    try:
-        pinned_source = pinned(parse(source), job)
-    except (UserError, ValueError, OSError) as error:
-        job.log(f"{source}: the hub cannot be asked for its commit: {error}")
-        return
-    imported.params["fetch_model"]["source"] = pinned_source
-    for row in rows:
-        imported.rows[imported.rows.index(row)] = row._replace(
-            kind="renamed", note=f"fetch_model.source: {pinned_source!r}, the commit of the branch today"
-        )
+def pin_branches(imported: reader.Reader, job: cli.Job) -> None:
+    """Put today's commit in the place of a hub repository's branch, where the hub can be asked."""
+    for i, row in enumerate(imported.rows):
+        if row.note != BRANCH or "HF_HUB_OFFLINE" in os.environ:
+            continue
+        section = "adapter" if row.field.endswith("adapter_path") else "fetch_model"
+        source = imported.params[section]["source"]
+        try:
+            pinned = parse(source).pinned(job)
+        except (UserError, ValueError, OSError) as error:
+            job.log(f"{source}: the hub cannot be asked for its commit: {error}")
+            continue
+        imported.params[section]["source"] = pinned
+        note = f"{section}.source: {pinned!r}, the commit of the branch today"
+        imported.rows[i] = row._replace(kind="renamed", note=note)
 
 
 def table(rows: list[reader.Row]) -> str:
@@ -101,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
             raise UserError(f"{args.output} already exists. Remove it, or name another folder: --output.")
         imported = reader.Reader(read(args.config), args.revision or "main").run()
-        pin_branch(imported, job)
+        pin_branches(imported, job)
         print(table(imported.rows))
         strange = [row for row in imported.rows if row.kind == "unknown"]
         if strange and not args.leave_out:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import yaml
 
 from slmake import outputs, params
-from slmake.azureml.settings import REGISTRY, Cluster, Environment, Settings
+from slmake.azureml.settings import LEFT_HERE, REGISTRY, Cluster, Environment, Settings
 from slmake.errors import UserError
 from slmake.params.errors import Loader
 from slmake.plan import SECTIONS
@@ -38,7 +38,6 @@ ALWAYS = (
     "envs/cpu.in",
     "envs/cuda.in",
 )
-LEFT_HERE = ("publish",)  # sends the model elsewhere: `register` is Azure ML's way
 RESUMES = "finetune"  # its checkpoints outlive a machine that is taken away
 
 
@@ -80,7 +79,12 @@ def plan(settings: Settings) -> Plan:
             "params.yaml: package.signing_key: a private key is not sent to Azure ML. Set it to null here, and sign after `download`."
         )
     graph = dvc_yaml.rules()
-    rules = {name: graph[name] for name in dvc_yaml.in_order(graph) if name not in LEFT_HERE}
+    left = {path for name in LEFT_HERE if name in graph for path in graph[name]["output"]}
+    rules = {
+        name: {**graph[name], "input": [path for path in graph[name]["input"] if path not in left]}
+        for name in dvc_yaml.in_order(graph)
+        if name not in LEFT_HERE
+    }
     for stage in rules.keys() & set(dvc_yaml.MEMBERS.values()):
         rules[stage]["output"].sort()  # its members' jobs are printed in any order
     sections = yaml.load(Path("params.yaml").read_text(encoding="utf-8"), Loader)

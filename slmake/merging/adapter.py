@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from slmake.errors import UserError
 from slmake.merging.update import Update
 from slmake.model_folder import check_safetensors, refuse_links, tensor_shapes
 
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Options of PEFT's LoRA that compute something else than W + s B A, DoRA, or replaced values.
 UNSUPPORTED = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
@@ -110,7 +110,10 @@ class Adapter:
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {self.folder}`.")
         refuse_links(self.folder)
-        check_safetensors(self.weights, f"Remove {self.folder} and run snakemake: it is built again.")
+        kinds = check_safetensors(self.weights, f"Remove {self.folder} and run snakemake: it is built again.")
+        for name, kind in kinds.items():
+            if kind not in DTYPES:
+                raise UserError(f"{self.weights}: tensor {name} is of type {kind}; {', '.join(DTYPES)} can be merged.")
 
     def _check_kind(self) -> None:
         config, path = self.config, self.config_path
@@ -203,15 +206,6 @@ class Adapter:
                 "Train again with a lower learning rate."
             )
         return value
-
-    def rows_of(self, name: str, step: int) -> Iterator:
-        """A tensor of the adapter by rows, at most `step` at a time."""
-        if not self.shapes[name]:
-            yield self.file.get_tensor(name)
-            return
-        rows = self.file.get_slice(name)
-        for first in range(0, self.shapes[name][0], step):
-            yield rows[first : first + step]
 
     def update(self, change: Change) -> Update | None:
         """What is added to a tensor, read; None if it is only replaced."""

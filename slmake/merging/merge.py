@@ -19,13 +19,12 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.merging.adapter import Adapter
+from slmake.merging.adapter import DTYPES, Adapter
 from slmake.merging.fit import Plan, plan, tokenizer_files
 from slmake.merging.shards import AsyncWriter, BufferPool, Shard
 from slmake.merging.update import ROWS
 from slmake.model_folder import KEPT, element_bits, tensor_shapes, weight_files
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = {value: key for key, value in DTYPES.items()}
 PIECE = 2**20  # elements of a weight that are merged at a time: as many as stay in the processor's cache
 
@@ -62,7 +61,11 @@ class Merge:
         Raises:
             UserError: a type does not fit, or a merged value is not finite.
         """
-        with Shard(source, self.buffers) as shard, AsyncWriter(target, self.buffers) as out:
+        with (
+            Shard(source, self.buffers) as shard,
+            Shard(self.adapter.weights, self.buffers) as saved,
+            AsyncWriter(target, self.buffers) as out,
+        ):
             origins = {name: name for name in shard.kinds if name not in self.plan.copies}
             origins |= {name: origin for name, origin in self.plan.copies.items() if origin in shard.kinds}
             kinds = {name: shard.kinds[origin] for name, origin in origins.items()}
@@ -80,7 +83,7 @@ class Merge:
             out.file.write(struct.pack("<Q", len(text)) + text)
             for name in order:
                 if kinds[name] in DTYPES:
-                    self._tensor(shard, name, origins[name], DTYPES[written[name]], out)
+                    self._tensor(shard, saved, name, origins[name], DTYPES[written[name]], out)
                 elif name in self.plan.changes:
                     raise UserError(f"{source}: {name} is of type {kinds[name]}: an adapter cannot be merged into it.")
                 else:
@@ -88,7 +91,7 @@ class Merge:
                         out.write(piece)
                 bar.update(1)
 
-    def _tensor(self, shard: Shard, name: str, origin: str, dtype: str, out: AsyncWriter) -> None:
+    def _tensor(self, shard: Shard, saved: Shard, name: str, origin: str, dtype: str, out: AsyncWriter) -> None:
         """Write one floating-point tensor in `dtype`, with the adapter's change where there is one.
 
         By rows, as many as stay in the processor's cache; whole where the change needs that.
@@ -105,7 +108,7 @@ class Merge:
         shape = self.plan.shapes[name]
         rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
         step = rows if rebuild or (update and update.whole) else max(ROWS if update else 1, PIECE // max(1, width))
-        read = self.adapter.rows_of(replacement, step) if replacement else self._rows(shard, origin, step)
+        read = self._rows(saved, replacement, step) if replacement else self._rows(shard, origin, step)
         last, bad = 0, 0
         for tensor in read:
             first, last = last, last + (len(tensor) if shape else 1)
@@ -127,7 +130,7 @@ class Merge:
 
     @staticmethod
     def _rows(shard: Shard, name: str, step: int) -> Iterator:
-        """A tensor of the base by rows, at most `step` at a time."""
+        """A tensor of a file by rows, at most `step` at a time."""
         import torch
 
         shape, kind = shard.shapes[name], getattr(torch, DTYPES[shard.kinds[name]])

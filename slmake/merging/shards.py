@@ -24,7 +24,7 @@ class BufferPool:
 
     def __init__(self):
         self.flat: dict = {}
-        self.side = 0
+        self.side = self.slot = 0
 
     def swap(self) -> None:
         """Change to the other set of buffers; the current one is unchanged until the next swap."""
@@ -100,7 +100,6 @@ class Shard:
         self.begin = {name: 8 + length + spec["data_offsets"][0] for name, spec in specs.items()}
         self.bytes = {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in specs.items()}
         self.asked = 0  # end of what the kernel was asked to read ahead
-        self.slot = 0
 
     def __enter__(self):
         return self
@@ -112,14 +111,15 @@ class Shard:
     def stream(self, name: str, step: int) -> Iterator:
         """A tensor's bytes in order, at most `step` at a time, as uint8; a thread reads the next ones meanwhile.
 
-        There are three buffers: one is being read into, one is computed with, one may still be being written.
+        There are three buffers for all files of a pool: one is being read into, one is computed with, one may still be being
+        written.
         """
         import torch
 
         pending = deque()
         for first, last in pieces(self.bytes[name], step):
-            self.slot = (self.slot + 1) % 3
-            flat = self.buffers.get(f"read {self.slot}", (last - first,), torch.uint8, swapped=False)
+            self.buffers.slot = slot = (self.buffers.slot + 1) % 3
+            flat = self.buffers.get(f"read {slot}", (last - first,), torch.uint8, swapped=False)
             pending.append(self.pool.submit(self._read, flat, self.begin[name] + first))
             if len(pending) == 2:
                 yield pending.popleft().result()

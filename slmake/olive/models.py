@@ -6,6 +6,8 @@ from pathlib import Path
 from slmake.olive.fields import OFF, TRACED, Drop
 
 REMOTE_CODE = Drop("no code of a model repository is run; the model must be native to transformers")
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the hub, unless a folder's name is at its beginning
+LOCAL = (".", "models/", "data/", "adapters/")
 BRANCH = "the revision is a branch: put a commit or a tag behind the @, so that it stays the same"
 ATTENTION = Drop("attention is the project's own while training, the builder's in the export")
 LOADED = {
@@ -84,10 +86,26 @@ def input_model(reader, field: str, value: dict) -> None:
         "model_attributes": Drop("read from the model's config.json"),
         **dict.fromkeys(("io_config", "dummy_inputs_func", "model_script", "user_script", "script_dir"), TRACED),
         "generative": Drop("it generates", (*OFF, True)),
-        "adapter_path": Drop("training starts without an adapter", OFF),
+        "adapter_path": adapter,
         "model_loader": Drop("no code of a model repository is run", OFF),
     }
     reader.walk(field, value, rules)
+
+
+def adapter(reader, field: str, value: object) -> None:
+    """An adapter that another trainer made: a folder, or a hub's repository."""
+    if value is None:
+        reader.row("dropped", field, "absent")
+        return
+    text = resource(reader, field, value)
+    if text is None or text.startswith("azureml"):
+        return
+    if HUB.fullmatch(text) and not text.startswith(LOCAL):
+        reader.put(field, "adapter.source", f"hf:{text}@main")
+        reader.row("todo", field, BRANCH)
+    else:
+        reader.put(field, "adapter.source", text)
+        elsewhere(reader, field, text)
 
 
 def source(reader, field: str, value: object, revision: str | None = None) -> None:
@@ -112,7 +130,7 @@ def source(reader, field: str, value: object, revision: str | None = None) -> No
         pin(reader, field, text)
     elif text.startswith("azureml://registries/"):
         reader.put(field, "fetch_model.source", text)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith((".", "models/", "data/")):
+    elif HUB.fullmatch(text) and not text.startswith(LOCAL):
         chosen = revision or reader.revision
         reader.put(field, "fetch_model.source", f"hf:{text}@{chosen}")
         if not revision and chosen == "main":

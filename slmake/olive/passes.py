@@ -34,7 +34,8 @@ def passes(reader, field: str, value: dict) -> None:
                 read_pass(reader, base, options)
             else:
                 reader.unknown(base, f"expected a mapping, found {type(options).__name__}")
-    if {"finetune", "quantize"} <= reader.stages and "merge" not in reader.stages:
+    adapted = "finetune" in reader.stages or reader.params["adapter"].get("source")
+    if adapted and "quantize" in reader.stages and "merge" not in reader.stages:
         reader.stages.add("merge")
         reader.row(
             "nearest",

@@ -178,6 +178,12 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter.",
         "",
     ]
+    if device := metrics.get("providers", {}).get(last):
+        lines += [
+            f"They were computed on {device['scored_on']}, because {device['exported_for']}, which this model was exported for, was not "
+            "available there. Its latency was not measured.",
+            "",
+        ]
     lines += [*metrics_table(metrics, facts["models"]), ""]
     if form["labels"]:
         scores = metrics[last]
@@ -186,7 +192,7 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
             "",
         ]
         lines += [*class_table(scores), ""]
-    if metrics.get("parity"):
+    if any(key != "tokenizer" for key in metrics.get("parity", {})):
         lines += [
             "Step by step, over the distribution of the first answer token:",
             "",

@@ -83,11 +83,16 @@ def repair_lock() -> str | None:
     """
     import yaml
 
+    if not LOCK.exists():
+        return None
     try:
-        receipts()
-    except (yaml.YAMLError, AttributeError, TypeError):
+        stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
+        whole = all(stage["cmd"] for stage in stages.values())
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError):
+        whole = False
+    if not whole:
         if not KEPT.is_file():
-            raise UserError(f"{LOCK} is damaged. Bring it back with `git checkout {LOCK}`, then `make`.") from None
+            raise UserError(f"{LOCK} is damaged. Bring it back with `git checkout {LOCK}`, then `make`.")
         outputs.replace(LOCK, KEPT.read_bytes())
         return f"{LOCK} was damaged; it is again what was recorded last"
     return None

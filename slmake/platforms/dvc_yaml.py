@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -81,12 +82,13 @@ def in_order(graph: dict[str, dict[str, list[str]]]) -> list[str]:
     return done
 
 
-def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str]) -> dict:
+def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], given: Collection[str]) -> dict:
     """The content of dvc.yaml.
 
     Args:
         found: rules as `rules` returns them.
         metric_models: columns of the predictions, for the confusion matrices.
+        given: sections that params.yaml has; DVC refuses others.
     """
     stages, outputs = {}, set()
     for name in in_order(graph):
@@ -98,7 +100,7 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str]) -
             # The environment's own programs first, whether or not it is activated.
             "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet host progress --allowed-rules {allowed} -- {target}',
             "deps": sorted(rule["input"]),
-            "params": [*SECTIONS.get(name, [name]), "all.container"],
+            "params": [*(part for part in SECTIONS.get(name, [name]) if part in given), "all.container"],
             "outs": [{path: {"cache": False}} if path in METRICS else path for path in rule["output"]],
         }
     plots: list[dict] = []
@@ -129,7 +131,8 @@ def scored_models() -> list[str]:
 
 def text() -> str:
     """dvc.yaml as it should be now."""
-    body = yaml.safe_dump(dvc_yaml(rules(), scored_models()), sort_keys=False, width=1000, allow_unicode=True)
+    document = dvc_yaml(rules(), scored_models(), load("params.yaml").model_fields_set)
+    body = yaml.safe_dump(document, sort_keys=False, width=1000, allow_unicode=True)
     return HEADER + body
 
 

@@ -39,9 +39,10 @@ class Screen(LogHandlerBase):
     writes_to_stream = has_filter = has_formatter = True
     writes_to_file = needs_rulegraph = False
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO, verbose: bool = False):
+        """`verbose`: Snakemake writes all of its events itself, and the screen only counts them."""
         super().__init__(None, None)
-        self.stream = stream
+        self.stream, self.writes_to_stream = stream, not verbose
         self.built_before = set(Path("logs").glob("*.log"))
         self.total = self.started = 0
         self.running: set[int] = set()
@@ -58,7 +59,8 @@ class Screen(LogHandlerBase):
             self.running.add(record.jobid)
             first = not self.built_before.intersection(map(Path, record.log))
             cause = "first build" if first else why(record.rule_name, record.reason)
-            self.write(f"[{self.started}/{self.total}] {record.rule_name} → {target(record.output)} ({cause})")
+            if self.writes_to_stream:
+                self.write(f"[{self.started}/{self.total}] {record.rule_name} → {target(record.output)} ({cause})")
         elif event == LogEvent.JOB_FINISHED:
             self.running.discard(record.job_id)
         elif event == LogEvent.JOB_ERROR:
@@ -89,12 +91,8 @@ class Screen(LogHandlerBase):
         return [*lines, *(f"build: {rule} failed; its log: {log}" for rule, log, _ in self.failures)]
 
 
-def run(screen: Screen, targets: Iterable[str], verbose: bool = False) -> bool:
-    """Run `snakemake --cores all` on targets; whether all of them are built.
-
-    Args:
-        verbose: Snakemake shows its events itself, all of them; the screen learns of an interrupt only.
-    """
+def run(screen: Screen, targets: Iterable[str]) -> bool:
+    """Run `snakemake --cores all` on targets, its events handed to `screen`; whether all of them are built."""
     from snakemake.cli import args_to_api, parse_args
     from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
     from snakemake_interface_logger_plugins.registry.plugin import Plugin
@@ -102,9 +100,8 @@ def run(screen: Screen, targets: Iterable[str], verbose: bool = False) -> bool:
     LoggerPluginRegistry().plugins["screen"] = Plugin(
         _name="screen", log_handler=lambda *settings: screen, _logger_settings_cls=None
     )
-    logger = [] if verbose else ["--logger", "screen"]
     with contextlib.redirect_stderr(io.StringIO()):  # it names the profile that it reads
-        parser, arguments = parse_args(["--cores", "all", *logger, "--", *targets])
+        parser, arguments = parse_args(["--cores", "all", "--logger", "screen", "--", *targets])
     previous = signal.signal(signal.SIGINT, screen.interrupt)
     try:
         return args_to_api(arguments, parser)

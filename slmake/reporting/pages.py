@@ -160,7 +160,13 @@ def scores_page(metrics: dict) -> str:
         f"<p>{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets.</p>",
         html_table(["", *names], rows),
     ]
-    if metrics.get("parity"):
+    for name, device in metrics.get("providers", {}).items():
+        parts.append(
+            f"<p>{escape(name)} was exported for {escape(device['exported_for'])} and scored on {escape(device['scored_on'])}; its latency on "
+            "the target was not measured.</p>"
+        )
+    steps = {key: figures for key, figures in metrics.get("parity", {}).items() if key != "tokenizer"}
+    if steps:
         parts.append("<h2>Parity of the first answer token, step by step</h2>")
         head = ["step", "prompts", "mean KL (nats)", "largest KL", "same first token", "largest logit difference"]
         rows = [
@@ -171,8 +177,7 @@ def scores_page(metrics: dict) -> str:
                 f"{difference['top1_agreement']:.1%}",
                 f"{difference['logit_diff_max']:.4f}",
             ]
-            for key, difference in metrics["parity"].items()
-            if key != "tokenizer"
+            for key, difference in steps.items()
         ]
         parts.append(html_table(head, rows))
     if metrics.get("drop"):

@@ -61,25 +61,7 @@ def choose(everything: params.Params, reference: dict, candidates: list[dict]) -
         candidate["pareto"] = on_front
     passed = [candidate for candidate in built if candidate["passed"]]
     if not passed:
-        near = sorted(
-            built,
-            key=lambda candidate: sum(
-                gate.get("missed_by", 0) / max(abs(gate["bound"]), 1e-9) for gate in candidate["gates"]
-            ),
-        )
-        shown = "".join(
-            f"\ncandidate {candidate['candidate']}: {described(candidate['options'], section)}\n{table(candidate['gates'])}"
-            for candidate in near[:3]
-        )
-        failed = "".join(
-            f"\ncandidate {candidate['candidate']} could not be built: {candidate['failed']}"
-            for candidate in candidates
-            if "failed" in candidate
-        )
-        raise UserError(
-            f"none of {len(candidates)} candidates passes the gates on the tuning rows. The nearest:{shown}{failed}\n"
-            "Add options to quantize.search (more int8_nodes, block_size 16), raise its budget, or loosen a gate."
-        )
+        raise UserError(_nearest(section, candidates))
     winner = min(
         passed,
         key=lambda candidate: (
@@ -96,6 +78,28 @@ def choose(everything: params.Params, reference: dict, candidates: list[dict]) -
         "merged": reference["metrics"],
         "candidates": candidates,
     }
+
+
+def _nearest(section: params.Quantize, candidates: list[dict]) -> str:
+    """The message for a search that no candidate passed: the three nearest misses, and those that could not be built."""
+
+    def distance(candidate: dict) -> float:
+        return sum(gate.get("missed_by", 0) / max(abs(gate["bound"]), 1e-9) for gate in candidate["gates"])
+
+    built = sorted((candidate for candidate in candidates if "failed" not in candidate), key=distance)
+    misses = "".join(
+        f"\ncandidate {candidate['candidate']}: {described(candidate['options'], section)}\n{table(candidate['gates'])}"
+        for candidate in built[:3]
+    )
+    failed = "".join(
+        f"\ncandidate {candidate['candidate']} could not be built: {candidate['failed']}"
+        for candidate in candidates
+        if "failed" in candidate
+    )
+    return (
+        f"none of {len(candidates)} candidates passes the gates on the tuning rows. The nearest:{misses}{failed}\n"
+        "Add options to quantize.search (more int8_nodes, block_size 16), raise its budget, or loosen a gate."
+    )
 
 
 def overview(result: dict, section: params.Quantize) -> str:

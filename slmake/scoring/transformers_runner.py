@@ -61,7 +61,7 @@ class TransformersRunner:
 
     def _quantize(self, section: params.Finetune) -> None:
         """Round the linear weights as QLoRA does, and as merge does with `onto: dequantized`."""
-        from slmake.merging.shards import fake_quantize, linear_weights
+        from slmake.merging.merge import fake_quantize, linear_weights
         from slmake.training.model import pick_device, pick_dtype
 
         names = linear_weights(self.folder)

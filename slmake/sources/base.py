@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Self
+from urllib.parse import unquote
 
 from slmake import cli
 from slmake.errors import UserError
@@ -98,7 +99,7 @@ def check_plain(name: str, text: str) -> str:
         not name
         or PurePosixPath(name).is_absolute()
         or {"", ".", ".."} & set(parts)
-        or re.search(r"[\\\0-\x1f?#]", name)
+        or re.search(r"[\\\0-\x1f?#]", unquote(name))
     ):
         raise ValueError(
             f"`{masked(text)}` names a file that is no plain relative path: letters, no `..`, no `?` or `#`"

@@ -36,9 +36,9 @@ class WebFile(Source):
         if "@" in url.netloc:
             raise ValueError(
                 f"`{masked(text)}`: a URL with a user or password in it is refused: put them into ~/.netrc "
-                f"(machine {url.hostname or 'HOST'} login USER password PASSWORD)"
+                "(machine HOST login USER password PASSWORD)"
             )
-        if not url.hostname or url.path in ("", "/"):
+        if not re.fullmatch(r"[\w.-]+|[0-9a-f:]+", url.hostname or "") or url.path in ("", "/"):
             raise not_of_form(cls, text)
         if ";" in unquote(url.path) or "&" in url.path or "?" in unquote(url.path):
             raise ValueError(

@@ -71,7 +71,7 @@ def parse(text: str, must_pin: bool = True) -> Source:
     if name.endswith(PICKLES):
         raise ValueError(f"the source is {pickle_advice(name.rpartition('/')[2])}")
     if pin and pin[0] == "etag" and not source.pin_needed:
-        raise ValueError(f"`{source.full}` has no ETag: pin it by #sha256=…")
+        raise ValueError(f"`{masked(text)}` has no ETag: pin it by #sha256=…")
     if must_pin and source.pin_needed and not pin:
         raise ValueError(
             f"`{source.full}` is not pinned, so its content could change unnoticed. `python -m tools.pin '{source.full}'` prints "

@@ -46,13 +46,17 @@ def masked(source: str) -> str:
     rest = unquote(source[len(prefix) :])
     head, mark, tail = re.fullmatch(r"([^?#;&]*)([?#;&]?)(.*)", rest, re.DOTALL).groups()
     authority, _, path = head.partition("/")
+    user, at, _ = head.rpartition("@")
+    encoded = re.search(r"%(?:40|3a|2f|5c)", source.partition("//")[2].partition("/")[0], re.IGNORECASE)
     named = (
-        prefix.lower() in ("abfs://", "abfss://") and ":" not in head.rpartition("@")[0]
+        not encoded and prefix.lower() in ("abfs://", "abfss://") and at and ":" not in user
     )  # CONTAINER@ACCOUNT, no password
     if not prefix or (named and "@" not in tail):
         pass
     elif prefix.endswith("//"):
-        if "@" in authority or (":" in authority and "@" in path):
+        if encoded:
+            head = "***"
+        elif "@" in authority or (":" in authority and "@" in path):
             head = "***@" + head.rpartition("@")[2]
         elif "@" in tail or (":" in authority and not re.fullmatch(r"[^:]*:\d{1,5}", authority)):
             head = "***"

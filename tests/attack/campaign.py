@@ -34,9 +34,9 @@ DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures of `make attack` -->\n", "<!-- end of `make attack` -->\n"
 # Kind, share of the time, and what it is.
 KINDS = {
-    "kill a rule": 0.5,
-    "kill the recording": 0.15,
-    "edit during a build": 0.15,
+    "kill a rule": 0.6,
+    "kill the recording": 0.1,
+    "edit during a build": 0.1,
     "hostile model": 0.1,
     "edited package": 0.07,
     "source with a secret": 0.03,

@@ -196,7 +196,10 @@ def edit_build(whole: Path, work: Path, rng: random.Random) -> str:
         process = subprocess.Popen(
             ["snakemake", "--cores", "all", "--nocolor"], cwd=project, env=environment(), stdout=log, stderr=log
         )
-        time.sleep(rng.uniform(0, 8))
+        end = time.monotonic() + TIMEOUT
+        while f"rule {rule}:" not in (project / "attack.log").read_text(encoding="utf-8") and time.monotonic() < end:
+            time.sleep(0.05)  # until all is planned
+        time.sleep(rng.uniform(0, 5))
         EDITS[what](project)
         process.wait(TIMEOUT)
     expect("Traceback" not in (project / "attack.log").read_text(encoding="utf-8"), log_of(project))

@@ -150,7 +150,7 @@ def test_dataset_in_azure_blob(tmp_path, blob_server, container, base):
 
 
 @pytest.mark.parametrize(
-    ("connection", "told"),
+    ("connection", "reason"),
     [
         (lambda server: server.connection(key="d3Jvbmcga2V5" * 7 + "d3Jv"), "the credentials were refused"),
         (lambda server: server.connection(port=9), "the server cannot be reached or the connection broke"),
@@ -158,11 +158,11 @@ def test_dataset_in_azure_blob(tmp_path, blob_server, container, base):
     ],
     ids=["wrong key", "no server", "no account"],
 )
-def test_what_is_wrong_with_the_account_is_told(tmp_path, blob_server, container, monkeypatch, connection, told):
+def test_what_is_wrong_with_the_account_is_told(tmp_path, blob_server, container, monkeypatch, connection, reason):
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection(blob_server))
     done, out, _ = fetch(tmp_path, f"az://{container}/tiny#etag=0x1")
     assert done.returncode == 1
-    assert told in done.stderr
+    assert reason in done.stderr
     assert not out.exists()
     key = dict(part.partition("=")[::2] for part in connection(blob_server).split(";")).get("AccountKey", "no key")
     assert key not in done.stderr + (tmp_path / "logs" / "fetch_model.log").read_text()

@@ -107,7 +107,7 @@ def packaged(folder: Path, onnx: Path):
     return module.Exported(folder / "package", json.loads((folder / "package" / "prompt.json").read_text()))
 
 
-@pytest.mark.parametrize("limit", [160, 40], ids=["whole", "truncated"])
+@pytest.mark.parametrize("limit", [160, 30], ids=["whole", "truncated"])
 def test_text_is_answered_as_it_was_scored(family, tmp_path, limit):
     base, onnx = family
     data = rows(60, words=4)
@@ -115,7 +115,7 @@ def test_text_is_answered_as_it_was_scored(family, tmp_path, limit):
     assert (agreement["encode_differ"], agreement["decode_differ"]) == (0, 0)
     assert agreement["rows"] == len(predictions) > 10
     model = packaged(tmp_path / "run", onnx)
-    assert ("max_prompt_tokens" in model.form) == (limit == 40)
+    assert ("max_prompt_tokens" in model.form) == (limit == 30)
     for row in predictions:
         answer = model.answer(data[int(row["row"]) - 1]["phrase"])
         assert prompts.first_answer(answer) == row["fp32"]

@@ -146,7 +146,7 @@ def test_exception_without_a_message(script):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reason"),
     [
         (
             'OSError(errno.ENOSPC, "No space left on device", "build/x")',
@@ -184,10 +184,10 @@ def test_exception_without_a_message(script):
     ],
     ids=["full", "full-by-text", "full-sqlite", "quota", "permission", "read-only", "memory", "no-memory", "other"],
 )
-def test_troubles_of_the_machine(script, log, error, told):
+def test_troubles_of_the_machine(script, log, error, reason):
     """One line that says what to do; the traceback is in the log."""
     done = script(f"raise {error}")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"merge: error: {told}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"merge: error: {reason}\n")
     assert log.read_text().startswith("Traceback (most recent call last):\n")
 
 
@@ -266,9 +266,9 @@ def test_signal_removes_outputs(script, log, tmp_path, number):
     while not (tmp_path / "started").exists() and time.monotonic() < limit:
         time.sleep(0.02)
     process.send_signal(number)
-    output, told = process.communicate(timeout=30)
+    output, message = process.communicate(timeout=30)
     assert (process.returncode, output) == (130, "")
-    assert told == "merge: error: interrupted. Run the same command again to resume.\n"
+    assert message == "merge: error: interrupted. Run the same command again to resume.\n"
     assert list((tmp_path / "build").iterdir()) == []
     assert list((tmp_path / "results").iterdir()) == []
     assert "Traceback" not in log.read_text()

@@ -73,7 +73,7 @@ def test_a_changed_row_rebuilds_from_prepare_on(copy_of_built):
 def test_a_changed_script_reruns_its_rule(copy_of_built):
     script = copy_of_built / "scripts" / "gates.py"
     script.write_text(script.read_text() + "\nCHANGED = True\n", encoding="utf-8")
-    assert planned(copy_of_built) == SHOWN
+    assert planned(copy_of_built) == {"gates", "package"}  # the report shows metrics, and judges them by itself
 
 
 def test_a_build_in_another_folder_gives_the_same_bytes(built, base, tmp_path):

@@ -74,8 +74,7 @@ class Runner:
 
     def _command(self, command: str, work: Path, mounts: list[Path]) -> list[str]:
         if not self.image:
-            inside = f"export PATH={Path(sys.executable).parent}:$PATH; {command}"
-            return ["bash", "-c", inside]
+            return ["bash", "-c", command]
         binds = ",".join(f"{path.parent}:{path.parent}" for path in mounts)
         base = ["apptainer", "exec", "--cleanenv", "--home", str(work), "--bind", binds, "--pwd", str(work)]
         return [*base, "--env", "OMP_NUM_THREADS=1", self.image, "bash", "-c", command]

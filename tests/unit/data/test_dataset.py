@@ -1,11 +1,13 @@
 """What prepare writes: dataset, prompt.json, report; the script as a user runs it."""
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from prepared import CHAT, FIELDS, TEMPLATE, write_rows
-from tiny import TONES, make_rows, run_script, write_params
+from tiny import ROOT, TONES, make_rows, run_script, write_params
 
 
 def test_tokens_are_those_of_inference(build, tokenizer):
@@ -59,8 +61,8 @@ def test_rows_longer_than_the_model_reads(refused, rows_file, base):
 
 
 def test_base_model_that_is_not_there(refused, tmp_path):
-    told = refused(make_rows(24), base=tmp_path / "base")
-    assert told == f"{tmp_path / 'base'}: no such folder. Build it with `snakemake --cores all {tmp_path / 'base'}`."
+    message = refused(make_rows(24), base=tmp_path / "base")
+    assert message == f"{tmp_path / 'base'}: no such folder. Build it with `snakemake --cores all {tmp_path / 'base'}`."
 
 
 @pytest.mark.parametrize("strategy", ["line-by-line", "join"])
@@ -135,7 +137,8 @@ def test_script_tells_bad_rows_and_leaves_nothing(tmp_path, tokenizer_folder):
 
 def test_help_loads_no_torch(tmp_path):
     """--help and wrong arguments are answered without the heavy libraries."""
-    done = run_script("prepare", "--help", env={"PATH": "/usr/bin:/bin", "PYTHONPROFILEIMPORTTIME": "1"}, cwd=tmp_path)
+    command = [sys.executable, "-X", "importtime", "-m", "scripts.prepare", "--help"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "python -m scripts.prepare --params params.yaml --base build/base" in done.stdout
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}

@@ -74,13 +74,13 @@ def test_csv_row_that_does_not_fit_its_header(refused, tmp_path, content, row):
     """A row with more or fewer values than columns is refused and named; its values are never shifted."""
     source = tmp_path / "rows.csv"
     source.write_text(content, encoding="utf-8")
-    told = refused(source, **WHOLE)
-    assert str(source) in told
-    assert re.search(rf"\brow {row}\b|\bline {row + 1}\b", told)
+    message = refused(source, **WHOLE)
+    assert str(source) in message
+    assert re.search(rf"\brow {row}\b|\bline {row + 1}\b", message)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reason"),
     [
         ("rows.json", b"", ": empty file."),
         ("rows.json", b"[]", ": no rows in it."),
@@ -124,11 +124,11 @@ def test_csv_row_that_does_not_fit_its_header(refused, tmp_path, content, row):
         ("rows.json", b"[1, 2]", ": row 1: not an object but int"),
     ],
 )  # fmt: skip
-def test_unreadable_files(refused, tmp_path, name, content, told):
+def test_unreadable_files(refused, tmp_path, name, content, reason):
     source = tmp_path / name
     if content is not None:
         source.write_bytes(content)
-    assert f"{source}{told}" in refused(source)
+    assert f"{source}{reason}" in refused(source)
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])

@@ -67,7 +67,7 @@ def test_fractions_hold_for_small_classes(build, answers, copies):
 
 @pytest.mark.parametrize("answers", [50, 51, 96])
 def test_number_of_different_answers_makes_no_row_disappear(build, answers):
-    """Up to 50 different answers are told apart, more are not; every row is in a split either way."""
+    """Up to 50 different answers are distinguished, more are not; every row is in a split either way."""
     rows = [{"phrase": row["phrase"], "tone": f"class {i % answers}"} for i, row in enumerate(make_rows(96))]
     built = build(rows, near_duplicate_threshold=1.0)
     assert numbers(built.train) | numbers(built.eval) | numbers(built.test) == set(range(1, 97))
@@ -77,16 +77,16 @@ def test_number_of_different_answers_makes_no_row_disappear(build, answers):
 def test_nothing_left_to_train_on(refused, tmp_path):
     """The same file for train and test: every training row repeats a test row."""
     source = write_rows(tmp_path / "rows.json", make_rows(24))
-    told = refused({"train": source, "test": source}, eval_fraction=0.0)
-    assert told.startswith("prepare: all 24 training rows repeat eval or test rows and were left out as duplicates.")
+    message = refused({"train": source, "test": source}, eval_fraction=0.0)
+    assert message.startswith("prepare: all 24 training rows repeat eval or test rows and were left out as duplicates.")
 
 
 @pytest.mark.parametrize(("count", "fields"), [(1, {}), (24, {"test_fraction": 0.0}), (24, {"max_samples": 1})])
 def test_empty_test_split_where_evaluate_is_to_run(build, refused, count, fields):
-    told = refused(make_rows(count), stages=["finetune", "evaluate"], **fields)
-    assert told.startswith("prepare: the test split is empty, so evaluate (all.stages) could not score anything: ")
+    message = refused(make_rows(count), stages=["finetune", "evaluate"], **fields)
+    assert message.startswith("prepare: the test split is empty, so evaluate (all.stages) could not score anything: ")
     for part in ("test_fraction is ", "max_samples ", f"there are {count} rows"):
-        assert part in told
+        assert part in message
     assert len(build(make_rows(count), name="unscored", **fields).test) == 0
 
 
@@ -152,8 +152,8 @@ def test_label_that_only_held_out_rows_have(refused, tmp_path):
             tmp_path / "test.json", [*make_rows(60)[48:], {"phrase": "What a mess this is", "tone": "angr"}]
         ),
     }
-    told = refused(source)
-    assert told.startswith(f'{source["test"]}: row 13: the answer "angr" is in test but in no training row')
+    message = refused(source)
+    assert message.startswith(f'{source["test"]}: row 13: the answer "angr" is in test but in no training row')
 
 
 def test_splits_of_more_rows_than_a_batch(build):
@@ -208,10 +208,10 @@ def test_duplicates_refused_name_both_rows(refused, leaky):
 def test_many_duplicates_are_named_up_to_a_limit(refused, tmp_path):
     rows = make_rows(24)
     source = {"train": write_rows(tmp_path / "train.json", rows), "test": write_rows(tmp_path / "test.json", rows)}
-    told = refused(source, eval_fraction=0.0, duplicates="refuse").splitlines()
-    assert told[0].startswith("prepare.duplicates: 24 rows repeat held-out rows.")
-    assert len(told) == 1 + 20 + 1
-    assert told[-1] == "  and 4 more"
+    message = refused(source, eval_fraction=0.0, duplicates="refuse").splitlines()
+    assert message[0].startswith("prepare.duplicates: 24 rows repeat held-out rows.")
+    assert len(message) == 1 + 20 + 1
+    assert message[-1] == "  and 4 more"
 
 
 def test_duplicates_within_one_file_do_not_cross_the_split(build):

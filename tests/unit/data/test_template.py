@@ -27,7 +27,7 @@ def test_braces_in_rows_are_text(build):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reason"),
     [
         (
             {"text_template": "{phrase} {"},
@@ -46,8 +46,8 @@ def test_braces_in_rows_are_text(build):
         ),
     ],
 )
-def test_template_errors(refused, fields, told):
-    assert told in refused(make_rows(24), **fields)
+def test_template_errors(refused, fields, reason):
+    assert reason in refused(make_rows(24), **fields)
 
 
 def test_answer_never_stands_in_the_prompt(build):
@@ -130,7 +130,7 @@ def test_messages_as_a_column(build, tokenizer, tmp_path, ending):
 
 
 @pytest.mark.parametrize(
-    ("turns", "told"),
+    ("turns", "reason"),
     [
         ("Hello", "field `turns` is not a list of messages"),
         ([], "field `turns` is not a list of messages"),
@@ -141,11 +141,11 @@ def test_messages_as_a_column(build, tokenizer, tmp_path, ending):
         ("", "field `turns` is not a list of messages"),
     ],
 )
-def test_bad_messages_are_named(refused, tmp_path, turns, told):
+def test_bad_messages_are_named(refused, tmp_path, turns, reason):
     rows = chat_rows(24)
     rows[7]["turns"] = turns
     source = write_rows(tmp_path / "rows.json", rows)
-    assert f"  {source}: row 8: {told}" in refused(source, messages="turns", **CHAT)
+    assert f"  {source}: row 8: {reason}" in refused(source, messages="turns", **CHAT)
 
 
 def test_half_a_surrogate_pair_in_messages(refused, tmp_path):
@@ -153,8 +153,8 @@ def test_half_a_surrogate_pair_in_messages(refused, tmp_path):
     rows[7]["turns"][0]["content"] = "\ud83d"
     source = tmp_path / "rows.json"
     source.write_text(json.dumps(rows), encoding="utf-8")
-    told = refused(source, messages="turns", **CHAT)
-    assert f"  {source}: row 8: field `turns` holds half a surrogate pair" in told
+    message = refused(source, messages="turns", **CHAT)
+    assert f"  {source}: row 8: field `turns` holds half a surrogate pair" in message
 
 
 def test_turns_that_the_chat_template_does_not_take(refused, tmp_path, tokenizer_folder):
@@ -166,46 +166,48 @@ def test_turns_that_the_chat_template_does_not_take(refused, tmp_path, tokenizer
     rows = chat_rows(24)
     rows[0]["turns"] = [{"role": "system", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     source = write_rows(tmp_path / "rows.json", rows[:1])
-    told = refused(source, base=base, messages="turns", **CHAT)
-    assert f"  {source}: row 1: field `turns`: the base model's chat template does not take it: the user must" in told
+    message = refused(source, base=base, messages="turns", **CHAT)
+    assert (
+        f"  {source}: row 1: field `turns`: the base model's chat template does not take it: the user must" in message
+    )
     messages = [{"role": "system", "content": "{phrase}"}, {"role": "assistant", "content": "{tone}"}]
-    told = refused(make_rows(24), base=base, messages=messages, **CHAT)
-    assert told == "prepare.messages: the base model's chat template does not take it: the user must begin"
+    message = refused(make_rows(24), base=base, messages=messages, **CHAT)
+    assert message == "prepare.messages: the base model's chat template does not take it: the user must begin"
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "reason"),
     [
         ("", "prepare.messages: an empty name. Name the column"),
         ([{"role": "assistant", "content": "{tone}"}], "prepare.messages: nothing stands before the answer"),
     ],
 )
-def test_messages_without_a_prompt(refused, messages, told):
-    assert refused(make_rows(24), messages=messages, **CHAT).startswith(told)
+def test_messages_without_a_prompt(refused, messages, reason):
+    assert refused(make_rows(24), messages=messages, **CHAT).startswith(reason)
 
 
 def test_messages_need_a_chat_template(refused, tmp_path, tokenizer_folder):
     base = other_chat(tokenizer_folder, tmp_path / "base", None)
-    told = refused(make_rows(24), base=base, messages=MESSAGES, **CHAT)
-    assert told == "prepare.messages: the base model's tokenizer has no chat template. Use text_template instead."
+    message = refused(make_rows(24), base=base, messages=MESSAGES, **CHAT)
+    assert message == "prepare.messages: the base model's tokenizer has no chat template. Use text_template instead."
 
 
 def test_chat_template_that_rewrites_earlier_turns(refused, tmp_path, tokenizer_folder):
-    """Prompt and answer cannot be told apart if the template changes the prompt when the answer is added."""
+    """Prompt and answer cannot be separated if the template changes the prompt when the answer is added."""
     base = other_chat(tokenizer_folder, tmp_path / "base", "{{ messages | length }}{{ messages[-1]['content'] }}")
-    told = refused(make_rows(24), base=base, messages=MESSAGES, **CHAT)
-    assert told.startswith("prepare.messages: this chat template changes earlier turns when the answer is added.")
+    message = refused(make_rows(24), base=base, messages=MESSAGES, **CHAT)
+    assert message.startswith("prepare.messages: this chat template changes earlier turns when the answer is added.")
 
 
 def test_error_in_a_message_names_messages(refused):
     messages = [{"role": "user", "content": "{the phrase}"}, {"role": "assistant", "content": "{tone}"}]
-    told = refused(make_rows(24), messages=messages, **CHAT)
-    assert "prepare.messages: `{the phrase}` is not a plain field name" in told
+    message = refused(make_rows(24), messages=messages, **CHAT)
+    assert "prepare.messages: `{the phrase}` is not a plain field name" in message
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "reason"),
     [
         ({"a": 1}, 'field `tone` is dict, not text: {"a": 1}'),
         (["joy"], 'field `tone` is list, not text: ["joy"]'),
@@ -218,13 +220,13 @@ def test_error_in_a_message_names_messages(refused):
         ),
     ],
 )
-def test_bad_value(refused, tmp_path, ending, value, told):
-    """One bad value among 24 rows is told with its file, row and field."""
+def test_bad_value(refused, tmp_path, ending, value, reason):
+    """One bad value among 24 rows is reported with its file, row and field."""
     rows = make_rows(24)
     rows[16]["tone"] = value
     source = write_rows(tmp_path / f"rows{ending}", rows)
     assert refused(source) == (
-        f"{source}: 1 bad value in 24 rows; correct them and run again.\n  {source}: row 17: {told}"
+        f"{source}: 1 bad value in 24 rows; correct them and run again.\n  {source}: row 17: {reason}"
     )
 
 
@@ -261,10 +263,10 @@ def test_long_lists_of_bad_rows_are_cut(refused, tmp_path):
     for row in rows[5:]:
         del row["tone"]
     source = write_rows(tmp_path / "rows.json", rows)
-    told = refused(source).splitlines()
-    assert told[0] == f"{source}: 25 bad values in 30 rows; correct them and run again."
-    assert told[1:21] == [f"  {source}: row {number}: field `tone` is missing" for number in range(6, 26)]
-    assert told[21:] == ["  and 5 more"]
+    message = refused(source).splitlines()
+    assert message[0] == f"{source}: 25 bad values in 30 rows; correct them and run again."
+    assert message[1:21] == [f"  {source}: row {number}: field `tone` is missing" for number in range(6, 26)]
+    assert message[21:] == ["  and 5 more"]
 
 
 def test_field_that_no_row_has(refused, tmp_path):

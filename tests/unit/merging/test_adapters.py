@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_merge import edited, load, logits, refused, run, tensors_of
 from tiny import make_model
 
@@ -301,3 +302,30 @@ def test_unknown_tensor_is_refused(tmp_path, capsys, bases):
     assert "tensor transformer.w is of no kind that PEFT's LoRA writes" in refused(
         tmp_path, capsys, bases["tied"], adapter
     )
+
+
+def test_quantized_adapter_is_refused(tmp_path, capsys, bases):
+    trained(bases["tied"], tmp_path / "made")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    adapter = edited(
+        tmp_path / "made",
+        tmp_path / "adapter",
+        lambda tensors: tensors.update({name: torch.zeros(4, 64, dtype=torch.int8)}),
+    )
+    assert f"tensor {name} is of type I8;" in refused(tmp_path, capsys, bases["tied"], adapter)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_saved_modules_of_another_type_are_cast_to_the_bases(tmp_path, bases, kind):
+    trained(bases["untied"], tmp_path / "made", modules_to_save=BOTH)
+    before = load_file(tmp_path / "made" / "adapter_model.safetensors")
+
+    def cast(tensors):
+        for name, value in tensors.items():
+            tensors[name] = value.to(kind)
+
+    adapter = edited(tmp_path / "made", tmp_path / "adapter", cast)
+    merged = tensors_of(run(tmp_path, bases["untied"], adapter))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert merged[name].dtype == torch.float32
+        assert torch.equal(merged[name], before[f"base_model.model.{name}"].to(kind).float())

@@ -12,6 +12,7 @@ from slmake.azureml import settings
 from slmake.errors import UserError
 from slmake.olive import reader as reader_module
 from slmake.olive.reader import Reader
+from slmake.sources import hub
 from tools import import_olive
 
 TEMPLATE = "### Text: {phrase}\n### The tone is:\n{tone}"
@@ -229,6 +230,19 @@ def test_an_adapter_without_a_merge_is_merged(tmp_path):
     assert "merge is added" in notes(imported, "nearest")["passes"]
 
 
+@pytest.mark.parametrize("passes", [[{"type": "MergeAdapterWeights"}, BUILDER], [BUILDER]])
+def test_an_adapter_from_elsewhere_is_merged(tmp_path, passes):
+    content = small(*passes)
+    content["input_model"]["adapter_path"] = "adapters/mine"
+    imported = read(content)
+    made = loaded(imported, tmp_path)
+    assert made.adapter.source == "adapters/mine"
+    assert made.all.stages == ["merge", "quantize", "evaluate", "report"]
+    assert ("passes" in notes(imported, "nearest")) is (passes == [BUILDER])
+    content["input_model"]["adapter_path"] = "org/adapter"
+    assert loaded(read(content), tmp_path).adapter.source == "hf:org/adapter@main"
+
+
 def test_pass_flows(tmp_path):
     content = tutorial(old=False) | {"pass_flows": [["builder"], ["lora", "merge", "builder"]]}
     imported = read(content)
@@ -401,15 +415,15 @@ def test_a_value_of_another_kind_anywhere_ends_in_no_traceback(wrong):
 def test_a_branch_becomes_the_commit_of_today(monkeypatch, tmp_path, capsys):
     (tmp_path / "olive.json").write_text(json.dumps(small(BUILDER)), encoding="utf-8")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(import_olive, "pinned", lambda source, job: source.full.replace("@main", f"@{'a' * 40}"))
+    monkeypatch.setattr(hub, "commit_of", lambda source: "a" * 40)
     import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "one")])
     assert f"hf:org/name@{'a' * 40}" in (tmp_path / "one" / "params.yaml").read_text()
     assert "the commit of the branch today" in capsys.readouterr().out
 
-    def fails(source, job):
+    def fails(source):
         raise UserError("out of reach")
 
-    monkeypatch.setattr(import_olive, "pinned", fails)
+    monkeypatch.setattr(hub, "commit_of", fails)
     import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "two")])
     assert "hf:org/name@main" in (tmp_path / "two" / "params.yaml").read_text()
     assert "put a commit or a tag behind the @" in capsys.readouterr().out

@@ -58,6 +58,14 @@ def test_a_rule_that_starts_is_one_line_with_its_reason(screen):
     assert screen.ending() == []
 
 
+def test_a_verbose_screen_only_counts():
+    screen = Screen(io.StringIO(), verbose=True)
+    assert not screen.writes_to_stream  # Snakemake's own handler stays
+    start(screen, "merge", 1, "build/merged", "Forced execution")
+    assert (screen.started, screen.stream.getvalue()) == (1, "")
+    assert Screen(io.StringIO()).writes_to_stream
+
+
 @pytest.mark.parametrize(
     ("reason", "words"),
     [

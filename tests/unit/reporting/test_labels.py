@@ -109,6 +109,7 @@ def test_the_card_shows_labels_and_has_one_head():
         "quantize": {"int8_nodes": ["*/attn/*", "a|b"]},
         "search": None,
         "licences": ["LICENSE"],
+        "adapter": None,
     }
     form = {"labels": list(LABELS), "fields": ["phrase"], "prompt": "### Text: {phrase}\r# Not a heading\n<b>{tone}"}
     text = card.write(section, facts, form, None, [], "")

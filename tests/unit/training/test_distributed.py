@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from test_finetune import FILES, command, contents, curve, tune
 
@@ -21,18 +22,27 @@ SCRIPT = ("-m", "scripts.finetune")
 CLOSE = 5e-6
 
 
-def start(folder: Path, base: Path, dataset: Path, launcher: tuple = (), **changes: object) -> subprocess.Popen:
-    """The script in processes of its own; what they print to the terminal is its stdout."""
+def start(
+    folder: Path, base: Path, dataset: Path, launcher: tuple = (), fresh: bool = True, **changes: object
+) -> subprocess.Popen:
+    """The script in processes of its own; what they print to the terminal is its stdout. `fresh`: they import all libraries."""
     arguments = [*command(folder, base, dataset, **changes), "--log", str(folder / "logs" / "finetune.log")]
     how = [*launcher, *SCRIPT, *arguments] if launcher else [*SCRIPT, *arguments, "--nproc-per-node", "2"]
+    variables = dict(os.environ)
+    python = sys.executable if fresh else preloaded.program("python", variables)
     return subprocess.Popen(
-        [sys.executable, *how], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [python, *how],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
 def tune_by_two(folder: Path, base: Path, dataset: Path, launcher: tuple = (), **changes: object) -> str:
     """Run it to its end; returns what it printed."""
-    process = start(folder, base, dataset, launcher, **changes)
+    process = start(folder, base, dataset, launcher, fresh=bool(launcher), **changes)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
