@@ -23,7 +23,7 @@ export TEXT URL
 
 .DEFAULT_GOAL := build
 .PHONY: build report rehearse ask verify reproduce restore clean help setup azureml azurite peers image sif \
-        remote push pull test test-fast faults attack lint format docs screenshots lock bench
+        remote push pull test test-fast tokenizers faults attack lint format docs screenshots lock bench
 
 ##@ Build
 build: setup ## set up if needed, build what params.yaml asks for; VERBOSE=1 shows all
@@ -118,6 +118,9 @@ lock: setup ## resolve envs/*.in into envs/*.lock
 
 azurite: ## install the blob server that the tests start (needs npm)
 	@npm ci --prefix tests/real/azurite --no-audit --no-fund --loglevel=error
+
+tokenizers: ## install the real tokenizers that tests compare with (needs npm)
+	@npm ci --prefix tests/real/tokenizers --no-audit --no-fund --loglevel=error
 
 faults: setup azurite ## break networks, servers and disks; figures to docs/reliability.md
 	@rm -f build/faults.jsonl
