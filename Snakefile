@@ -18,6 +18,7 @@ rule all:
     input:
         "build/base",
         "build/dataset",
+        when("rehearse" in STAGES, "results/rehearsal.json"),
         when({"finetune", "merge"} & set(STAGES), PLAN.adapter),
         when("merge" in STAGES, "build/merged"),
         when("quantize" in STAGES, PLAN.onnx),
@@ -83,6 +84,8 @@ rule prepare:
         " --log {log}"
 
 
+# Runs before all other rules that are ready, and alone. It is nobody's input: behind an input that has to be made again, even an
+# `ancient` one, Snakemake looks for no other changes, so that a changed learning rate would not train again.
 rule rehearse:
     input:
         code=code_of("rehearse"),
@@ -95,7 +98,8 @@ rule rehearse:
         "logs/rehearse.log",
     benchmark:
         "benchmarks/rehearse.tsv"
-    threads: 2
+    priority: 100
+    threads: 64
     resources:
         mem_mb=memory(4000, 2),
         runtime=60,
@@ -115,7 +119,6 @@ rule rehearse:
 rule finetune:
     input:
         code=code_of("finetune"),
-        rehearsal=when("rehearse" in STAGES, ancient("results/rehearsal.json")),
         base="build/base",
         dataset="build/dataset",
     output:
