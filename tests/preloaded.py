@@ -5,7 +5,7 @@ server, which imports them once. `python`, `snakemake` and `dvc` in the folder t
 they hand the server their arguments, folder, environment and streams, and end as the child ends that it forks for them.
 The server imports nothing of the project: a child imports what lies in its folder, as a new process does.
 
-What a fork shares is a fresh process's business: tests of other hash seeds, of signals and of imports start real ones.
+Forks share hash seeds and imported modules, and a signal to a client is passed on: tests of those start new processes.
 """
 
 import atexit
@@ -30,7 +30,7 @@ LIBRARIES = (
     *("torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.modeling_utils", "peft"),
     *("transformers.generation", "datasets", "pandas", "pyarrow.parquet", "safetensors.torch", "onnx", "onnxruntime"),
     *("onnxruntime_genai", "onnxruntime_genai.models.builder", "pydantic", "matplotlib.figure", "matplotlib.backends.backend_svg"),
-    *("sklearn.metrics", "snakemake.cli", "snakemake.api", "snakemake.workflow", "dvc.cli", "dvc.repo", "adlfs", "gguf"),
+    *("snakemake.cli", "snakemake.api", "snakemake.workflow", "dvc.cli", "dvc.repo", "adlfs", "gguf"),
     *("azure.storage.blob.aio", "azure.ai.ml", "azure.identity"),
 )  # fmt: skip
 CLIENT = """#!{python} -IS
@@ -96,7 +96,7 @@ def client(python: str) -> None:
 def serve(address: Path, owner: int) -> None:
     """Import the libraries, then fork a child for each client until `owner` ends. Returns in a child, with its work to do."""
     for name in LIBRARIES:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError):  # azure.ai.ml is installed by `make azureml` only
             importlib.import_module(name)
     logging.getLogger().handlers.clear()  # some library sets it up when it is imported
     logging.getLogger().setLevel(logging.WARNING)
