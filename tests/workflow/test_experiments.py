@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,9 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "experiments.md").rea
 def project(copy_of_built) -> Path:
     """The built project as a clone with DVC, without the stages that an experiment on training does not need."""
     (copy_of_built / ".venv").symlink_to(sys.prefix)
+    shutil.copy2(ROOT / "Makefile", copy_of_built)
+    for lock in (copy_of_built / "envs").glob("*.lock"):
+        os.utime(lock, (0, 0))  # `make setup` has been run
     for command in (
         ["git", "init", "-q"],
         ["git", "config", "user.email", "test@example.org"],
