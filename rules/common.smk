@@ -44,12 +44,12 @@ try:
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
     IMAGE = containers.image(CONTAINER)
     IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
-    # Who allows one rule alone (DVC, Azure ML, Snakemake for a job) brings the inputs of that rule, and no others.
+    # DVC, Azure ML and Snakemake's own jobs run one rule alone and have the inputs of that rule only.
     if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
         raise UserError(problem)
     dvc.refuse_other_sources(PLAN)
     if CONTAINER and IN_CONTAINERS:
-        containers.prepare(CONTAINER, [*PLAN.data, PLAN.params.fetch_model.source], online=PLAN.online)
+        containers.prepare(CONTAINER, [*PLAN.data, *PLAN.model_source, *PLAN.adapter_source], online=PLAN.online)
     if not workflow.is_main_process:
         slurm.refuse_missing_gpu(CONTAINER if IN_CONTAINERS else None)
     PLAN.candidates  # refused here, if none is possible

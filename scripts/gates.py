@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.scoring.judge import advice, judge, number, read_metrics, read_published, read_timings, table
+from slmake.scoring.gates import advice, judge, number, read_metrics, read_published, read_timings, table
 
 
 def main(argv: list[str] | None = None) -> None:

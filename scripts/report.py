@@ -28,7 +28,7 @@ from slmake.reporting.pages import (
     verdict,
     wrong_page,
 )
-from slmake.scoring.judge import read_metrics, read_timings
+from slmake.scoring.gates import read_metrics, read_timings
 
 
 def main(argv: list[str] | None = None) -> None:

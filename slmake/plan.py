@@ -151,7 +151,7 @@ class Plan:
         return json.dumps({"container": image}) if image else ""
 
     def digest(self, rule: str) -> str:
-        """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, by its very bytes."""
+        """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, byte for byte."""
         named = {
             "fetch_model": self.model_source,
             "adapter": self.adapter_source,

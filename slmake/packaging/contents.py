@@ -10,7 +10,7 @@ from slmake.outputs import read_json
 from slmake.packaging import card, checksums, provenance, sbom
 from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
-from slmake.scoring.judge import MODELS, table
+from slmake.scoring.gates import MODELS, table
 
 
 def copy_licences(files: list[str], target: Path) -> list[str]:

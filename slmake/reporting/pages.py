@@ -7,7 +7,7 @@ from pathlib import Path
 from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
-from slmake.scoring.judge import MODELS, SIGNS, judge, number, read_published
+from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
 from slmake.text import csv_text, printable
 
 STYLE = """

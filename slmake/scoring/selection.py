@@ -6,7 +6,7 @@ from pathlib import Path
 from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.export.proposals import described
-from slmake.scoring.judge import judge, table
+from slmake.scoring.gates import judge, table
 
 
 def tuning_gates(section: params.Gates) -> params.Gates:

@@ -182,7 +182,7 @@ EDITS: dict[str, Callable[[Path], None]] = {
     "the dataset": append("data/dataset.json", "\n"),
     "the base model": append("data/base/tokenizer_config.json", "\n"),
     "a script": append("scripts/merge.py", "\nVALUE = 1\n"),
-    "a module": append("slmake/scoring/judge.py", "\nVALUE = 1\n"),
+    "a module": append("slmake/scoring/gates.py", "\nVALUE = 1\n"),
     "a licence": append("LICENSE", "\n"),
 }
 

@@ -42,7 +42,7 @@ AGAIN = "and run snakemake: it is built again"
         ("gates", "results/metrics.json", '{"test_rows": 24}', "results/metrics.json is damaged: no model was scored in it"),
         ("gates", "results/metrics.json", '{"test_rows": 24, "base": {}, "int4": 5}', f"results/metrics.json is damaged: `base` has no `accuracy`. Remove results/metrics.json {AGAIN}"),
         ("report", "results/metrics.json", '{"test_rows": 24, "int4": {"accuracy": "high"}}', f"results/metrics.json is damaged: .* Remove results/metrics.json {AGAIN}"),
-        ("report", "results/benchmark.json", '{"int4": 5}', "results/benchmark.json is damaged: `benchmark.int4` is no object of figures"),
+        ("report", "results/benchmark.json", '{"int4": 5}', "results/benchmark.json is damaged: `benchmark.int4` is not an object of figures"),
         ("gates", "results/benchmark.json", "[1]", "results/benchmark.json is damaged: it is no JSON object"),
         ("evaluate", "build/dataset/prompt.json", "{", f"build/dataset/prompt.json is damaged: .* Remove build/dataset {AGAIN}"),
         ("evaluate", "build/dataset/prompt.json", "{}", "build/dataset/prompt.json is damaged: it has no `prompt`"),

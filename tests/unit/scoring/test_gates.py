@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tiny import write_params
 
-from scripts import gates
+from scripts.gates import main
 from slmake import params
 from slmake.errors import UserError
-from slmake.scoring import judge
+from slmake.scoring import gates
 
 METRICS = {
     "test_rows": 240,
@@ -60,7 +60,7 @@ def run(folder: Path, metrics: dict = METRICS, **section: object) -> Path:
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     (folder / "benchmark.json").write_text(json.dumps(TIMES), encoding="utf-8")
     arguments = ["--params", file, "--metrics", folder / "metrics.json", "--benchmark", folder / "benchmark.json"]
-    gates.main([str(argument) for argument in [*arguments, "--output", folder / "gates.json"]])
+    main([str(argument) for argument in [*arguments, "--output", folder / "gates.json"]])
     return folder / "gates.json"
 
 
@@ -78,7 +78,7 @@ def missed(folder: Path, capsys, metrics: dict = METRICS, **section: object) -> 
 def verdict(published: dict | None = None, **gate: object) -> dict:
     """One gate judged on the metrics above."""
     section = params.Gates(checks=[params.Gate(**gate)], published="last.json" if published else None)
-    (found,) = judge.judge(section, METRICS, TIMES, published)
+    (found,) = gates.judge(section, METRICS, TIMES, published)
     return found
 
 
@@ -193,18 +193,18 @@ def test_published_metrics_are_read_as_they_come(tmp_path):
     metrics = {"int4": {"accuracy": 0.9}}
     section = params.Gates(published=str(tmp_path / "last.json"))
     with pytest.raises(UserError, match=r"gates.published: .*last.json: no such file"):
-        judge.read_published(section)
+        gates.read_published(section)
     for content in (metrics, {"digest": "x", "metrics": metrics}):
         (tmp_path / "last.json").write_text(json.dumps(content), encoding="utf-8")
-        assert judge.read_published(section) == metrics
+        assert gates.read_published(section) == metrics
     for content in ("[]", "{", '{"metrics": {}}', '{"metrics": 5}', '{"int4": 5}', '{"int4": {"accuracy": "high"}}'):
         (tmp_path / "last.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=r"gates.published: .*last.json: .* It should be .* metrics.json"):
-            judge.read_published(section)
+            gates.read_published(section)
     (tmp_path / "last.json").unlink()
     (tmp_path / "last.json").mkdir()
     with pytest.raises(UserError, match=r"gates.published: .*last.json: a folder. It should be .* metrics.json"):
-        judge.read_published(section)
+        gates.read_published(section)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +268,10 @@ def test_figures_that_are_not_there(tmp_path, capsys, gate, told):
 def test_last_model_is_judged_against_the_one_before():
     """Without the exported model: merged against base, and never against adapter; without finetune: the export against base."""
     section = params.Gates(min_accuracy=0.5, max_accuracy_drop=0.1)
-    first, second = judge.judge(section, {name: METRICS[name] for name in ("test_rows", "base", "adapter", "merged")})
+    first, second = gates.judge(section, {name: METRICS[name] for name in ("test_rows", "base", "adapter", "merged")})
     assert (first["model"], first["value"], first["passed"]) == ("merged", 0.82, True)
     assert (second["against"], second["value"], second["passed"]) == ("base", -0.57, True)
-    first, second = judge.judge(section, {"test_rows": 90, "base": {"accuracy": 0.7}, "fp32": {"accuracy": 0.55}})
+    first, second = gates.judge(section, {"test_rows": 90, "base": {"accuracy": 0.7}, "fp32": {"accuracy": 0.55}})
     assert (first["model"], first["passed"]) == ("fp32", True)
     assert (second["against"], second["value"], second["passed"]) == ("base", 0.15, False)
 
@@ -285,7 +285,7 @@ def test_drop_without_a_model_to_compare_with_does_not_pass_in_silence(tmp_path,
 def test_missing_metrics_are_named(tmp_path, capsys):
     file = write_params(tmp_path / "params.yaml", gates={"min_accuracy": 0.5})
     with pytest.raises(SystemExit) as caught:
-        gates.main(
+        main(
             ["--params", str(file), "--metrics", str(tmp_path / "no.json"), "--output", str(tmp_path / "g.json")]
         )
     assert caught.value.code == 1
@@ -297,15 +297,15 @@ def test_missing_metrics_are_named(tmp_path, capsys):
     ("change", "told"),
     [
         ({"base": {}}, "`base` has no `accuracy`"),
-        ({"int4": 5}, "`int4` is no object of figures but 5"),
-        ({"int4": METRICS["int4"] | {"accuracy": "high"}}, '`int4.accuracy` is no number but "high"'),
-        ({"int4": METRICS["int4"] | {"accuracy": None}}, "`int4.accuracy` is no number but null"),
+        ({"int4": 5}, "`int4` is not an object of figures but 5"),
+        ({"int4": METRICS["int4"] | {"accuracy": "high"}}, '`int4.accuracy` is not a number but "high"'),
+        ({"int4": METRICS["int4"] | {"accuracy": None}}, "`int4.accuracy` is not a number but null"),
         ({"int4": METRICS["int4"] | {"macro_f1_low": 0.7}}, "`int4` has no `macro_f1_high`"),
         ({"int4": METRICS["int4"] | {"per_class": {"joy": {}}}}, "`int4.per_class.joy` has no `precision`"),
         ({"int4": METRICS["int4"] | {"confusion": [[1, 2], [3]]}}, "`int4.confusion` is not 1 rows of 2 counts"),
-        ({"test_rows": "24"}, '`metrics.test_rows` is no number but "24"'),
+        ({"test_rows": "24"}, '`metrics.test_rows` is not a number but "24"'),
         ({"parity": {"int4_vs_merged": {}}}, "`parity.int4_vs_merged` has no `prompts`"),
-        ({"drop": 5}, "`drop` is no object of figures but 5"),
+        ({"drop": 5}, "`drop` is not an object of figures but 5"),
     ],
 )
 def test_damaged_metrics_are_named(tmp_path, capsys, change, told):
@@ -318,8 +318,8 @@ def test_damaged_metrics_are_named(tmp_path, capsys, change, told):
 
 def test_damaged_timings_are_named(tmp_path):
     (tmp_path / "benchmark.json").write_text('{"int4": {"latency_ms_p95": "fast"}}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"benchmark.json is damaged: `benchmark.int4.latency_ms_p95` is no number"):
-        judge.read_timings(tmp_path / "benchmark.json")
+    with pytest.raises(UserError, match=r"benchmark.json is damaged: `benchmark.int4.latency_ms_p95` is not a number"):
+        gates.read_timings(tmp_path / "benchmark.json")
 
 
 def test_existing_judgement_is_refused(tmp_path, capsys):
@@ -376,7 +376,10 @@ def test_decoding_counts_too(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("agreement", "reason"),
-    [({"rows": 3}, "`parity.tokenizer` has no `encode_differ`"), ([], "`parity.tokenizer` is no object of figures")],
+    [
+        ({"rows": 3}, "`parity.tokenizer` has no `encode_differ`"),
+        ([], "`parity.tokenizer` is not an object of figures"),
+    ],
 )
 def test_damaged_tokenizer_figures_are_named(tmp_path, capsys, agreement, reason):
     assert reason in missed(tmp_path, capsys, with_tokenizer(agreement))

@@ -280,12 +280,12 @@ def _check_figures(where: str, figures: object, needed: tuple[str, ...] = ()) ->
             raise ValueError(f"`{where}` has no `{name}`")
     for name, value in figures.items():
         if not _is_number(value):
-            raise ValueError(f"`{where}.{name}` is no number but {json.dumps(value)[:60]}")
+            raise ValueError(f"`{where}.{name}` is not a number but {json.dumps(value)[:60]}")
 
 
 def _named(where: str, value: object) -> dict:
     if not isinstance(value, dict):
-        raise ValueError(f"`{where}` is no object of figures but {json.dumps(value)[:60]}")
+        raise ValueError(f"`{where}` is not an object of figures but {json.dumps(value)[:60]}")
     return value
 
 
