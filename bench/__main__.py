@@ -7,7 +7,7 @@
 
 Results are kept as build/bench/NAME.json, one file per benchmark, and what the document shows of them in docs/benchmarks/results.json,
 by machine: a long session can be done in pieces, and another machine adds its own. Every piece is a run side by side: only what ran
-in the same rounds is compared.
+in the same rounds is compared. `python -m bench.cuda` measures a GPU by itself; the document shows its result, too.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         result = {"bench": name, "machine": machine, "versions": measure.versions(), **result}
         results.save(measure.SCRATCH / f"{name}.json", result)
-    print(document.write(list(NAMES), measure.SCRATCH, args.document))
+    print(document.write([*NAMES, "cuda"], measure.SCRATCH, args.document))
     if failed:
         print(f"bench: failed: {', '.join(failed)}. The messages are above.", file=sys.stderr)
     return 1 if failed else 0

@@ -121,17 +121,22 @@ def theirs(name: str, base: Path, rows: Path, hyper: Path, work: Path) -> dict:
 
 
 def count_work(params: Path, dataset: Path) -> dict:
-    """Of all steps of our run: real tokens, states that have to be computed, labels, and each row's tokens up to its last prediction."""
-    import torch
-
+    """`count_batches` of all steps of our run."""
     from slmake.params import section
     from slmake.training import data as data_module
     from slmake.training import schedule as schedule_module
-    from slmake.training import shared_prefix
 
     data = data_module.Data(dataset / "train.parquet")
     schedule = schedule_module.Schedule(section(params, "finetune"), data.lengths)
-    chosen = [rows for step in range(schedule.steps) for rows in schedule.batches(step)]
+    return count_batches(data, [rows for step in range(schedule.steps) for rows in schedule.batches(step)])
+
+
+def count_batches(data, chosen: list[np.ndarray]) -> dict:
+    """Of some batches of `Data`: real tokens, states that have to be computed, labels, and each row's tokens up to its last prediction."""
+    import torch
+
+    from slmake.training import shared_prefix
+
     layouts = [shared_prefix.Layout([data.row(index) for index in rows], torch.device("cpu")) for rows in chosen]
     every = np.concatenate(chosen)
     return {

@@ -23,11 +23,14 @@ import numpy as np
 
 
 def linear_shapes(config: dict) -> list[tuple[str, int, int]]:
-    """Name, inputs and outputs of a Llama-like decoder layer's linear layers, from its config.json."""
+    """Name, inputs and outputs of a Llama-like decoder layer's linear layers, from its config.json; Phi-3's are fused."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or width // heads
     kv = head * config.get("num_key_value_heads", heads)
     inner = config["intermediate_size"]
+    if config.get("model_type") == "phi3":
+        fused = [("qkv", width, heads * head + 2 * kv), ("o", heads * head, width)]
+        return [*fused, ("gate_up", width, 2 * inner), ("down", inner, width)]
     return [
         ("q", width, heads * head),
         ("k", width, kv),

@@ -12,15 +12,12 @@ The same inputs give the same bytes on one machine: batches, dropout and learnin
 so a resumed run and an uninterrupted one do the same arithmetic.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.training import distributed
 from slmake.training.trainer import Trainer, write_curve
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,6 +9,14 @@ from slmake.errors import UserError
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
+def to_device(array: np.ndarray, device):
+    """A tensor of an array's values on a device. A copy to a GPU does not wait for the work that the GPU still has."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Data:
     """Sequences of one split as flat arrays: 8 bytes a token."""
 
@@ -73,8 +81,6 @@ class Data:
             input_ids int64 [batch, time], labels int64 [batch, time] (-100 where there is no loss), attention_mask int64
             [batch, time] or None, tokens: the number of real ones.
         """
-        import torch
-
         time = int(self.lengths[chosen].max())
         ids = np.zeros((len(chosen), time), dtype=np.int64)
         labels = np.full((len(chosen), time), IGNORED, dtype=np.int64)
@@ -84,10 +90,10 @@ class Data:
             labels[row, :length] = self.labels[start : start + length]
         mask = None
         if self.masked and (self.real[chosen] < time).any():
-            mask = torch.from_numpy((np.arange(time) < self.real[chosen][:, None]).astype(np.int64)).to(device)
+            mask = to_device((np.arange(time) < self.real[chosen][:, None]).astype(np.int64), device)
         return {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "labels": torch.from_numpy(labels).to(device),
+            "input_ids": to_device(ids, device),
+            "labels": to_device(labels, device),
             "attention_mask": mask,
             "tokens": int(self.real[chosen].sum()),
         }

@@ -6,7 +6,7 @@ import numpy as np
 
 from slmake import params
 from slmake.errors import UserError
-from slmake.training.data import Data
+from slmake.training.data import Data, to_device
 
 
 def pick_device(number: int = 0):
@@ -163,15 +163,15 @@ def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, max_share
     from slmake.training import shared_prefix
 
     rows, positions, next_tokens = data.targets(chosen)
-    targets = torch.from_numpy(next_tokens).to(device)
+    targets = to_device(next_tokens, device)
     if data.needed[chosen].max() <= max_shared_len:
         layout = shared_prefix.Layout([data.row(index) for index in chosen], device)
-        head.positions = layout.token[rows, positions]
+        head.positions = to_device(layout.index[rows, positions], device)
         logits = shared_prefix.forward(peft, layout)
     else:
         batch = data.batch(chosen, device)
         time = batch["input_ids"].shape[1]
-        head.positions = torch.from_numpy(rows * time + positions).to(device)
+        head.positions = to_device(rows * time + positions, device)
         logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.reshape(len(targets), -1).float(), targets, reduction="sum")
     return loss, len(targets)

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 
+from slmake.training.data import to_device
 from slmake.training.probe import close
 
 # Layers whose result for a token depends only on the tokens that it attends to; not convolutions or recurrent states.
@@ -26,6 +27,7 @@ class Layout:
         positions: int64 [tokens], each token's position in its row.
         token: int64 [rows, time], index of the token at each position of the batch; 0 after a row's end, where causality
             hides it.
+        index: `token` as an array in the host's memory.
         flat: int64 [tokens], each token's index in the flattened batch (a shared token's in the first row).
         back: int64 [rows * time], `token` where a flat index is some token's own, else the number of tokens.
     """
@@ -43,13 +45,13 @@ class Layout:
         tokens = int(computed.sum())
         back = np.full(own.shape, tokens)
         back[computed] = np.arange(tokens)
-        token = np.where(steps < common, back[0], np.where(own, back, 0))
+        self.index = np.where(steps < common, back[0], np.where(own, back, 0))
         flat = np.flatnonzero(computed)
-        self.ids = torch.from_numpy(np.concatenate([rows[0][:common], *(row[common:] for row in rows)])).to(device)
-        self.positions = torch.from_numpy(flat % time).to(device)
+        self.ids = to_device(np.concatenate([rows[0][:common], *(row[common:] for row in rows)]), device)
+        self.positions = to_device(flat % time, device)
         self.rows, self.time, self.tokens = len(rows), int(time), tokens
-        self.token, self.flat = torch.from_numpy(token).to(device), torch.from_numpy(flat).to(device)
-        self.back = torch.from_numpy(back.reshape(-1)).to(device)
+        self.token, self.flat = to_device(self.index, device), to_device(flat, device)
+        self.back = to_device(back.reshape(-1), device)
         self._indices: dict = {}
 
     def by_row(self, heads: int, token_first: bool) -> torch.Tensor:

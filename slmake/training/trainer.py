@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -33,6 +34,9 @@ class Trainer:
 
         self.section, self.job, self.group = section, job, group or distributed.Group()
         self.device = pick_device(self.group.local_rank)
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # without it, no matrix product on CUDA is deterministic
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
@@ -126,7 +130,7 @@ class Trainer:
                 value.copy_(tensors[f"adapter/{name}"])
                 if f"exp_avg/{name}" in tensors:
                     self.optimizer.state[value] = {
-                        "step": tensors[f"step/{name}"],
+                        "step": tensors[f"step/{name}"].to(self.device),  # where fused AdamW counts
                         "exp_avg": tensors[f"exp_avg/{name}"].to(self.device),
                         "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(self.device),
                     }
@@ -167,7 +171,7 @@ class Trainer:
         batches = self.schedule.batches(self.step)
         rows = np.concatenate(batches)
         targets = int(self.train.answers[rows].sum())
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch, counts in self.group.share(batches):
             # Dropout depends on the step alone, so that a resumed run draws the same random numbers.
             torch.manual_seed((self.section.seed * 1_000_003 + self.step * 1009 + number) % 2**63)
@@ -175,20 +179,22 @@ class Trainer:
             if not counts:
                 loss = loss * 0
             (loss / targets).backward()
-            total += loss.item()
-        (total,) = self.group.sums(total)
+            total += loss.detach()
         self.group.all_reduce_gradients(self.trained.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.section.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # The only values of a step that the host waits for, when the device has all of the step's work.
+        total, norm = torch.stack([total, norm.double()]).tolist()
+        (total,) = self.group.sums(total)
         if not math.isfinite(total):
             numbers = sorted(int(row) for row in self.train.rows[rows])
             raise UserError(
                 f"the loss is {total} at step {self.step + 1} (rows {', '.join(map(str, numbers[:32]))} of the dataset). Lower "
                 "finetune.learning_rate, set max_grad_norm, or look at these rows."
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.section.max_grad_norm or math.inf)
-        if not math.isfinite(float(norm)):
+        if not math.isfinite(norm):
             raise UserError(f"the gradient is not finite at step {self.step + 1}. Lower finetune.learning_rate.")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.window[0] += total
         self.window[1] += targets
         return total / targets, rate, int(self.train.real[rows].sum())
