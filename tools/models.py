@@ -23,6 +23,7 @@ from slmake.rehearsal.tokenizer import SIZE, make_tokenizer
 MODELS = Path(__file__).with_suffix(".yaml")
 # Eight rows of the embedding have no token: the vocabulary must not be as large as another layer of the twin.
 SMALL_VOCABULARY = {"vocab_size": SIZE + 8, "eos_token_id": 0, "bos_token_id": 1, "pad_token_id": 0}
+ROWS = 16  # for calibration
 STAGES = ["finetune", "merge", "quantize"]
 
 
@@ -63,7 +64,9 @@ def sizes(config) -> Sizes:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    matrices = {module.weight: module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {
+        module.weight: module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+    }
     total, quantized = model.num_parameters(), sum(matrices.values())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tables = int(config.max_position_embeddings * head_dim * (getattr(config, "partial_rotary_factor", None) or 1))
@@ -141,14 +144,33 @@ def page(everything: params.Params, models: dict, measured: dict[str, tuple[Size
         longest=checks.LONGEST,
         precision=section.precision,
     )
-    works = ["model", "tokenizer", "parameters", "bfloat16", "int4", "train", "merge", "fp32 parity", "prompts", "CPU", "CUDA", "workaround"]
-    rows, refused = [works, ["---"] * len(works)], [["model", "tokenizer", "parameters", "bfloat16", "reason"], ["---"] * 5]
+    works = [
+        "model",
+        "tokenizer",
+        "parameters",
+        "bfloat16",
+        "int4",
+        "train",
+        "merge",
+        "fp32 parity",
+        "prompts",
+        "CPU",
+        "CUDA",
+        "workaround",
+    ]
+    rows, refused = (
+        [works, ["---"] * len(works)],
+        [["model", "tokenizer", "parameters", "bfloat16", "reason"], ["---"] * 5],
+    )
     for name, (size, result) in measured.items():
         start = [name, models[name]["tokenizer"], count(size.parameters), gigabytes(size.bfloat16)]
         if result.refused:
             refused.append([*start, result.refused])
             continue
-        parity, prompts = f"{max(result.parity.values()):.1e}", ", ".join(f"{int(tokens):,}" for tokens in result.parity)
+        parity, prompts = (
+            f"{max(result.parity.values()):.1e}",
+            ", ".join(f"{int(tokens):,}" for tokens in result.parity),
+        )
         fixes = ", ".join(f"`{fix}`" for fix in result.fixes)
         rows.append([*start, gigabytes(size.int4), "yes", "yes", parity, prompts, "yes", f"{result.cuda:.1e}", fixes])
     text += f"\n## Work ({len(rows) - 2})\n\n{table(rows)}"
@@ -170,13 +192,17 @@ def gigabytes(size: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--models", type=Path, default=MODELS, help=f"configurations (default: {MODELS.name} beside this)")
+    parser.add_argument(
+        "--models", type=Path, default=MODELS, help=f"configurations (default: {MODELS.name} beside this)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="page to write, such as docs/models.md")
     args = parser.parse_args(argv)
     with cli.job("models", args.log) as job:
         models = yaml.safe_load(args.models.read_text(encoding="utf-8"))
         everything = params.load(args.params)
-        everything = everything.model_copy(update={"all": everything.all.model_copy(update={"stages": STAGES})})
+        few_rows = everything.quantize.model_copy(update={"calibration_rows": ROWS})
+        stages = everything.all.model_copy(update={"stages": STAGES})
+        everything = everything.model_copy(update={"all": stages, "quantize": few_rows})
         measured = {}
         with tempfile.TemporaryDirectory() as folder:
             tokenizer, dataset = prepare(everything, Path(folder), job)

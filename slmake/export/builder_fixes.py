@@ -85,6 +85,19 @@ def _uniform_window(original: Callable, applied: Callable) -> Callable:
     return make_config_init
 
 
+def _long_window(original: Callable, applied: Callable) -> Callable:
+    """Phi-3.5-mini, Phi-4-mini: "max_length cannot be greater than model context_length". Their window is longer than their context, so it
+    hides nothing, but the runtime asks for a cache of its length."""
+
+    def make_config_init(self, config):
+        if (getattr(config, "sliding_window", None) or 0) >= config.max_position_embeddings:
+            applied()
+            config.sliding_window = None
+        original(self, config)
+
+    return make_config_init
+
+
 def _layers_without_rope(original: Callable, applied: Callable) -> Callable:
     """SmolLM3: `KeyError: 'position_ids'`. For a layer without rotary embeddings, the builder asks for them outside attention."""
 
@@ -102,6 +115,7 @@ def _layers_without_rope(original: Callable, applied: Callable) -> Callable:
 FIXES: dict[str, list[tuple[str, str, Callable[[Callable, Callable], Callable]]]] = {
     "output_head": [("Model", "has_lm_head", _output_head)],
     "uniform_window": [("Model", "make_config_init", _uniform_window)],
+    "long_window": [("Model", "make_config_init", _long_window)],
     "layers_without_rope": [("SmolLM3Model", "make_attention", _layers_without_rope)],
     "scaled_rope": [
         ("Model", "make_config_init", _scaled_config),
