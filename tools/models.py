@@ -119,19 +119,21 @@ INTRODUCTION = """# Models
 
 <!-- written by `make models`; do not edit -->
 
-What slmake does with the models that people name. Each was tried by a twin: the real configuration's layer types, head size, norms,
-rotary style and window, with few layers and heads, random weights and a vocabulary of {vocabulary}. Quality and speed of the real
-model are not in this table; `make rehearse` tries your own base model, with its tokenizer, and estimates memory, time and disk.
+What slmake does with the models that people name. Each was tried by a twin. A twin has the layer types, head size,
+norms, rotary style and window of the real configuration (`tools/models.yaml`). It has few layers and heads, random
+weights and a vocabulary of {vocabulary}. Quality and speed of the real model are not in this table.
+`make rehearse` tries your own base model, with its own tokenizer, and estimates memory, time and disk.
 
-- **fp32 parity**: largest difference between the logits of the fp32 export and those of transformers, as a share of their spread
-  (allowed: {tolerance:g}), over prompts of the given numbers of tokens: beyond a sliding window, and beyond the length at which the
-  rotary factors change, where there is one within {longest:,} tokens.
-- **CPU**, **CUDA**: the {precision} export of params.yaml for that execution provider has what was asked for, loads and generates. The
-  CUDA export ran on the CPU provider; the figure is the largest difference of its logits from the CPU export's, as a share of their
-  spread (its activations are in 16 bits). No GPU was used.
-- **bfloat16**, **int4**: size on disk, computed from the configuration. int4 is an estimate: every matrix in 4 bits, blocks of 32;
-  params.yaml may keep some in 8 bits.
-- **workaround**: a fault of the model builder that slmake works around for this model (`slmake/export/builder_fixes.py`).
+- **parameters**, **bfloat16**: computed from the configuration; size on disk.
+- **int4**: estimated size of the export: every matrix in 4 bits, in blocks of 32. params.yaml may keep some in 8 bits.
+- **fp32 parity**: how far the fp32 export's logits are from those of transformers. The figure is the largest
+  difference as a share of the logits' spread; {tolerance:g} is allowed.
+- **prompts**: tokens of the prompts compared. Where the model has a sliding window, or changes its rotary factors at a
+  length, one prompt is longer, up to {longest:,} tokens.
+- **CPU**: the {precision} export of params.yaml has what was asked for, loads and generates.
+- **CUDA**: the same for `execution_provider: cuda`. No GPU was used: the export ran on the CPU provider. The figure is
+  the largest difference of its logits from the CPU export's, as a share of their spread; it computes in 16 bits.
+- **workaround**: the model builder's fault that slmake works around (slmake/export/builder_fixes.py).
 """
 
 
@@ -173,8 +175,8 @@ def page(everything: params.Params, models: dict, measured: dict[str, tuple[Size
         )
         fixes = ", ".join(f"`{fix}`" for fix in result.fixes)
         rows.append([*start, gigabytes(size.int4), "yes", "yes", parity, prompts, "yes", f"{result.cuda:.1e}", fixes])
-    text += f"\n## Work ({len(rows) - 2})\n\n{table(rows)}"
-    return text + f"\n## Are refused before training ({len(refused) - 2})\n\n{table(refused)}"
+    text += f"\n## Models that work ({len(rows) - 2})\n\n{table(rows)}"
+    return text + f"\n## Models that are refused before training ({len(refused) - 2})\n\n{table(refused)}"
 
 
 def table(rows: list[list[str]]) -> str:
