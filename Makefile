@@ -23,7 +23,7 @@ export TEXT URL
 
 .DEFAULT_GOAL := build
 .PHONY: build report rehearse ask verify reproduce restore clean help setup azureml azurite peers image sif \
-        remote push pull test test-fast tokenizers faults attack lint format docs screenshots lock bench
+        remote push pull test test-fast tokenizers faults attack lint format docs models screenshots lock bench
 
 ##@ Build
 build: setup ## set up if needed, build what params.yaml asks for; VERBOSE=1 shows all
@@ -109,6 +109,9 @@ docs: setup ## regenerate docs/params.*, dvc.yaml and azureml/pipeline.yml
 	$(BIN)/python -m slmake.params.docs --output docs
 	$(BIN)/python -m slmake.platforms.dvc_yaml --output dvc.yaml
 	$(BIN)/python -m tools.azureml compile
+
+models: setup ## try a twin of each model in tools/models.yaml, write docs/models.md
+	$(BIN)/python -m tools.models --output docs/models.md --log logs/models.log
 
 screenshots: report ## photograph the report for the README (needs chromium and chromedriver)
 	@$(BIN)/python tests/real/helpers/browser.py build/report.html docs

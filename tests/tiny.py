@@ -9,6 +9,8 @@ from pathlib import Path
 import preloaded
 import yaml
 
+from slmake.rehearsal import tokenizer
+
 ROOT = Path(__file__).parents[1]
 TONES = ("sadness", "joy", "fear", "surprise")
 PHRASES = {
@@ -41,26 +43,8 @@ def write_params(path: Path, **changes: object) -> Path:
 
 def make_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer with an end token and a chat template, trained on the test phrases."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|end|>", "<|start|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = [f"### Text: {row['phrase']}\n### The tone is:\n{row['tone']}" for row in make_rows(200)]
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = (
-        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-    )
-    fast.save_pretrained(folder)
+    tokenizer.make_tokenizer(folder, texts)
 
 
 def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", **overrides: object) -> Path:
@@ -164,10 +148,14 @@ def write_wheel(gguf: Path, folder: Path, version: str = "1.0") -> Path:
 
 
 def run_script(
-    name: str, *arguments: object, cwd: Path | None = None, **options: object
+    name: str, *arguments: object, cwd: Path | None = None, fresh: bool = False, **options: object
 ) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts (or another module, by its dotted name) as a user does; output is captured as text."""
+    """Run one of the project's scripts (or another module, by its dotted name) as a user does; output is captured as text.
+
+    Args:
+        fresh: as a new process: libraries read the environment when they are imported.
+    """
     variables = {**options.pop("env", os.environ), "PYTHONPATH": str(ROOT)}
-    python = preloaded.program("python", variables)
+    python = sys.executable if fresh else preloaded.program("python", variables)
     command = [python, "-m", name if "." in name else f"scripts.{name}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, **options)

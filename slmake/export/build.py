@@ -16,7 +16,8 @@ def build(
     """Export into an empty folder, and check the graph and a trial generation.
 
     Returns:
-        The graph's summary, from `check_graph`, and the execution provider of the trial as `runs_on`.
+        The graph's summary, from `check_graph`, the faults of the builder that were worked around as `builder_fixes`, if any, and the
+        execution provider of the trial as `runs_on`.
 
     Raises:
         UserError: no model there, or an export that is refused, is not what was asked for, or does not run.
@@ -38,7 +39,7 @@ def build(
             calibrated.mkdir(parents=True)
             weights = gptq.calibrate(section, model, dataset, calibrated, job)
             model = calibrated
-        export(section, model, folder, scratch, name)
+        fixes = export(section, model, folder, scratch, name)
     finally:
         outputs.remove(scratch)
     if section.node_accuracy_levels:
@@ -46,4 +47,6 @@ def build(
     summary = check_graph(section, folder)
     if weights is not None:
         gptq.check_weights(folder, weights)
+    if fixes:
+        summary["builder_fixes"] = fixes
     return summary | {"runs_on": check_generates(folder).runs_on}

@@ -83,11 +83,14 @@ def no_git() -> Iterator[None]:
             os.environ["GIT_DIR"] = before
 
 
-def export(section: params.Quantize, model: Path, target: Path, scratch: Path, name: Path | None = None) -> None:
+def export(section: params.Quantize, model: Path, target: Path, scratch: Path, name: Path | None = None) -> list[str]:
     """Run the model builder in this process; its output goes to the log.
 
     Args:
         name: the model's name in a message, if `model` is a copy of it.
+
+    Returns:
+        Names of the builder's faults (`builder_fixes.FIXES`) that were worked around for this model.
 
     Raises:
         UserError: the builder refuses the model or the options; the message has its reason.
@@ -102,9 +105,9 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path, n
     while True:
         structured = structured_options(section, model, parts)
         try:
-            with no_git(), fixed(builder):
+            with no_git(), fixed(builder) as needed:
                 builder.create_model(*arguments, **builder.parse_extra_options(*arguments, extra, **structured))
-            return
+            return sorted(needed)
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
             if getattr(error, "errno", None):  # the machine's fault, not the model's
                 raise

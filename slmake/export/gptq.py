@@ -219,6 +219,11 @@ def _write(model: Path, target: Path, replaced: dict[str, torch.Tensor]) -> None
     outputs.write_json(target / "config.json", {**config, "dtype": "float32"})
 
 
+# Targets other than the CPU have scales in 16 bits. Rounding them moves a weight by 1/2048 of it (another level is an eighth away or
+# more), and may decide otherwise where a block's largest weight is half way between two levels (at most 0.2% of a layer's were seen).
+HALF_ROUNDING, HALF_TIES = 1e-3, 0.01
+
+
 def check_weights(folder: Path, wanted: dict[str, np.ndarray]) -> None:
     """Compare the exported 4-bit weights with GPTQ's.
 
@@ -240,8 +245,10 @@ def check_weights(folder: Path, wanted: dict[str, np.ndarray]) -> None:
     for names, parts in parts_of.items():
         expected = np.concatenate(parts)
         exported = np.concatenate([_dequantized(nodes[name], tensors) for name in names])
-        wrong = expected.shape != exported.shape or np.abs(exported - expected) > 1e-5 * np.abs(expected).max()
-        if np.any(wrong):
+        half = any(tensors[nodes[name].input[2]].data_type == onnx.TensorProto.FLOAT16 for name in names)
+        allowed = 1e-5 * np.abs(expected).max() + half * HALF_ROUNDING * np.abs(expected)
+        wrong = expected.shape != exported.shape or np.abs(exported - expected) > allowed
+        if np.mean(wrong) > half * HALF_TIES:
             raise UserError(
                 f"the exporter changed {int(np.sum(wrong))} of GPTQ's weights of {', '.join(names)}: "
                 "set quantize.calibration to none."

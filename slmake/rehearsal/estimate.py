@@ -46,7 +46,7 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     depth = config.num_hidden_layers
-    step = max(twin.LEAST_LAYERS, twin.period(list(getattr(config, "layer_types", None) or [None])))
+    step = max(twin.LEAST_LAYERS, twin.period(twin.layer_kinds(config)))
     counts = [depth] if depth <= step else [step, min(depth, 2 * step)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)

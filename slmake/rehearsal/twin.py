@@ -15,10 +15,17 @@ LEAST_LAYERS = 2
 EXPERTS = 4
 # Configuration fields that hold the number of experts, by the names of the architectures that have them.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+LAYER_LISTS = ("layer_types", "no_rope_layers")  # configuration fields with an entry for each layer
 EXPERT_CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
 
 
-def period(layer_types: list[str]) -> int:
+def layer_kinds(config) -> list[tuple]:
+    """What distinguishes each layer of a transformers configuration from others: its type, and whether it has rotary embeddings."""
+    lists = [getattr(config, name, None) for name in LAYER_LISTS]
+    return list(zip(*(kinds or [None] * config.num_hidden_layers for kinds in lists), strict=True))
+
+
+def period(layer_types: list) -> int:
     """Length of the shortest pattern that a list of layer types repeats."""
     for length in range(1, len(layer_types)):
         if all(kind == layer_types[index % length] for index, kind in enumerate(layer_types)):
@@ -35,21 +42,17 @@ def shrink(config):
     Returns:
         The configuration.
     """
-    types = getattr(config, "layer_types", None)
-    layers = min(config.num_hidden_layers, max(LEAST_LAYERS, period(types) if types else 1))
+    layers = min(config.num_hidden_layers, max(LEAST_LAYERS, period(layer_kinds(config))))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_values = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     groups = config.num_attention_heads // key_values
     heads = max(2, groups)
     changes = {
-        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // groups,
         "hidden_size": heads * head_dim,
         "intermediate_size": 2 * heads * head_dim,
     }
-    if types:
-        changes["layer_types"] = types[:layers]
     experts = next((name for name in EXPERT_COUNTS if getattr(config, name, None)), None)
     if experts:
         changes[experts] = min(EXPERTS, getattr(config, experts))
@@ -61,14 +64,15 @@ def shrink(config):
     for name, value in changes.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    return config
+    return cut(config, layers)
 
 
 def cut(config, layers: int):
-    """Leave a transformers configuration the first `layers` layers, in place and at full width. Returns it."""
+    """Keep the first `layers` layers of a transformers configuration, in place and at full width. Returns it."""
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    for name in LAYER_LISTS:
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[:layers])
     return config
 
 

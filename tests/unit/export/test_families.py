@@ -58,6 +58,7 @@ TWINS = {
     "llama-yarn": ("Llama", {"rope_parameters": YARN, "max_position_embeddings": 16384}),
     "mistral-window": ("Mistral", {"sliding_window": 64}),
     "phi3-window": ("Phi3", {**PHI3, "sliding_window": 64}),
+    "phi3-beyond": ("Phi3", {**PHI3, "sliding_window": 1024}),  # a window longer than the context
     "phi3-long": ("Phi3", {"original_max_position_embeddings": 128, "rope_parameters": LONG}),
     "phi4-mini": ("Phi3", {**PHI3, **WIDE, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     "phi3-head": ("Phi3", {**PHI3, **WIDE, "vocab_size": 512}),  # q, k and v together have as many outputs as the head
@@ -140,6 +141,7 @@ def test_every_proven_family_has_a_twin():
 NEEDED = {
     "output_head": ("phi3-head", None),
     "uniform_window": ("mistral-window", "total_sequence_length must equal"),
+    "long_window": ("phi3-beyond", "cannot be greater than model context_length"),
     "layers_without_rope": ("smollm3", "KeyError: 'position_ids'"),
     "scaled_rope": ("llama-linear", None),
     "nested_rope": ("gemma3", "KeyError: 'rope_type'"),

@@ -320,7 +320,7 @@ def test_tag_in_the_hub_cache_is_used_without_a_network(tmp_path, base, hub_cach
     )
     folder, report = tmp_path / "build" / "base", tmp_path / "build" / "base.json"
     arguments = ("--params", params, "--output", folder, "--report", report)
-    done = run_script("fetch_model", *arguments, env=offline(tmp_path), timeout=60)
+    done = run_script("fetch_model", *arguments, env=offline(tmp_path), timeout=200, fresh=True)
     assert done.returncode == 0, done.stderr
     for path in base.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name

@@ -1,0 +1,93 @@
+"""The checks of a rehearsal: every stage on a twin, and its exports' logits against those of transformers."""
+
+import json
+from pathlib import Path
+
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.export.families import mixture_of_experts, unsupported
+from slmake.rehearsal import chain, twin
+
+LONGEST = 8192  # tokens of the longest prompt that is tried
+
+
+def lengths(base: Path) -> list[int]:
+    """Lengths of the prompts to compare: short ones, and one beyond each length at which the model changes what it computes."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    limit = min(LONGEST, config.get("max_position_embeddings") or LONGEST)
+    edges = [config.get("sliding_window"), config.get("original_max_position_embeddings")]
+    edges += [
+        (config.get(name) or {}).get("original_max_position_embeddings") for name in ("rope_scaling", "rope_parameters")
+    ]
+    beyond = {edge + 8 for edge in edges if isinstance(edge, int) and edge > 0}
+    return sorted({length for length in {8, 40, *beyond} if length <= limit})
+
+
+def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path, job: cli.Job) -> dict:
+    """Run the stages on the twin. Returns the checks with their figures.
+
+    Raises:
+        UserError: a check fails; the message names it, the figure and the remedy.
+    """
+    stages, checks = everything.all.stages, {}
+    config = outputs.read_json(base / "config.json", output=base)
+    reason = unsupported(config) if "quantize" in stages else mixture_of_experts(config)
+    if reason:
+        raise UserError(f"{base}: {reason}")
+    small = scratch / "twin"
+    twin.make_model(base, small, twin.shrink)
+    model = small
+    if "finetune" in stages:
+        done = chain.finetune(everything.finetune, model, dataset, scratch / "adapter", 2, job)
+        checks["finetune"] = {"steps": done["steps"]}
+        job.say("the twin trains")
+    if "merge" in stages:
+        chain.merge(everything, model, scratch / "adapter", scratch / "merged", job)
+        model = scratch / "merged"
+        checks["merge"] = {"merged": True}
+        job.say("its adapter merges")
+    if "quantize" in stages:
+        checks["export"] = compare_export(everything, base, model, dataset, scratch, job)
+    return checks
+
+
+def compare_export(
+    everything: params.Params, base: Path, model: Path, dataset: Path, scratch: Path, job: cli.Job
+) -> dict:
+    """Export the twin in fp32 and as params.yaml asks for it, and compare the logits.
+
+    Raises:
+        UserError: the fp32 export computes other logits than transformers, or an export fails.
+    """
+    section, tolerance = everything.quantize, everything.rehearse.logits_tolerance
+    tried = lengths(base)
+    prompts = chain.prompts_of(dataset, tried)
+    reference = chain.reference_logits(model, prompts)
+    chain.export(chain.plain(section), model, dataset, scratch / "fp32", job)
+    exported = chain.exported_logits(scratch / "fp32", prompts)
+    shares = {
+        str(length): round(chain.difference([a], [b]), 7)
+        for length, a, b in zip(tried, reference, exported, strict=True)
+    }
+    worst = max(shares, key=shares.get)
+    if not shares[worst] <= tolerance:
+        raise UserError(
+            f"the fp32 export of this architecture computes other logits than transformers: at {worst} tokens they differ by "
+            f"{shares[worst]:.3g} of their spread, allowed is {tolerance:g} (rehearse.logits_tolerance). A model that was exported so would "
+            "give wrong answers: use another base model, or leave quantize out of all.stages."
+        )
+    job.say(f"its fp32 export agrees with transformers (largest difference {shares[worst]:.1e} of the spread)")
+    depth = json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    asked = chain.for_twin(section, model, depth)
+    graph = chain.export(asked, model, dataset, scratch / "asked", job)
+    drift = chain.difference(exported, chain.exported_logits(scratch / "asked", prompts))
+    if drift == float("inf"):
+        raise UserError(
+            f"the {section.precision} export of the twin computes logits that are not numbers. Change the section quantize."
+        )
+    job.say(f"its {section.precision} export has what quantize asks for, loads and generates")
+    return {
+        "fp32_difference_by_prompt_tokens": shares,
+        f"{section.precision}_difference": round(drift, 4),
+        "graph": graph,
+    }
