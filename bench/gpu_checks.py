@@ -25,7 +25,7 @@ UNSHARED = ("gemma2",)  # transformers takes another attention for it than SDPA
 Checks = Iterator[tuple[str, float, float]]
 
 
-class Bench:
+class Setup:
     """The tiny models of the checks and their trainers, in a folder, on the device that training chooses."""
 
     def __init__(self, work: Path, job: cli.Job):
@@ -103,11 +103,11 @@ def exact_gradients(trainer: Trainer, base: Path, rows: list) -> tuple[float, to
     return total.item() / targets, flat(parameters[name].grad for name in trainer.trained)
 
 
-def step(bench: Bench, kind: str, dtype: str, method: str = "lora") -> Checks:
+def step(setup: Setup, kind: str, dtype: str, method: str = "lora") -> Checks:
     """One step's loss and gradients against float64, with a shared prefix and without."""
-    trainer = bench.trainer(kind, compute_dtype=dtype, method=method)
+    trainer = setup.trainer(kind, compute_dtype=dtype, method=method)
     label = f"{kind}, {method}, {dtype}"
-    exact_loss, exact = exact_gradients(trainer, bench.base(kind), bench.rows)
+    exact_loss, exact = exact_gradients(trainer, setup.base(kind), setup.rows)
     loss_bound, bound = BOUNDS[dtype]
     loss, gradient = gradients(trainer)
     yield f"{label}: loss against float64", abs(loss - exact_loss) / exact_loss, loss_bound
@@ -121,41 +121,41 @@ def step(bench: Bench, kind: str, dtype: str, method: str = "lora") -> Checks:
     yield f"{label}: gradient without shared prefixes against float64", error(gradients(trainer)[1], exact), bound
 
 
-def repeated(bench: Bench) -> Checks:
+def repeated(setup: Setup) -> Checks:
     """A whole run against the same run again, and against one that was interrupted; every byte counts."""
 
     def differing(trainer: Trainer) -> float:
         return sum(int((value != whole[name]).sum()) for name, value in trainer.trained.items())
 
-    first = bench.trainer("llama")
+    first = setup.trainer("llama")
     first.run()
     whole = first.trained
-    again = bench.trainer("llama")
+    again = setup.trainer("llama")
     again.run()
     yield "two runs: values of the adapter that differ", differing(again), 0
-    checkpoints = bench.work / "interrupted"
-    interrupted = bench.trainer("llama", checkpoints)
+    checkpoints = setup.work / "interrupted"
+    interrupted = setup.trainer("llama", checkpoints)
     for _ in range(2):
         interrupted._optimizer_step()
         interrupted.step += 1
     interrupted._save()
-    resumed = bench.trainer("llama", checkpoints)
-    yield "resumed run: steps that it repeated", abs(resumed.step - 2), 0
+    resumed = setup.trainer("llama", checkpoints)
+    yield "resumed run: steps that were repeated", abs(resumed.step - 2), 0
     resumed.run()
     yield "resumed run: values of the adapter that differ from the undisturbed run's", differing(resumed), 0
 
 
-def merged(bench: Bench) -> Checks:
+def merged(setup: Setup) -> Checks:
     """The merge, which runs on the CPU everywhere, against PEFT's on the device, and the merged model against the adapter's."""
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    trainer = bench.trainer("llama", compute_dtype="float32")
-    base, adapter, target = bench.base("llama"), bench.work / "adapter", measure.fresh(bench.work / "merged")
+    trainer = setup.trainer("llama", compute_dtype="float32")
+    base, adapter, target = setup.base("llama"), setup.work / "adapter", measure.fresh(setup.work / "merged")
     trainer.save_adapter(adapter)
     threads = torch.get_num_threads()
-    merge(params.Merge(), trainer.section, base, adapter, target, bench.job)
+    merge(params.Merge(), trainer.section, base, adapter, target, setup.job)
     torch.set_num_threads(threads)  # merge keeps one for its writer
     load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     state = PeftModel.from_pretrained(load(base).to(trainer.device), adapter).merge_and_unload().state_dict()
@@ -165,21 +165,21 @@ def merged(bench: Bench) -> Checks:
         error(flat(ours.values()), flat(state[k] for k in ours)),
         1e-6,
     )
-    ids = torch.tensor([bench.rows[0][0]], device=trainer.device)
+    ids = torch.tensor([setup.rows[0][0]], device=trainer.device)
     with torch.no_grad():
         expected = trainer.peft.eval()(input_ids=ids).logits
         logits = load(target).to(trainer.device).eval()(input_ids=ids).logits
     yield "merged model's logits against the adapter's", error(flat([logits]), flat([expected])), 1e-5
 
 
-def input_moments(bench: Bench, device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def input_moments(setup: Setup, device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Weight and moments of the inputs of every product that will have 4 bits, by name, taken on a device."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(bench.base("llama"), dtype=torch.float32).to(device).eval()
+    network = AutoModelForCausalLM.from_pretrained(setup.base("llama"), dtype=torch.float32).to(device).eval()
     modules = in_four_bits(params.Quantize(int8_nodes=[]), network)
     hessians = InputHessians(modules)
-    ids = torch.tensor([row[0][:LENGTH] for row in bench.rows], device=device)
+    ids = torch.tensor([row[0][:LENGTH] for row in setup.rows], device=device)
     hessians.mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.inference_mode():
         network(input_ids=ids, use_cache=False)
@@ -187,7 +187,7 @@ def input_moments(bench: Bench, device) -> dict[str, tuple[torch.Tensor, torch.T
     return {name: (module.weight.detach(), hessians[name]) for name, module in modules.items()}
 
 
-def calibrated(bench: Bench, device) -> Checks:
+def calibrated(setup: Setup, device) -> Checks:
     """GPTQ's weights on the device against the CPU's: of the CPU's moments, and of moments that the device took itself."""
 
     def rounded(moments: dict) -> torch.Tensor:
@@ -196,27 +196,27 @@ def calibrated(bench: Bench, device) -> Checks:
     def differing(values: torch.Tensor) -> float:
         return float(((values - expected).abs() > 1e-6 * expected.abs().max()).double().mean())
 
-    on_cpu = input_moments(bench, torch.device("cpu"))
+    on_cpu = input_moments(setup, torch.device("cpu"))
     expected = rounded(on_cpu)
     copied = {name: (weight.to(device), inputs.to(device)) for name, (weight, inputs) in on_cpu.items()}
-    own = input_moments(bench, device)
+    own = input_moments(setup, device)
     taken, wanted = (flat(inputs for _, inputs in moments.values()) for moments in (own, on_cpu))
     yield "GPTQ: moments of the inputs against the CPU's", error(taken, wanted), 1e-5
     yield "GPTQ: share of weights that differ from the CPU's, of its moments", differing(rounded(copied)), 1e-3
     yield "GPTQ: share of weights that differ from the CPU's", differing(rounded(own)), 0.01
 
 
-def run(bench: Bench, device) -> list[dict]:
+def run(setup: Setup, device) -> list[dict]:
     """All checks; QLoRA's where bitsandbytes is installed. A check that cannot be computed has failed; its error is its note."""
-    checks = [(f"{kind} step", partial(step, bench, kind, "float32")) for kind in gpu_models.ARCHITECTURES]
+    checks = [(f"{kind} step", partial(step, setup, kind, "float32")) for kind in gpu_models.ARCHITECTURES]
     checks += [
-        ("bfloat16 step", partial(step, bench, "llama", "bfloat16")),
-        ("repeated runs", partial(repeated, bench)),
-        ("merge", partial(merged, bench)),
-        ("GPTQ", partial(calibrated, bench, device)),
+        ("bfloat16 step", partial(step, setup, "llama", "bfloat16")),
+        ("repeated runs", partial(repeated, setup)),
+        ("merge", partial(merged, setup)),
+        ("GPTQ", partial(calibrated, setup, device)),
     ]
     if importlib.util.find_spec("bitsandbytes"):
-        checks.append(("QLoRA step", partial(step, bench, "llama", "float32", "qlora")))
+        checks.append(("QLoRA step", partial(step, setup, "llama", "float32", "qlora")))
     results = []
     for name, function in checks:
         measure.say(f"check: {name}")

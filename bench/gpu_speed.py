@@ -5,6 +5,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,13 +46,18 @@ def peak_memory(device) -> int | None:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
+def failed(failure: Exception) -> dict:
+    """What stands for figures that could not be measured."""
+    return {"error": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
+
+
 def measured(device, function: Callable[..., dict], *arguments: object) -> dict:
     """What `function` measured and its peak of memory, or the error that it ended with, so that the next is still measured."""
     free_memory(device)
     try:
         return {**function(*arguments), "peak_bytes": peak_memory(device)}
     except Exception as failure:
-        return {"error": f"{type(failure).__name__}: {failure}"[:300]}
+        return failed(failure)
 
 
 class OurTraining:
@@ -196,21 +202,23 @@ def padded(rows: list[tuple[list[int], list[int]]]) -> dict:
     }
 
 
-def our_runs(ours: OurTraining, datasets: dict[Workload, Path], steps: int) -> dict[str, dict]:
-    """Our speed on every workload, and on a GPU the trace of the longest rows up to 1,024 tokens."""
-    runs = {
-        "ours": {load.name: measured(ours.device, ours.speed, load, data, steps) for load, data in datasets.items()}
-    }
-    if ours.device.type == "cuda":
-        plain = [load for load in datasets if not load.instruction and load.length <= 1024]
-        longest = max(plain, key=lambda load: load.length)
-        runs["trace"] = {longest.name: measured(ours.device, ours.trace, longest, datasets[longest])}
-    return runs
+def contender_runs(make: Callable, rows: dict[Workload, object], steps: int, device) -> tuple[dict, dict]:
+    """A contender's speed on every workload, and ours' trace of the longest rows up to 1,024 tokens on a GPU.
 
-
-def peer_runs(peer: PeerTraining, rows: dict[Workload, list], steps: int) -> dict[str, dict]:
-    """The Trainer's speed on every workload."""
-    return {load.name: measured(peer.device, peer.speed, load, own, steps) for load, own in rows.items()}
+    Args:
+        make: loads the contender's model.
+        rows: what the contender trains on, by workload.
+    """
+    free_memory(device)
+    try:
+        contender = make()
+    except Exception as failure:
+        return {load.name: failed(failure) for load in rows}, {}
+    speeds = {load.name: measured(device, contender.speed, load, own, steps) for load, own in rows.items()}
+    if device.type == "cpu" or not hasattr(contender, "trace"):
+        return speeds, {}
+    longest = max((load for load in rows if not load.instruction and load.length <= 1024), key=lambda load: load.length)
+    return speeds, {longest.name: measured(device, contender.trace, longest, rows[longest])}
 
 
 def training(base: Path, work: Path, loads: list[Workload], steps: int, job: cli.Job) -> dict:
@@ -224,17 +232,14 @@ def training(base: Path, work: Path, loads: list[Workload], steps: int, job: cli
     attentions = ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]
     results = {}
     for method in ["lora", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])]:
-        free_memory(device)
         measure.say(f"train: {method}")
-        results[method] = our_runs(
-            OurTraining(base, datasets[loads[0]], work / method, job, method=method), datasets, steps
-        )
+        ours = partial(OurTraining, base, datasets[loads[0]], work / method, job, method=method)
+        speeds, trace = contender_runs(ours, datasets, steps, device)
+        results[method] = {"ours": speeds, "trace": trace}
         for attention in attentions:
-            free_memory(device)
             measure.say(f"train: {method} with transformers' Trainer, {attention}")
-            peer = PeerTraining(base, work / method, method, attention)
-            results[method][f"Trainer, {attention}"] = peer_runs(peer, rows, steps)
-            del peer
+            peer = partial(PeerTraining, base, work / method, method, attention)
+            results[method][f"Trainer, {attention}"], _ = contender_runs(peer, rows, steps, device)
     return results
 
 
@@ -243,6 +248,7 @@ def scoring(base: Path, work: Path, count: int, length: int, instruction: int, j
     folder = gpu_models.write_questions(
         work / "questions", count, length, instruction, gpu_models.config_of(base)["vocab_size"]
     )
+    torch.use_deterministic_algorithms(False)  # as in evaluate, which does not train
     runner = TransformersRunner(base, params.Evaluate().batch_size)
     runner.ask(Questions(folder, limit=runner.batch_size), 4, job, "warm-up")
     began = synchronize(runner.device)

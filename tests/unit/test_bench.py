@@ -49,6 +49,17 @@ def test_results_are_kept_and_only_those_that_are_there_are_read(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["merge.json"]
 
 
+def test_fused_projections_take_the_flops_of_separate_ones_but_for_lora():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    sizes |= {"num_hidden_layers": 3, "vocab_size": 500}
+    separate, fused = (
+        flops.step_flops(sizes | {"model_type": kind}, 4, 30, np.full(3, 10), 6) for kind in ("llama", "phi3")
+    )
+    # Two matrices A fewer for q, k and v, one for gate and up; the first layer's q, k and v take no gradient of their input.
+    saved = 30 * 4 * (6 * 3 * (2 * 64 + 64) - 2 * 2 * 64)
+    assert fused == separate | {"lora": separate["lora"] - saved}
+
+
 @pytest.mark.parametrize("kv", [2, 4])
 def test_step_flops_are_those_that_torch_counts(tmp_path, kv):
     """torch's own counter, over forward and backward of the same model. It attends to all pairs and takes logits everywhere."""

@@ -44,8 +44,9 @@ def test_every_contender_is_measured_on_every_workload(result):
     loads |= {f"{name} behind 12 shared" for name in loads}
     assert set(result["training"]) == {"lora", "qlora"}
     for runs in result["training"].values():
-        assert set(runs) == {"ours", "Trainer, sdpa"}
-        for contender in runs.values():
+        assert set(runs) == {"ours", "Trainer, sdpa", "trace"}
+        assert runs["trace"] == {}  # of a GPU
+        for contender in (runs["ours"], runs["Trainer, sdpa"]):
             assert set(contender) == loads
             assert all(run["tokens_per_s"] > 0 and run["peak_bytes"] is None for run in contender.values())
         assert all(run["flop_per_s"] > 0 for run in runs["ours"].values())
@@ -64,6 +65,7 @@ def test_what_cannot_be_measured_is_listed(result):
 def test_the_result_goes_into_the_document(result):
     bars = document.bars_table({"cuda": result})
     assert "lora, rows of 16 tokens: tokens/s over transformers' Trainer, sdpa" in bars
+    assert {line["met"] for line in result["bars"]} == {None}  # nothing is asked of a tiny model
     assert "30 of 30 checks passed." in result["notes"]
     assert "| llama, lora, float32: loss against float64 |" in document.markdown("one GPU", {"cuda": result}, [])
 
@@ -77,9 +79,9 @@ def test_a_wrong_gradient_fails(tmp_path, monkeypatch):
         return grad_x, *(None if grad is None else 1.001 * grad for grad in others)
 
     monkeypatch.setattr(lora_linear.LoraLinear, "backward", staticmethod(wrong))
-    bench = gpu_checks.Bench(tmp_path, cli.Job("cuda", sys.stderr, None))
+    setup = gpu_checks.Setup(tmp_path, cli.Job("cuda", sys.stderr, None))
     checks = {
-        name.rpartition(": ")[2]: figure <= bound for name, figure, bound in gpu_checks.step(bench, "llama", "float32")
+        name.rpartition(": ")[2]: figure <= bound for name, figure, bound in gpu_checks.step(setup, "llama", "float32")
     }
     assert checks["loss against float64"]
     assert not checks["gradient against float64"]
@@ -111,14 +113,23 @@ def test_a_workload_that_does_not_fit_is_reported_and_has_no_ratio():
     assert failed == {"error": "OutOfMemoryError: tried to allocate 2 GiB"}
     ours = {"tokens_per_s": 6.0, "flop_per_s": 5.0}
     runs = {"ours": {load.name: ours}, "Trainer, sdpa": {load.name: failed}}
-    lines = cuda.training_bars("lora", runs, 10.0, [load])
+    lines = cuda.training_bars("lora", runs, 10.0, [load], {})
     assert [(line["name"], line["median"]) for line in lines] == [
         ("lora, rows of 64 tokens: share of a large product's rate", 0.5)
     ]
     runs["Trainer, sdpa"] = {load.name: {"tokens_per_s": 2.0}}
-    ratio = cuda.training_bars("lora", runs, 10.0, [load])[0]
+    ratio = cuda.training_bars("lora", runs, 10.0, [load], cuda.WANTED)[0]
     assert (ratio["median"], ratio["at_least"], ratio["met"]) == (3.0, 2.0, True)
     assert "OutOfMemoryError" in str(cuda.tables([], {"lora": {"Trainer, sdpa": {load.name: failed}}}))
+
+
+def test_a_contender_that_cannot_be_loaded_does_not_end_the_others():
+    def broken():
+        raise ValueError("no such model\nand more")
+
+    load = gpu_models.Workload(64, 0, 4)
+    runs = gpu_speed.contender_runs(broken, {load: []}, 1, torch.device("cpu"))
+    assert runs == ({load.name: {"error": "ValueError: no such model"}}, {})
 
 
 def test_steps_of_a_workload_have_about_as_many_tokens_as_asked():
