@@ -49,7 +49,7 @@ try:
         raise UserError(problem)
     dvc.refuse_other_sources(PLAN)
     if CONTAINER and IN_CONTAINERS:
-        containers.prepare(CONTAINER, [*PLAN.data, *PLAN.model_source, *PLAN.adapter_source], online=PLAN.online)
+        containers.prepare(CONTAINER, PLAN.files, online=PLAN.online)
     if not workflow.is_main_process:
         slurm.refuse_missing_gpu(CONTAINER if IN_CONTAINERS else None)
     PLAN.candidates  # refused here, if none is possible

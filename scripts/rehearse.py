@@ -29,14 +29,15 @@ def main(argv: list[str] | None = None) -> None:
         everything = params.load(args.params)
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)
+        free = estimate.free_disk(Path())
         try:
             with outputs.written(files=[args.output, args.estimate]) as (checks_file, estimate_file):
                 checks = rehearse(everything, args.base, args.dataset, scratch, job)
-                outputs.write_json(checks_file, {"passed": list(checks)})  # no figures: finetune depends on this file
+                outputs.write_json(checks_file, {"passed": list(checks)})
                 needs = estimate.estimate(everything, args.base, args.dataset, scratch, job)
                 section = everything.rehearse
                 memory = (section.memory_gb or 0) * 1e9 or estimate.available_memory()
-                disk = (section.disk_gb or 0) * 1e9 or estimate.free_disk(args.output.parent)
+                disk = (section.disk_gb or 0) * 1e9 or free
                 outputs.write_json(
                     estimate_file,
                     {

@@ -28,8 +28,6 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections that the running build was planned with
-
 
 def parser(module_doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help is the module's docstring, with the two arguments that every rule's script has."""

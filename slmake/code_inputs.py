@@ -22,6 +22,7 @@ PACKAGES = ("scripts", "slmake", "tools")
 SETTLED = 2.0  # seconds: a file changed later may change again within its time stamp, so it is read again
 # No result depends on them: the terminal, error messages, and parameter models (a rule's section is among its params).
 WITHOUT_RESULT = ("slmake.cli", "slmake.errors", "slmake.params")
+WITH_RESULT = ("slmake.params.gates",)  # which rows a gate needs, and what it bounds
 
 
 def code(rule: str) -> list[str]:
@@ -46,7 +47,8 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
     waiting = [start]
     while waiting:
         name = waiting.pop()
-        if name in seen or any(name == skipped or name.startswith(f"{skipped}.") for skipped in WITHOUT_RESULT):
+        skipped = any(name == module or name.startswith(f"{module}.") for module in WITHOUT_RESULT)
+        if name in seen or (skipped and name not in WITH_RESULT):
             continue
         file = _file(name, root)
         if file is None:
@@ -54,6 +56,8 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
                 raise UserError(f"{name}: no such module in {root}.")
             continue
         seen[name] = file
+        if "imports" not in _facts(file):
+            raise UserError(f"{file}: not valid Python.")
         waiting += _facts(file)["imports"]
     found = {path.relative_to(root).as_posix() for path in seen.values() if path.stat().st_size}
     own = seen[start].relative_to(root).as_posix()
@@ -127,8 +131,8 @@ def _read(file: Path) -> dict:
         return content
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file}: not valid Python: {error}.") from None
+    except (SyntaxError, ValueError, RecursionError):
+        return content  # a file in a user's folder; `modules` refuses the project's own
     imports = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

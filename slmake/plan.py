@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from slmake.code_inputs import code, digest
-from slmake.params import Params, as_json
+from slmake.params import RULES, Params, as_json
 from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
@@ -14,6 +14,7 @@ WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change 
 # Sections that a rule reads or names in what it writes, where it is not its own alone.
 SECTIONS = {
     "rehearse": ["rehearse", "finetune", "merge", "quantize"],
+    "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
     "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
     "report": ["report", "gates", "finetune", "adapter", "quantize"],
@@ -107,9 +108,19 @@ class Plan:
 
     @property
     def online(self) -> list[str]:
-        """Modules of the rules that need the network."""
+        """Patterns of the commands that need the network."""
         remote = len(self.data) < len(self.params.prepare.files)
-        return ["scripts.fetch_model", "scripts.adapter", "scripts.publish", *when(remote, "scripts.prepare")]
+        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare")]
+        return [f"-m scripts[.]{rule} " for rule in rules]
+
+    @property
+    def files(self) -> list[str]:
+        """Files and folders that params.yaml names; a container must see them."""
+        package = self.params.package
+        return [
+            *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
+            *(*package.license_files, *self.signing_key),
+        ]
 
     @property
     def figures(self) -> list[tuple[str, str, str]]:
@@ -143,6 +154,8 @@ class Plan:
     def section(self, rule: str) -> str:
         """A rule's sections of params.yaml as text: it runs again when they differ."""
         texts = [as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule])]
+        if rule == "rehearse":
+            texts.append(json.dumps({"stages": self.stages}))
         return "".join(texts) + self._image()
 
     def _image(self) -> str:
@@ -167,12 +180,16 @@ class Plan:
         section = self.candidate_section(Path(output).name) if rule == "candidate" else self.section(rule)
         return {section, self.digest(rule)}
 
+    @property
+    def rules(self) -> list[str]:
+        """The rules that this build runs, in order of execution."""
+        chosen = {"fetch_model", "prepare", *self.stages}
+        chosen |= set(when(self.fetched_adapter, "adapter")) | set(when(self.search, ["candidate", "search"]))
+        return [rule for rule in RULES if rule in chosen]
+
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""
-        rules = ["fetch_model", "prepare", *(stage for stage in self.stages if stage not in WITHOUT_PACKAGE)]
-        rules += when(self.fetched_adapter, "adapter")
-        rules += when(self.search, ["candidate", "search"])
-        files = {file for rule in rules for file in code(rule)}
+        files = {file for rule in self.rules if rule not in WITHOUT_PACKAGE for file in code(rule)}
         return [
             *self.data,
             "Snakefile",

@@ -17,7 +17,11 @@ from pathlib import Path
 from slmake.outputs import sha256
 
 COMPARED = ("build", "results")
-DIFFER = {"results/benchmark.json", "results/search.json", "build/report/cost.html", "build/report.html"}  # timings
+DIFFER = {  # timings, and what is free on this machine
+    *("results/benchmark.json", "results/estimate.json", "results/search.json"),
+    *("build/report/cost.html", "build/report.html"),
+}
+MEASURED = "measured.json"  # of a candidate: timings, too
 
 
 def built_files(root: Path) -> dict[str, str]:
@@ -26,7 +30,7 @@ def built_files(root: Path) -> dict[str, str]:
     for folder in COMPARED:
         for path in sorted((root / folder).rglob("*")):
             name = path.relative_to(root).as_posix()
-            if path.is_file() and not path.name.startswith(".") and name not in DIFFER:
+            if path.is_file() and not path.name.startswith(".") and name not in DIFFER and path.name != MEASURED:
                 digests[name] = sha256(path)
     return digests
 

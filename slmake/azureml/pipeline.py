@@ -79,12 +79,7 @@ def plan(settings: Settings) -> Plan:
             "params.yaml: package.signing_key: a private key is not sent to Azure ML. Set it to null here, and sign after `download`."
         )
     graph = dvc_yaml.rules()
-    left = {path for name in LEFT_HERE if name in graph for path in graph[name]["output"]}
-    rules = {
-        name: {**graph[name], "input": [path for path in graph[name]["input"] if path not in left]}
-        for name in dvc_yaml.in_order(graph)
-        if name not in LEFT_HERE
-    }
+    rules = {name: graph[name] for name in dvc_yaml.in_order(graph) if name not in LEFT_HERE}
     for stage in rules.keys() & set(dvc_yaml.MEMBERS.values()):
         rules[stage]["output"].sort()  # its members' jobs are printed in any order
     sections = yaml.load(Path("params.yaml").read_text(encoding="utf-8"), Loader)

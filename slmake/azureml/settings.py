@@ -13,10 +13,11 @@ from slmake.params import Section
 from slmake.params.errors import Loader, lines
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
-# Rules that are no steps: `register` is Azure ML's way to publish; and finetune's step would wait for the rehearsal's output, so that
-# a changed option of the export, which is rehearsed too, would train again.
+# Rules that are no steps: `register` is Azure ML's way to publish; a rehearsal is for the machine that submits.
 LEFT_HERE = ("publish", "rehearse")
-RULES = Literal[tuple(name for name in [*RULE_NAMES, "search"] if name not in LEFT_HERE)]  # the rules that become steps
+RULES = Literal[
+    tuple(name for name in RULE_NAMES if name not in (*LEFT_HERE, "candidate"))
+]  # the rules that become steps
 # What Azure ML can mount: an asset of the workspace, a path in a datastore, a model of a registry.
 ASSET = r"azureml:[\w.-]+(:[\w.-]+|@[\w.-]+)"
 DATASTORE = r"azureml://((subscriptions|workspaces)/\S+/)?datastores/[\w-]+/paths/\S+"

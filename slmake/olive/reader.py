@@ -6,12 +6,13 @@ reported as unknown; nothing is dropped in silence.
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import yaml
 
 from slmake.olive import fields
-from slmake.params import RULES, Params
+from slmake.params import Params
+from slmake.params.all import Stage
 
 KINDS = {
     "same": "taken over",
@@ -138,7 +139,7 @@ class Reader:
                 )
         self.stages |= {"evaluate", "report"}
         self.params["all"] = {
-            "stages": [name for name in RULES if name in self.stages],
+            "stages": [name for name in get_args(Stage) if name in self.stages],
             "container": None,
         }
         self.params = {name: section for name, section in self.params.items() if section}

@@ -7,9 +7,11 @@ from pydantic import Field, model_validator
 from slmake.params.base import Section
 
 Stage = Literal["rehearse", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report", "publish"]
-
-
-RULES = ("fetch_model", "prepare", *get_args(Stage))  # in order of execution
+# In order of execution: the stages, and the rules that other parameters ask for (adapter.source, quantize.search).
+RULES = (
+    *("fetch_model", "prepare", "rehearse", "finetune", "adapter", "merge", "candidate", "search"),
+    *get_args(Stage)[3:],
+)
 
 
 class All(Section):

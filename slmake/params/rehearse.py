@@ -8,7 +8,6 @@ from slmake.params.base import Section
 class Rehearse(Section):
     """The whole chain on a shrunken twin of the base model, before anything long runs."""
 
-    rows: int = Field(16, ge=4, le=1000, description="Training rows that the twin is trained on.")
     logits_tolerance: float = Field(
         1e-3,
         gt=0,

@@ -44,7 +44,7 @@ def stages() -> list[str]:
     import yaml
 
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return [name for name in named if name in ("fetch_model", "prepare", *params.load("params.yaml").all.stages)]
+    return [name for name in named if name in Plan(params.load("params.yaml")).rules]
 
 
 def refuse_other_sources(plan: Plan) -> None:
@@ -122,6 +122,8 @@ def refuse_unbuilt(wanted: list[str]) -> None:
                     "Run `make`: it builds what changed."
                 )
     status = dvc("status", "--json", *unknown, capture=True) if unknown else None
+    if status and status.returncode:
+        raise UserError(f"dvc status: {reason(status)} Nothing was recorded.")
     for stage in json.loads(status.stdout or "{}") if status else ():
         raise UserError(
             f"nothing says what {unknown[stage]} was built from; nothing was recorded. `make restore` brings back what was recorded, "
@@ -173,8 +175,10 @@ def receipts() -> list[dict]:
     outs = []
     for path in filter(Path.is_file, [Path("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]):
         receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        for stage in [receipt, *receipt.get("stages", {}).values()]:
-            outs += [out for out in stage.get("outs", []) if "md5" in out]
+        for stage in [receipt, *receipt.get("stages", {}).values()]:  # paths are relative to the file that names them
+            outs += [
+                out | {"path": (path.parent / out["path"]).as_posix()} for out in stage.get("outs", []) if "md5" in out
+            ]
     return outs
 
 

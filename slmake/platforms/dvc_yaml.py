@@ -86,7 +86,7 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
     """The content of dvc.yaml.
 
     Args:
-        found: rules as `rules` returns them.
+        graph: rules as `rules` returns them.
         metric_models: columns of the predictions, for the confusion matrices.
         given: sections that params.yaml has; DVC refuses others.
     """

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ def for_twin(section: params.Quantize, twin: Path, depth: int) -> params.Quantiz
         number, slash, rest = after.partition("/")
         if not layer:
             return [pattern]
+        if not slash:  # such as layers.1*: fits the twin's own numbers or none
+            first = re.match(r"\d*", number)[0]
+            return [pattern] if not first or int(first) < layers else []
         fitting = [own for own, real in enumerate(stands_for) if fnmatch.fnmatchcase(str(real), number)]
         return [f"{before}layers.{own}{slash}{rest}" for own in fitting]
 

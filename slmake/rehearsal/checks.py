@@ -41,7 +41,7 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
         done = chain.finetune(everything.finetune, model, dataset, scratch / "adapter", 2, job)
         checks["finetune"] = {"steps": done["steps"]}
         job.say("the twin trains")
-    if "merge" in stages:
+    if {"finetune", "merge"} <= set(stages):  # an adapter from elsewhere fits the real base only
         chain.merge(everything, model, scratch / "adapter", scratch / "merged", job)
         model = scratch / "merged"
         checks["merge"] = {"merged": True}

@@ -4,6 +4,7 @@ Two probes of the model at its real width, with few layers and with twice as man
 A straight line through both gives the whole model: a stage's memory and time are linear in the number of layers.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
+from slmake.export.proposals import count
 from slmake.rehearsal import chain, twin
 
 LIBRARIES = ["torch", "transformers", "peft"]  # imported once, before the probes' processes are forked
@@ -73,7 +75,8 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
             for name in ("memory", "seconds", "size")
         }
         calibrated = weights if everything.quantize.calibration == "gptq" else 0
-        needs["quantize"] = Need(line["memory"], line["seconds"], line["size"] + calibrated)
+        candidates = count(everything.quantize) if everything.quantize.search else 0
+        needs["quantize"] = Need(line["memory"], line["seconds"], line["size"] * (1 + candidates) + calibrated)
         if "package" in everything.all.stages:
             needs["package"] = Need(BESIDES, disk=line["size"])
     if "evaluate" in everything.all.stages:
@@ -142,7 +145,9 @@ def run(context, stage: str, function: Callable, *arguments: object) -> dict:
             f"{stage}: a process with a part of this model's layers was ended (exit code {process.exitcode}), most likely for want of "
             f"memory. Change {REMEDIES[stage]}, or use a machine with more memory."
         ) from None
-    process.join()
+    finally:
+        process.kill()  # has ended by itself, unless this process was interrupted
+        process.join()
     if error:
         raise UserError(f"{stage}: {error}")
     return result
@@ -151,6 +156,7 @@ def run(context, stage: str, function: Callable, *arguments: object) -> dict:
 def _child(sender, function: Callable, arguments: tuple) -> None:
     from slmake.scoring.run import peak_bytes
 
+    cli.die_with_parent()
     try:
         result = function(*arguments)
         sender.send((result | {"memory": peak_bytes()}, None))
@@ -168,12 +174,14 @@ def _child(sender, function: Callable, arguments: tuple) -> None:
 
 def available_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its control group's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):
-        return total
-    return min(total, limit)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, IndexError):
+        own = root / Path("/proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/")
+        for group in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit is the word `max`
+                limits.append(int((group / "memory.max").read_text()))
+    return min(limits)
 
 
 def table(needs: dict[str, Need], memory: float, disk: float) -> str:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from slmake import outputs, params
 from slmake.errors import UserError
+from slmake.params.gates import PARITY, TIMINGS
 
 MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
 SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ratio": "≤", "maximum_drop": "≤"}
 INTERVAL = ("accuracy", "accuracy_low", "accuracy_high")
 # What evaluate always writes into each entry of these parts of metrics.json.
-PARTS = {"parity": ("prompts", *params.PARITY), "drop": INTERVAL, "per_class": ("precision", "recall", "f1", "rows")}
+PARTS = {"parity": ("prompts", *PARITY), "drop": INTERVAL, "per_class": ("precision", "recall", "f1", "rows")}
 TOKENIZER = ("rows", "encode_differ", "decode_differ")
 ADVICE = {
     "minimum": "train longer (finetune.num_train_epochs), raise finetune.lora_r, or add training rows",
@@ -94,7 +95,7 @@ def _model(name: str, gate: params.Gate, names: list[str]) -> str:
 
 def _rows(name: str, gate: params.Gate, metrics: dict, model: str) -> int:
     """Rows behind the figure: those of the class for a class's figure, the compared prompts for a parity."""
-    if gate.metric in params.PARITY:
+    if gate.metric in PARITY:
         return max((entry.get("prompts", 0) for entry in metrics.get("parity", {}).values()), default=0)
     if gate.metric.startswith("per_class."):
         return _figure(name, gate.metric.rpartition(".")[0] + ".rows", metrics[model], model)
@@ -121,7 +122,7 @@ def _figure(name: str, metric: str, figures: dict, model: str) -> float:
 
 def _value(name, gate, model, names, metrics, benchmark, published, entry) -> tuple[float, float | None, float | None]:
     """The gated value, and the ends of its interval (None where there is none). Adds `against` to the entry."""
-    if gate.metric in params.PARITY:
+    if gate.metric in PARITY:
         pair = next((key for key in metrics.get("parity", {}) if key.startswith(f"{model}_vs_")), None)
         if pair is None:
             raise UserError(
@@ -131,7 +132,7 @@ def _value(name, gate, model, names, metrics, benchmark, published, entry) -> tu
         return metrics["parity"][pair][gate.metric], None, None
 
     scored = metrics.get("providers", {}).get(model)
-    if scored and gate.metric in params.TIMINGS:
+    if scored and gate.metric in TIMINGS:
         raise UserError(
             f"gates.{name}: {model} was exported for {scored['exported_for']}, but {gate.metric} was measured on {scored['scored_on']}. "
             "Run evaluate on the target, or remove the gate."

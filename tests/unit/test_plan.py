@@ -81,8 +81,8 @@ def test_remote_data_is_no_file_here(plan):
     url = f"https://example.org/rows.json#sha256={'0' * 64}"
     made = plan(prepare={"source": {"train": url, "test": "data/dataset.json"}})
     assert made.data == ["data/dataset.json"]
-    assert "scripts.prepare" in made.online
-    assert "scripts.prepare" not in plan().online
+    assert "-m scripts[.]prepare " in made.online
+    assert "-m scripts[.]prepare " not in plan().online
 
 
 # digest: what a rule is built again for
@@ -178,7 +178,7 @@ def test_a_package_is_of_every_section_that_its_provenance_names(plan):
     ("section", "fields", "expected"),
     [
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
-        ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "package", "report"}),
+        ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "merge", "package", "report"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
         ("report", {"wrong_answers": 1}, {"report"}),
         ("publish", {"url": "az://container/path"}, set()),

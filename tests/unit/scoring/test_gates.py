@@ -285,9 +285,7 @@ def test_drop_without_a_model_to_compare_with_does_not_pass_in_silence(tmp_path,
 def test_missing_metrics_are_named(tmp_path, capsys):
     file = write_params(tmp_path / "params.yaml", gates={"min_accuracy": 0.5})
     with pytest.raises(SystemExit) as caught:
-        main(
-            ["--params", str(file), "--metrics", str(tmp_path / "no.json"), "--output", str(tmp_path / "g.json")]
-        )
+        main(["--params", str(file), "--metrics", str(tmp_path / "no.json"), "--output", str(tmp_path / "g.json")])
     assert caught.value.code == 1
     assert f"{tmp_path}/no.json" in capsys.readouterr().err
     assert not (tmp_path / "g.json").exists()
