@@ -131,6 +131,7 @@ weights and a vocabulary of {vocabulary}. Quality and speed of the real model ar
 - **prompts**: tokens of the prompts compared. Where the model has a sliding window, or changes its rotary factors at a
   length, one prompt is longer, up to {longest:,} tokens.
 - **CPU**: the {precision} export of params.yaml has what was asked for, loads and generates.
+  GPTQ ran on {rows} rows.
 - **CUDA**: the same for `execution_provider: cuda`. No GPU was used: the export ran on the CPU provider. The figure is
   the largest difference of its logits from the CPU export's, as a share of their spread; it computes in 16 bits.
 - **workaround**: the model builder's fault that slmake works around (slmake/export/builder_fixes.py).
@@ -145,6 +146,7 @@ def page(everything: params.Params, models: dict, measured: dict[str, tuple[Size
         tolerance=everything.rehearse.logits_tolerance,
         longest=checks.LONGEST,
         precision=section.precision,
+        rows=ROWS,
     )
     works = [
         "model",
