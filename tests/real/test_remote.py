@@ -42,7 +42,7 @@ def test_fresh_clone_pull_and_both_engines_have_nothing_to_do(pushed, clone):
     assert "up to date" in repro.stdout, repro.stdout
     # … and after that, changes are noticed by both, exactly.
     change(clone, "quantize", accuracy_level=0)
-    after = {"quantize", "evaluate", "gates", "package", "report"}
+    after = {"rehearse", "quantize", "evaluate", "gates", "package", "report"}
     assert planned(clone) == after
     assert set(yaml.safe_load(run(clone, "dvc", "status", "--json").stdout)) == {"quantize"}
     git(clone, "checkout", "-q", "params.yaml")
