@@ -96,6 +96,7 @@ def pushed(built, blob_server, tmp_path_factory):
         patch.setenv("AZURE_STORAGE_CONNECTION_STRING", blob_server.connection())
         project = tmp_path_factory.mktemp("pushed") / "project"
         subprocess.run(["cp", "-a", built, project], check=True)
+        assert run(project, "python", "-m", "slmake.platforms.dvc_yaml").returncode == 0  # it follows params.yaml
         initialise(project)
         container = blob_server.container()
         done = remote(project, "add", f"azure://{container}/tones")

@@ -2,7 +2,7 @@
 
     python tests/real/helpers/browser.py build/report.html docs
 
-writes the two pictures of the README, docs/report-overview.png and docs/report-confusion.png.
+writes docs/report-overview.png, which the README shows, and docs/report-confusion.png, which docs/quality.md shows.
 """
 
 import base64
