@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -98,7 +99,12 @@ class Campaign:
             f"Seed {self.seed}, {sum(self.spent.values()):.0f} s: {sum(self.cases.values())} cases with {sum(self.kills.values())} kills; "
             f"{len(self.failures)} failures (wrong bytes, something lost, a rerun that fails, a secret repeated, foreign code run)."
         )
-        return "\n".join([total, "", "| attack | cases | kills | failures |", "|---|---|---|---|", *rows]) + "\n"
+        return (
+            "\n".join(
+                [textwrap.fill(total, 116), "", "| attack | cases | kills | failures |", "|---|---|---|---|", *rows]
+            )
+            + "\n"
+        )
 
 
 def built(folder: Path) -> Path:
