@@ -21,7 +21,7 @@ from typing import TextIO
 from slmake.errors import UserError
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
-# No rule but fetch_model needs the network, and nothing phones home. Set before any library is imported.
+# Nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
