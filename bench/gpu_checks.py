@@ -77,7 +77,7 @@ def exact_gradients(trainer: Trainer, base: Path, rows: list) -> tuple[float, to
     from transformers import AutoModelForCausalLM
 
     section, dtype = trainer.section, getattr(torch, trainer.section.compute_dtype)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if section.method == "qlora":
         names = linear_weights(base)
         for name, weight in model.named_parameters():
@@ -157,7 +157,7 @@ def merged(setup: Setup) -> Checks:
     threads = torch.get_num_threads()
     merge(params.Merge(), trainer.section, base, adapter, target, setup.job)
     torch.set_num_threads(threads)  # merge keeps one for its writer
-    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32, trust_remote_code=False)
     state = PeftModel.from_pretrained(load(base).to(trainer.device), adapter).merge_and_unload().state_dict()
     ours = load_file(target / "model.safetensors")
     yield (
@@ -176,7 +176,11 @@ def input_moments(setup: Setup, device) -> dict[str, tuple[torch.Tensor, torch.T
     """Weight and moments of the inputs of every product that will have 4 bits, by name, taken on a device."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(setup.base("llama"), dtype=torch.float32).to(device).eval()
+    network = (
+        AutoModelForCausalLM.from_pretrained(setup.base("llama"), dtype=torch.float32, trust_remote_code=False)
+        .to(device)
+        .eval()
+    )
     modules = in_four_bits(params.Quantize(int8_nodes=[]), network)
     hessians = InputHessians(modules)
     ids = torch.tensor([row[0][:LENGTH] for row in setup.rows], device=device)

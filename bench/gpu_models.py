@@ -80,7 +80,9 @@ def write_model(folder: Path, kind: str, sizes: dict, dtype, device) -> Path:
     torch.manual_seed(7)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **ids), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **sizes, **ids), dtype=dtype, trust_remote_code=False
+        )
     model.save_pretrained(folder)
     words = models.WordLevel({f"w{number}": number for number in range(sizes["vocab_size"])}, unk_token="w0")
     tokenizer = Tokenizer(words)

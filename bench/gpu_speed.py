@@ -164,6 +164,7 @@ class PeerTraining:
             quantization_config=quantization,
             attn_implementation=attention,
             device_map={"": self.device},
+            trust_remote_code=False,
         )
         self.peft = get_peft_model(model, shared.lora(self.hyper))
 
