@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from project import change, planned, run, snakemake
+from project import RULES, change, planned, run, snakemake
 from tiny import ROOT
 
 from slmake.plan import SECTIONS
@@ -102,20 +102,7 @@ def test_dvc_yaml_agrees_with_the_snakefile():
     assert done.returncode == 0, done.stderr
     assert (ROOT / "dvc.yaml").read_text(encoding="utf-8") == done.stdout, "run `make docs`"
     stages = yaml.safe_load(done.stdout)["stages"]
-    assert list(stages) == [
-        *(
-            "fetch_model",
-            "prepare",
-            "rehearse",
-            "finetune",
-            "merge",
-            "quantize",
-            "evaluate",
-            "gates",
-            "package",
-            "report",
-        ),
-    ]
+    assert tuple(stages) == RULES
     given = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for name, stage in stages.items():
         sections = [part for part in SECTIONS.get(name, [name]) if part in given]
