@@ -10,8 +10,9 @@ from slmake.data.tokenize import IGNORED, Example
 class Writer:
     """One split's Parquet file, written a batch at a time.
 
-    The columns `turns` and `dropped_turns` are those of conversations. `row_lengths`, of a file whose sequences hold several rows, has the
-    tokens of each; the schema's metadata name the strategy, since rows of `packing` know nothing of each other and those of `join` do.
+    The columns `turns` and `dropped_turns` are those of conversations. `rows` and `row_lengths`, of a file whose sequences hold several
+    rows, have the number and the tokens of each; the schema's metadata name the strategy, since rows of `packing` do not attend to each
+    other and those of `join` do.
     """
 
     def __init__(self, path: Path, section: params.Prepare, pad_id: int, strategy: str, chats: bool):
@@ -33,7 +34,7 @@ class Writer:
             fields += [("turns", ids), ("dropped_turns", pyarrow.int32())]
         several = strategy != "line-by-line"
         if several:
-            fields.append(("row_lengths", ids))
+            fields += [("rows", pyarrow.list_(pyarrow.int64())), ("row_lengths", ids)]
         self.schema = pyarrow.schema(fields, metadata={"strategy": strategy} if several else None)
         self.file = pyarrow.parquet.ParquetWriter(path, self.schema)
         self.open: list[list[Example]] = []  # the sequences being filled
@@ -101,6 +102,7 @@ class Writer:
                 "attention_mask": [1] * len(ids) + [0] * padding,
                 "turns": last.turns,
                 "dropped_turns": sum(example.dropped for example in sequence),
+                "rows": [example.row for example in sequence],
                 "row_lengths": [len(example.ids) for example in sequence],
             }
             for name, column in columns.items():

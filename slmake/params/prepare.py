@@ -228,6 +228,8 @@ class Prepare(Section):
             raise ValueError("answer goes with text_template; with messages the assistant's turns are the answers")
         if isinstance(self.messages, list) and (not self.messages or self.messages[-1].role != "assistant"):
             raise ValueError("the last of messages must be the assistant's turn: it is the answer")
+        if self.strategy == "packing" and self.pad_to_max_len:
+            raise ValueError("pad_to_max_len goes without strategy packing, whose sequences are not padded")
         if self.eval_fraction + self.test_fraction > 0.9:
             raise ValueError("eval_fraction and test_fraction leave less than a tenth of the rows for training")
         return self
