@@ -313,11 +313,21 @@ def test_max_samples_takes_the_first_rows(dataset):
     assert Questions(dataset, 10_000).rows == whole.rows
 
 
-def test_as_many_lines_are_read_as_the_answer_has(tmp_path, base):
+def test_an_open_answer_is_read_whole(tmp_path, base):
+    """As `run.py` and `make ask` give it: an answer that runs on is not right."""
     rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
     folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
     questions = Questions(folder, None)
-    assert questions.read(f"{questions.expected[0]}\nthird", 0) == questions.expected[0]
+    assert questions.read(f" {questions.expected[0]}\n", 0) == questions.expected[0]
+    assert questions.read(f"{questions.expected[0]}\nthird", 0) == f"{questions.expected[0]}\nthird"
+
+
+def test_of_a_label_as_many_lines_are_read_as_it_has(tmp_path, base):
+    rows = [{"text": f"Say {i}", "tone": ("good\nmood", "bad\nmood")[i % 2]} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{tone}")
+    questions = Questions(folder, None)
+    assert questions.form["labels"] == ["bad\nmood", "good\nmood"]
+    assert questions.read(f" {questions.expected[0]}\nthird", 0) == questions.expected[0]
 
 
 # -- end to end --------------------------------------------------------------------------------------------------------
@@ -622,3 +632,29 @@ def test_an_answer_that_was_generated_is_not_computed_again():
     for answer in ([5, 4, 2], [5, 6, 2, 1]):
         with pytest.raises(AttributeError):
             row.score(answer, [5, 6])
+
+
+def test_metrics_of_ones_own_reach_metrics_json(tmp_path, taught, base, dataset):
+    """A function that repeats exact match has accuracy's figures, drop and intervals."""
+    (tmp_path / "mine.py").write_text(
+        "def same(prompt, expected, answer):\n    return expected == answer and expected in answer\n"
+    )
+    wanted = [f"{tmp_path}/mine.py:same", {"regex": "sadness|joy|fear|surprise"}]
+    models = {"base": base, "merged": taught}
+    figures = read_json(run(tmp_path / "run", dataset, models=models, metrics=wanted) / "metrics.json")
+    for entry in (figures["base"], figures["merged"], figures["drop"]["merged_vs_base"]):
+        for end in ("", "_low", "_high"):
+            assert entry[f"same{end}"] == entry[f"accuracy{end}"]
+    assert figures["base"]["regex"] == round(1 - figures["base"]["outside_labels"], 6)
+    assert figures["merged"]["regex"] == round(1 - figures["merged"]["outside_labels"], 6)
+
+
+def test_a_metric_that_fails_leaves_nothing(tmp_path, taught, dataset, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def same(prompt, expected, answer):\n    return 1 / len(prompt.split('###')[9])\n"
+    )
+    message = refused(
+        tmp_path / "run", capsys, dataset, models={"merged": taught}, metrics=[f"{tmp_path}/mine.py:same"]
+    )
+    assert "same on row " in message
+    assert "IndexError: list index out of range. Correct the function." in message
