@@ -200,6 +200,7 @@ rule merge:
 rule candidate:
     input:
         code=code_of("candidate"),
+        metrics=ancient(PLAN.metric_files),
         model=PLAN.tuned,
         dataset="build/dataset",
         reference=lambda wildcards: when(wildcards.candidate != "merged", "build/search/merged"),
@@ -290,6 +291,7 @@ rule quantize:
 rule evaluate:
     input:
         code=code_of("evaluate"),
+        metrics=ancient(PLAN.metric_files),
         dataset="build/dataset",
         models=sorted(set(PLAN.scored.values())),
     output:
