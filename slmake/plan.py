@@ -28,6 +28,7 @@ FIGURES = [  # of the report: file, category, title
     ("wrong_answers.html", "2. Quality", "Wrong answers"),
     ("loss.svg", "3. Training", "Loss"),
     ("data.svg", "3. Training", "Lengths and labels"),
+    ("rows.html", "3. Training", "Rows as the model sees them"),
     ("cost.html", "4. Cost", "Time and memory"),
     ("candidates.svg", "4. Cost", "Quantization candidates"),
     ("candidates.html", "4. Cost", "Quantization candidates, all figures"),

@@ -9,6 +9,7 @@ import numpy as np
 
 from slmake import cli, outputs, params
 from slmake.data.formats import prompt_template
+from slmake.data.preview import Sequence, example_of
 from slmake.data.rows import decompressed, read_rows
 from slmake.data.splits import (
     FEW_ANSWERS,
@@ -21,12 +22,13 @@ from slmake.data.splits import (
 )
 from slmake.data.store import Store
 from slmake.data.template import Conversations, PromptTemplate, read_valid
-from slmake.data.tokenize import BATCH, CHATS, Tokenize, lengths_summary, load_tokenizer
+from slmake.data.tokenize import BATCH, CHATS, Example, Tokenize, lengths_summary, load_tokenizer
 from slmake.data.writer import Writer
 from slmake.errors import UserError
 from slmake.sources.fetching import Fetched, fetch
 from slmake.sources.schemes import parse
 
+EXAMPLES = 10  # rows that the report shows
 FIRST_ROWS = 20  # by which a format is detected
 
 
@@ -40,6 +42,7 @@ class Preparation:
     def __init__(self, section: params.Prepare, base: Path, folder: Path, job: cli.Job, scored: bool):
         self.section, self.folder, self.job, self.scored = section, folder, job, scored
         self.tokenizer = load_tokenizer(base)
+        self.examples: list[Example] = []  # of train, for the report
         check_context(section, base)
 
     def run(self, downloads: Path) -> dict:
@@ -76,6 +79,9 @@ class Preparation:
             "labels": per_label,
             "truncated": tokenize.truncated,
             "dropped_turns": {"conversations": tokenize.shortened, "turns": tokenize.dropped},
+            "examples": [
+                example_of(Sequence("train", *example[:1], *example[3:]), self.tokenizer) for example in self.examples
+            ],
             "duplicates": {
                 "removed_from_train": int(((before == 0) & (split < 0)).sum()),
                 "removed_from_eval": int(((before == 1) & (split < 0)).sum()),
@@ -129,7 +135,10 @@ class Preparation:
                 for index, (name, writer) in enumerate(writers.items()):
                     chosen = [row for row, own in zip(batch, split[numbers] == index, strict=True) if own]
                     if chosen:
-                        writer.write(tokenize(chosen, one_answer=name == "test"))
+                        examples = tokenize(chosen, one_answer=name == "test")
+                        writer.write(examples)
+                        if name == "train":
+                            self.examples += examples[: EXAMPLES - len(self.examples)]
                         bar.update(len(chosen))
         return writers
 
