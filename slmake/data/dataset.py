@@ -25,7 +25,7 @@ from slmake.data.template import Conversations, PromptTemplate, read_valid
 from slmake.data.tokenize import BATCH, CHATS, Example, Tokenize, lengths_summary, load_tokenizer
 from slmake.data.writer import Writer
 from slmake.errors import UserError
-from slmake.sources.fetching import Fetched, fetch
+from slmake.sources.fetching import fetch_rows
 from slmake.sources.schemes import parse
 
 EXAMPLES = 10  # rows that the report shows
@@ -51,26 +51,30 @@ class Preparation:
         Raises:
             UserError: the first thing that is wrong with sources, rows, labels or lengths.
         """
-        files = {name: fetch(parse(text), "dataset", downloads, self.job) for name, text in self.section.files.items()}
-        contents = {name: decompressed(file.path, file.record["source"], downloads) for name, file in files.items()}
+        fetched = {name: fetch_rows(parse(text), downloads, self.job) for name, text in self.section.files.items()}
+        files = {
+            name: [(decompressed(path, source, downloads), source) for path, source in paths]
+            for name, (paths, _) in fetched.items()
+        }
 
         def first_rows() -> list:
-            return list(islice(read_rows(contents["train"], files["train"].record["source"]), FIRST_ROWS))
+            return list(islice(read_rows(*files["train"][0]), FIRST_ROWS))
 
         template = prompt_template(self.section, self.tokenizer, first_rows, self.job.say)
         with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
-            split, before, labels = self._split(store, self._read(store, files, contents, template))
+            split, before, labels = self._split(store, self._read(store, files, template))
             within = store.exact_duplicates(split == 0)
             tokenize = Tokenize(self.section, self.tokenizer, template)
             writers = self._write(store, split, tokenize)
             self.apart = tokenize.apart > 0
             answers, codes = store.answers(), store.answer_codes().copy()
-        for path in set(contents.values()) - {file.path for file in files.values()}:
-            path.unlink()
+        for name, (paths, _) in fetched.items():
+            for path in {path for path, _ in files[name]} - {path for path, _ in paths}:
+                path.unlink()
         self._write_prompt(template, labels, tokenize)
         per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
         return {
-            "source": {name: file.record for name, file in files.items()},
+            "source": {name: record for name, (_, record) in fetched.items()},
             "rows": {"read": len(split), **{name: int((split == i).sum()) for i, name in enumerate(SPLITS)}},
             "sequences": {name: sum(writer.lengths.values()) for name, writer in writers.items()},
             "tokens": {name: writer.tokens for name, writer in writers.items()},
@@ -89,15 +93,13 @@ class Preparation:
             },
         }
 
-    def _read(
-        self, store: Store, files: dict[str, Fetched], contents: dict[str, Path], template: PromptTemplate
-    ) -> dict[str, int]:
-        """Read and check every row; returns the number of rows of each file."""
-        sizes = {}
-        for split, file in files.items():
-            name = file.record["source"]
-            rows = read_rows(contents[split], name, template.fields, self.job.say)
-            sizes[split] = store.add(read_valid(name, template, rows))
+    def _read(self, store: Store, files: dict[str, list[tuple[Path, str]]], template: PromptTemplate) -> dict[str, int]:
+        """Read and check every row; returns the number of rows of each split's files."""
+        sizes = dict.fromkeys(files, 0)
+        for split, paths in files.items():
+            for path, name in paths:
+                rows = read_rows(path, name, template.fields, self.job.say)
+                sizes[split] += store.add(read_valid(name, template, rows, sizes[split]))
         return sizes
 
     def _split(self, store: Store, sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:

@@ -138,7 +138,7 @@ class Tokenize:
                 else:
                     self.apart += 1
             cut = len(head) - len(kept)
-            examples.append(Example(row.line, answer.prompt, answer.answer, kept + tail, labels, turns, dropped, cut))
+            examples.append(Example(row.number, answer.prompt, answer.answer, kept + tail, labels, turns, dropped, cut))
         return examples
 
     def inference(self) -> dict:

@@ -16,7 +16,7 @@ h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
 table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
 td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
-code, .row { font: 13px ui-monospace, monospace; overflow-wrap: anywhere } div.row { white-space: pre-wrap; padding: 8px 12px; background: #f6f8fa }
+code, .row { font: 13px ui-monospace, monospace; overflow-wrap: anywhere } div.row { line-height: 1.7; white-space: pre-wrap; padding: 8px 12px; background: #f6f8fa }
 .trained { background: #dafbe1; color: #116329 } .special { border: 1px solid #8c959f; border-radius: 3px; padding: 0 2px }
 """
 
