@@ -88,7 +88,7 @@ localrules:
 
 
 mark = report  # at the start of a line Snakemake would take `report` for a keyword
-FIGURES = [
+REPORT = [
     mark(f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title})
     for file, category, title in PLAN.figures
 ]

@@ -4,7 +4,7 @@ from pydantic import Field, field_validator
 
 from slmake.params import metrics as metrics_module
 from slmake.params.base import Model, Section
-from slmake.params.gates import FIGURES
+from slmake.params.gates import METRICS
 
 
 class Evaluate(Section):
@@ -51,7 +51,7 @@ class Evaluate(Section):
     def _known_metrics(cls, value):
         figures = [metrics_module.parse(entry).figure for entry in value]
         for figure in figures:
-            taken = figure in (*FIGURES, "per_class", "confusion") or figure.endswith(("_low", "_high"))
+            taken = figure in (*METRICS, "per_class", "confusion") or figure.endswith(("_low", "_high"))
             if taken or figures.count(figure) > 1:
                 raise ValueError(f"two figures would be called `{figure}`: rename your function")
         return value
