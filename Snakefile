@@ -291,7 +291,7 @@ rule quantize:
 rule evaluate:
     input:
         code=code_of("evaluate"),
-        metrics=ancient(PLAN.metric_files),
+        metrics=ancient(PLAN.metric_files + PLAN.task_files),
         dataset="build/dataset",
         models=sorted(set(PLAN.scored.values())),
     output:
