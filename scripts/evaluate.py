@@ -7,7 +7,7 @@
 Reads the section `evaluate` and the test split. Every model answers greedily through the runtime that it ships on: base,
 adapter and merged through transformers with the prompt tokens of training; the exported one through onnxruntime-genai with
 the text, row by row, as a user asks it. Writes metrics.json (the same in every run), benchmark.json (timings and memory)
-and predictions.csv (every model's answer to every row). docs/quality.md explains every field.
+and predictions.csv (every model's answer to every row, and to every trained turn of a conversation). docs/quality.md explains every field.
 """
 
 import csv
@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
             questions = Questions(args.dataset, section.max_samples)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
-            weights = metrics_module.resamples(questions.scored, section.bootstrap_samples, section.seed)
+            weights = metrics_module.resamples(
+                questions.scored, section.bootstrap_samples, section.seed, questions.groups()
+            )
             quantized = everything.finetune if everything.merge.onto == "dequantized" else None
             runs, facts = ask_all(section, folders, onnx, quantized, questions, new_tokens, job)
             metrics: dict = {"test_rows": questions.scored}
@@ -94,9 +96,13 @@ def main(argv: list[str] | None = None) -> None:
                 writer = csv.writer(
                     handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
                 )  # a text may hold a lone \r
-                writer.writerow(["row", "expected", *answers, "prompt"])
-                columns = [questions.rows, questions.expected, *answers.values(), questions.texts]
-                rows = zip(*(column[: questions.scored] for column in columns), strict=True)
+                columns = {"row": questions.rows, "turn": questions.turns, "expected": questions.expected}
+                columns |= answers | {"prompt": questions.texts}
+                columns = {
+                    name: column for name, column in columns.items() if column
+                }  # no `turn` without conversations
+                writer.writerow(columns)
+                rows = zip(*(column[: questions.scored] for column in columns.values()), strict=True)
                 writer.writerows(map(csv_cell, row) for row in rows)
         shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in runs)
         job.say(f"accuracy on {questions.scored} test rows: {shown} ({job.seconds():.0f} s)")

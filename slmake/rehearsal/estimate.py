@@ -91,11 +91,11 @@ def _training(everything: params.Params, results: list[dict], counts: list[int],
     data = Data(dataset / "train.parquet")
     section = everything.finetune
     rows = (
-        Schedule(section, data.lengths).steps
+        Schedule(section, data.sequence_lengths).steps
         * section.per_device_train_batch_size
         * section.gradient_accumulation_steps
     )
-    tokens = rows * float(data.real.mean())
+    tokens = rows * float(data.real.sum() / len(data.sequence_lengths))
     per_token = _line(counts, [result["seconds"] / max(1, result["tokens"]) for result in results], depth)
     return Need(_line(counts, [result["memory"] for result in results], depth), per_token * tokens)
 
