@@ -15,6 +15,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
+from slmake.scoring import harness
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.measure import ask_all, compare, measure
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         ):
             for metric in section.answer_metrics:
                 function_of(metric)  # refused before any model is asked
+            if section.lm_eval:
+                harness.tasks(section.lm_eval)
             questions = Questions(args.dataset, section.max_samples)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
@@ -78,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
             for name, run in runs.items():
                 answers[name], scores = measure(questions, run, weights, section.answer_metrics)
                 metrics[name] = {**scores, "size_bytes": outputs.folder_size(folders[name])}
+            if section.lm_eval:
+                for name, figures in harness.run(folders, onnx, section.lm_eval, section.lm_eval_limit, job).items():
+                    metrics[name] |= figures
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
             if "tokenizer" in facts:
                 metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}

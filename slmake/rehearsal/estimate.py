@@ -156,7 +156,7 @@ def run(context, stage: str, function: Callable, *arguments: object) -> dict:
 def _child(sender, function: Callable, arguments: tuple) -> None:
     from slmake.scoring.run import peak_bytes
 
-    cli.die_with_parent()
+    cli.end_with(cli.engine(multiprocessing.parent_process().pid))
     try:
         result = function(*arguments)
         sender.send((result | {"memory": peak_bytes()}, None))

@@ -8,6 +8,7 @@ from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
 from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
+from slmake.scoring.metrics import is_right
 from slmake.text import csv_text, printable
 
 STYLE = """
@@ -329,7 +330,7 @@ def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
 def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
     """The first wrong answers of the last model, with every model's answer beside."""
     last = models[-1]
-    wrong = [row for row in predictions if row[last] != row["expected"]]
+    wrong = [row for row in predictions if not is_right(row["expected"], row[last])]
     head = ["row", "prompt", "expected", *models]
     rows = [
         [

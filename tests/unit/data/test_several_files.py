@@ -135,4 +135,9 @@ def test_files_of_a_hub(build, refused, shards, monkeypatch):
         f"hf:org/rows@{commit}/data/train-00000-of-00003.parquet",
     )
     assert len(built.train) == 24
-    assert "no file matches" in refused(f"hf:org/rows@{commit}/data/test-*", name="other", **WHOLE)
+
+
+def test_a_pattern_that_matches_nothing_on_a_hub(refused, tmp_path, monkeypatch):
+    (tmp_path / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **_: str(tmp_path / "snapshots" / ("0" * 40)))
+    assert "no file matches. Check prepare.source." in refused(f"hf:org/rows@{'0' * 40}/data/test-*", **WHOLE)
