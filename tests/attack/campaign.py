@@ -65,7 +65,7 @@ class Campaign:
         try:
             match kind:
                 case "kill a rule":
-                    rule = list(kills.OUTPUTS)[case % len(kills.OUTPUTS)]
+                    rule = list(kills.OUTPUTS)[(case + self.seed) % len(kills.OUTPUTS)]
                     number = kills.kill_rule(rule, self.whole, self.reference, self.work, rng, self.durations)
                     self.kills[kind] += number
                     self.rules[rule] += number

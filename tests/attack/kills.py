@@ -120,18 +120,23 @@ def no_wrong_bytes(project: Path, reference: dict[str, str], lost: list[str]) ->
     expect(not gone, f"lost: {gone}")
 
 
+def remove(project: Path, outputs: list[str]) -> None:
+    """Remove a rule's outputs, so that it runs again."""
+    for name in outputs:
+        path = project / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def kill_rule(
     rule: str, whole: Path, reference: dict[str, str], work: Path, rng: random.Random, seconds: dict[str, float]
 ) -> int:
-    """Kill one rule at random moments, each time after a rerun that must work; returns the number of kills.
+    """Kill one rule at random moments; the rerun after the kills must work. Returns the number of kills.
 
     Args:
         seconds: how long each rule took so far, corrected on the way.
     """
     project = copy(whole, work)
-    for name in OUTPUTS[rule]:
-        path = project / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(project, OUTPUTS[rule])
     kills = 0
     for attempt in range(ATTEMPTS):
         limit = TIMEOUT if attempt == ATTEMPTS - 1 else rng.uniform(0, 1.05) * seconds.get(rule, 3.0)
@@ -148,9 +153,11 @@ def kill_rule(
                 shutil.rmtree(project / ".snakemake" / "locks", ignore_errors=True)
         else:
             expect(code == 0, f"{rule}: the rerun after {kills} kills failed:\n{log_of(project)}")
-            seconds[rule] = max(0.2, spent)
-            break
-    no_wrong_bytes(project, reference, [])
+            no_wrong_bytes(project, reference, [])
+            if after:
+                seconds[rule] = max(0.2, spent)
+            if attempt < ATTEMPTS - 1:
+                remove(project, OUTPUTS[rule])
     left = [path.name for folder in ("build", "results") for path in (project / folder).glob(".*.partial")]
     expect(not left, f"left behind: {left}")
     return kills
@@ -219,9 +226,7 @@ def edit_build(whole: Path, work: Path, rng: random.Random) -> str:
     project = copy(whole, work)
     before = receipts(project)
     rule = rng.choice(["gates", "report", "package"])
-    for name in OUTPUTS[rule]:
-        path = project / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(project, OUTPUTS[rule])
     what = rng.choice(list(EDITS))
     variables = environment()
     program = preloaded.program("snakemake", variables)
