@@ -59,8 +59,9 @@ except UserError as error:
 
 
 def code_of(rule):
-    """Code and environment's locks as inputs that are compared by content (see `built_from`)."""
-    return ancient([*code(rule), *LOCKS])
+    """Code, a user's own metrics included, and environment's locks as inputs that are compared by content (see `built_from`)."""
+    own = PLAN.metric_files if rule in ("candidate", "evaluate") else []
+    return ancient([*code(rule), *own, *LOCKS])
 
 
 def built_from(rule):
