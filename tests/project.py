@@ -11,6 +11,8 @@ from pathlib import Path
 import preloaded
 from tiny import ROOT, make_rows, write_params
 
+from bench.measure import PROJECT_FILES
+
 TINY = {
     "prepare": {"source": "data/dataset.json", "eval_fraction": 0.1, "test_fraction": 0.25},
     "finetune": {"num_train_epochs": 1.0, "eval_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01},
@@ -107,8 +109,8 @@ def new_project(folder: Path, base: Path) -> Path:
     """The pipeline's own files with tiny data and a tiny base model; nothing built."""
     folder.mkdir()
     for name in (
-        *("Snakefile", "dvc.yaml", "rules", "scripts", "slmake", "tools", "envs", "profiles", "report", "LICENSE"),
-        *(".dvcignore", ".gitignore", "pyproject.toml"),
+        *(name for name in PROJECT_FILES if name not in ("data", "containers")),
+        *("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"),
     ):
         source = ROOT / name
         if source.is_dir():
