@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 
 SECONDS = 10  # of processor time for one conversation
 MEMORY = 2**31  # bytes for one conversation
@@ -94,8 +94,7 @@ class ChatTemplate:
                 "Use text_template, or another base model."
             ) from None
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the base model's chat template does not take it: {reason}") from None
+            raise ValueError(f"the base model's chat template does not take it: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
