@@ -55,6 +55,26 @@ def run(project: Path, *command: str, fresh: bool = False, **options: object) ->
     )  # fmt: skip
 
 
+def type_block(project: Path, block: str, variables: dict[str, str] | None = None, options: str = "-euo") -> str:
+    """Type a page's `sh` block in a terminal; returns what it shows.
+
+    Args:
+        variables: the terminal's environment; by default the tests' own.
+        options: bash's; with `u` an unset variable is an error.
+    """
+    done = subprocess.run(
+        ["bash", options, "pipefail", "-c", block],
+        cwd=project,
+        env=variables or environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout}"
+    return done.stdout
+
+
 def snakemake(project: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess:
     """Run `snakemake --cores all` in a project folder."""
     return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments, **options)
