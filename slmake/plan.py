@@ -64,6 +64,8 @@ class Plan:
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         scoring = bool({"evaluate", "quantize"} & set(self.stages))
         self.metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
+        task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
+        self.task_files = when("evaluate" in self.stages, task_files)
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
 
@@ -112,7 +114,8 @@ class Plan:
     def online(self) -> list[str]:
         """Patterns of the commands that need the network."""
         remote = len(self.data) < len(self.params.prepare.files)
-        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare")]
+        tasks = bool(self.params.evaluate.lm_eval)  # the harness fetches their datasets
+        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare"), *when(tasks, "evaluate")]
         return [f"-m scripts[.]{rule} " for rule in rules]
 
     @property
@@ -121,7 +124,7 @@ class Plan:
         package = self.params.package
         return [
             *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
-            *(*package.license_files, *self.signing_key, *self.metric_files),
+            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files),
         ]
 
     @property
@@ -139,6 +142,7 @@ class Plan:
             "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: evaluate.metrics": self.metric_files,
+            "params.yaml: evaluate.lm_eval": self.task_files,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
             "params.yaml: package.signing_key": when("package" in self.stages, self.signing_key),
@@ -173,7 +177,7 @@ class Plan:
             "adapter": self.adapter_source,
             "prepare": self.data,
             "candidate": self.metric_files,
-            "evaluate": self.metric_files,
+            "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
             "report": self.published_metrics,
             "package": [*self.materials(), *self.params.package.license_files, *self.signing_key],
@@ -198,6 +202,7 @@ class Plan:
         return [
             *self.data,
             *self.metric_files,
+            *self.task_files,
             "Snakefile",
             "rules/common.smk",
             *sorted(files),

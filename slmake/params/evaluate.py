@@ -22,6 +22,12 @@ class Evaluate(Section):
         "it), `json_valid`, `{json_schema: FILE}`, `{regex: PATTERN}` (of the whole answer), `{numeric: TOLERANCE}`, `tool_name`, "
         "`tool_arguments` (by value), or a function of your own, `path/to/file.py:function` of (prompt, expected, answer) to a number.",
     )
+    lm_eval: list[str] = Field(
+        [],
+        description="Tasks of EleutherAI's lm-evaluation-harness, run on base, merged and the export: names (`hellaswag`), or YAML files that "
+        "define one. `make lm-eval` installs it. Figures are called `lm_eval.TASK.METRIC`.",
+    )
+    lm_eval_limit: int | None = Field(None, ge=1, description="Only the first this many rows of each of these tasks.")
     max_new_tokens: int | None = Field(
         None,
         ge=1,

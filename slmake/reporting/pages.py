@@ -317,7 +317,12 @@ def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
     wrong = [row for row in predictions if not is_right(row["expected"], row[last])]
     head = ["row", "prompt", "expected", *models]
     rows = [
-        [f"{row['row']:.0f}", row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
+        [
+            f"{row['row']:.0f}" + (f", turn {row['turn']}" if "turn" in row else ""),
+            row["prompt"],
+            row["expected"],
+            *(row[name] or "(empty)" for name in models),
+        ]
         for row in wrong[:limit]
     ]
     summary = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"

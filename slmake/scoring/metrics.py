@@ -45,9 +45,15 @@ def confusion(expected: list[str], answers: list[str], labels: list[str]) -> lis
     return counts
 
 
-def resamples(rows: int, samples: int, seed: int) -> np.ndarray:
-    """Weights [samples, rows] of bootstrap resamples: how often each row was drawn (Efron 1979)."""
-    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
+def resamples(rows: int, samples: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Weights [samples, rows] of bootstrap resamples: how often each row was drawn (Efron 1979).
+
+    Args:
+        groups: int [rows], from 0: rows of one group (the answers of a conversation) are drawn together, since they are not independent.
+    """
+    count = rows if groups is None else int(groups[-1]) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples).astype(np.float64)
+    return drawn if groups is None else drawn[:, groups]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     files = files_of(path)
     if path.is_dir() and not files:
         raise UserError(f"{source.full}: nothing that can be read is there.")
-    sums = {name: outputs.sha256(file) for name, file in sorted(files.items())}
+    sums = sums_of(path)
     record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
     if path.is_dir():
         record["files"] = sums
@@ -85,6 +85,11 @@ def model_files(names: Iterable[str]) -> list[str]:
     kept = sorted(name for name in names if name.endswith(ENDINGS))
     deep = any(name.count("/") <= 1 and name.rpartition("/")[2] == "MLmodel" for name in kept)
     return [name for name in kept if deep or "/" not in name]
+
+
+def sums_of(path: Path) -> dict[str, str]:
+    """SHA-256 of every file that is read of a file or a model folder, by relative name."""
+    return {name: outputs.sha256(file) for name, file in sorted(files_of(path).items())}
 
 
 def files_of(path: Path) -> dict[str, Path]:
