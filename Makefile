@@ -22,7 +22,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build report rehearse ask verify reproduce restore clean help setup azureml lm-eval azurite peers image sif \
+.PHONY: build report rehearse preview ask verify reproduce restore clean help setup azureml lm-eval azurite peers image sif \
         remote push pull test test-fast tokenizers faults attack lint format docs models screenshots lock bench
 
 ##@ Build
@@ -34,6 +34,10 @@ report: setup ## put figures and tables on one page, build/report.html, missed g
 
 rehearse: setup ## try the chain on a small twin of the base model; estimate memory, time and disk
 	@$(BIN)/python -m tools.build results/rehearsal.json
+
+preview: setup ## show a row as the model sees it: make preview ROW=3; TOKENS=1 adds token ids
+	@$(BIN)/python -m tools.build build/dataset
+	@$(BIN)/python -m tools.preview $(if $(ROW),--row $(ROW)) $(if $(TOKENS),--tokens)
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
 	@$(BIN)/python -m tools.ask -- "$$TEXT"
