@@ -16,6 +16,7 @@ from pathlib import Path
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.scoring import metrics as metrics_module
+from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.measure import ask_all, compare, measure
 from slmake.scoring.questions import Questions
 from slmake.text import csv_cell
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             benchmark_file,
             predictions_file,
         ):
+            for metric in section.answer_metrics:
+                function_of(metric)  # refused before any model is asked
             questions = Questions(args.dataset, section.max_samples)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
@@ -71,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
             metrics: dict = {"test_rows": questions.scored}
             answers: dict[str, list[str]] = {}
             for name, run in runs.items():
-                answers[name], scores = measure(questions, run, weights)
+                answers[name], scores = measure(questions, run, weights, section.answer_metrics)
                 metrics[name] = {**scores, "size_bytes": outputs.folder_size(folders[name])}
-            metrics |= compare(questions, runs, answers, weights)
+            metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
             if "tokenizer" in facts:
                 metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
             if "provider" in facts:

@@ -62,6 +62,8 @@ class Plan:
         self.data = [source.path for source in map(parse, params.prepare.files.values()) if not source.remote]
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
+        scoring = bool({"evaluate", "quantize"} & set(self.stages))
+        self.metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
 
@@ -119,7 +121,7 @@ class Plan:
         package = self.params.package
         return [
             *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
-            *(*package.license_files, *self.signing_key),
+            *(*package.license_files, *self.signing_key, *self.metric_files),
         ]
 
     @property
@@ -136,6 +138,7 @@ class Plan:
             "params.yaml: fetch_model.source": self.model_source,
             "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
+            "params.yaml: evaluate.metrics": self.metric_files,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
             "params.yaml: package.signing_key": when("package" in self.stages, self.signing_key),
@@ -169,6 +172,8 @@ class Plan:
             "fetch_model": self.model_source,
             "adapter": self.adapter_source,
             "prepare": self.data,
+            "candidate": self.metric_files,
+            "evaluate": self.metric_files,
             "gates": self.published_metrics,
             "report": self.published_metrics,
             "package": [*self.materials(), *self.params.package.license_files, *self.signing_key],
@@ -192,6 +197,7 @@ class Plan:
         files = {file for rule in self.rules if rule not in WITHOUT_PACKAGE for file in code(rule)}
         return [
             *self.data,
+            *self.metric_files,
             "Snakefile",
             "rules/common.smk",
             *sorted(files),

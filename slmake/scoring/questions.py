@@ -101,5 +101,7 @@ class Questions:
         return tokens
 
     def read(self, text: str, index: int) -> str:
-        """The answer in generated text: as many first lines as the expected answer has."""
+        """The answer in generated text: all of it, as a user gets it; of a classification as many first lines as the label has."""
+        if not self.form["labels"]:
+            return text.strip()
         return prompts.first_answer(text, self.expected[index].count("\n") + 1)
