@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("quantize.search is not set, so there are no candidates.")
         questions = Questions(args.dataset, section.search.rows, SPLITS)
         new_tokens = scoring.max_new_tokens or questions.form["longest_answer_tokens"]
-        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
+        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed, questions.groups())
         with outputs.written(args.output) as (folder,):
             if args.candidate == "merged":
                 model = TransformersRunner(args.model, scoring.batch_size, scoring.latency_rows)

@@ -174,7 +174,7 @@ def figures_of(data: dict) -> list[str]:
     for entry in entries if isinstance(entries, list) else []:
         with contextlib.suppress(ValueError):
             figures += [parse(entry).figure] if isinstance(entry, str | dict) else []
-    return figures
+    return figures + ["lm_eval"] * bool(isinstance(section, dict) and section.get("lm_eval"))
 
 
 def sums(everything: Params) -> dict[str, str]:

@@ -34,7 +34,7 @@ def measure(
     scores |= answer_metrics.score(values, weights)
     if labels:
         chosen = [labels[index] for index in run.choices[:count]]
-        scores["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
+        scores["restricted_accuracy"] = round(metrics.accuracy(expected, chosen), 6)
         scores["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
     tokens = sum(len(answer) for answer in questions.answers[:count])
     scores["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)

@@ -1,10 +1,11 @@
 """Files of the Hugging Face hub, through huggingface_hub and its cache. A login comes from `hf auth login` or HF_TOKEN."""
 
 import functools
+import glob
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -54,7 +55,9 @@ class HubRepository(Source):
         return self.full.replace(f"@{self.revision}", f"@{commit_of(self)}", 1)
 
     def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
-        path, commit = from_hub(self, [f"*{ending}" for ending in ENDINGS], use)
+        pattern = glob.has_magic(self.path)  # several files of a dataset
+        patterns = [self.path] if pattern else [f"*{ending}" for ending in ENDINGS]
+        path, commit = from_hub(replace(self, path="") if pattern else self, patterns, use)
         return path, {"pin": {"revision": self.revision}, "revision": commit}
 
 

@@ -11,7 +11,7 @@ from scripts import package
 from slmake.packaging import checksums
 from tools import verify
 
-FIGURES = {
+SCORES = {
     "accuracy": 0.8,
     "accuracy_low": 0.75,
     "accuracy_high": 0.85,
