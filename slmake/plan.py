@@ -59,7 +59,8 @@ class Plan:
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
         self.model_source = _local(params.fetch_model.source)
         self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
-        self.data = [source.path for source in map(parse, params.prepare.files.values()) if not source.remote]
+        self.sources = [parse(text) for text in params.prepare.files.values()] if params.prepare else []
+        self.data = [source.path for source in self.sources if not source.remote]
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         self.search = params.quantize.search if "quantize" in self.stages else None
@@ -109,8 +110,7 @@ class Plan:
     @property
     def online(self) -> list[str]:
         """Patterns of the commands that need the network."""
-        remote = len(self.data) < len(self.params.prepare.files)
-        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare")]
+        rules = ["fetch_model", "adapter", "publish", *when(len(self.data) < len(self.sources), "prepare")]
         return [f"-m scripts[.]{rule} " for rule in rules]
 
     @property

@@ -29,7 +29,11 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     figures = []
     for key, value in last.items():
         if isinstance(value, (int, float)) and not key.endswith(("_low", "_high")):
-            figure: dict = {"type": key, "value": str(value), "slice": "test split"}
+            figure: dict = {
+                "type": key,
+                "value": str(value),
+                "slice": "test split" if dataset["source"] else "fixed texts",
+            }
             if f"{key}_low" in last:
                 figure["confidenceInterval"] = {
                     "lowerBound": str(last[f"{key}_low"]),

@@ -23,7 +23,7 @@ from slmake.params.errors import Loader, lines
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
-from slmake.params.gates import Gates
+from slmake.params.gates import OF_ROWS, OF_TEXTS, Gates
 from slmake.params.merge import Merge
 from slmake.params.package import Package
 from slmake.params.prepare import Prepare
@@ -38,7 +38,7 @@ class Params(Section):
 
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
-    prepare: Prepare
+    prepare: Prepare = Field(None)  # absent where there is no dataset; an empty section is refused
     rehearse: Rehearse = Field(default_factory=Rehearse)
     adapter: Adapter = Field(default_factory=Adapter)
     finetune: Finetune = Field(default_factory=Finetune)
@@ -72,6 +72,8 @@ def between_sections(data: dict) -> list[str]:
     stages = value("all", "stages")
     if isinstance(stages, list):
         mistakes += adapter_mistakes(stages, value("adapter", "source"))
+    if isinstance(stages, list) and "finetune" in stages and "prepare" not in data:
+        mistakes.append("prepare: missing, and finetune in all.stages needs a dataset. Add it, or take finetune out.")
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
         mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
     return mistakes
@@ -118,6 +120,29 @@ def uncompared(checked: Params) -> list[str]:
     return mistakes
 
 
+def without_dataset(checked: Params) -> list[str]:
+    """What asks for rows where there is no section prepare, and for the fixed texts where there is one; one line each."""
+    stages = checked.all.stages
+    gates = checked.gates.every() if "gates" in stages else {}
+    if checked.prepare:
+        return [
+            f"gates.{name}: perplexity is of the fixed texts, for models without a dataset. Bound answer_perplexity."
+            for name, gate in gates.items()
+            if gate.metric in OF_TEXTS
+        ]
+    mistakes = []
+    if checked.quantize.search and "quantize" in stages:
+        mistakes.append(
+            "quantize.search: candidates are compared on a dataset's rows. Add the section prepare, or set search to null."
+        )
+    return mistakes + [
+        f"gates.{name}: {gate.metric} is of rows with expected answers, and there is no section prepare. Take the gate out, or bound "
+        "kl_mean, top1_agreement, perplexity, size_bytes or a latency."
+        for name, gate in gates.items()
+        if gate.metric in OF_ROWS or gate.metric.startswith("per_class.")
+    ]
+
+
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml.
 
@@ -148,7 +173,8 @@ def load(path: str | Path = "params.yaml") -> Params:
         checked = Params.model_validate(data)
     except ValidationError as error:
         errors = lines(error.errors(), data, Params)
-    unique = list(dict.fromkeys(errors + between_sections(data) + (uncompared(checked) if checked else [])))
+    apart = uncompared(checked) + without_dataset(checked) if checked else []
+    unique = list(dict.fromkeys(errors + between_sections(data) + apart))
     if unique or checked is None:
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(
@@ -177,6 +203,6 @@ def section(path: str | Path, name: str) -> Section:
     return getattr(load(path), name)
 
 
-def as_json(value: Section) -> str:
-    """One section with its defaults as canonical JSON: what Snakemake compares to decide whether a rule must run again."""
-    return json.dumps(value.model_dump(mode="json"), sort_keys=True)
+def as_json(value: Section | None) -> str:
+    """One section with its defaults as canonical JSON (null where it is absent): what Snakemake compares to decide whether a rule must run again."""
+    return json.dumps(value.model_dump(mode="json") if value else None, sort_keys=True)
