@@ -14,9 +14,10 @@ from slmake.cli import PLANNED
 from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlink
-from slmake.plan import LOCKS, Plan
+from slmake.plan import LOCKS, Plan, when
 from slmake.platforms import container as containers
 from slmake.platforms import dvc, slurm
+from slmake.platforms.slurm import memory
 
 if config:
     raise WorkflowError(f"--config and --configfile are not used here (got {', '.join(config)}): edit params.yaml.")
@@ -58,18 +59,22 @@ except UserError as error:
 
 
 def code_of(rule):
-    """Code and environment's locks as inputs that are compared by content (see `digest_of`)."""
+    """Code and environment's locks as inputs that are compared by content (see `built_from`)."""
     return ancient([*code(rule), *LOCKS])
 
 
-def digest_of(rule):
-    """Digest of `code_of(rule)` and of the files that params.yaml names for the rule, for its params."""
-    return PLAN.digest(rule)
+def built_from(rule):
+    """Params that make a rule run again when they differ, its sections of params.yaml and the digest of the files that it reads."""
+
+    def section(wildcards):  # a function, because Snakemake would take the braces of a text for wildcards
+        return PLAN.candidate_section(wildcards.candidate) if rule == "candidate" else PLAN.section(rule)
+
+    return {"section": section, "sources": PLAN.digest(rule)}
 
 
-def section_of(rule):
-    """The text of a rule's sections of params.yaml, as a function: Snakemake would take the braces of a text for wildcards."""
-    return lambda wildcards: PLAN.section(rule)
+def optional(name):
+    """The option `--name FILE` for an input that a rule has under a condition only, and no text without that input."""
+    return lambda wildcards, input: f"--{name} {input[name]}" if input[name] else ""
 
 
 report: "../report/workflow.rst"
