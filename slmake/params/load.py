@@ -19,7 +19,7 @@ from slmake.errors import UserError
 from slmake.params.adapter import Adapter
 from slmake.params.all import All
 from slmake.params.base import Model, Section
-from slmake.params.errors import Loader, lines
+from slmake.params.errors import Loader, lines, models_in
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
@@ -38,7 +38,7 @@ class Params(Section):
 
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
-    prepare: Prepare = Field(None)  # absent where there is no dataset; an empty section is refused
+    prepare: Prepare | None = None  # null, or absent: no dataset
     rehearse: Rehearse = Field(default_factory=Rehearse)
     adapter: Adapter = Field(default_factory=Adapter)
     finetune: Finetune = Field(default_factory=Finetune)
@@ -56,7 +56,7 @@ def between_sections(data: dict) -> list[str]:
 
     def value(section: str, field: str) -> object:
         given = data.get(section)
-        default = Params.model_fields[section].annotation.model_fields[field].default
+        default = models_in(Params.model_fields[section].annotation)[0].model_fields[field].default
         return given.get(field, default) if isinstance(given, dict) else default
 
     mistakes = []
@@ -72,7 +72,7 @@ def between_sections(data: dict) -> list[str]:
     stages = value("all", "stages")
     if isinstance(stages, list):
         mistakes += adapter_mistakes(stages, value("adapter", "source"))
-    if isinstance(stages, list) and "finetune" in stages and "prepare" not in data:
+    if isinstance(stages, list) and "finetune" in stages and data.get("prepare") is None:
         mistakes.append("prepare: missing, and finetune in all.stages needs a dataset. Add it, or take finetune out.")
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
         mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")

@@ -64,8 +64,8 @@ class Files(Section):
 
 
 class Prepare(Section):
-    """Rows in, tokenized train, eval and test splits out. Leave the whole section out to export a model without a dataset: twenty
-    fixed texts then calibrate and measure it."""
+    """Rows in, tokenized train, eval and test splits out. Without a dataset, leave the whole section out or set it to null:
+    the model is exported, and twenty fixed texts calibrate and measure it."""
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array or an object that holds one, JSON Lines, CSV, TSV or Parquet; text files may end in "
