@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from slmake import cli, outputs, params
 from slmake.data.formats import prompt_template
+from slmake.data.hub_rows import read_hub_rows
 from slmake.data.rows import decompressed, read_rows
 from slmake.data.splits import (
     FEW_ANSWERS,
@@ -49,9 +51,10 @@ class Preparation:
         """
         files = {name: fetch(parse(text), "dataset", downloads, self.job) for name, text in self.section.files.items()}
         contents = {name: decompressed(file.path, file.record["source"], downloads) for name, file in files.items()}
+        self.scratch = downloads / "rows"
 
         def first_rows() -> list:
-            return list(islice(read_rows(contents["train"], files["train"].record["source"]), FIRST_ROWS))
+            return list(islice(self._rows("train", files["train"], contents["train"]), FIRST_ROWS))
 
         template = prompt_template(self.section, self.tokenizer, first_rows, self.job.say)
         with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
@@ -65,7 +68,7 @@ class Preparation:
         self._write_prompt(template, labels, tokenize)
         per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
         return {
-            "source": {name: file.record for name, file in files.items()},
+            "source": {name: file.record | self._chosen(name, file) for name, file in files.items()},
             "rows": {"read": len(split), **{name: int((split == i).sum()) for i, name in enumerate(SPLITS)}},
             "sequences": {name: sum(writer.lengths.values()) for name, writer in writers.items()},
             "tokens": {name: writer.tokens for name, writer in writers.items()},
@@ -87,9 +90,21 @@ class Preparation:
         sizes = {}
         for split, file in files.items():
             name = file.record["source"]
-            rows = read_rows(contents[split], name, template.fields, self.job.say)
+            rows = self._rows(split, file, contents[split], template.fields)
             sizes[split] = store.add(read_valid(name, template, rows))
         return sizes
+
+    def _rows(self, split: str, file: Fetched, content: Path, fields: Iterable[str] = ()) -> Iterator[dict]:
+        """The rows of a file, or those chosen of a dataset on the hub."""
+        if content.is_dir():
+            return read_hub_rows(content, file.record["source"], self.section, split, self.scratch)
+        return read_rows(content, file.record["source"], fields, self.job.say)
+
+    def _chosen(self, split: str, file: Fetched) -> dict:
+        """Which rows of a dataset on the hub were read, for the report."""
+        if not file.path.is_dir():
+            return {}
+        return {"config": self.section.config, "split": self.section.hub_split(split), "where": self.section.where}
 
     def _split(self, store: Store, sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
         """Split of every row without and with duplicates (int8 [rows], as `split_rows` gives it), and the labels."""

@@ -63,7 +63,8 @@ def between_sections(data: dict) -> list[str]:
     if value("merge", "onto") == "dequantized" and value("finetune", "method") == "lora":
         mistakes.append("merge.onto: dequantized goes with finetune.method: qlora.")
     source = value("prepare", "source")
-    eval_rows = (isinstance(source, dict) and source.get("eval")) or value("prepare", "eval_fraction") != 0
+    named = [part for part in (source, value("prepare", "split")) if isinstance(part, dict) and part.get("eval")]
+    eval_rows = named or value("prepare", "eval_fraction") != 0 or value("prepare", "eval_samples")
     if value("finetune", "early_stopping_patience") and not eval_rows:
         mistakes.append(
             "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "

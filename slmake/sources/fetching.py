@@ -55,9 +55,9 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     source.check_etag(details.get("etag"))
     pins = details.pop("pin", {}) | (dict([source.pin]) if source.pin else {})
     record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details
-    if use == "dataset" and path.is_dir():
+    if use == "dataset" and path.is_dir() and source.kind != "hf":
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
-    files = files_of(path)
+    files = files_of(path) if use == "model" else all_files(path)
     if path.is_dir() and not files:
         raise UserError(f"{source.full}: nothing that can be read is there.")
     sums = {name: outputs.sha256(file) for name, file in sorted(files.items())}
@@ -87,9 +87,14 @@ def model_files(names: Iterable[str]) -> list[str]:
     return [name for name in kept if deep or "/" not in name]
 
 
-def files_of(path: Path) -> dict[str, Path]:
-    """The files that are read of a file or a model folder, by relative name."""
+def all_files(path: Path) -> dict[str, Path]:
+    """A file, or all files of a folder, by relative name."""
     if not path.is_dir():
         return {path.name: path}
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {name: names[name] for name in model_files(names)}
+    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """The files that are read of a file or a model folder, by relative name."""
+    names = all_files(path)
+    return {name: names[name] for name in model_files(names)} if path.is_dir() else names

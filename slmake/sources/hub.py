@@ -14,6 +14,12 @@ from slmake.sources.base import Source, check_plain, not_of_form
 from slmake.sources.fetching import ENDINGS
 from slmake.sources.secrets import masked
 
+# What is read of a dataset: its description, which says how files make up splits, and files of rows. Never its code.
+ROWS = (
+    "README.md",
+    *(f".{form}{packed}" for form in ("json", "jsonl", "csv", "tsv", "parquet", "txt") for packed in ("", ".gz")),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubRepository(Source):
@@ -54,7 +60,8 @@ class HubRepository(Source):
         return self.full.replace(f"@{self.revision}", f"@{commit_of(self)}", 1)
 
     def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
-        path, commit = from_hub(self, [f"*{ending}" for ending in ENDINGS], use)
+        endings = ENDINGS if use == "model" else ROWS
+        path, commit = from_hub(self, [f"*{ending}" for ending in endings], use)
         return path, {"pin": {"revision": self.revision}, "revision": commit}
 
 
@@ -72,7 +79,7 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         UserError: no such repository, revision or file; or out of reach and not in the cache.
     """
     os.environ.pop("HF_HUB_OFFLINE", None)
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
     what = source.full
     keyword = {"repo_id": source.name, "revision": source.revision, "repo_type": repo_type}
@@ -85,10 +92,15 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         if re.fullmatch("[0-9a-f]{40}", source.revision):  # a commit never changes: the hub need not be asked
             try:
                 path = Path(fetch(local_files_only=True))
-                if path.is_dir() and not _complete(path):
+                # A dataset's snapshot may lack files unnoticed, unless its sum is known.
+                if path.is_dir() and not (source.sha256 if repo_type == "dataset" else _complete(path)):
                     path = None
             except errors.LocalEntryNotFoundError:
                 path = None
+        if path is None and repo_type == "dataset" and not source.path:
+            HfApi().repo_info(
+                source.name, revision=source.revision, repo_type=repo_type
+            )  # or what is cached would be all
         path = path or Path(fetch())
     except errors.EntryNotFoundError as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
@@ -104,7 +116,7 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise _out_of_reach(what, error) from None
     parts = path.parts
     return path, parts[parts.index("snapshots") + 1]
@@ -138,7 +150,7 @@ def commit_of(source: HubRepository) -> str:
             continue
         except errors.RevisionNotFoundError:
             raise UserError(f"{source.full}: no revision `{source.revision}` there.") from None
-        except (errors.HfHubHTTPError, OSError) as error:
+        except (errors.HTTPError, OSError) as error:
             raise _out_of_reach(source.full, error) from None
     raise UserError(
         f"{source.full}: the hub knows neither a model nor a dataset {source.name}, or it is gated: log in with `hf auth login`."
