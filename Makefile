@@ -22,7 +22,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build report rehearse ask verify reproduce restore clean help setup azureml azurite peers image sif \
+.PHONY: build report rehearse ask verify reproduce restore clean help setup azureml lm-eval azurite peers image sif \
         remote push pull test test-fast tokenizers faults attack lint format docs models screenshots lock bench
 
 ##@ Build
@@ -81,6 +81,9 @@ $(READY): envs/uv.lock envs/$(MACHINE).lock envs/dev.lock
 azureml: setup ## install azure-ai-ml: azureml:// sources, runs on Azure Machine Learning
 	@$(INSTALL) $(BIN)/python --no-deps --require-hashes -r envs/azureml.lock
 
+lm-eval: setup ## install EleutherAI's lm-evaluation-harness: evaluate.lm_eval
+	@$(INSTALL) $(BIN)/python --no-deps --require-hashes -r envs/lm-eval.lock
+
 image: ## build the container image (docker or podman); MACHINE=cuda for NVIDIA GPUs
 	@tools/image.sh $(MACHINE) $(TORCH) $(if $(UV_FIND_LINKS),,$(TORCH_BACKEND))
 
@@ -89,7 +92,7 @@ sif: setup ## turn that image into an Apptainer image; print the line for params
 	@$(BIN)/python -m slmake.platforms.container containers/slmake-$(MACHINE).sif
 
 ##@ Develop
-test: setup azureml ## run the whole test suite
+test: setup azureml lm-eval ## run the whole test suite
 	$(PYTEST)
 
 test-fast: setup ## run the unit tests only

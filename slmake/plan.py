@@ -63,6 +63,10 @@ class Plan:
         self.data = [source.path for source in self.sources if not source.remote]
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
+        scoring = bool({"evaluate", "quantize"} & set(self.stages))
+        self.metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
+        task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
+        self.task_files = when("evaluate" in self.stages, task_files)
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
 
@@ -110,7 +114,9 @@ class Plan:
     @property
     def online(self) -> list[str]:
         """Patterns of the commands that need the network."""
-        rules = ["fetch_model", "adapter", "publish", *when(len(self.data) < len(self.sources), "prepare")]
+        remote = len(self.data) < len(self.sources)
+        tasks = bool(self.params.evaluate.lm_eval)  # the harness fetches their datasets
+        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare"), *when(tasks, "evaluate")]
         return [f"-m scripts[.]{rule} " for rule in rules]
 
     @property
@@ -119,7 +125,7 @@ class Plan:
         package = self.params.package
         return [
             *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
-            *(*package.license_files, *self.signing_key),
+            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files),
         ]
 
     @property
@@ -136,6 +142,8 @@ class Plan:
             "params.yaml: fetch_model.source": self.model_source,
             "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
+            "params.yaml: evaluate.metrics": self.metric_files,
+            "params.yaml: evaluate.lm_eval": self.task_files,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
             "params.yaml: package.signing_key": when("package" in self.stages, self.signing_key),
@@ -169,6 +177,8 @@ class Plan:
             "fetch_model": self.model_source,
             "adapter": self.adapter_source,
             "prepare": self.data,
+            "candidate": self.metric_files,
+            "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
             "report": self.published_metrics,
             "package": [*self.materials(), *self.params.package.license_files, *self.signing_key],
@@ -192,6 +202,8 @@ class Plan:
         files = {file for rule in self.rules if rule not in WITHOUT_PACKAGE for file in code(rule)}
         return [
             *self.data,
+            *self.metric_files,
+            *self.task_files,
             "Snakefile",
             "rules/common.smk",
             *sorted(files),

@@ -22,8 +22,9 @@ from slmake.data.splits import (
     split_rows,
 )
 from slmake.data.store import Store
-from slmake.data.template import PromptTemplate, read_valid
-from slmake.data.tokenize import BATCH, Tokenize, Writer, lengths_summary, load_tokenizer
+from slmake.data.template import Conversations, PromptTemplate, read_valid
+from slmake.data.tokenize import BATCH, CHATS, Tokenize, lengths_summary, load_tokenizer
+from slmake.data.writer import Writer
 from slmake.errors import UserError
 from slmake.sources.fetching import Fetched, fetch
 from slmake.sources.schemes import parse
@@ -60,8 +61,9 @@ class Preparation:
         with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
             split, before, labels = self._split(store, self._read(store, files, contents, template))
             within = store.exact_duplicates(split == 0)
-            tokenize = Tokenize(self.section, self.tokenizer, template.special_tokens)
+            tokenize = Tokenize(self.section, self.tokenizer, template)
             writers = self._write(store, split, tokenize)
+            self.apart = tokenize.apart > 0
             answers, codes = store.answers(), store.answer_codes().copy()
         for path in set(contents.values()) - {file.path for file in files.values()}:
             path.unlink()
@@ -76,6 +78,7 @@ class Preparation:
             "length": lengths_summary(sum((writer.lengths for writer in writers.values()), Counter())),
             "labels": per_label,
             "truncated": tokenize.truncated,
+            "dropped_turns": {"conversations": tokenize.shortened, "turns": tokenize.dropped},
             "duplicates": {
                 "removed_from_train": int(((before == 0) & (split < 0)).sum()),
                 "removed_from_eval": int(((before == 1) & (split < 0)).sum()),
@@ -120,21 +123,28 @@ class Preparation:
 
     def _write(self, store: Store, split: np.ndarray, tokenize: Tokenize) -> dict[str, Writer]:
         """Tokenize the rows of every split into its Parquet file."""
-        tokenizer, join = self.tokenizer, self.section.strategy == "join"
+        tokenizer, strategy = self.tokenizer, self.section.strategy
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        chats = isinstance(tokenize.template, Conversations)
         with contextlib.ExitStack() as stack:
             writers = {
                 name: stack.enter_context(
-                    Writer(self.folder / f"{name}.parquet", self.section, pad_id, join and name != "test")
+                    Writer(
+                        self.folder / f"{name}.parquet",
+                        self.section,
+                        pad_id,
+                        "line-by-line" if name == "test" else strategy,
+                        chats,
+                    )
                 )
                 for name in SPLITS
             }
             bar = stack.enter_context(self.job.progress(int((split >= 0).sum()), "rows"))
-            for numbers, batch in store.batches(BATCH):
-                for index, writer in enumerate(writers.values()):
+            for numbers, batch in store.batches(CHATS if chats else BATCH):
+                for index, (name, writer) in enumerate(writers.items()):
                     chosen = [row for row, own in zip(batch, split[numbers] == index, strict=True) if own]
                     if chosen:
-                        writer.write(chosen, tokenize(chosen))
+                        writer.write(tokenize(chosen, one_answer=name == "test"))
                         bar.update(len(chosen))
         return writers
 

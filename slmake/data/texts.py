@@ -3,6 +3,7 @@
 Each is read in two parts: an opening, which is the prompt, and the rest, whose tokens the model must predict.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 from slmake import outputs, params
 from slmake.data.chat import ChatTemplate
 from slmake.data.splits import SPLITS
-from slmake.data.store import Row
-from slmake.data.template import Conversations
-from slmake.data.tokenize import Tokenize, Writer, lengths_summary, load_tokenizer
+from slmake.data.template import Conversations, FieldTemplate
+from slmake.data.tokenize import IGNORED, Example, Tokenize, lengths_summary, load_tokenizer
+from slmake.data.writer import Writer
 from slmake.errors import UserError
 
 LONGEST = 96  # tokens of a text; longer ones lose their end
@@ -97,41 +98,39 @@ def write_texts(base: Path, folder: Path) -> dict:
         The statistics that `data.dataset.Preparation` gives of a dataset: no source, no rows, and the number of `texts`.
     """
     tokenizer = load_tokenizer(base)
-    section = params.Prepare(source=Path(__file__).name, max_seq_len=LONGEST)
-    tokenize = Tokenize(section, tokenizer, special_tokens=True)
-    rows, pairs = [], []
+    section = params.Prepare(source=Path(__file__).name, text_template="{text}{more}", max_seq_len=LONGEST)
+    tokenize = Tokenize(section, tokenizer, FieldTemplate(section))
+    examples = []
     for number, text in enumerate(TEXTS, 1):
         opening, head, tail = divided(text, tokenize.encode_prompt)
-        continuation = tokenizer.decode(tail)
-        rows.append(Row(Path(__file__).name, number, opening, continuation, text))
-        pairs.append((head, tail))
-    lengths, tokens = Counter(len(head + tail) for head, tail in pairs), sum(len(head + tail) for head, tail in pairs)
+        labels = [IGNORED] * len(head) + tail
+        examples.append(Example(number, opening, tokenizer.decode(tail), head + tail, labels, [], 0))
     for split in SPLITS:
-        with Writer(folder / f"{split}.parquet", section, 0, join=False) as writer:
-            if split != "eval":
-                writer.write(rows, pairs)
-    outputs.write_json(folder / "prompt.json", prompt_of(tokenizer, tokenize, section, base))
+        with Writer(folder / f"{split}.parquet", section, 0, "line-by-line", chats=False) as writer:
+            writer.write([] if split == "eval" else examples)
+    outputs.write_json(folder / "prompt.json", prompt_of(tokenize, base))
     return {
         "source": {},
         "rows": dict.fromkeys(("read", *SPLITS), 0),
         "texts": len(TEXTS),
-        "tokens": {"texts": tokens},
-        "length": lengths_summary(lengths),
+        "tokens": {"texts": sum(len(example.ids) for example in examples)},
+        "length": lengths_summary(Counter(len(example.ids) for example in examples)),
         "labels": {split: {} for split in SPLITS},
         "truncated": 0,
         "duplicates": {"removed_from_train": 0, "removed_from_eval": 0, "within_train": 0},
     }
 
 
-def prompt_of(tokenizer, tokenize: Tokenize, section: params.Prepare, base: Path) -> dict:
+def prompt_of(tokenize: Tokenize, base: Path) -> dict:
     """prompt.json of a model without a dataset: what a user writes goes into the chat template if there is one that works, else in as it
     is. `texts` says how the texts are read, which are never in a chat."""
+    section, tokenizer = tokenize.section, tokenize.tokenizer
     plain = {"add_special_tokens": True, **tokenize.inference()}
-    try:
-        chat = Conversations("messages", ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date))
-        written = chat.inference() | Tokenize(section, tokenizer, special_tokens=False).inference()
-    except (UserError, ValueError):  # none, or one that does not show an answer as it is
-        written = {"prompt": "{text}", "answer": None, "fields": ["text"], **plain}
+    written = tokenize.template.inference() | plain
+    with contextlib.suppress(UserError, ValueError):  # no chat template, or one that does not show an answer as it is
+        chat = ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date)
+        template = Conversations("messages", chat, section.train_on)
+        written = template.inference() | Tokenize(section, tokenizer, template).inference()
     context = outputs.read_json(base / "config.json", output=base).get("max_position_embeddings") or ANSWER_TOKENS * 2
     return written | {
         "end_token": tokenizer.eos_token,

@@ -5,6 +5,7 @@ part. The models of the sections are the single source of names, bounds, default
 (docs/params.schema.json) and the reference page (docs/params.md) are generated from them (slmake/params/docs.py).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
 from slmake.params.gates import OF_ROWS, OF_TEXTS, Gates
 from slmake.params.merge import Merge
+from slmake.params.metrics import parse
 from slmake.params.package import Package
 from slmake.params.prepare import Prepare
 from slmake.params.publish import Publish
@@ -136,6 +138,10 @@ def without_dataset(checked: Params) -> list[str]:
         mistakes.append(
             "quantize.search: candidates are compared on a dataset's rows. Add the section prepare, or set search to null."
         )
+    if checked.evaluate.metrics and "evaluate" in stages:
+        mistakes.append(
+            "evaluate.metrics: they judge answers to a dataset's rows. Add the section prepare, or empty it."
+        )
     return mistakes + [
         f"gates.{name}: {gate.metric} is of rows with expected answers, and there is no section prepare. Take the gate out, or bound "
         "kl_mean, top1_agreement, perplexity, size_bytes or a latency."
@@ -171,7 +177,7 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise UserError(f"{path}: expected sections such as `prepare:` and `finetune:`, found {kind}.")
     checked, errors = None, []
     try:
-        checked = Params.model_validate(data)
+        checked = Params.model_validate(data, context={"metrics": figures_of(data)})
     except ValidationError as error:
         errors = lines(error.errors(), data, Params)
     apart = uncompared(checked) + without_dataset(checked) if checked else []
@@ -189,6 +195,17 @@ def load(path: str | Path = "params.yaml") -> Params:
                 "former values. Run the same command again: it builds what the file asks for now."
             )
     return checked
+
+
+def figures_of(data: dict) -> list[str]:
+    """Figures that the file's evaluate.metrics adds; entries that are wrong are reported elsewhere."""
+    section = data.get("evaluate")
+    entries = section.get("metrics") if isinstance(section, dict) else None
+    figures = []
+    for entry in entries if isinstance(entries, list) else []:
+        with contextlib.suppress(ValueError):
+            figures += [parse(entry).figure] if isinstance(entry, str | dict) else []
+    return figures + ["lm_eval"] * bool(isinstance(section, dict) and section.get("lm_eval"))
 
 
 def sums(everything: Params) -> dict[str, str]:

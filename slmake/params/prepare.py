@@ -105,7 +105,14 @@ class Prepare(Section):
     messages: str | list[Message] | None = Field(
         None,
         description="Chat instead of text: a list of role and content templates, or the name of a column that holds such a list. "
-        "The tokenizer's chat template is applied, and the last assistant turn is the answer.",
+        "The tokenizer's chat template is applied. The last turn of a list is the answer; in a column, see `train_on`. The rows' field `tools` "
+        "and their `tool_calls` go to the chat template.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="Conversations: the loss is on every assistant turn, or on the last. `train: false` or `weight: 0` on a turn leaves it out. "
+        "Each answer is learned behind what the model sees before it when it is asked; where a chat template changes earlier turns, as "
+        "Qwen3's does, an answer becomes a sequence of its own.",
     )
     answer: str | None = Field(
         None,
@@ -123,10 +130,11 @@ class Prepare(Section):
         "2024-01-01",
         description="The date that a chat template reads as today (`strftime_now`), so that the same data give the same bytes on every day.",
     )
-    strategy: Literal["line-by-line", "join"] = Field(
+    strategy: Literal["line-by-line", "packing", "join"] = Field(
         "line-by-line",
-        description="`line-by-line`: one sequence per row. `join`: whole rows packed into sequences of up to `max_seq_len` "
-        "(train and eval; test is always line by line).",
+        description="`line-by-line`: one sequence per row. `packing`: whole rows behind each other in sequences of up to `max_seq_len`, without "
+        "attention from one row to another: the same loss as line by line, without padding. `join`: the same, but rows read those before "
+        "them in their sequence (Olive's meaning). For train and eval; test is always line by line.",
     )
     max_seq_len: int = Field(
         1024,
@@ -134,7 +142,8 @@ class Prepare(Section):
         le=1_048_576,
         validation_alias=AliasChoices("max_seq_len", "source_max_len"),
         description="Longest sequence in tokens (`source_max_len` is accepted too). A longer prompt loses tokens at its start "
-        "and is counted as truncated; a row whose answer alone does not fit is an error.",
+        "and is counted as truncated; a row whose answer alone does not fit is an error. A longer conversation loses whole turns, the "
+        "earliest first, which are counted.",
     )
     pad_to_max_len: bool = Field(
         False, description="Pad every sequence to `max_seq_len` instead of to the longest of its batch."
@@ -258,9 +267,11 @@ class Prepare(Section):
         if self.answer is not None and self.text_template is None and self.messages is None:
             raise ValueError("answer goes with text_template")
         if self.answer is not None and self.messages is not None:
-            raise ValueError("answer goes with text_template; with messages the last assistant turn is the answer")
+            raise ValueError("answer goes with text_template; with messages the assistant's turns are the answers")
         if isinstance(self.messages, list) and (not self.messages or self.messages[-1].role != "assistant"):
             raise ValueError("the last of messages must be the assistant's turn: it is the answer")
+        if self.strategy == "packing" and self.pad_to_max_len:
+            raise ValueError("pad_to_max_len goes without strategy packing, whose sequences are not padded")
         if self.eval_fraction + self.test_fraction > 0.9:
             raise ValueError("eval_fraction and test_fraction leave less than a tenth of the rows for training")
         return self

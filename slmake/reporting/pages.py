@@ -8,6 +8,7 @@ from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
 from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
+from slmake.scoring.metrics import is_right
 from slmake.text import csv_text, printable
 
 STYLE = """
@@ -330,10 +331,15 @@ def wrong_page(predictions: list[dict], models: list[str], limit: int, task: boo
         task: there is a dataset, so that answers are right or wrong.
     """
     last = models[-1]
-    wrong = [row for row in predictions if row[last] != row["expected"]] if task else predictions
+    wrong = [row for row in predictions if not task or not is_right(row["expected"], row[last])]
     head = ["row", "prompt", "expected", *models]
     rows = [
-        [f"{row['row']:.0f}", row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
+        [
+            f"{row['row']:.0f}" + (f", turn {row['turn']}" if "turn" in row else ""),
+            row["prompt"],
+            row["expected"],
+            *(row[name] or "(empty)" for name in models),
+        ]
         for row in wrong[:limit]
     ]
     summary = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"

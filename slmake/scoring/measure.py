@@ -7,15 +7,25 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli, params
-from slmake.scoring import metrics, tokenizers
+from slmake.params.metrics import AnswerMetric
+from slmake.scoring import answer_metrics, metrics, tokenizers
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run
 from slmake.scoring.transformers_runner import TransformersRunner
 
 
-def measure(questions: Questions, run: Run, weights: np.ndarray) -> tuple[list[str], dict]:
-    """One model's answers to the scored rows, and its entry in metrics.json (without its size)."""
+def measure(
+    questions: Questions, run: Run, weights: np.ndarray, more: list[AnswerMetric] | None = None
+) -> tuple[list[str], dict]:
+    """One model's answers to the scored rows, and its entry in metrics.json (without its size).
+
+    Args:
+        more: what `evaluate.metrics` asks for beside accuracy.
+
+    Raises:
+        UserError: one of these metrics cannot be computed.
+    """
     count, labels = questions.scored, questions.form["labels"]
     expected = questions.expected[:count]
     answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
@@ -24,33 +34,48 @@ def measure(questions: Questions, run: Run, weights: np.ndarray) -> tuple[list[s
     if questions.without_dataset:
         return answers, {"perplexity": perplexity}
     scores = metrics.score(expected, answers, labels, weights)
+    values = answer_metrics.values_of(more or [], questions, answers)
+    scores |= answer_metrics.score(values, weights)
     if labels:
         chosen = [labels[index] for index in run.choices[:count]]
-        scores["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
+        scores["restricted_accuracy"] = round(metrics.accuracy(expected, chosen), 6)
         scores["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
     scores["answer_perplexity"] = perplexity
     return answers, scores
 
 
-def compare(questions: Questions, runs: dict[str, Run], answers: dict[str, list[str]], weights: np.ndarray) -> dict:
+def drop(
+    questions: Questions,
+    before: list[str],
+    after: list[str],
+    weights: np.ndarray,
+    more: list[AnswerMetric] | None = None,
+) -> dict:
+    """What every score of answers loses from one model to the next, with intervals; arguments as of `measure`."""
+    expected, labels = questions.expected[: questions.scored], questions.form["labels"]
+    values = [answer_metrics.values_of(more or [], questions, answers) for answers in (before, after)]
+    return metrics.drop(expected, before, after, labels, weights) | answer_metrics.drop(*values, weights)
+
+
+def compare(
+    questions: Questions,
+    runs: dict[str, Run],
+    answers: dict[str, list[str]],
+    weights: np.ndarray,
+    more: list[AnswerMetric] | None = None,
+) -> dict:
     """`parity` and `drop` of every model against the one before it, from which it was made."""
-    count, labels = questions.scored, questions.form["labels"]
     names = list(runs)
     compared: dict = {"parity": {}, "drop": {}}
     for before, after in pairwise(names):
         key = f"{after}_vs_{before}"
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
             compared["parity"][key] = metrics.parity(np.vstack(runs[before].logits), np.vstack(runs[after].logits))
-        if questions.without_dataset:
-            continue
-        compared["drop"][key] = metrics.drop(
-            questions.expected[:count], answers[before], answers[after], labels, weights
-        )
+        if not questions.without_dataset:
+            compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
     if "base" in names and len(names) > 2 and not questions.without_dataset:
         last = names[-1]
-        compared["drop"][f"{last}_vs_base"] = metrics.drop(
-            questions.expected[:count], answers["base"], answers[last], labels, weights
-        )
+        compared["drop"][f"{last}_vs_base"] = drop(questions, answers["base"], answers[last], weights, more)
     return {key: value for key, value in compared.items() if value}
 
 

@@ -57,14 +57,13 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details
     if use == "dataset" and path.is_dir() and source.kind != "hf":
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
-    files = files_of(path) if use == "model" else all_files(path)
-    if path.is_dir() and not files:
+    sums = sums_of(path, use)
+    if path.is_dir() and not sums:
         raise UserError(f"{source.full}: nothing that can be read is there.")
-    sums = {name: outputs.sha256(file) for name, file in sorted(files.items())}
     record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
     if path.is_dir():
         record["files"] = sums
-    record["size_bytes"] = sum(file.stat().st_size for file in files.values())
+    record["size_bytes"] = sum((path / name if path.is_dir() else path).stat().st_size for name in sums)
     for expected in filter(None, {source.sha256, sha256}):
         if record["sha256"] != expected:
             raise UserError(
@@ -85,6 +84,12 @@ def model_files(names: Iterable[str]) -> list[str]:
     kept = sorted(name for name in names if name.endswith(ENDINGS))
     deep = any(name.count("/") <= 1 and name.rpartition("/")[2] == "MLmodel" for name in kept)
     return [name for name in kept if deep or "/" not in name]
+
+
+def sums_of(path: Path, use: str = "model") -> dict[str, str]:
+    """SHA-256 of every file that is read of a file, a model folder or a dataset, by relative name."""
+    files = files_of(path) if use == "model" else all_files(path)
+    return {name: outputs.sha256(file) for name, file in sorted(files.items())}
 
 
 def all_files(path: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from tiny import ROOT, write_params
 from scripts import package
 from tools import verify
 
-FIGURES = {
+SCORES = {
     "accuracy": 0.8,
     "accuracy_low": 0.75,
     "accuracy_high": 0.85,

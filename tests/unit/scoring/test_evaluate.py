@@ -382,3 +382,29 @@ def test_an_answer_that_was_generated_is_not_computed_again():
     for answer in ([5, 4, 2], [5, 6, 2, 1]):
         with pytest.raises(AttributeError):
             row.score(answer, [5, 6])
+
+
+def test_metrics_of_ones_own_reach_metrics_json(tmp_path, taught, base, dataset):
+    """A function that repeats exact match has accuracy's figures, drop and intervals."""
+    (tmp_path / "mine.py").write_text(
+        "def same(prompt, expected, answer):\n    return expected == answer and expected in answer\n"
+    )
+    wanted = [f"{tmp_path}/mine.py:same", {"regex": "sadness|joy|fear|surprise"}]
+    models = {"base": base, "merged": taught}
+    figures = read_json(run(tmp_path / "run", dataset, models=models, metrics=wanted) / "metrics.json")
+    for entry in (figures["base"], figures["merged"], figures["drop"]["merged_vs_base"]):
+        for end in ("", "_low", "_high"):
+            assert entry[f"same{end}"] == entry[f"accuracy{end}"]
+    assert figures["base"]["regex"] == round(1 - figures["base"]["outside_labels"], 6)
+    assert figures["merged"]["regex"] == round(1 - figures["merged"]["outside_labels"], 6)
+
+
+def test_a_metric_that_fails_leaves_nothing(tmp_path, taught, dataset, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def same(prompt, expected, answer):\n    return 1 / len(prompt.split('###')[9])\n"
+    )
+    message = refused(
+        tmp_path / "run", capsys, dataset, models={"merged": taught}, metrics=[f"{tmp_path}/mine.py:same"]
+    )
+    assert "same on row " in message
+    assert "IndexError: list index out of range. Correct the function." in message

@@ -51,8 +51,18 @@ def test_max_samples_takes_the_first_rows(dataset):
     assert Questions(dataset, 10_000).rows == whole.rows
 
 
-def test_as_many_lines_are_read_as_the_answer_has(tmp_path, base):
+def test_an_open_answer_is_read_whole(tmp_path, base):
+    """As `run.py` and `make ask` give it: an answer that runs on is not right."""
     rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
     folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
     questions = Questions(folder, None)
-    assert questions.read(f"{questions.expected[0]}\nthird", 0) == questions.expected[0]
+    assert questions.read(f" {questions.expected[0]}\n", 0) == questions.expected[0]
+    assert questions.read(f"{questions.expected[0]}\nthird", 0) == f"{questions.expected[0]}\nthird"
+
+
+def test_of_a_label_as_many_lines_are_read_as_it_has(tmp_path, base):
+    rows = [{"text": f"Say {i}", "tone": ("good\nmood", "bad\nmood")[i % 2]} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{tone}")
+    questions = Questions(folder, None)
+    assert questions.form["labels"] == ["bad\nmood", "good\nmood"]
+    assert questions.read(f" {questions.expected[0]}\nthird", 0) == questions.expected[0]
