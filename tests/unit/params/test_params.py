@@ -33,7 +33,7 @@ from slmake import params
         ("prepare", "max_seq_len", 7, "prepare.max_seq_len: 7 is not allowed: it should be greater than or equal to 8."),
         ("prepare", "source_max_len", 7, "prepare.source_max_len: 7 is not allowed: it should be greater than or equal to 8."),
         ("prepare", "near_duplicate_threshold", 0.5, "prepare.near_duplicate_threshold: 0.5 is not allowed: it should be greater than 0.5."),
-        ("prepare", "strategy", "line by line", "prepare.strategy: \"line by line\" is not allowed: choose 'line-by-line' or 'join'. Did you mean `line-by-line`?"),
+        ("prepare", "strategy", "line by line", "prepare.strategy: \"line by line\" is not allowed: choose 'line-by-line', 'packing' or 'join'. Did you mean `line-by-line`?"),
         ("quantize", "precision", "int5", "quantize.precision: \"int5\" is not allowed: choose 'int4', 'int8', 'fp16' or 'fp32'. Did you mean `int8`?"),
         ("quantize", "precision", "bf16", "quantize.precision: \"bf16\" is not allowed: choose 'int4', 'int8', 'fp16' or 'fp32'. Did you mean `fp16`?"),
         ("quantize", "block_size", 48, "quantize.block_size: 48 is not allowed: choose 16, 32, 64, 128 or 256."),
