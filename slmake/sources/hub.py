@@ -139,11 +139,11 @@ def _out_of_reach(what: str, error: Exception) -> UserError:
     )
 
 
-def commit_of(source: HubRepository) -> str:
-    """The commit that a revision stands for now, of a model or else a dataset of that name."""
+def commit_of(source: HubRepository, *kinds: str) -> str:
+    """The commit that a revision stands for now, of a repository of these kinds: by default a model, or else a dataset of that name."""
     from huggingface_hub import HfApi, errors
 
-    for repo_type in ("model", "dataset"):
+    for repo_type in kinds or ("model", "dataset"):
         try:
             return HfApi().repo_info(source.name, revision=source.revision, repo_type=repo_type).sha
         except errors.RepositoryNotFoundError:
@@ -153,5 +153,5 @@ def commit_of(source: HubRepository) -> str:
         except (errors.HTTPError, OSError) as error:
             raise _out_of_reach(source.full, error) from None
     raise UserError(
-        f"{source.full}: the hub knows neither a model nor a dataset {source.name}, or it is gated: log in with `hf auth login`."
+        f"{source.full}: the hub knows no {' or '.join(kinds or ('model', 'dataset'))} {source.name}, or it is gated: log in with `hf auth login`."
     )
