@@ -51,7 +51,7 @@ class Plan:
     """What params.yaml asks for, as paths."""
 
     def __init__(self, params: Params):
-        self.params, self.stages = params, params.all.stages
+        self.params, self.stages = params, params.stages
         self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
         self.fetched_adapter = "merge" in self.stages and "finetune" not in self.stages
         self.adapter = "build/fetched-adapter" if self.fetched_adapter else "build/adapter"

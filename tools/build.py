@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         record.main([])
-        stages = params.load("params.yaml").all.stages
+        stages = params.load("params.yaml").stages
         made = {"report": PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}
         scores = [scores_line("gates" in stages)] if "evaluate" in stages else []

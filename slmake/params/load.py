@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from slmake.cli import PLANNED
 from slmake.errors import UserError
 from slmake.params.adapter import Adapter
-from slmake.params.all import All
+from slmake.params.all import All, Stage
 from slmake.params.base import Model, Section
 from slmake.params.errors import Loader, lines, models_in
 from slmake.params.evaluate import Evaluate
@@ -51,6 +51,14 @@ class Params(Section):
     package: Package = Field(default_factory=Package)
     report: Report = Field(default_factory=Report)
     publish: Publish = Field(default_factory=Publish)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages to build: those of `all.stages`, and evaluate behind quantize where no dataset shows what quantization changed."""
+        chosen = set(self.all.stages) | (
+            {"evaluate"} if self.prepare is None and "quantize" in self.all.stages else set()
+        )
+        return [stage for stage in get_args(Stage) if stage in chosen] if self.prepare is None else self.all.stages
 
 
 def between_sections(data: dict) -> list[str]:
@@ -138,7 +146,7 @@ def without_dataset(checked: Params) -> list[str]:
         mistakes.append(
             "quantize.search: candidates are compared on a dataset's rows. Add the section prepare, or set search to null."
         )
-    if checked.evaluate.metrics and "evaluate" in stages:
+    if checked.evaluate.metrics and "evaluate" in checked.stages:
         mistakes.append(
             "evaluate.metrics: they judge answers to a dataset's rows. Add the section prepare, or empty it."
         )

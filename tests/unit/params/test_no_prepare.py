@@ -17,26 +17,29 @@ def write(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    "stages",
+    ("stages", "built"),
     [
-        ["quantize"],
-        ["quantize", "evaluate"],
-        ["rehearse", "quantize", "evaluate", "gates", "package", "report"],
+        (["quantize"], ["quantize", "evaluate"]),  # without a dataset nothing else shows what quantization changed
+        (["quantize", "evaluate"], ["quantize", "evaluate"]),
+        (["rehearse", "quantize", "evaluate", "gates", "package", "report"],) * 2,
     ],
 )
-def test_a_model_is_exported_without_a_dataset(tmp_path, stages):
+def test_a_model_is_exported_without_a_dataset(tmp_path, stages, built):
     plan = Plan(params.load(write(tmp_path, all={"stages": stages}, gates={"checks": [KL]})))
     assert plan.params.prepare is None
     assert plan.data == []
     assert plan.tuned == "build/base"
-    assert plan.rules == ["fetch_model", "prepare", *stages]
+    assert plan.rules == ["fetch_model", "prepare", *built]
     assert "-m scripts[.]prepare " not in plan.online
     assert plan.section("prepare") == "null"
 
 
 def test_an_adapter_from_elsewhere_is_merged_without_a_dataset(tmp_path):
     path = write(tmp_path, all={"stages": ["merge", "quantize"]}, adapter={"source": "data/adapter"})
-    assert Plan(params.load(path)).tuned == "build/merged"
+    plan = Plan(params.load(path))
+    assert plan.tuned == "build/merged"
+    assert plan.stages == ["merge", "quantize", "evaluate"]
+    assert Plan(params.load(write(tmp_path, prepare={}, all={"stages": ["quantize"]}))).stages == ["quantize"]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,7 @@ def test_an_adapter_from_elsewhere_is_merged_without_a_dataset(tmp_path):
     [
         ({"all": {"stages": ["finetune"]}}, "prepare: missing, and finetune in all.stages needs a dataset"),
         ({"quantize": {"search": {"block_size": [16, 32]}}}, "quantize.search: candidates are compared on a dataset's"),
+        ({"evaluate": {"metrics": ["contains"]}}, "evaluate.metrics: they judge answers to a dataset's rows"),
         ({"gates": {"min_accuracy": 0.8}}, "gates.min_accuracy: accuracy is of rows with expected answers"),
         ({"gates": {"max_accuracy_drop": 0.1}}, "gates.max_accuracy_drop: accuracy is of rows"),
         (
