@@ -1,4 +1,5 @@
 """Score base, adapter, merged and exported model on the held-out test split, and compare each with the one before it.
+Without a dataset: on the fixed texts, by their perplexity.
 
     python -m scripts.evaluate --params params.yaml --dataset build/dataset --base build/base --adapter build/adapter \\
         --merged build/merged --onnx build/onnx-int4 --metrics results/metrics.json --benchmark results/benchmark.json \\
@@ -43,6 +44,19 @@ def model_folders(args, onnx: str) -> dict[str, Path]:
     return folders
 
 
+def write_predictions(path: Path, questions: Questions, answers: dict[str, list[str]]) -> None:
+    """Write every model's answer to every scored row as CSV."""
+    columns = {"row": questions.rows, "turn": questions.turns, "expected": questions.expected}
+    columns |= answers | {"prompt": questions.texts}
+    columns = {name: column for name, column in columns.items() if column}  # no `turn` without conversations
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        # Texts are quoted, because one may hold a lone \r.
+        writer = csv.writer(handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(columns)
+        rows = zip(*(column[: questions.scored] for column in columns.values()), strict=True)
+        writer.writerows(map(csv_cell, row) for row in rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
@@ -76,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             quantized = everything.finetune if everything.merge.onto == "dequantized" else None
             runs, facts = ask_all(section, folders, onnx, quantized, questions, new_tokens, job)
-            metrics: dict = {"test_rows": questions.scored}
+            metrics: dict = {"test_rows": 0, "texts": questions.scored}
+            if not questions.without_dataset:
+                metrics = {"test_rows": questions.scored}
             answers: dict[str, list[str]] = {}
             for name, run in runs.items():
                 answers[name], scores = measure(questions, run, weights, section.answer_metrics)
@@ -92,20 +108,14 @@ def main(argv: list[str] | None = None) -> None:
             outputs.write_json(metrics_file, metrics)
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
-            with open(predictions_file, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.writer(
-                    handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-                )  # a text may hold a lone \r
-                columns = {"row": questions.rows, "turn": questions.turns, "expected": questions.expected}
-                columns |= answers | {"prompt": questions.texts}
-                columns = {
-                    name: column for name, column in columns.items() if column
-                }  # no `turn` without conversations
-                writer.writerow(columns)
-                rows = zip(*(column[: questions.scored] for column in columns.values()), strict=True)
-                writer.writerows(map(csv_cell, row) for row in rows)
-        shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in runs)
-        job.say(f"accuracy on {questions.scored} test rows: {shown} ({job.seconds():.0f} s)")
+            write_predictions(predictions_file, questions, answers)
+        job.say(f"{metrics_module.summary(metrics, list(runs))} ({job.seconds():.0f} s)")
+        for pair, distance in metrics.get("parity", {}).items() if questions.without_dataset else ():
+            if pair != "tokenizer":
+                job.say(
+                    f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
+                    f"{distance['top1_agreement']:.1%} the same most likely token"
+                )
         if "provider" in facts:
             target, used = facts["provider"].values()
             job.say(

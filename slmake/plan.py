@@ -53,7 +53,7 @@ class Plan:
     """What params.yaml asks for, as paths."""
 
     def __init__(self, params: Params):
-        self.params, self.stages = params, params.all.stages
+        self.params, self.stages = params, params.stages
         self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
         self.fetched_adapter = "merge" in self.stages and "finetune" not in self.stages
         self.adapter = "build/fetched-adapter" if self.fetched_adapter else "build/adapter"
@@ -61,9 +61,9 @@ class Plan:
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
         self.model_source = _local(params.fetch_model.source)
         self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
-        sources = [parse(file) for file in params.prepare.files.values()]
-        self.data = [name for source in sources if not source.remote for name in row_files(source.path)]
-        self.remote_data = any(source.remote for source in sources)
+        self.sources = [parse(text) for text in params.prepare.files.values()] if params.prepare else []
+        self.data = [name for source in self.sources if not source.remote for name in row_files(source.path)]
+        self.remote_data = any(source.remote for source in self.sources)
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         scoring = bool({"evaluate", "quantize"} & set(self.stages))

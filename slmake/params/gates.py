@@ -16,7 +16,9 @@ TIMINGS = (
     *("latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s"),
     *("generated_tokens_per_s", "load_s", "score_s", "peak_memory_bytes"),
 )
-METRICS = (*SHARES[:5], "outside_labels", "answer_perplexity", "size_bytes", *PARITY, *TIMINGS)
+OF_ROWS = (*SHARES[:5], "outside_labels", "answer_perplexity")  # of rows with expected answers; also per_class.…
+OF_TEXTS = ("perplexity",)  # of the fixed texts, where there is no dataset
+METRICS = (*OF_ROWS, *OF_TEXTS, "size_bytes", *PARITY, *TIMINGS)
 PER_CLASS = ("precision", "recall", "f1")
 Z = 1.959964  # of a 95% interval
 
