@@ -200,7 +200,6 @@ rule merge:
 rule candidate:
     input:
         code=code_of("candidate"),
-        metrics=ancient(PLAN.metric_files),
         model=PLAN.tuned,
         dataset="build/dataset",
         reference=lambda wildcards: when(wildcards.candidate != "merged", "build/search/merged"),
@@ -291,7 +290,6 @@ rule quantize:
 rule evaluate:
     input:
         code=code_of("evaluate"),
-        metrics=ancient(PLAN.metric_files + PLAN.task_files),
         dataset="build/dataset",
         models=sorted(set(PLAN.scored.values())),
     output:

@@ -59,8 +59,9 @@ except UserError as error:
 
 
 def code_of(rule):
-    """Code and environment's locks as inputs that are compared by content (see `built_from`)."""
-    return ancient([*code(rule), *LOCKS])
+    """Code, a user's own metrics and tasks included, and environment's locks, compared by content (see `built_from`)."""
+    own = {"candidate": PLAN.metric_files, "evaluate": PLAN.metric_files + PLAN.task_files}.get(rule, [])
+    return ancient([*code(rule), *own, *LOCKS])
 
 
 def built_from(rule):

@@ -44,6 +44,19 @@ def model_folders(args, onnx: str) -> dict[str, Path]:
     return folders
 
 
+def write_predictions(path: Path, questions: Questions, answers: dict[str, list[str]]) -> None:
+    """Write every model's answer to every scored row as CSV."""
+    columns = {"row": questions.rows, "turn": questions.turns, "expected": questions.expected}
+    columns |= answers | {"prompt": questions.texts}
+    columns = {name: column for name, column in columns.items() if column}  # no `turn` without conversations
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        # Texts are quoted, because one may hold a lone \r.
+        writer = csv.writer(handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(columns)
+        rows = zip(*(column[: questions.scored] for column in columns.values()), strict=True)
+        writer.writerows(map(csv_cell, row) for row in rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
@@ -95,18 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             outputs.write_json(metrics_file, metrics)
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
-            with open(predictions_file, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.writer(
-                    handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-                )  # a text may hold a lone \r
-                columns = {"row": questions.rows, "turn": questions.turns, "expected": questions.expected}
-                columns |= answers | {"prompt": questions.texts}
-                columns = {
-                    name: column for name, column in columns.items() if column
-                }  # no `turn` without conversations
-                writer.writerow(columns)
-                rows = zip(*(column[: questions.scored] for column in columns.values()), strict=True)
-                writer.writerows(map(csv_cell, row) for row in rows)
+            write_predictions(predictions_file, questions, answers)
         job.say(f"{metrics_module.summary(metrics, list(runs))} ({job.seconds():.0f} s)")
         for pair, distance in metrics.get("parity", {}).items() if questions.without_dataset else ():
             if pair != "tokenizer":

@@ -24,6 +24,7 @@ from slmake.reporting.pages import (
     overview,
     page,
     read_csv,
+    rows_page,
     scores_page,
     verdict,
     wrong_page,
@@ -48,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("report", args.log) as job:
         everything = params.load(args.params)
         metrics, timings = read_metrics(args.metrics), read_timings(args.timings)
-        base, dataset = read_json(args.base_report, "source"), read_json(args.dataset_report, "source", "rows")
+        base, dataset = (
+            read_json(args.base_report, "source"),
+            read_json(args.dataset_report, "source", "rows", "examples"),
+        )
         predictions = read_csv(args.predictions, ("row",))
         asked = metrics["test_rows"] or metrics["texts"]
         if len(predictions) != asked:
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         result = read_json(args.search) if args.search else None
         gates, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
-        names += ["gates.html", "cost.html", "wrong_answers.html"]
+        names += ["gates.html", "cost.html", "wrong_answers.html", "rows.html"]
         names += ["candidates.svg", "candidates.html"] if args.search else []
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
@@ -70,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                 "wrong_answers.html": wrong_page(
                     predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
                 ),
+                "rows.html": rows_page(dataset["examples"]),
             }
             if result:
                 pages["candidates.html"] = candidates_page(result, everything.quantize)

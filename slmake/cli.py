@@ -171,16 +171,18 @@ def terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def job(name: str, log_path: Path | None = None) -> Iterator[Job]:
+def job(name: str, log_path: Path | None = None, interactive: bool = False) -> Iterator[Job]:
     """Run a script's body: redirect chatter to the log, and turn every failure into one message and exit code 1.
 
     Args:
         name: the rule's name, shown before every line.
         log_path: where file descriptors 1 and 2 go meanwhile; None leaves them alone.
+        interactive: a person answers on standard input.
     """
     end_with(os.environ.get(ENGINE, ""))
     with _redirected(name, log_path) as terminal:
-        _close_stdin()
+        if not interactive:
+            _close_stdin()
         logging.basicConfig(
             stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from slmake.code_inputs import code, digest
 from slmake.params import RULES, Params, as_json
+from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
@@ -28,6 +29,7 @@ FIGURES = [  # of the report: file, category, title
     ("wrong_answers.html", "2. Quality", "Wrong answers"),
     ("loss.svg", "3. Training", "Loss"),
     ("data.svg", "3. Training", "Lengths and labels"),
+    ("rows.html", "3. Training", "Rows as the model sees them"),
     ("cost.html", "4. Cost", "Time and memory"),
     ("candidates.svg", "4. Cost", "Quantization candidates"),
     ("candidates.html", "4. Cost", "Quantization candidates, all figures"),
@@ -59,8 +61,9 @@ class Plan:
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
         self.model_source = _local(params.fetch_model.source)
         self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
-        self.sources = [parse(text) for text in params.prepare.files.values()] if params.prepare else []
-        self.data = [source.path for source in self.sources if not source.remote]
+        sources = [parse(file) for file in params.prepare.files.values()] if params.prepare else []
+        self.data = [name for source in sources if not source.remote for name in row_files(source.path)]
+        self.remote_data = any(source.remote for source in sources)
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         scoring = bool({"evaluate", "quantize"} & set(self.stages))
@@ -114,9 +117,8 @@ class Plan:
     @property
     def online(self) -> list[str]:
         """Patterns of the commands that need the network."""
-        remote = len(self.data) < len(self.sources)
         tasks = bool(self.params.evaluate.lm_eval)  # the harness fetches their datasets
-        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare"), *when(tasks, "evaluate")]
+        rules = ["fetch_model", "adapter", "publish", *when(self.remote_data, "prepare"), *when(tasks, "evaluate")]
         return [f"-m scripts[.]{rule} " for rule in rules]
 
     @property

@@ -18,6 +18,7 @@ from slmake.errors import UserError
 from slmake.params.errors import Loader
 from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
+from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 
 HEADER = """\
@@ -104,6 +105,10 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
         uri = named.get(split) or (source.text if source.kind == "datastore" else None)
         if not source.remote:
             local = source.path
+            if row_files(local) != [local]:
+                raise UserError(
+                    f"prepare.source: {local} names several files; on Azure ML name one file for each split."
+                )
         elif uri:
             local = f"data/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slmake.data.conversation import Conversation
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 
 SECONDS = 10  # of processor time for one conversation
 MEMORY = 2**31  # bytes for one conversation
@@ -194,8 +194,7 @@ class ChatTemplate:
                 "Use text_template, or another base model."
             ) from None
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the base model's chat template does not take it: {reason}") from None
+            raise ValueError(f"the base model's chat template does not take it: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

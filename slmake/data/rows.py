@@ -5,6 +5,7 @@ not all of them by `datasets`. Every error names the file and the row.
 """
 
 import gzip
+import hashlib
 import json
 import mmap
 import re
@@ -80,7 +81,7 @@ def decompressed(path: Path, name: str, folder: Path) -> Path:
     """
     if not name.endswith(".gz"):
         return path
-    target = folder / f"{path.name}.content"
+    target = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.content"
     try:
         with gzip.open(path) as packed, open(target, "wb") as out:
             shutil.copyfileobj(packed, out, 2**20)

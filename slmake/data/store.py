@@ -24,6 +24,12 @@ class Row(NamedTuple):
     tail: str = ""  # the answer with what closes it: the tokens behind the prompt
     chat: str = ""  # a conversation as JSON, instead of prompt and tail
     answers: int = 1  # how many there are in the conversation
+    before: int = 0  # rows in the files of its split that are read before its own
+
+    @property
+    def number(self) -> int:
+        """Its number among all rows of its split's files, from 1."""
+        return self.before + self.line
 
 
 COLUMNS = ",".join(Row._fields)

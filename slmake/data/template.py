@@ -242,11 +242,12 @@ def label_of(text: str, labels: dict[str, str]) -> str | None:
     return labels.get(text, labels.get(text.removesuffix(".0")))
 
 
-def read_valid(name: str, template: PromptTemplate, rows: Iterable[object]) -> Iterator[Row]:
+def read_valid(name: str, template: PromptTemplate, rows: Iterable[object], before: int = 0) -> Iterator[Row]:
     """Rows of one file, rendered; every bad row is collected, and all are reported at once.
 
     Args:
         name: the file, for errors.
+        before: rows of other files that count before these.
 
     Raises:
         UserError: no rows, a field that no row has, or bad rows (file, row number and field of each).
@@ -264,7 +265,7 @@ def read_valid(name: str, template: PromptTemplate, rows: Iterable[object]) -> I
             problems = [f"not an object but {type(raw).__name__}"]
         if not problems and not bad:
             try:
-                row = Row(name, number, *template.render(raw))
+                row = Row(name, number, *template.render(raw))._replace(before=before)
             except ValueError as error:
                 problems = [str(error)]
             else:

@@ -41,6 +41,7 @@ class Example(NamedTuple):
     labels: list[int]
     turns: list[int]  # numbers of a conversation's trained turns
     dropped: int  # turns at the conversation's beginning that are left out
+    cut: int  # tokens at the prompt's start that are left out
 
 
 class Tokenize:
@@ -141,7 +142,8 @@ class Tokenize:
                     examples.pop()
                 else:
                     self.apart += 1
-            examples.append(Example(row.line, answer.prompt, answer.answer, kept + tail, labels, turns, dropped))
+            cut = len(head) - len(kept)
+            examples.append(Example(row.number, answer.prompt, answer.answer, kept + tail, labels, turns, dropped, cut))
         return examples
 
     def inference(self) -> dict:

@@ -10,8 +10,8 @@ from slmake.data.tokenize import IGNORED, Example
 class Writer:
     """One split's Parquet file, written a batch at a time.
 
-    The columns `turns` and `dropped_turns` are those of conversations. `rows` and `row_lengths`, of a file whose sequences hold several
-    rows, have the number and the tokens of each; the schema's metadata name the strategy, since rows of `packing` do not attend to each
+    The columns `turns` and `dropped_turns` are those of conversations. `rows`, `row_lengths` and `cut_tokens`, of a file whose
+    sequences hold several rows, have the number of each, its tokens and those that its prompt lost; the schema's metadata name the strategy, since rows of `packing` do not attend to each
     other and those of `join` do.
     """
 
@@ -34,7 +34,7 @@ class Writer:
             fields += [("turns", ids), ("dropped_turns", pyarrow.int32())]
         several = strategy != "line-by-line"
         if several:
-            fields += [("rows", pyarrow.list_(pyarrow.int64())), ("row_lengths", ids)]
+            fields += [("rows", pyarrow.list_(pyarrow.int64())), ("row_lengths", ids), ("cut_tokens", ids)]
         self.schema = pyarrow.schema(fields, metadata={"strategy": strategy} if several else None)
         self.file = pyarrow.parquet.ParquetWriter(path, self.schema)
         self.open: list[list[Example]] = []  # the sequences being filled
@@ -104,6 +104,7 @@ class Writer:
                 "dropped_turns": sum(example.dropped for example in sequence),
                 "rows": [example.row for example in sequence],
                 "row_lengths": [len(example.ids) for example in sequence],
+                "cut_tokens": [example.cut for example in sequence],
             }
             for name, column in columns.items():
                 column.append(values[name])

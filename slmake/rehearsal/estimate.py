@@ -4,9 +4,7 @@ Two probes of the model at its real width, with few layers and with twice as man
 A straight line through both gives the whole model: a stage's memory and time are linear in the number of layers.
 """
 
-import contextlib
 import multiprocessing
-import os
 import shutil
 import sys
 import time
@@ -170,18 +168,6 @@ def _child(sender, function: Callable, arguments: tuple) -> None:
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, IndexError):
-        own = root / Path("/proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/")
-        for group in (own, *own.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit is the word `max`
-                limits.append(int((group / "memory.max").read_text()))
-    return min(limits)
 
 
 def table(needs: dict[str, Need], memory: float, disk: float) -> str:

@@ -17,7 +17,8 @@ h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
 table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
 td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+code, .row { font: 13px ui-monospace, monospace; overflow-wrap: anywhere } div.row { line-height: 1.7; white-space: pre-wrap; padding: 8px 12px; background: #f6f8fa }
+.trained { background: #dafbe1; color: #116329 } .special { border: 1px solid #8c959f; border-radius: 3px; padding: 0 2px }
 """
 
 
@@ -299,6 +300,21 @@ def cost_page(timings: dict, benchmarks: Path) -> str:
         html_table(["model", *fields.values()], models),
         "<p>Latency is from the prompt to the end of the answer, one row at a time. base, adapter and merged read prompts in batches.</p>",
     )
+
+
+def rows_page(examples: list[dict]) -> str:
+    """Rows as the model sees them: trained text in colour, special tokens framed."""
+    parts = [
+        '<p>The first rows of train, as the model reads them. <span class="row trained">Green text</span> is what it learns to say, '
+        '<span class="row special">framed text</span> a special token. One row in a terminal: <code>make preview ROW=3</code>.</p>'
+    ]
+    for example in examples:
+        text = "".join(
+            f'<span class="{" ".join(["trained"] * trained + ["special"] * special)}">{escape(part)}</span>'
+            for part, trained, special in example["parts"]
+        )
+        parts.append(f'<h2>{escape(example["title"])}</h2>\n<div class="row">{text}</div>')
+    return page("Rows as the model sees them", *parts)
 
 
 def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:

@@ -1,6 +1,7 @@
 """Fetch what a source names, check it against its pin, and record what was read."""
 
 import contextlib
+import glob
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,10 +13,17 @@ from slmake import cli, outputs
 from slmake.errors import UserError
 from slmake.sources.base import Source
 from slmake.sources.download import digest_of
+from slmake.sources.local import check_one_split, row_files
 from slmake.sources.wheel import extract
 
 # What is read of a model folder.
 ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", "MLmodel")
+
+# What is read of a dataset: its description, which says how files make up splits, and files of rows. Never its code.
+ROWS = (
+    "README.md",
+    *(f".{form}{packed}" for form in ("json", "jsonl", "csv", "tsv", "parquet", "txt") for packed in ("", ".gz")),
+)
 
 
 class Fetched(NamedTuple):
@@ -73,6 +81,45 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     return Fetched(extract(path, source.member, folder / request) if source.member else path, record)
 
 
+def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[Path, str]], dict]:
+    """Fetch the files of one split, of which a pattern or a folder names several.
+
+    Returns:
+        Each file on this disk with its name for messages, in order of the names, and what to record of them together.
+
+    Raises:
+        UserError: see `fetch`; no file matches, the folder holds several splits, or a pin, which goes with one file.
+    """
+    several = glob.has_magic(source.path) if source.remote else row_files(source.path) != [source.path]
+    if not several:
+        fetched = fetch(source, "dataset", folder, job)
+        return [(fetched.path, fetched.record["source"])], fetched.record
+    if source.pin:
+        raise UserError(
+            f"{source.full}: a pin goes with one file, and this names several. Leave it out, or name each file."
+        )
+    if source.remote:
+        snapshot, details = source.fetch("dataset", folder, job)
+        names = {
+            f"{source.full[: -len(source.path)]}{name}": snapshot / name for name in matching(snapshot, source.path)
+        }
+    else:
+        names, details = {name: Path(name) for name in row_files(source.path)}, {}
+        check_one_split(source.path, list(names))
+    if not names:
+        raise UserError(f"{source.full}: no file matches. Check prepare.source.")
+    sums = {name: outputs.sha256(path) for name, path in names.items()}
+    pins = {"pin": details.pop("pin")} if "pin" in details else {}
+    size = sum(path.stat().st_size for path in names.values())
+    record = {"source": source.full, **pins, **details, "sha256": digest_of(sums), "files": sums, "size_bytes": size}
+    return [(path, name) for name, path in names.items()], record
+
+
+def matching(folder: Path, pattern: str) -> list[str]:
+    """Names of a folder's files that match a pattern, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
+
+
 def sha256_of(source: Source, job: cli.Job) -> str:
     """SHA-256 of what a source names now; of a file inside a wheel, that of the wheel."""
     with tempfile.TemporaryDirectory(prefix="slmake-pin-") as scratch:
@@ -87,19 +134,14 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def sums_of(path: Path, use: str = "model") -> dict[str, str]:
-    """SHA-256 of every file that is read of a file, a model folder or a dataset, by relative name."""
-    files = files_of(path) if use == "model" else all_files(path)
-    return {name: outputs.sha256(file) for name, file in sorted(files.items())}
+    """SHA-256 of every file that is read of a file, a model folder or a dataset's folder, by relative name."""
+    return {name: outputs.sha256(file) for name, file in sorted(files_of(path, use).items())}
 
 
-def all_files(path: Path) -> dict[str, Path]:
-    """A file, or all files of a folder, by relative name."""
+def files_of(path: Path, use: str = "model") -> dict[str, Path]:
+    """The files that are read of a file, a model folder or a dataset's folder, by relative name."""
     if not path.is_dir():
         return {path.name: path}
-    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-
-
-def files_of(path: Path) -> dict[str, Path]:
-    """The files that are read of a file or a model folder, by relative name."""
-    names = all_files(path)
-    return {name: names[name] for name in model_files(names)} if path.is_dir() else names
+    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    chosen = model_files(names) if use == "model" else [name for name in names if name.endswith(ROWS)]
+    return {name: names[name] for name in chosen}

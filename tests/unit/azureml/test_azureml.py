@@ -12,6 +12,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
+from bench.measure import PROJECT_FILES
 from slmake import params
 from slmake.azureml import errors, pipeline, settings, step
 from slmake.errors import UserError
@@ -27,20 +28,7 @@ DIGEST = "sha256:" + "a" * 64
 def compiled(tmp_path_factory):
     """What `compile` makes of the project as it stands: the file's text, and the steps' code."""
     folder = tmp_path_factory.mktemp("compiled")
-    for name in (
-        "Snakefile",
-        "params.yaml",
-        "rules",
-        "scripts",
-        "slmake",
-        "tools",
-        "envs",
-        "profiles",
-        "report",
-        "data",
-        "containers",
-        "LICENSE",
-    ):
+    for name in (*PROJECT_FILES, "params.yaml"):
         target = folder / name
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__", "*.sif", ".*"))

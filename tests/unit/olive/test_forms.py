@@ -346,50 +346,7 @@ def test_passes_that_quantize(tmp_path, passes, expected, nearest):
     assert made.prepare is None  # nothing is trained: no dataset is needed, and none is invented
 
 
-@pytest.mark.parametrize(
-    ("passes", "field", "message"),
-    [
-        ([{"type": "AutoAWQQuantizer"}, BUILDER], "passes.p0.type", "nearest: gptq"),
-        ([{"type": "QuaRot"}, BUILDER], "passes.p0.type", "nearest: gptq"),
-        ([BUILDER, {"type": "ExtractAdapters"}], "passes.p1.type", "nearest: MergeAdapterWeights"),
-        ([{"type": "DoRA"}], "passes.p0.type", "nearest: LoRA"),
-        ([{"type": "LoHa"}], "passes.p0.type", "nearest: LoRA"),
-        ([{"type": "LoKr"}], "passes.p0.type", "nearest: LoRA"),
-        ([{"type": "OnnxConversion"}], "passes.p0.type", "nearest: ModelBuilder"),
-        ([{"type": "QNNPreprocess"}], "passes.p0.type", "no such pass here"),
-        ([GPTQ], "passes", "gptq without ModelBuilder"),
-        ([GPTQ | {"bits": 3}, BUILDER], "passes.p0.bits", "4 bits"),
-        ([GPTQ | {"group_size": -1}, BUILDER], "passes.p0.group_size", "none of 16, 32"),
-        ([{"type": "SelectiveMixedPrecision", "algorithm": "magic"}, BUILDER], "passes.p0.algorithm", "none of k_quant_last"),
-        ([BUILDER, {"type": "GraphSurgeries", "surgeries": [{"surgeon": "RemoveRope"}]}], "passes.p1.surgeries.0.surgeon", "as it is"),
-        ([BUILDER | {"metadata_only": True}], "passes.p0.metadata_only", "the whole model is exported"),
-        ([BUILDER, BUILDER], "passes.p1", "a second quantize"),
-    ],
-)  # fmt: skip
-def test_what_has_no_counterpart_is_refused_with_the_nearest_thing(passes, field, message):
-    assert message in notes(read(small(*passes)), "unknown")[field]
-
-
 # -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"a": 1, // note\n "b": 2}', "JSON has no comments"),
-        ('{"a": 1,}', "no comma before a closing bracket"),
-        ('{"passes": {}, "passes": {}}', "the field `passes` is given twice"),
-        ('{"passes": {"x": {"type": "LoRA", "type": "QLoRA"}}}', "the field `type` is given twice"),
-        ("[" * 100_000, "cannot be read"),
-        ("", "cannot be read"),
-        ("3", "expected a mapping"),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, text, message):
-    (tmp_path / "olive.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        import_olive.read(tmp_path / "olive.json")
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["olive.json", "olive.yaml", "olive.yml"])
