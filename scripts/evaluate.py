@@ -15,6 +15,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
+from slmake.scoring import constrained
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.measure import ask_all, compare, measure
@@ -77,6 +78,11 @@ def main(argv: list[str] | None = None) -> None:
                 answers[name], scores = measure(questions, run, weights, section.answer_metrics)
                 metrics[name] = {**scores, "size_bytes": outputs.folder_size(folders[name])}
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
+            if "constrained" in facts:
+                answers[f"{onnx}_constrained"], scores = constrained.measure(
+                    questions, facts["constrained"], answers[onnx], section.constrain, weights
+                )
+                metrics[onnx] |= scores
             if "tokenizer" in facts:
                 metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
             if "provider" in facts:

@@ -4,6 +4,7 @@ from pydantic import Field, field_validator
 
 from slmake.params import metrics as metrics_module
 from slmake.params.base import Model, Section
+from slmake.params.constraint import Constraint
 from slmake.params.gates import FIGURES
 
 
@@ -21,6 +22,11 @@ class Evaluate(Section):
         description="More scores of every answer, from 0 to 1 each, with intervals, drops and gates: `contains` (the expected answer is in "
         "it), `json_valid`, `{json_schema: FILE}`, `{regex: PATTERN}` (of the whole answer), `{numeric: TOLERANCE}`, `tool_name`, "
         "`tool_arguments` (by value), or a function of your own, `path/to/file.py:function` of (prompt, expected, answer) to a number.",
+    )
+    constrain: Constraint = Field(
+        "none",
+        description="Ask the exported model a second time, and hold its answers to `labels`, `{regex: PATTERN}` or `{json_schema: FILE}` with "
+        "the runtime's guidance: `constrained_accuracy`, the shares of valid answers with and without, and the latency.",
     )
     max_new_tokens: int | None = Field(
         None,
