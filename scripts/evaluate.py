@@ -16,7 +16,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.scoring import harness
+from slmake.scoring import constrained, harness
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.measure import ask_all, compare, measure
@@ -101,6 +101,11 @@ def main(argv: list[str] | None = None) -> None:
                 for name, figures in harness.run(folders, onnx, section.lm_eval, section.lm_eval_limit, job).items():
                     metrics[name] |= figures
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
+            if "constrained" in facts:
+                answers[f"{onnx}_constrained"], scores = constrained.measure(
+                    questions, facts["constrained"], answers[onnx], section.constrain, weights
+                )
+                metrics[onnx] |= scores
             if "tokenizer" in facts:
                 metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
             if "provider" in facts:

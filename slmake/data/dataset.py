@@ -77,7 +77,7 @@ class Preparation:
         self._write_prompt(template, labels, tokenize)
         per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
         return {
-            "source": {name: record | self._chosen(name, *paths[0]) for name, (paths, record) in fetched.items()},
+            "source": {name: record | self._chosen(name, fetched[name][0]) for name, (_, record) in fetched.items()},
             "rows": {"read": len(split), **{name: int((split == i).sum()) for i, name in enumerate(SPLITS)}},
             "sequences": {name: sum(writer.lengths.values()) for name, writer in writers.items()},
             "tokens": {name: writer.tokens for name, writer in writers.items()},
@@ -111,9 +111,9 @@ class Preparation:
             return read_hub_rows(path, name, self.section, split, self.scratch)
         return read_rows(path, name, fields, self.job.say)
 
-    def _chosen(self, split: str, path: Path, _name: str) -> dict:
+    def _chosen(self, split: str, paths: list[tuple[Path, str]]) -> dict:
         """Which rows of a dataset on the hub were read, for the report."""
-        if not path.is_dir():
+        if not paths[0][0].is_dir():
             return {}
         return {"config": self.section.config, "split": self.section.hub_split(split), "where": self.section.where}
 

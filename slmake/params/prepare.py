@@ -77,9 +77,9 @@ class Prepare(Section):
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array or an object that holds one, JSON Lines, CSV, TSV or Parquet; text files may end in "
-        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a dataset's. A local folder, or "
-        "a pattern such as `data/train-*.parquet` (local or on a hub), names several files of one split, read in the order of their names. "
-        "Without a file, hf:ORG/NAME@REVISION is all of a dataset, of which the next three fields choose rows."
+        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a dataset's. A "
+        "local folder, or a pattern such as `data/train-*.parquet` (local or on a hub), names several files of one split, read in the order "
+        "of their names. Without a file, hf:ORG/NAME@REVISION is all of a dataset, of which the next three fields choose rows."
     )
     config: str | None = Field(
         None, min_length=1, description="A hub's dataset: its configuration (subset), if it has several."
