@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
                 run = model.ask(questions, new_tokens, job, "merged")
                 answers, scores = measure(questions, run, weights, scoring.answer_metrics)
                 scores["size_bytes"] = outputs.folder_size(args.model)
-                np.save(folder / "logits.npy", np.stack(run.logits))
+                np.save(folder / "logits.npy", np.vstack(run.logits))
                 result = {"rows": questions.scored, "metrics": scores, "benchmark": run.timings, "answers": answers}
             else:
                 result = measure_candidate(
@@ -98,7 +98,7 @@ def measure_candidate(
     return result | {
         "metrics": scores,
         "benchmark": run.timings,
-        "parity": metrics.parity(logits, np.stack(run.logits)),
+        "parity": metrics.parity(logits, np.vstack(run.logits)),
         "drop": drop(questions, reference["answers"], answers, weights, scoring.answer_metrics),
     }
 

@@ -1,4 +1,5 @@
 """Score base, adapter, merged and exported model on the held-out test split, and compare each with the one before it.
+Without a dataset: on the fixed texts, by their perplexity.
 
     python -m scripts.evaluate --params params.yaml --dataset build/dataset --base build/base --adapter build/adapter \\
         --merged build/merged --onnx build/onnx-int4 --metrics results/metrics.json --benchmark results/benchmark.json \\
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.scoring import harness
+from slmake.scoring import constrained, harness
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.measure import ask_all, compare, measure
@@ -89,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             quantized = everything.finetune if everything.merge.onto == "dequantized" else None
             runs, facts = ask_all(section, folders, onnx, quantized, questions, new_tokens, job)
-            metrics: dict = {"test_rows": questions.scored}
+            metrics: dict = {"test_rows": 0, "texts": questions.scored}
+            if not questions.without_dataset:
+                metrics = {"test_rows": questions.scored}
             answers: dict[str, list[str]] = {}
             for name, run in runs.items():
                 answers[name], scores = measure(questions, run, weights, section.answer_metrics)
@@ -98,6 +101,11 @@ def main(argv: list[str] | None = None) -> None:
                 for name, figures in harness.run(folders, onnx, section.lm_eval, section.lm_eval_limit, job).items():
                     metrics[name] |= figures
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
+            if "constrained" in facts:
+                answers[f"{onnx}_constrained"], scores = constrained.measure(
+                    questions, facts["constrained"], answers[onnx], section.constrain, weights
+                )
+                metrics[onnx] |= scores
             if "tokenizer" in facts:
                 metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
             if "provider" in facts:
@@ -106,8 +114,13 @@ def main(argv: list[str] | None = None) -> None:
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
             write_predictions(predictions_file, questions, answers)
-        shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in runs)
-        job.say(f"accuracy on {questions.scored} test rows: {shown} ({job.seconds():.0f} s)")
+        job.say(f"{metrics_module.summary(metrics, list(runs))} ({job.seconds():.0f} s)")
+        for pair, distance in metrics.get("parity", {}).items() if questions.without_dataset else ():
+            if pair != "tokenizer":
+                job.say(
+                    f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
+                    f"{distance['top1_agreement']:.1%} the same most likely token"
+                )
         if "provider" in facts:
             target, used = facts["provider"].values()
             job.say(

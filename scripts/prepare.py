@@ -1,4 +1,4 @@
-"""Validate, split and tokenize the dataset.
+"""Validate, split and tokenize the dataset; without a section `prepare`, tokenize the fixed texts that stand in for one.
 
     python -m scripts.prepare --params params.yaml --base build/base --output build/dataset --report results/dataset.json
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.data.dataset import Preparation
+from slmake.data.texts import write_texts
 from slmake.sources.fetching import downloading
 
 
@@ -30,10 +31,18 @@ def main(argv: list[str] | None = None) -> None:
         everything = params.load(args.params)
         stages = everything.all.stages
         with outputs.written(args.output, [args.report]) as (folder, report):
-            with downloading(args.downloads, folder.parent) as downloads:
-                preparation = Preparation(everything.prepare, args.base, folder, job, "evaluate" in stages)
-                statistics = preparation.run(downloads)
+            if everything.prepare is None:
+                statistics = write_texts(args.base, folder)
+            else:
+                with downloading(args.downloads, folder.parent) as downloads:
+                    preparation = Preparation(everything.prepare, args.base, folder, job, "evaluate" in stages)
+                    statistics = preparation.run(downloads)
             outputs.write_json(report, statistics)
+        if everything.prepare is None:
+            job.say(
+                f"no section prepare: {statistics['texts']} fixed texts in {args.output} measure and calibrate the model"
+            )
+            return
         counts, dropped = statistics["rows"], statistics["dropped_turns"]
         if dropped["turns"]:
             job.say(

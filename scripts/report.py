@@ -54,9 +54,10 @@ def main(argv: list[str] | None = None) -> None:
             read_json(args.dataset_report, "source", "rows", "examples"),
         )
         predictions = read_csv(args.predictions, ("row",))
-        if len(predictions) != metrics["test_rows"]:
+        asked = metrics["test_rows"] or metrics["texts"]
+        if len(predictions) != asked:
             raise UserError(
-                f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {metrics['test_rows']}: remove both and run snakemake."
+                f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {asked}: remove both and run snakemake."
             )
         result = read_json(args.search) if args.search else None
         gates, problem = judged(everything.gates, metrics, timings)
@@ -70,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
                 "scores.html": scores_page(metrics),
                 "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
                 "cost.html": cost_page(timings, args.benchmarks),
-                "wrong_answers.html": wrong_page(predictions, models_of(metrics), everything.report.wrong_answers),
+                "wrong_answers.html": wrong_page(
+                    predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
+                ),
                 "rows.html": rows_page(dataset["examples"]),
             }
             if result:

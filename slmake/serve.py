@@ -1,4 +1,4 @@
-"""Serve an exported model over HTTP, as OpenAI's API: python serve.py (pip install -r serve-requirements.txt).
+"""Serve an exported model over HTTP, as OpenAI's API: python serve.py (pip install onnxruntime-genai starlette uvicorn pydantic).
 
 `make serve` runs this code, and `package` copies it. The files beside it write the prompts, generate (run.py), and know the API.
 Requests that come at once take turns token by token: onnxruntime-genai 0.18 batches only models whose graph was made for it
@@ -424,7 +424,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         model = generation.Exported(here, json.loads((here / "prompt.json").read_text(encoding="utf-8")))
-        serve(model, here.name, options)
+        name = json.loads((here / "inference_model.json").read_text(encoding="utf-8"))["Name"]
+        serve(model, name, options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"serve.py: error: {error}")
 

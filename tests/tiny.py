@@ -46,10 +46,13 @@ def make_rows(count: int) -> list[dict]:
 
 
 def write_params(path: Path, **changes: object) -> Path:
-    """The project's params.yaml with `section={field: value}` replaced."""
+    """The project's params.yaml with `section={field: value}` replaced; without the section for `section=None`."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section, fields in changes.items():
-        content[section].update(fields)
+        if fields is None:
+            del content[section]
+        else:
+            content[section].update(fields)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 

@@ -92,11 +92,12 @@ def plan(settings: Settings) -> Plan:
 
 def _data(everything: params.Params, settings: Settings, sections: dict) -> dict[str, Mount]:
     """Data files by input name; `sections` is changed to name the paths at which steps find them."""
-    files = everything.prepare.files
+    files = everything.prepare.files if everything.prepare else {}
     named = settings.data if isinstance(settings.data, dict) else {"train": settings.data} if settings.data else {}
     if named and set(named) != set(files):
         raise UserError(
-            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(files)}: name the same."
+            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(files) or 'nothing'}: name "
+            "the same."
         )
     mounts, paths = {}, {}
     for split, text in files.items():
@@ -116,7 +117,8 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
         name = "data" if len(files) == 1 else f"data_{split}"
         mounts[name] = Mount(_inside(local, "prepare.source"), uri or local, "uri_file")
         paths[split] = local + _sum(source)
-    sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
+    if files:
+        sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
     return mounts
 
 

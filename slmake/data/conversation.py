@@ -1,5 +1,6 @@
 """Conversations as datasets hold them: turns, tools and tool calls, checked and brought into the one form that chat templates take."""
 
+import hashlib
 import json
 from typing import NamedTuple
 
@@ -35,13 +36,18 @@ class Conversation(NamedTuple):
         return system + self.turns[start:end]
 
     def text(self) -> str:
-        """What was said before the last turn, for duplicates."""
-        said = [[turn["content"], *_texts_of(turn.get("tool_calls", []))] for turn in self.turns[:-1]]
-        return "\n".join(part for parts in said for part in parts)
+        """What was said before the last turn, for duplicates.
 
-
-def _texts_of(calls: list[dict]) -> list[str]:
-    return [json.dumps(call["function"], ensure_ascii=False, sort_keys=True) for call in calls]
+        A system turn counts as one word: most often all rows share it, and it would make short conversations near copies of each other.
+        """
+        said = []
+        for turn in self.turns[:-1]:
+            system = turn["role"] == "system"
+            said += [hashlib.sha256(turn["content"].encode()).hexdigest()[:16] if system else turn["content"]]
+            said += [
+                json.dumps(call["function"], ensure_ascii=False, sort_keys=True) for call in turn.get("tool_calls", [])
+            ]
+        return "\n".join(said)
 
 
 def read_conversation(turns: object, tools: object = None, train_on: str = "all") -> Conversation:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from slmake import cli, outputs, params
 from slmake.data.formats import prompt_template
+from slmake.data.hub_rows import read_hub_rows
 from slmake.data.preview import Sequence, example_of
 from slmake.data.rows import decompressed, read_rows
 from slmake.data.splits import (
@@ -56,9 +58,10 @@ class Preparation:
             name: [(decompressed(path, source, downloads), source) for path, source in paths]
             for name, (paths, _) in fetched.items()
         }
+        self.scratch = downloads / "rows"
 
         def first_rows() -> list:
-            return list(islice(read_rows(*files["train"][0]), FIRST_ROWS))
+            return list(islice(self._rows("train", *files["train"][0]), FIRST_ROWS))
 
         template = prompt_template(self.section, self.tokenizer, first_rows, self.job.say)
         with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
@@ -74,7 +77,7 @@ class Preparation:
         self._write_prompt(template, labels, tokenize)
         per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
         return {
-            "source": {name: record for name, (_, record) in fetched.items()},
+            "source": {name: record | self._chosen(name, fetched[name][0]) for name, (_, record) in fetched.items()},
             "rows": {"read": len(split), **{name: int((split == i).sum()) for i, name in enumerate(SPLITS)}},
             "sequences": {name: sum(writer.lengths.values()) for name, writer in writers.items()},
             "tokens": {name: writer.tokens for name, writer in writers.items()},
@@ -98,9 +101,21 @@ class Preparation:
         sizes = dict.fromkeys(files, 0)
         for split, paths in files.items():
             for path, name in paths:
-                rows = read_rows(path, name, template.fields, self.job.say)
+                rows = self._rows(split, path, name, template.fields)
                 sizes[split] += store.add(read_valid(name, template, rows, sizes[split]))
         return sizes
+
+    def _rows(self, split: str, path: Path, name: str, fields: Iterable[str] = ()) -> Iterator[dict]:
+        """The rows of a file, or those chosen of a dataset on the hub."""
+        if path.is_dir():
+            return read_hub_rows(path, name, self.section, split, self.scratch)
+        return read_rows(path, name, fields, self.job.say)
+
+    def _chosen(self, split: str, paths: list[tuple[Path, str]]) -> dict:
+        """Which rows of a dataset on the hub were read, for the report."""
+        if not paths[0][0].is_dir():
+            return {}
+        return {"config": self.section.config, "split": self.section.hub_split(split), "where": self.section.where}
 
     def _split(self, store: Store, sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
         """Split of every row without and with duplicates (int8 [rows], as `split_rows` gives it), and the labels."""

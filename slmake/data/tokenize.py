@@ -62,6 +62,11 @@ class Tokenize:
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of one text that more follows; some tokenizers close every text, which is undone."""
+        ids = self._encode([text], self.special_tokens)[0]
+        return ids[:-1] if self.special_tokens and ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
     def __call__(self, batch: list[Row], one_answer: bool = False) -> list[Example]:
         """The sequences of some rows; every answer ends with the end-of-text token.
 

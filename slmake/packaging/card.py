@@ -33,7 +33,13 @@ def single_lines(value: object) -> object:
 
 
 def metrics_table(metrics: dict, models: list[str]) -> list[str]:
-    """One row per model, with 95% intervals."""
+    """One row per model, with 95% intervals; without a dataset, its perplexity."""
+    if not metrics["test_rows"]:
+        lines = ["| model | perplexity | size |", "|---|---|---|"]
+        return lines + [
+            f"| {_shown(name, models)} | {metrics[name]['perplexity']:,.3f} | {metrics[name]['size_bytes'] / 1e6:,.1f} MB |"
+            for name in models
+        ]
     classes = "macro_f1" in metrics[models[-1]]
     second = "macro-F1 (95% interval) | outside the labels" if classes else "ROUGE-L"
     lines = [
@@ -42,7 +48,7 @@ def metrics_table(metrics: dict, models: list[str]) -> list[str]:
     ]
     for name in models:
         scores = metrics[name]
-        cells = [NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)]
+        cells = [_shown(name, models)]
         cells.append(
             f"{percent(scores['accuracy'])} ({percent(scores['accuracy_low'])} to {percent(scores['accuracy_high'])})"
         )
@@ -54,6 +60,11 @@ def metrics_table(metrics: dict, models: list[str]) -> list[str]:
         cells += [f"{scores['answer_perplexity']:,.3f}", f"{scores['size_bytes'] / 1e6:,.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _shown(name: str, models: list[str]) -> str:
+    """A model's name in a table."""
+    return NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)
 
 
 def class_table(scores: dict) -> list[str]:
@@ -83,6 +94,19 @@ def parity_table(parity: dict) -> list[str]:
     return lines
 
 
+def scored_on(metrics: dict, quantize: dict) -> str:
+    """What the scores are of, in a paragraph."""
+    if metrics["test_rows"]:
+        return f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter."
+    calibrated = " The weights were calibrated with the same texts, so the figures flatter them." * (
+        quantize["calibration"] == "gptq"
+    )
+    return (
+        f"Without a dataset, on {metrics['texts']} fixed texts in several languages, code, tables and dialogue: the perplexity of a text "
+        f"behind its opening.{calibrated}"
+    )
+
+
 def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
     """The YAML head that model hubs read."""
     source = base["source"]
@@ -95,6 +119,8 @@ def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | 
     }
     if source.startswith("hf:"):
         head["base_model"] = source.removeprefix("hf:").partition("@")[0]
+    if not metrics["test_rows"]:
+        return head
     kinds = [("accuracy", "accuracy")] + ([("f1", "macro_f1")] if labels else [("rouge", "rouge_l")])
     results = [{"type": kind, "value": metrics[last][key], "name": key} for kind, key in kinds]
     task = {"type": head["pipeline_tag"]}
@@ -107,7 +133,9 @@ def usage(form: dict) -> list[str]:
     """How to run the package, and what it answers."""
     arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
     lines = ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
-    if form["prompt"] is not None:
+    lines += ["Over HTTP, as OpenAI's API, with a page to try it:", ""]
+    lines += ["    pip install onnxruntime-genai starlette uvicorn pydantic", "    python serve.py", ""]
+    if form["prompt"] is not None and "texts" not in form:
         lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
         lines += [f"    {printable(line)}" for line in re.split("\r\n|\r|\n", form["prompt"])] + [""]
     if form["labels"]:
@@ -129,7 +157,9 @@ def ingredients(facts: dict) -> list[str]:
     lines += [f"- Data ({split}): {origin(source)}" for split, source in facts["dataset"]["source"].items()]
     return [
         *lines,
-        f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out for the scores below.",
+        f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out for the scores below."
+        if facts["dataset"]["source"]
+        else "- No dataset: the model was not scored on a task.",
         "",
         "provenance.intoto.json has the digest of every input, script, parameter and environment; bom.cdx.json is the bill of materials.",
         "",
@@ -159,14 +189,9 @@ def quantization(facts: dict) -> list[str]:
 
 
 def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[str]:
-    """What was measured on the held-out rows, and the gates that it passed."""
+    """What was measured on the held-out rows, or on the fixed texts, and the gates that it passed."""
     metrics, last = facts["metrics"], facts["last"]
-    lines = [
-        "## Scores",
-        "",
-        f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter.",
-        "",
-    ]
+    lines = ["## Scores", "", scored_on(metrics, facts["quantize"]), ""]
     if device := metrics.get("providers", {}).get(last):
         lines += [
             f"They were computed on {device['scored_on']}, because {device['exported_for']}, which this model was exported for, was not "
@@ -179,7 +204,8 @@ def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[st
         lines += [f"This package by label (choosing among the labels only, accuracy is {accuracy}):", ""]
         lines += [*class_table(metrics[last]), ""]
     if any(key != "tokenizer" for key in metrics.get("parity", {})):
-        lines += ["Step by step, over the distribution of the first answer token:", ""]
+        token = "first answer token" if metrics["test_rows"] else "next token"
+        lines += [f"Step by step, over the distribution of the {token}:", ""]
         lines += [*parity_table(metrics["parity"]), ""]
     lines += ["Gates that this model passed:" if gates else "No gate was set for this model.", ""]
     return lines + ([*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else [])

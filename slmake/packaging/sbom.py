@@ -21,12 +21,12 @@ def hashes(content: str | None) -> list[dict]:
     return [{"alg": "SHA-256", "content": content}] if content else []
 
 
-def performance(scores: dict) -> list[dict]:
-    """The scores of a model as performance metrics, with their intervals."""
+def performance(scores: dict, rows: str) -> list[dict]:
+    """The scores of a model as performance metrics, with their intervals; `rows` says of what they are."""
     metrics = []
     for key, value in scores.items():
         if isinstance(value, (int, float)) and not key.endswith(("_low", "_high")):
-            metric: dict = {"type": key, "value": str(value), "slice": "test split"}
+            metric: dict = {"type": key, "value": str(value), "slice": rows}
             if f"{key}_low" in scores:
                 bounds = {"lowerBound": str(scores[f"{key}_low"]), "upperBound": str(scores[f"{key}_high"])}
                 metric["confidenceInterval"] = bounds
@@ -79,6 +79,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     """
     digest = hash_of(sums_text(files).encode()).hexdigest()
     splits = data(facts["dataset"]["source"])
+    rows = "test split" if splits else "fixed texts"
     contents = [
         {"type": "file", "bom-ref": f"file:{file}", "name": file, "hashes": hashes(value)}
         for file, value in sorted(files.items())
@@ -99,7 +100,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
                 "inputs": [{"format": "text"}],
                 "outputs": [{"format": "text"}],
             },
-            "quantitativeAnalysis": {"performanceMetrics": performance(facts["metrics"][facts["last"]])},
+            "quantitativeAnalysis": {"performanceMetrics": performance(facts["metrics"][facts["last"]], rows)},
             "considerations": {"useCases": [use]},
         },
     }

@@ -63,13 +63,34 @@ class Files(Section):
     )
 
 
+class Splits(Section):
+    """Which rows of a dataset on the hub are for each split: one of its own splits, or a slice such as `train[:90%]`."""
+
+    train: str = Field(min_length=1, description="Training rows.")
+    eval: str | None = Field(None, min_length=1, description="Rows for the loss during training.")
+    test: str | None = Field(None, min_length=1, description="Held-out rows for evaluate.")
+
+
 class Prepare(Section):
-    """Rows in, tokenized train, eval and test splits out."""
+    """Rows in, tokenized train, eval and test splits out. Without a dataset, leave the whole section out or set it to null:
+    the model is exported, and twenty fixed texts calibrate and measure it."""
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array or an object that holds one, JSON Lines, CSV, TSV or Parquet; text files may end in "
-        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a dataset's. A local folder, or "
-        "a pattern such as `data/train-*.parquet` (local or on a hub), names several files of one split, read in the order of their names."
+        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a dataset's. A "
+        "local folder, or a pattern such as `data/train-*.parquet` (local or on a hub), names several files of one split, read in the order "
+        "of their names. Without a file, hf:ORG/NAME@REVISION is all of a dataset, of which the next three fields choose rows."
+    )
+    config: str | None = Field(
+        None, min_length=1, description="A hub's dataset: its configuration (subset), if it has several."
+    )
+    split: Annotated[str, Field(min_length=1)] | Splits | None = Field(
+        None,
+        description="A hub's dataset: which of its splits, or a slice such as `train[:70%]` or `train[-128:]`; `train` if absent. A mapping "
+        "names one each for train, eval and test; what it leaves out is cut by the fractions below.",
+    )
+    where: dict[str, str | int | float | bool] = Field(
+        {}, description="A hub's dataset: only rows whose columns have these values, such as `{language: en}`."
     )
     format: Format = Field(
         "auto",
@@ -134,6 +155,12 @@ class Prepare(Section):
         "padding either way.",
     )
     eval_fraction: Fraction = Field(0.05, description="Share of the rows for the eval split (0 to 0.5).")
+    eval_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Rows for the eval split, in place of `eval_fraction`; with few different answers about so many, because each answer's "
+        "share is kept.",
+    )
     test_fraction: Fraction = Field(
         0.2,
         description="Share of the rows for the test split (0 to 0.5), stratified by answer when there are few different ones.",
@@ -196,14 +223,29 @@ class Prepare(Section):
     def files(self) -> dict[str, str]:
         """The source of each split that has one."""
         given = self.source.model_dump() if isinstance(self.source, Files) else {"train": self.source}
+        if isinstance(self.split, Splits) and isinstance(self.source, str):
+            given = {name: self.source for name, part in self.split if part}
         return {name: file for name, file in given.items() if file}
+
+    def hub_split(self, name: str) -> str | None:
+        """Which rows of a dataset on the hub are for train, eval or test."""
+        if isinstance(self.split, Splits):
+            return getattr(self.split, name)
+        return (self.split or "train") if name == "train" else None
 
     @model_validator(mode="after")
     def _sources(self):
-        for file in self.files.values():
+        for name, file in self.files.items():
             source = parse(file)
             if source.kind == "hf" and not source.path:
-                raise ValueError(f"`{source.text}` names no file: hf:ORG/NAME@REVISION/FILE")
+                if not self.hub_split(name):
+                    raise ValueError(
+                        f"`{source.text}` is a whole dataset: say in split which of its rows are for {name}"
+                    )
+            elif self.config or self.split or self.where:
+                raise ValueError(
+                    f"config, split and where choose rows of hf:ORG/NAME@REVISION, not of the file `{source.full}`"
+                )
             if source.models_only or source.member:
                 raise ValueError(f"`{source.text}` is a source of models, not of rows")
         return self

@@ -161,8 +161,10 @@ def scripts() -> list[str]:
 
 
 def scored_models() -> list[str]:
-    """The columns of predictions.csv that params.yaml asks for."""
+    """The columns of predictions.csv that params.yaml asks for; none where there is no dataset, so that nothing is right or wrong."""
     params = load("params.yaml")
+    if params.prepare is None:
+        return []
     names = {"onnx": params.quantize.precision}
     return [names.get(name, name) for name in Plan(params).scored if name in params.evaluate.models]
 

@@ -77,7 +77,7 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
         needs["quantize"] = Need(line["memory"], line["seconds"], line["size"] * (1 + candidates) + calibrated)
         if "package" in everything.all.stages:
             needs["package"] = Need(BESIDES, disk=line["size"])
-    if "evaluate" in everything.all.stages:
+    if "evaluate" in everything.stages:
         needs["evaluate"] = Need(BESIDES + weights)
     return needs
 

@@ -71,7 +71,11 @@ def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
     """The last model in one sentence, and whether it passed."""
     names = models_of(metrics)
     last, first = metrics[names[-1]], metrics[names[0]]
-    ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+    if metrics["test_rows"]:
+        ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+        score = f"accuracy {last['accuracy']:.1%} ({ends}) on {metrics['test_rows']:,} held-out rows"
+    else:
+        score = f"no dataset; perplexity {last['perplexity']:,.2f} of {metrics['texts']} fixed texts"
     share = f", {last['size_bytes'] / first['size_bytes']:.0%} of {names[0]}'s size" if len(names) > 1 else ""
     passed = sum(gate["passed"] for gate in gates)
     judged = (
@@ -82,10 +86,7 @@ def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
         else "no gate is set"
     )
     look = "bad" if problem or passed < len(gates) else "ok"
-    return (
-        f'<p class="verdict"><b>{escape(names[-1])}</b>: accuracy {last["accuracy"]:.1%} ({ends}) on {metrics["test_rows"]:,} held-out rows, '
-        f'{megabytes(last["size_bytes"])}{share}. <span class="{look}">{judged}</span>.</p>'
-    )
+    return f'<p class="verdict"><b>{escape(names[-1])}</b>: {score}, {megabytes(last["size_bytes"])}{share}. <span class="{look}">{judged}</span>.</p>'
 
 
 def overview(
@@ -97,9 +98,9 @@ def overview(
         inputs.append([f"data ({split})", source["source"], source.get("sha256", "–")])
     if "merge" in everything.all.stages and everything.adapter.source:
         inputs.append(["adapter", everything.adapter.source, everything.adapter.sha256 or "–"])
-    rows = dataset["rows"]
+    score, form = ("accuracy", ".1%") if metrics["test_rows"] else ("perplexity", ",.2f")
     sizes = [
-        [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
+        [name, megabytes(metrics[name]["size_bytes"]), format(metrics[name][score], form)]
         for name in models_of(metrics)
     ]
     settings = []
@@ -130,12 +131,23 @@ def overview(
         summary,
         "<h2>Inputs</h2>",
         html_table(["", "source", "SHA-256"], inputs),
-        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
-        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of held-out rows removed.</p>",
+        _rows_read(dataset),
         "<h2>Models</h2>",
-        html_table(["model", "size", "accuracy"], sizes),
+        html_table(["model", "size", score], sizes),
         "<h2>Settings</h2>",
         html_table(["", ""], settings),
+    )
+
+
+def _rows_read(dataset: dict) -> str:
+    """How many rows went where, as a paragraph."""
+    rows = dataset["rows"]
+    if not dataset["source"]:
+        return f"<p>No dataset: {dataset['texts']} fixed texts measure the models.</p>"
+    return (
+        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
+        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of "
+        "held-out rows removed.</p>"
     )
 
 
@@ -158,10 +170,10 @@ def scores_page(metrics: dict) -> str:
                 ends = f" ({scores[f'{key}_low']:.3f} to {scores[f'{key}_high']:.3f})" if f"{key}_low" in scores else ""
                 cells.append(f"{scores[key]:,.3f}{ends}" if key in scores else "–")
         rows.append(cells)
-    parts = [
-        f"<p>{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets.</p>",
-        html_table(["", *names], rows),
-    ]
+    about = f"{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets."
+    if not metrics["test_rows"]:
+        about = f"No dataset: {metrics['texts']} fixed texts, each behind its opening."
+    parts = [f"<p>{about}</p>", html_table(["", *names], rows)]
     for name, device in metrics.get("providers", {}).items():
         parts.append(
             f"<p>{escape(name)} was exported for {escape(device['exported_for'])} and scored on {escape(device['scored_on'])}; its latency on "
@@ -169,8 +181,9 @@ def scores_page(metrics: dict) -> str:
         )
     steps = {key: figures for key, figures in metrics.get("parity", {}).items() if key != "tokenizer"}
     if steps:
-        parts.append("<h2>Parity of the first answer token, step by step</h2>")
-        head = ["step", "prompts", "mean KL (nats)", "largest KL", "same first token", "largest logit difference"]
+        token = "first answer token" if metrics["test_rows"] else "next token"
+        parts.append(f"<h2>Parity of the {token}, step by step</h2>")
+        head = ["step", "prompts", "mean KL (nats)", "largest KL", f"same {token}", "largest logit difference"]
         rows = [
             [
                 " against ".join(key.split("_vs_")),
@@ -327,10 +340,14 @@ def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
             ) from None
 
 
-def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
-    """The first wrong answers of the last model, with every model's answer beside."""
+def wrong_page(predictions: list[dict], models: list[str], limit: int, task: bool = True) -> str:
+    """The first wrong answers of the last model, with every model's answer beside.
+
+    Args:
+        task: there is a dataset, so that answers are right or wrong.
+    """
     last = models[-1]
-    wrong = [row for row in predictions if not is_right(row["expected"], row[last])]
+    wrong = [row for row in predictions if not task or not is_right(row["expected"], row[last])]
     head = ["row", "prompt", "expected", *models]
     rows = [
         [
@@ -342,7 +359,11 @@ def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
         for row in wrong[:limit]
     ]
     summary = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
-    return page("Wrong answers", summary, html_table(head, rows) if rows else "")
+    if not task:
+        summary = (
+            "<p>No dataset, so no answer is right or wrong: what each model writes behind the opening of a text.</p>"
+        )
+    return page("Wrong answers" if task else "Continuations", summary, html_table(head, rows) if rows else "")
 
 
 def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from slmake import cli, params
 from slmake.params.metrics import AnswerMetric
-from slmake.scoring import answer_metrics, metrics, tokenizers
+from slmake.scoring import answer_metrics, constrained, metrics, tokenizers
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run
@@ -29,6 +29,10 @@ def measure(
     count, labels = questions.scored, questions.form["labels"]
     expected = questions.expected[:count]
     answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
+    tokens = sum(len(answer) for answer in questions.answers[:count])
+    perplexity = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    if questions.without_dataset:
+        return answers, {"perplexity": perplexity}
     scores = metrics.score(expected, answers, labels, weights)
     values = answer_metrics.values_of(more or [], questions, answers)
     scores |= answer_metrics.score(values, weights)
@@ -36,8 +40,7 @@ def measure(
         chosen = [labels[index] for index in run.choices[:count]]
         scores["restricted_accuracy"] = round(metrics.accuracy(expected, chosen), 6)
         scores["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
-    tokens = sum(len(answer) for answer in questions.answers[:count])
-    scores["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    scores["answer_perplexity"] = perplexity
     return answers, scores
 
 
@@ -67,9 +70,10 @@ def compare(
     for before, after in pairwise(names):
         key = f"{after}_vs_{before}"
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            compared["parity"][key] = metrics.parity(np.stack(runs[before].logits), np.stack(runs[after].logits))
-        compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
-    if "base" in names and len(names) > 2:
+            compared["parity"][key] = metrics.parity(np.vstack(runs[before].logits), np.vstack(runs[after].logits))
+        if not questions.without_dataset:
+            compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
+    if "base" in names and len(names) > 2 and not questions.without_dataset:
         last = names[-1]
         compared["drop"][f"{last}_vs_base"] = drop(questions, answers["base"], answers[last], weights, more)
     return {key: value for key, value in compared.items() if value}
@@ -84,8 +88,8 @@ def ask_all(
     new_tokens: int,
     job: cli.Job,
 ) -> tuple[dict[str, Run], dict]:
-    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, and its execution
-    provider where it was scored on another one.
+    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, its answers with
+    `evaluate.constrain`, and its execution provider where it was scored on another one.
 
     Args:
         folders: the models by name, in the order they are made; `adapter_base` is the base of the adapter.
@@ -93,9 +97,13 @@ def ask_all(
         quantized: the settings of QLoRA, where the adapter belongs to its 4-bit base; else None.
     """
     runs: dict[str, Run] = {}
+    facts: dict = {}
     if onnx in folders:  # first: its memory is measured before torch is loaded
         exported = OnnxRunner(folders[onnx])
         runs[onnx] = exported.ask(questions, new_tokens, job, onnx)
+        if section.constrain != "none":
+            texts, timings = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
+            facts["constrained"], runs[onnx].timings = texts, runs[onnx].timings | timings
     timed = "merged" if "merged" in folders else "base"
     model = None
     for name in ("base", "adapter", "merged"):
@@ -111,7 +119,6 @@ def ask_all(
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
         runs[name] = model.ask(questions, new_tokens, job, name)
-    facts: dict = {}
     if onnx in folders:
         facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
         if exported.model.runs_on != exported.model.provider:

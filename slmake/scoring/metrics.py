@@ -94,7 +94,7 @@ def rouge_l(expected: list[str], answers: list[str]) -> float:
 
 
 def parity(reference: np.ndarray, other: np.ndarray) -> dict:
-    """How far two models' distributions of the first answer token lie apart.
+    """How far two models' distributions of the first answer token lie apart. (Of a text, each position is a prompt of its own.)
 
     Args:
         reference: logits float32 [prompts, vocabulary] of the model that came first.
@@ -140,6 +140,15 @@ def score(expected: list[str], answers: list[str], labels: list[str] | None, wei
     scores["outside_labels"] = round(sum(row[-1] for row in counts) / len(answers), 6)
     scores["per_class"] = per_class(expected, answers, labels)
     return scores | {"confusion": counts}
+
+
+def summary(metrics: dict, names: list[str]) -> str:
+    """The first score of metrics.json, for every model, as one line."""
+    if metrics["test_rows"]:
+        shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in names)
+        return f"accuracy on {metrics['test_rows']} test rows: {shown}"
+    shown = ", ".join(f"{name} {metrics[name]['perplexity']:,.2f}" for name in names)
+    return f"no dataset; perplexity of {metrics['texts']} fixed texts: {shown}"
 
 
 def drop(

@@ -34,10 +34,13 @@ class Questions:
         label_tokens: for a classification, token ids of every label, the end token included; else None.
         scored: the number of rows that are scored; the rows after them are asked for parity only.
         compared: the number of rows, from the first, that parity compares.
+        without_dataset: the rows are the fixed texts: openings, and the tokens that follow (slmake/data/texts.py).
     """
 
     def __init__(self, dataset: Path, limit: int | None = None, splits: tuple[str, ...] = ("test",)):
-        self.form = prompts.load_prompt(dataset)
+        form = prompts.load_prompt(dataset)
+        self.without_dataset = "texts" in form
+        self.form = form | form.get("texts", {})
         self.dataset, self.end = dataset, self.form["end_token_id"]
         self.rows: list[int] = []
         self.turns: list[int] = []
@@ -81,10 +84,17 @@ class Questions:
 
     def extend_for_parity(self, count: int) -> None:
         """Add rows of eval and train after the scored ones until there are `count` prompts (or no more rows)."""
-        for split in ("eval", "train"):
+        for split in () if self.without_dataset else ("eval", "train"):
             if len(self.rows) < count:
                 self._add(split, count - len(self.rows))
         self.compared = min(len(self.rows), max(count, COMPARED))
+
+    def positions(self, index: int) -> list[int]:
+        """Tokens of the answer for which parity compares the logits: the first; of a text, some that are evenly spread."""
+        if not self.without_dataset:
+            return [0]
+        last = len(self.answers[index]) - 1
+        return np.linspace(0, last, min(last + 1, COMPARED // self.scored)).astype(int).tolist()
 
     def _label_tokens(self) -> list[list[int]]:
         """Token ids of every label, as in the rows.
@@ -124,6 +134,15 @@ class Questions:
         """int [scored]: scored answers of one conversation have the same number, from 0."""
         rows = np.array(self.rows[: self.scored])
         return np.concatenate([[0], np.cumsum(rows[1:] != rows[:-1])])
+
+    def runtime_prompt(self, model, index: int) -> list[int]:
+        """Tokens of a prompt as the runtime makes them of its text; those of training for a part of a longer sequence.
+
+        Args:
+            model: the exported model, a `generation.Exported`.
+        """
+        text = self.texts[index]
+        return self.prompts[index].tolist() if text is None else model.encode(text)
 
     def read(self, text: str, index: int) -> str:
         """The answer in generated text: all of it, as a user gets it; of a classification as many first lines as the label has."""

@@ -57,16 +57,15 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     source.check_etag(details.get("etag"))
     pins = details.pop("pin", {}) | (dict([source.pin]) if source.pin else {})
     record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details
-    if use == "dataset" and path.is_dir():
+    if use == "dataset" and path.is_dir() and source.kind != "hf":
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
-    files = files_of(path)
-    if path.is_dir() and not files:
+    sums = sums_of(path, use)
+    if path.is_dir() and not sums:
         raise UserError(f"{source.full}: nothing that can be read is there.")
-    sums = sums_of(path)
     record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
     if path.is_dir():
         record["files"] = sums
-    record["size_bytes"] = sum(file.stat().st_size for file in files.values())
+    record["size_bytes"] = sum((path / name if path.is_dir() else path).stat().st_size for name in sums)
     for expected in filter(None, {source.sha256, sha256}):
         if record["sha256"] != expected:
             raise UserError(
@@ -128,14 +127,20 @@ def model_files(names: Iterable[str]) -> list[str]:
     return [name for name in kept if deep or "/" not in name]
 
 
-def sums_of(path: Path) -> dict[str, str]:
-    """SHA-256 of every file that is read of a file or a model folder, by relative name."""
-    return {name: outputs.sha256(file) for name, file in sorted(files_of(path).items())}
+def sums_of(path: Path, use: str = "model") -> dict[str, str]:
+    """SHA-256 of every file that is read of a file, a model folder or a dataset, by relative name."""
+    files = files_of(path) if use == "model" else all_files(path)
+    return {name: outputs.sha256(file) for name, file in sorted(files.items())}
+
+
+def all_files(path: Path) -> dict[str, Path]:
+    """A file, or all files of a folder, by relative name."""
+    if not path.is_dir():
+        return {path.name: path}
+    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
 
 
 def files_of(path: Path) -> dict[str, Path]:
     """The files that are read of a file or a model folder, by relative name."""
-    if not path.is_dir():
-        return {path.name: path}
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {name: names[name] for name in model_files(names)}
+    names = all_files(path)
+    return {name: names[name] for name in model_files(names)} if path.is_dir() else names

@@ -25,7 +25,7 @@ def edit(project: Path, block: str) -> None:
     path = project / "params.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for section, fields in yaml.safe_load(block).items():
-        content[section].update(fields)
+        content[section] = content[section] | fields if fields else fields  # `prepare: null`
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 

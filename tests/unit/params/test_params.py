@@ -56,7 +56,8 @@ def test_field_of_several_types(mistakes, sections, where, hint):
 
 def test_missing_sections(refused_text):
     assert refused_text("merge:\n  dtype: auto\n") == (
-        "2 errors; nothing was run. See docs/params.md.\n  fetch_model: missing. Add it.\n  prepare: missing. Add it."
+        "2 errors; nothing was run. See docs/params.md.\n  fetch_model: missing. Add it.\n"
+        "  prepare: missing, and finetune in all.stages needs a dataset. Add it, or take finetune out."
     )
 
 
