@@ -57,6 +57,22 @@ def write_predictions(path: Path, questions: Questions, answers: dict[str, list[
         writer.writerows(map(csv_cell, row) for row in rows)
 
 
+def say_results(job: cli.Job, metrics: dict, models: list[str], provider: dict | None, onnx: str) -> None:
+    """The scores in a line; without a dataset, what parity is; and where the export was not scored where it will run."""
+    job.say(f"{metrics_module.summary(metrics, models)} ({job.seconds():.0f} s)")
+    for pair, distance in metrics.get("parity", {}).items() if "texts" in metrics else ():
+        if pair != "tokenizer":
+            job.say(
+                f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
+                f"{distance['top1_agreement']:.1%} the same most likely token"
+            )
+    if provider:
+        target, used = provider.values()
+        job.say(
+            f"{target} is not available here: {onnx} was scored on {used}, and its latency on {target} was not measured"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
@@ -114,18 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
             write_predictions(predictions_file, questions, answers)
-        job.say(f"{metrics_module.summary(metrics, list(runs))} ({job.seconds():.0f} s)")
-        for pair, distance in metrics.get("parity", {}).items() if questions.without_dataset else ():
-            if pair != "tokenizer":
-                job.say(
-                    f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
-                    f"{distance['top1_agreement']:.1%} the same most likely token"
-                )
-        if "provider" in facts:
-            target, used = facts["provider"].values()
-            job.say(
-                f"{target} is not available here: {onnx} was scored on {used}, and its latency on {target} was not measured"
-            )
+        say_results(job, metrics, list(runs), facts.get("provider"), onnx)
 
 
 if __name__ == "__main__":
