@@ -67,9 +67,14 @@ def ask_all(
         quantized: the settings of QLoRA, where the adapter belongs to its 4-bit base; else None.
     """
     runs: dict[str, Run] = {}
+    facts: dict = {}
     if onnx in folders:  # first: its memory is measured before torch is loaded
         exported = OnnxRunner(folders[onnx])
         runs[onnx] = exported.ask(questions, new_tokens, job, onnx)
+        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
+        if exported.model.runs_on != exported.model.provider:
+            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
+        del exported  # one model is in memory at a time
     timed = "merged" if "merged" in folders else "base"
     model = None
     for name in ("base", "adapter", "merged"):
@@ -85,11 +90,6 @@ def ask_all(
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
         runs[name] = model.ask(questions, new_tokens, job, name)
-    facts: dict = {}
-    if onnx in folders:
-        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
-        if exported.model.runs_on != exported.model.provider:
-            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
     return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}, facts
 
 
