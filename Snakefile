@@ -4,14 +4,10 @@
 #     snakemake --cores all build/adapter    build one thing and what it needs
 #     snakemake -n                           say what would run, and why
 #
-# Rules stand in execution order; commands and resources are written here only. Every knob is in params.yaml. A rule runs
-# again when its own section, its inputs or its code change; source files count by content (slmake/code_inputs.py).
-
-from slmake.plan import when
-from slmake.platforms.slurm import memory
+# Rules stand in execution order. A rule runs again when its section of params.yaml, its inputs or its code change.
 
 
-include: "rules/common.smk"
+include: "rules/common.smk"  # PLAN, STAGES, REPORT, and the helpers code_of, built_from, optional, when, memory
 
 
 rule all:
@@ -44,8 +40,7 @@ rule fetch_model:
         mem_mb=memory(8000),
         runtime=120,
     params:
-        section=section_of("fetch_model"),
-        sources=digest_of("fetch_model"),
+        **built_from("fetch_model"),
     shell:
         "python -m scripts.fetch_model"
         " --params params.yaml"
@@ -72,8 +67,7 @@ rule prepare:
         mem_mb=memory(4000),
         runtime=60,
     params:
-        section=section_of("prepare"),
-        sources=digest_of("prepare"),
+        **built_from("prepare"),
     shell:
         "python -m scripts.prepare"
         " --params params.yaml"
@@ -104,8 +98,7 @@ rule rehearse:
         mem_mb=memory(4000, 2),
         runtime=60,
     params:
-        section=section_of("rehearse"),
-        sources=digest_of("rehearse"),
+        **built_from("rehearse"),
     shell:
         "python -m scripts.rehearse"
         " --params params.yaml"
@@ -135,8 +128,7 @@ rule finetune:
         runtime=720,
         nproc_per_node="auto",  # processes that train together: one per GPU; a profile's set-resources may say a number
     params:
-        section=section_of("finetune"),
-        sources=digest_of("finetune"),
+        **built_from("finetune"),
     shell:
         "python -m scripts.finetune"
         " --params params.yaml"
@@ -167,8 +159,7 @@ rule adapter:
         mem_mb=memory(2000),
         runtime=60,
     params:
-        section=section_of("adapter"),
-        sources=digest_of("adapter"),
+        **built_from("adapter"),
     shell:
         "python -m scripts.adapter"
         " --params params.yaml"
@@ -195,8 +186,7 @@ rule merge:
         mem_mb=memory(4000, 2),
         runtime=60,
     params:
-        section=section_of("merge"),
-        sources=digest_of("merge"),
+        **built_from("merge"),
     shell:
         "python -m scripts.merge"
         " --params params.yaml"
@@ -227,9 +217,8 @@ rule candidate:
         mem_mb=memory(6000, 4),
         runtime=240,
     params:
-        section=lambda wildcards: PLAN.candidate_section(wildcards.candidate),
-        sources=digest_of("candidate"),
-        reference=lambda wildcards, input: f"--reference {input.reference}" if input.reference else "",
+        **built_from("candidate"),
+        reference=optional("reference"),
     shell:
         "python -m scripts.candidate"
         " --params params.yaml"
@@ -257,8 +246,7 @@ rule search:
         mem_mb=memory(1000),
         runtime=10,
     params:
-        section=section_of("search"),
-        sources=digest_of("search"),
+        **built_from("search"),
     shell:
         "python -m scripts.search"
         " --params params.yaml"
@@ -286,9 +274,8 @@ rule quantize:
         mem_mb=memory(6000, 4),
         runtime=240,
     params:
-        section=section_of("quantize"),
-        sources=digest_of("quantize"),
-        dataset=when(PLAN.params.quantize.calibration == "gptq", "--dataset build/dataset"),
+        **built_from("quantize"),
+        dataset=optional("dataset"),
         search=when(PLAN.search, "--search results/search.json --candidates build/search"),
     shell:
         "python -m scripts.quantize"
@@ -318,8 +305,7 @@ rule evaluate:
         mem_mb=memory(6000, 3),
         runtime=240,
     params:
-        section=section_of("evaluate"),
-        sources=digest_of("evaluate"),
+        **built_from("evaluate"),
         models=" ".join(f"--{name} {folder}" for name, folder in PLAN.scored.items()),
     shell:
         "python -m scripts.evaluate"
@@ -348,8 +334,7 @@ rule gates:
         mem_mb=memory(1000),
         runtime=10,
     params:
-        section=section_of("gates"),
-        sources=digest_of("gates"),
+        **built_from("gates"),
     shell:
         "python -m scripts.gates"
         " --params params.yaml"
@@ -363,7 +348,7 @@ rule package:
     input:
         code=code_of("package"),
         materials=ancient(PLAN.materials()),
-        licences=ancient(PLAN.params.package.license_files),
+        licences=ancient(PLAN.params.package.license_files + PLAN.constraint),
         model=PLAN.onnx,
         dataset="build/dataset",
         base_report="results/base.json",
@@ -382,9 +367,8 @@ rule package:
         mem_mb=memory(2000),
         runtime=30,
     params:
-        section=section_of("package"),
-        sources=digest_of("package"),
-        search=when(PLAN.search, "--search results/search.json"),
+        **built_from("package"),
+        search=optional("search"),
     shell:
         "python -m scripts.package"
         " --params params.yaml"
@@ -413,7 +397,7 @@ rule report:
         search=when(PLAN.search, "results/search.json"),
         published=ancient(PLAN.published_metrics),
     output:
-        FIGURES,
+        REPORT,
     log:
         "logs/report.log",
     benchmark:
@@ -422,9 +406,8 @@ rule report:
         mem_mb=memory(2000),
         runtime=30,
     params:
-        section=section_of("report"),
-        sources=digest_of("report"),
-        search=when(PLAN.search, "--search results/search.json"),
+        **built_from("report"),
+        search=optional("search"),
     shell:
         "python -m scripts.report"
         " --params params.yaml"
@@ -455,9 +438,8 @@ rule publish:
         mem_mb=memory(2000),
         runtime=120,
     params:
-        section=section_of("publish"),
-        sources=digest_of("publish"),
-        metrics=lambda wildcards, input: f"--metrics {input.metrics}" if input.metrics else "",
+        **built_from("publish"),
+        metrics=optional("metrics"),
     shell:
         "python -m scripts.publish"
         " --params params.yaml"

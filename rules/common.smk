@@ -9,14 +9,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-from slmake import params
-from slmake.cli import PLANNED
+from slmake import cli, params
 from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlink
-from slmake.plan import LOCKS, Plan
+from slmake.plan import LOCKS, Plan, when
 from slmake.platforms import container as containers
 from slmake.platforms import dvc, slurm
+from slmake.platforms.slurm import memory
 
 if config:
     raise WorkflowError(f"--config and --configfile are not used here (got {', '.join(config)}): edit params.yaml.")
@@ -30,15 +30,16 @@ for folder in () if "SLMAKE_PULL" in os.environ else ("results", "build/report")
     for result in Path(folder).glob("*"):
         break_readonly_hardlink(result)
 
-# A rule's `python` is a child of Snakemake itself, so that it ends when Snakemake is killed (slmake/cli.py).
+# A rule ends when Snakemake is killed (slmake/cli.py). Its `python` takes the place of the shell, and gets the signals for it.
+os.environ[cli.ENGINE] = cli.engine()
 shell.prefix("exec ")
 atexit.register(remember)
 
 try:
     if workflow.is_main_process:
-        os.environ.pop(PLANNED, None)
+        os.environ.pop(cli.PLANNED, None)
     PLAN = Plan(params.load("params.yaml"))
-    os.environ[PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
+    os.environ[cli.PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
@@ -58,18 +59,23 @@ except UserError as error:
 
 
 def code_of(rule):
-    """Code and environment's locks as inputs that are compared by content (see `digest_of`)."""
-    return ancient([*code(rule), *LOCKS])
+    """Code, a user's own metrics and tasks included, and environment's locks, compared by content (see `built_from`)."""
+    own = {"candidate": PLAN.metric_files, "evaluate": PLAN.metric_files + PLAN.task_files}.get(rule, [])
+    return ancient([*code(rule), *own, *LOCKS])
 
 
-def digest_of(rule):
-    """Digest of `code_of(rule)` and of the files that params.yaml names for the rule, for its params."""
-    return PLAN.digest(rule)
+def built_from(rule):
+    """Params that make a rule run again when they differ, its sections of params.yaml and the digest of the files that it reads."""
+
+    def section(wildcards):  # a function, because Snakemake would take the braces of a text for wildcards
+        return PLAN.candidate_section(wildcards.candidate) if rule == "candidate" else PLAN.section(rule)
+
+    return {"section": section, "sources": PLAN.digest(rule)}
 
 
-def section_of(rule):
-    """The text of a rule's sections of params.yaml, as a function: Snakemake would take the braces of a text for wildcards."""
-    return lambda wildcards: PLAN.section(rule)
+def optional(name):
+    """The option `--name FILE` for an input that a rule has under a condition only, and no text without that input."""
+    return lambda wildcards, input: f"--{name} {input[name]}" if input[name] else ""
 
 
 report: "../report/workflow.rst"
@@ -83,7 +89,7 @@ localrules:
 
 
 mark = report  # at the start of a line Snakemake would take `report` for a keyword
-FIGURES = [
+REPORT = [
     mark(f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title})
     for file, category, title in PLAN.figures
 ]

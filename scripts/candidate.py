@@ -19,7 +19,7 @@ from slmake.errors import UserError
 from slmake.export import proposals
 from slmake.export.build import build
 from slmake.scoring import metrics, selection
-from slmake.scoring.measure import measure
+from slmake.scoring.measure import drop, measure
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.transformers_runner import TransformersRunner
@@ -50,18 +50,18 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("quantize.search is not set, so there are no candidates.")
         questions = Questions(args.dataset, section.search.rows, SPLITS)
         new_tokens = scoring.max_new_tokens or questions.form["longest_answer_tokens"]
-        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
+        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed, questions.groups())
         with outputs.written(args.output) as (folder,):
             if args.candidate == "merged":
                 model = TransformersRunner(args.model, scoring.batch_size, scoring.latency_rows)
                 run = model.ask(questions, new_tokens, job, "merged")
-                answers, scores = measure(questions, run, weights)
+                answers, scores = measure(questions, run, weights, scoring.answer_metrics)
                 scores["size_bytes"] = outputs.folder_size(args.model)
-                np.save(folder / "logits.npy", np.stack(run.logits))
+                np.save(folder / "logits.npy", np.vstack(run.logits))
                 result = {"rows": questions.scored, "metrics": scores, "benchmark": run.timings, "answers": answers}
             else:
                 result = measure_candidate(
-                    section, int(args.candidate), args, questions, new_tokens, weights, folder, job
+                    everything, int(args.candidate), args, questions, new_tokens, weights, folder, job
                 )
             outputs.write_json(folder / "measured.json", result)
         if "failed" in result:
@@ -73,9 +73,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_candidate(
-    section, number: int, args, questions, new_tokens: int, weights, folder: Path, job: cli.Job
+    everything: params.Params, number: int, args, questions, new_tokens: int, weights, folder: Path, job: cli.Job
 ) -> dict:
     """Propose, build and measure candidate `number`; the exported model stays in `folder`/model."""
+    section, scoring = everything.quantize, everything.evaluate
     if args.reference is None:
         raise UserError("a candidate is compared with merged: give --reference.")
     measured = selection.measured_figures(args.earlier, section.search.objective)
@@ -90,16 +91,15 @@ def measure_candidate(
     except UserError as error:
         outputs.remove(model)
         return result | {"failed": str(error)}
-    answers, scores = measure(questions, run, weights)
+    answers, scores = measure(questions, run, weights, scoring.answer_metrics)
     scores["size_bytes"] = outputs.folder_size(model)
     reference = outputs.read_json(args.reference / "measured.json", "answers", output=args.reference)
     logits = np.load(args.reference / "logits.npy")
-    labels = questions.form["labels"]
     return result | {
         "metrics": scores,
         "benchmark": run.timings,
-        "parity": metrics.parity(logits, np.stack(run.logits)),
-        "drop": metrics.drop(questions.expected, reference["answers"], answers, labels, weights),
+        "parity": metrics.parity(logits, np.vstack(run.logits)),
+        "drop": drop(questions, reference["answers"], answers, weights, scoring.answer_metrics),
     }
 
 

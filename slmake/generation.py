@@ -1,6 +1,7 @@
 """Ask an exported model: python run.py "your text" (needs only: pip install onnxruntime-genai).
 
-The pipeline scores an export with this very code, and `package` copies this file as run.py: what is scored is what ships.
+The pipeline scores an export with this very code, and so do `ask`, `chat` and the server; `package` copies this file as run.py: what is
+scored is what ships.
 """
 
 import sys
@@ -11,11 +12,37 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
+INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: share of the probability that is sampled from (nucleus sampling).
+        seed: the same seed gives the same answer; None for another one each time.
+        guidance: kind (`regex`, `json_schema` or `lark_grammar`) and text of what an answer must fit.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    guidance: tuple[str, str] | None = None
+
+    def options(self) -> dict:
+        """The runtime's search options."""
+        if not self.temperature:
+            return {"do_sample": False}
+        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return chosen if self.seed is None else {**chosen, "random_seed": self.seed}
 
 
 class Exported:
@@ -30,6 +57,7 @@ class Exported:
     Attributes:
         provider: the execution provider it was exported for.
         runs_on: the execution provider it runs on here.
+        sampling: how answers are chosen by default: the most likely one, that fits what `package.constrain` asks for.
         context_length: tokens of prompt and answer together that it can read.
 
     Raises:
@@ -40,6 +68,8 @@ class Exported:
         import onnxruntime_genai as og
 
         self.folder, self.form = folder, form or {}
+        guidance = self.form.get("guidance")
+        self.sampling = Sampling(guidance=(guidance["kind"], guidance["data"]) if guidance else None)
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         # ONNX Runtime GenAI refuses a cache that is smaller than a sliding window.
@@ -76,21 +106,56 @@ class Exported:
             raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
-        chat = self.form.get("chat", {})
-        text = self.tokenizer.apply_chat_template(
-            json.dumps(_messages(arguments[0])), template_str=self._template(chat), add_generation_prompt=True
-        )
-        return text + chat.get("answer_prefix", "")
+        return self.chat_prompt(_messages(arguments[0]))
 
-    def _template(self, chat: dict) -> str | None:
-        """The chat template with the options and the date of training; None for the template as it is."""
+    def arguments(self, text: str) -> list[str]:
+        """The text for each field of the template: for several fields, the values of a JSON object.
+
+        Raises:
+            ValueError: there are several fields, and this is no object of theirs.
+        """
+        fields = self.form["fields"]
+        if self.form["prompt"] is None or len(fields) == 1:
+            return [text]
+        try:
+            return [str(json.loads(text)[name]) for name in fields]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"the template has the fields {', '.join(fields)}: give a JSON object with each."
+            ) from None
+
+    def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None, answered: bool = False) -> str:
+        """The text of a chat, by the chat template with the options and the date of training.
+
+        Args:
+            messages: turns with `role` and `content`, or `tool_calls`, whose arguments are objects.
+            tools: functions that the model may call, as JSON Schemas in OpenAI's form.
+            answered: the last turn is the answer, so that none is asked for.
+
+        Raises:
+            ValueError: the template does not take these turns.
+        """
+        chat, text = self.form.get("chat", {}), json.dumps(messages)
+        if "\\u0000" in text:
+            raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
+        template = self._template(chat, tools)
+        try:
+            prompt = self.tokenizer.apply_chat_template(text, template_str=template, add_generation_prompt=not answered)
+        except RuntimeError as error:
+            raise ValueError(f"the chat template does not take these messages: {str(error).splitlines()[0]}") from None
+        return prompt if answered else prompt + chat.get("answer_prefix", "")
+
+    def _template(self, chat: dict, tools: list[dict] | None) -> str | None:
+        """The chat template with the options, the tools and the date of training; None for the template as it is."""
         file = self.folder / "chat_template.jinja"
-        if not chat or not file.exists():
+        if not (chat or tools) or not file.exists():
             return None
+        # Tools are a variable, too: those that the runtime is given it rewrites ("string" becomes "str"), which training did not.
+        variables = chat.get("template_kwargs", {}) | ({"tools": tools} if tools else {})
         options = "".join(
-            f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in chat["template_kwargs"].items()
+            f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in variables.items()
         )
-        day, today = date.fromisoformat(chat["date"]), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+        day, today = date.fromisoformat(chat.get("date", "2024-01-01")), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         template = re.sub(today, lambda call: json.dumps(day.strftime(call[2])), file.read_text(encoding="utf-8"))
         return options + template.replace("strftime_now is defined", "true")
 
@@ -107,37 +172,93 @@ class Exported:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without its end token and outer white space."""
+        return self.text(ids).strip()
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, without its end token."""
         end = self.form.get("end_token_id")
-        return self.tokenizer.decode([token for token in ids if token != end]).strip()
+        return self.tokenizer.decode([token for token in ids if token != end])
+
+    def generator(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling):
+        """An `onnxruntime_genai.Generator` that has read a prompt, with room for `new_tokens`.
+
+        Raises:
+            ValueError: the runtime cannot make the guidance of its text.
+        """
+        import onnxruntime_genai as og
+
+        settings = og.GeneratorParams(self.model)
+        settings.set_search_options(max_length=max(len(prompt) + new_tokens, self.smallest_cache), **sampling.options())
+        if sampling.guidance:
+            settings.set_guidance(*sampling.guidance)
+        try:
+            generator = og.Generator(self.model, settings)
+        except RuntimeError as error:
+            if not sampling.guidance:
+                raise
+            reason = str(error).strip().removeprefix("Error creating grammar: ")
+            raise ValueError(f"answers cannot be held to this {sampling.guidance[0]}: {reason}") from None
+        generator.append_tokens(list(prompt))
+        return generator
 
     def generate(
-        self, prompt: Sequence[int], new_tokens: int, look: Callable | None = None, room: int = 0
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        look: Callable | None = None,
+        room: int = 0,
+        sampling: Sampling | None = None,
     ) -> list[int]:
-        """The most likely continuation of a prompt, token by token.
+        """The continuation of a prompt, token by token.
 
         Args:
             prompt: token ids.
             new_tokens: the largest number of tokens to generate; the model's end token ends the answer earlier.
             look: called with the `onnxruntime_genai.Generator` before each token is chosen, when its logits are there.
             room: tokens that the generator must be able to hold behind the prompt, if more than `new_tokens`.
+            sampling: how tokens are chosen; the most likely ones by default.
 
         Returns:
-            The new token ids; onnxruntime-genai leaves out an end token.
+            The new token ids, without the end token.
         """
-        import onnxruntime_genai as og
+        generator = self.generator(prompt, max(new_tokens, room), sampling or Sampling())
+        return list(self.steps(generator, new_tokens, look))
 
-        settings = og.GeneratorParams(self.model)
-        length = max(len(prompt) + max(new_tokens, room), self.smallest_cache)
-        settings.set_search_options(max_length=length, do_sample=False)
-        generator = og.Generator(self.model, settings)
-        generator.append_tokens(list(prompt))
-        made = 0
-        while made < new_tokens and not generator.is_done():
-            if look:
-                look(generator)
-            generator.generate_next_token()
-            made += 1
-        return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+    def steps(self, generator, new_tokens: int, look: Callable | None = None) -> Iterator[int]:
+        """Token ids as they are generated, without an end token (see `generate`).
+
+        Raises:
+            ValueError: guidance asks for a character that the tokenizer has in pieces only, which the runtime cannot follow.
+        """
+        length = generator.token_count()
+        for made in range(1, new_tokens + 1):
+            try:
+                if look:
+                    look(generator)
+                generator.generate_next_token()
+            except RuntimeError as error:
+                if "satisfy the grammar" not in str(error):
+                    raise
+                raise ValueError(
+                    "answers cannot be held to this: it has a character that the model's tokenizer writes in several tokens, which "
+                    "onnxruntime-genai cannot follow. Leave the character out, or write it as ASCII."
+                ) from None
+            if generator.token_count() < length + made:  # an end token, which onnxruntime-genai leaves out
+                return
+            yield int(generator.get_next_tokens()[0])
+
+    def fitting(self, ids: Sequence[int], new_tokens: int) -> Sequence[int]:
+        """The prompt's token ids.
+
+        Raises:
+            ValueError: prompt and answer are longer than what the model reads.
+        """
+        if len(ids) + new_tokens > self.context_length:
+            raise ValueError(
+                f"the text is too long: {len(ids)} tokens with the template, and {new_tokens} for the answer; "
+                f"the model reads {self.context_length}. Shorten it."
+            )
+        return ids
 
     def answer(self, *arguments: str, new_tokens: int | None = None) -> str:
         """The model's answer to a text (see `prompt`).
@@ -149,13 +270,68 @@ class Exported:
             ValueError: the text does not fit the template or the model.
         """
         new_tokens = new_tokens or self.form["longest_answer_tokens"]
-        ids = self.encode(self.prompt(*arguments))
-        if len(ids) + new_tokens > self.context_length:
-            raise ValueError(
-                f"the text is too long: {len(ids)} tokens with the template, and {new_tokens} for the answer; "
-                f"the model reads {self.context_length}. Shorten it."
-            )
-        return self.decode(self.generate(ids, new_tokens))
+        ids = self.fitting(self.encode(self.prompt(*arguments)), new_tokens)
+        return self.decode(self.generate(ids, new_tokens, sampling=self.sampling))
+
+
+class Stream:
+    """An answer while it is generated: iterate for its text, piece by piece.
+
+    Every step makes one token, and gives the text that it adds: none where that is not certain yet, because a character or a stop string
+    may go on. All pieces together are `text`, which is what `Exported.decode` makes of the tokens.
+
+    Args:
+        prompt: token ids that fit the model.
+        stop: texts that end the answer; they are no part of it.
+
+    Attributes:
+        text: the answer so far.
+        tokens: its token ids.
+        finish: why it ended, `stop` (an end token or a stop string) or `length`; None before.
+
+    Raises:
+        ValueError: the runtime cannot make the guidance of its text.
+    """
+
+    def __init__(
+        self,
+        model: Exported,
+        prompt: Sequence[int],
+        new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ):
+        self.model, self.prompt, self.new_tokens, self.stop = model, prompt, new_tokens, stop
+        self.generator = model.generator(prompt, new_tokens, sampling or model.sampling)
+        self.text, self.finish = "", None
+        self.tokens: list[int] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self.model.steps(self.generator, self.new_tokens):
+            self.tokens.append(token)
+            yield self._advance()
+            if self.finish:
+                break
+        else:
+            self.finish = "length" if len(self.tokens) == self.new_tokens else "stop"
+            yield self._advance()
+        del self.generator  # with its cache
+
+    def _advance(self) -> str:
+        """What is certain now of the text so far, behind what was given before."""
+        whole = self.model.text(self.tokens).lstrip()
+        stopped = [whole.index(text) for text in self.stop if text in whole]
+        if stopped:
+            self.finish, whole = "stop", whole[: min(stopped)]
+        elif not self.finish:
+            whole = whole.rstrip(INCOMPLETE)
+            begun = [size for text in self.stop for size in range(1, len(text)) if whole.endswith(text[:size])]
+            whole = whole[: len(whole) - max(begun, default=0)]
+        whole = whole.rstrip()
+        if not whole.startswith(self.text):  # shorter than before: more was held back
+            return ""
+        piece, self.text = whole[len(self.text) :], whole
+        return piece
 
 
 def truncate(ids: Sequence[int], limit: int, kept: int | None) -> Sequence[int]:

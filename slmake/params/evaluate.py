@@ -1,8 +1,11 @@
 """The section `evaluate` of params.yaml."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from slmake.params import metrics as metrics_module
 from slmake.params.base import Model, Section
+from slmake.params.constraint import Constraint
+from slmake.params.gates import METRICS
 
 
 class Evaluate(Section):
@@ -14,6 +17,23 @@ class Evaluate(Section):
         description="What to score. `onnx` appears in the results under the name of its precision (int4, int8, fp16, fp32).",
     )
     max_samples: int | None = Field(None, ge=1, description="Score only the first this many test rows.")
+    metrics: list[str | dict[str, str | float]] = Field(
+        [],
+        description="More scores of every answer, from 0 to 1 each, with intervals, drops and gates: `contains` (the expected answer is in "
+        "it), `json_valid`, `{json_schema: FILE}`, `{regex: PATTERN}` (of the whole answer), `{numeric: TOLERANCE}`, `tool_name`, "
+        "`tool_arguments` (by value), or a function of your own, `path/to/file.py:function` of (prompt, expected, answer) to a number.",
+    )
+    lm_eval: list[str] = Field(
+        [],
+        description="Tasks of EleutherAI's lm-evaluation-harness, run on base, merged and the export: names (`hellaswag`), or YAML files that "
+        "define one. `make lm-eval` installs it. Figures are called `lm_eval.TASK.METRIC`.",
+    )
+    lm_eval_limit: int | None = Field(None, ge=1, description="Only the first this many rows of each of these tasks.")
+    constrain: Constraint = Field(
+        "none",
+        description="Ask the exported model a second time, and hold its answers to `labels`, `{regex: PATTERN}` or `{json_schema: FILE}` with "
+        "the runtime's guidance: `constrained_accuracy`, the shares of valid answers with and without, and the latency.",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,
@@ -37,3 +57,18 @@ class Evaluate(Section):
         description="Bootstrap resamples behind the 95% intervals of accuracy, macro-F1 and drops.",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the resamples.")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value):
+        figures = [metrics_module.parse(entry).figure for entry in value]
+        for figure in figures:
+            taken = figure in (*METRICS, "per_class", "confusion") or figure.endswith(("_low", "_high"))
+            if taken or figures.count(figure) > 1:
+                raise ValueError(f"two figures would be called `{figure}`: rename your function")
+        return value
+
+    @property
+    def answer_metrics(self) -> list[metrics_module.AnswerMetric]:
+        """What `metrics` names, parsed."""
+        return [metrics_module.parse(entry) for entry in self.metrics]

@@ -1,22 +1,33 @@
-"""The section `gates` of params.yaml: figures that can be bounded, and bounds that make sense."""
+"""The section `gates` of params.yaml: metrics that can be bounded, and bounds that make sense."""
 
 import difflib
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from slmake.params.base import Model, Section
 
-# Figures that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
-SHARES = ("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement")
+# Metrics that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
+SHARES = (
+    *("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement"),
+    *("valid", "constrained_valid", "constrained_accuracy", "constrained_macro_f1", "constrained_rouge_l"),
+)
 WITH_INTERVAL = ("accuracy", "macro_f1")
 PARITY = ("kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
 TIMINGS = (
     *("latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s"),
+    *("constrained_latency_ms_p50", "constrained_latency_ms_p95", "constrained_latency_ms_p99"),
     *("generated_tokens_per_s", "load_s", "score_s", "peak_memory_bytes"),
 )
-FIGURES = (*SHARES[:5], "outside_labels", "answer_perplexity", "size_bytes", *PARITY, *TIMINGS)
+OF_ROWS = (
+    *SHARES[:5],
+    *SHARES[6:],
+    "outside_labels",
+    "answer_perplexity",
+)  # of rows with expected answers; also per_class.…
+OF_TEXTS = ("perplexity",)  # of the fixed texts, where there is no dataset
+METRICS = (*OF_ROWS, *OF_TEXTS, "size_bytes", *PARITY, *TIMINGS)
 PER_CLASS = ("precision", "recall", "f1")
 Z = 1.959964  # of a 95% interval
 
@@ -26,7 +37,7 @@ class Gate(Section):
 
     metric: str = Field(
         description="A figure of results/metrics.json or results/benchmark.json, such as `accuracy`, `per_class.joy.recall`, `kl_mean` or "
-        "`latency_ms_p95` (docs/quality.md lists them)."
+        "`latency_ms_p95` (docs/quality.md lists them), or one of evaluate.metrics."
     )
     model: Literal["last"] | Model = Field("last", description="Whose figure; `last` is the last model built.")
     minimum: float | None = Field(None, ge=0, description="The figure must be at least this.")
@@ -45,7 +56,7 @@ class Gate(Section):
     )
     interval: Literal["ignore", "worst", "best"] = Field(
         "ignore",
-        description="The 95% interval (accuracy and macro_f1): `worst` asks its worst end to hold the bound, so that chance cannot pass; "
+        description="The 95% interval (accuracy, macro_f1 and evaluate.metrics): `worst` asks its worst end to hold the bound, so that chance cannot pass; "
         "`best` fails only when its best end misses, so that chance cannot fail.",
     )
 
@@ -72,15 +83,22 @@ class Gate(Section):
         return math.ceil(round(Z**2 * (1 - room) / room if self.interval == "worst" else 1 / room, 6))
 
     @model_validator(mode="after")
-    def _one_bound_on_a_known_figure(self):
+    def _one_bound_on_a_known_metric(self, info: ValidationInfo):
         given = [name for name in _BOUNDS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"{self.metric}: give exactly one of {', '.join(_BOUNDS)}")
         parts = self.metric.split(".")
         of_class = parts[0] == "per_class" and parts[-1] in PER_CLASS and any(parts[1:-1])
-        if self.metric not in FIGURES and not of_class:
-            near = difflib.get_close_matches(self.metric, FIGURES, n=1)
-            hint = f"did you mean `{near[0]}`" if near else f"known: {', '.join(FIGURES)}, per_class.LABEL.f1"
+        asked_for = tuple((info.context or {}).get("metrics", ()))  # evaluate.metrics of the same file
+        own = self.metric in asked_for or ("lm_eval" in asked_for and self.metric.startswith("lm_eval."))
+        if self.metric not in METRICS and not of_class and not own:
+            near = difflib.get_close_matches(self.metric, METRICS + asked_for, n=1)
+            known = ", ".join(METRICS + asked_for)
+            hint = (
+                f"did you mean `{near[0]}`"
+                if near
+                else f"known: {known}, per_class.LABEL.f1, and what evaluate.metrics names"
+            )
             raise ValueError(f"unknown metric `{self.metric}`; {hint}")
         if (
             (of_class or self.metric in (*SHARES, "outside_labels"))
@@ -88,11 +106,11 @@ class Gate(Section):
             and self.bound > 1
         ):
             raise ValueError(f"{self.metric}: {self.kind} {self.bound:g} is not allowed: it is a share, from 0 to 1")
-        if self.interval != "ignore" and (self.metric not in WITH_INTERVAL or self.kind.endswith("ratio")):
+        if self.interval != "ignore" and (not (own or self.metric in WITH_INTERVAL) or self.kind.endswith("ratio")):
             raise ValueError(
-                f"{self.metric}: there are intervals for minimum, maximum and maximum_drop of {' and '.join(WITH_INTERVAL)} only"
+                f"{self.metric}: there are intervals for minimum, maximum and maximum_drop of {', '.join(WITH_INTERVAL)} and evaluate.metrics only"
             )
-        if self.kind == "maximum_drop" and self.metric not in SHARES and not of_class:
+        if self.kind == "maximum_drop" and self.metric not in SHARES and not of_class and not own:
             raise ValueError(f"{self.metric}: more is not better, so a drop is no loss: use maximum or maximum_ratio")
         if self.metric in PARITY and self.kind not in ("minimum", "maximum"):
             raise ValueError(f"{self.metric} compares two models already: use minimum or maximum")

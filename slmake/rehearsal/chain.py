@@ -36,7 +36,8 @@ def finetune(
         update={"max_steps": steps, "eval_steps": 0, "save_steps": steps + 1, "early_stopping_patience": 0}
     )
     trainer = Trainer(short, base, dataset, target.with_name("checkpoints"), job, Group(), parameters)
-    schedule, lengths = Schedule(section, trainer.train.lengths), trainer.train.lengths
+    lengths = trainer.train.sequence_lengths
+    schedule = Schedule(section, lengths)
 
     def padded(step: int) -> int:
         return max(len(batch) * int(lengths[batch].max()) for batch in schedule.batches(step))

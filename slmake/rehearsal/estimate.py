@@ -79,7 +79,7 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
         needs["quantize"] = _quantizing(everything, measured["quantize"], calibrated, counts, depth, size, parameters)
         if "package" in everything.all.stages:
             needs["package"] = Need(BESIDES, disk=size)
-    if "evaluate" in everything.all.stages:
+    if "evaluate" in everything.stages:
         needs["evaluate"] = Need(BESIDES + weights)
     return needs
 
@@ -125,11 +125,11 @@ def _training(everything: params.Params, results: list[dict], counts: list[int],
     data = Data(dataset / "train.parquet")
     section = everything.finetune
     rows = (
-        Schedule(section, data.lengths).steps
+        Schedule(section, data.sequence_lengths).steps
         * section.per_device_train_batch_size
         * section.gradient_accumulation_steps
     )
-    tokens = rows * float(data.real.mean())
+    tokens = rows * float(data.real.sum() / len(data.sequence_lengths))
     per_token = _line(counts, [result["seconds"] / max(1, result["tokens"]) for result in results], depth)
     return Need(_line(counts, [result["memory"] for result in results], depth), per_token * tokens)
 
@@ -196,7 +196,7 @@ def run(context, stage: str, function: Callable, *arguments: object) -> dict:
 def _child(sender, function: Callable, arguments: tuple) -> None:
     from slmake.scoring.run import peak_bytes
 
-    cli.die_with_parent()
+    cli.end_with(cli.engine(multiprocessing.parent_process().pid))
     try:
         result = function(*arguments)
         sender.send((result | {"memory": peak_bytes()}, None))

@@ -7,45 +7,75 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli, params
-from slmake.scoring import metrics, tokenizers
+from slmake.params.metrics import AnswerMetric
+from slmake.scoring import answer_metrics, constrained, metrics, tokenizers
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run
 from slmake.scoring.transformers_runner import TransformersRunner
 
 
-def measure(questions: Questions, run: Run, weights: np.ndarray) -> tuple[list[str], dict]:
-    """One model's answers to the scored rows, and its entry in metrics.json (without its size)."""
+def measure(
+    questions: Questions, run: Run, weights: np.ndarray, more: list[AnswerMetric] | None = None
+) -> tuple[list[str], dict]:
+    """One model's answers to the scored rows, and its entry in metrics.json (without its size).
+
+    Args:
+        more: what `evaluate.metrics` asks for beside accuracy.
+
+    Raises:
+        UserError: one of these metrics cannot be computed.
+    """
     count, labels = questions.scored, questions.form["labels"]
     expected = questions.expected[:count]
     answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
+    tokens = sum(len(answer) for answer in questions.answers[:count])
+    perplexity = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    if questions.without_dataset:
+        return answers, {"perplexity": perplexity}
     scores = metrics.score(expected, answers, labels, weights)
+    values = answer_metrics.values_of(more or [], questions, answers)
+    scores |= answer_metrics.score(values, weights)
     if labels:
         chosen = [labels[index] for index in run.choices[:count]]
-        scores["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
+        scores["restricted_accuracy"] = round(metrics.accuracy(expected, chosen), 6)
         scores["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
-    tokens = sum(len(answer) for answer in questions.answers[:count])
-    scores["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    scores["answer_perplexity"] = perplexity
     return answers, scores
 
 
-def compare(questions: Questions, runs: dict[str, Run], answers: dict[str, list[str]], weights: np.ndarray) -> dict:
+def drop(
+    questions: Questions,
+    before: list[str],
+    after: list[str],
+    weights: np.ndarray,
+    more: list[AnswerMetric] | None = None,
+) -> dict:
+    """What every score of answers loses from one model to the next, with intervals; arguments as of `measure`."""
+    expected, labels = questions.expected[: questions.scored], questions.form["labels"]
+    values = [answer_metrics.values_of(more or [], questions, answers) for answers in (before, after)]
+    return metrics.drop(expected, before, after, labels, weights) | answer_metrics.drop(*values, weights)
+
+
+def compare(
+    questions: Questions,
+    runs: dict[str, Run],
+    answers: dict[str, list[str]],
+    weights: np.ndarray,
+    more: list[AnswerMetric] | None = None,
+) -> dict:
     """`parity` and `drop` of every model against the one before it, from which it was made."""
-    count, labels = questions.scored, questions.form["labels"]
     names = list(runs)
     compared: dict = {"parity": {}, "drop": {}}
     for before, after in pairwise(names):
         key = f"{after}_vs_{before}"
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            compared["parity"][key] = metrics.parity(np.stack(runs[before].logits), np.stack(runs[after].logits))
-        compared["drop"][key] = metrics.drop(
-            questions.expected[:count], answers[before], answers[after], labels, weights
-        )
-    if "base" in names and len(names) > 2:
+            compared["parity"][key] = metrics.parity(np.vstack(runs[before].logits), np.vstack(runs[after].logits))
+        if not questions.without_dataset:
+            compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
+    if "base" in names and len(names) > 2 and not questions.without_dataset:
         last = names[-1]
-        compared["drop"][f"{last}_vs_base"] = metrics.drop(
-            questions.expected[:count], answers["base"], answers[last], labels, weights
-        )
+        compared["drop"][f"{last}_vs_base"] = drop(questions, answers["base"], answers[last], weights, more)
     return {key: value for key, value in compared.items() if value}
 
 
@@ -58,8 +88,8 @@ def ask_all(
     new_tokens: int,
     job: cli.Job,
 ) -> tuple[dict[str, Run], dict]:
-    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, and its execution
-    provider where it was scored on another one.
+    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, its answers with
+    `evaluate.constrain`, and its execution provider where it was scored on another one.
 
     Args:
         folders: the models by name, in the order they are made; `adapter_base` is the base of the adapter.
@@ -71,6 +101,9 @@ def ask_all(
     if onnx in folders:  # first: its memory is measured before torch is loaded
         exported = OnnxRunner(folders[onnx])
         runs[onnx] = exported.ask(questions, new_tokens, job, onnx)
+        if section.constrain != "none":
+            texts, timings = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
+            facts["constrained"], runs[onnx].timings = texts, runs[onnx].timings | timings
         facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
         if exported.model.runs_on != exported.model.provider:
             facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}

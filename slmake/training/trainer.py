@@ -62,7 +62,7 @@ class Trainer:
                 "finetune.early_stopping_patience: the eval split is empty, so there is no loss to stop by. Raise "
                 "prepare.eval_fraction, or set early_stopping_patience to 0."
             )
-        self.schedule = Schedule(section, self.train.lengths)
+        self.schedule = Schedule(section, self.train.sequence_lengths)
         key = None
         if self.group.is_main_process:
             dtype = pick_dtype(section.compute_dtype, self.device)
@@ -203,7 +203,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self.schedule.batches(self.step)
-        rows = np.concatenate(batches)
+        rows = self.train.rows_of(np.concatenate(batches))
         targets = int(self.train.answers[rows].sum())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch, counts in self.group.share(batches):
@@ -243,7 +243,7 @@ class Trainer:
             self.qat.refresh(None)
         self.peft.eval()
         total, count = 0.0, 0
-        order = np.argsort(-self.eval.lengths, kind="stable")
+        order = np.argsort(-self.eval.sequence_lengths, kind="stable")
         size = self.section.per_device_train_batch_size
         with torch.no_grad():
             for _, batch, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):

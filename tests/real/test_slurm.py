@@ -161,8 +161,8 @@ def test_out_of_time(copy_of_clustered):
 
 def test_tasks_of_srun_train_together(base, dataset, slurm, tmp_path):
     """The way of a job with several nodes, on the one node there is: srun starts the processes, and the bytes are those of `auto`'s."""
+    from finetune_script import command
     from test_distributed import contents, tune_by_two
-    from test_finetune import command
 
     tune_by_two(tmp_path / "pair", base, dataset)
     arguments = ["-m", "scripts.finetune", *command(tmp_path / "spread", base, dataset)]

@@ -74,7 +74,7 @@ def test_texts_that_do_not_fit_are_refused(exported, texts, message):
         generation.Exported(exported, FORM).answer(*texts)
     if len(texts) == 1:  # `ask` says the same
         with pytest.raises(UserError, match=message):
-            ask.ask(exported, FORM, texts, None)
+            ask.ask(generation.Exported(exported, FORM), texts[0], None)
 
 
 def test_begin_token_and_normalization_are_those_of_training(tmp_path, exported, base):

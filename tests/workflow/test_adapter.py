@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from merge_script import make_adapter
 from project import change, new_project, planned, snakemake
 from safetensors.torch import load_file
-from test_merge import make_adapter
 
 STAGES = ["merge", "quantize", "evaluate", "gates", "package", "report"]
 

@@ -30,12 +30,11 @@ def test_one_name_everywhere():
     for name in rules:
         body = text.split(f"rule {name}:")[1].split("\nrule ")[0]
         assert f'code=code_of("{name}"),' in body
-        assert f'sources=digest_of("{name}"),' in body
+        assert f'**built_from("{name}"),' in body
         assert f'"python -m scripts.{name}"' in body
         file = "candidate-{candidate}" if name == "candidate" else name
         assert f'"logs/{file}.log"' in body
         assert f'"benchmarks/{file}.tsv"' in body
-        assert f'section=section_of("{name}"),' in body or name == "candidate"
         assert (ROOT / "scripts" / f"{name}.py").exists()
     assert not re.search(r"^\s+(script|run|notebook):\s*$", text, re.M)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge_script import edited, load, logits, refused, run, tensors_of
 from safetensors.torch import load_file
-from test_merge import edited, load, logits, refused, run, tensors_of
 from tiny import make_model
 
 from slmake.merging import merge as merge_module

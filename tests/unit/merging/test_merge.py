@@ -1,7 +1,6 @@
-"""merge: PEFT's own sums bit for bit, one tensor at a time, and no broken model ever."""
+"""merge: PEFT's own sums bit for bit, one tensor at a time."""
 
 import json
-import math
 import shutil
 import struct
 import subprocess
@@ -10,40 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge_script import load, logits, make_adapter, run, tensors_of
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, make_model, write_params
+from tiny import ROOT, make_model
 
-from scripts import merge
 from slmake.merging import merge as merge_module
-
-IDS = torch.arange(2, 42).reshape(2, 20)
-
-
-def load(folder: Path, dtype=torch.float32):
-    """A model of transformers; missing or unexpected tensors fail the test."""
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert not report["mismatched_keys"]
-    return model.eval()
-
-
-def make_adapter(base: Path, folder: Path, std: float = 0.1, **config: object) -> Path:
-    """A PEFT adapter with random A and B for a base model; the seed is fixed."""
-    from peft import LoraConfig, get_peft_model
-
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
-    torch.manual_seed(13)
-    peft = get_peft_model(load(base), LoraConfig(**settings))
-    with torch.no_grad():
-        for name, value in peft.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value, std=std)
-    peft.save_pretrained(folder)
-    (folder / "README.md").unlink()
-    return folder
 
 
 def with_adapter(base: Path, adapter: Path, dtype=torch.float32):
@@ -51,39 +21,6 @@ def with_adapter(base: Path, adapter: Path, dtype=torch.float32):
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load(base, dtype), adapter).eval()
-
-
-def run(tmp_path: Path, base: Path, adapter: Path, finetune: dict | None = None, **section: object) -> Path:
-    """Run the script in this process; returns the merged folder."""
-    settings = {"dtype": "auto", "onto": "full_precision", **section}
-    params = write_params(tmp_path / "params.yaml", merge=settings, finetune=finetune or {})
-    target = tmp_path / "build" / "merged"
-    arguments = ["--params", params, "--base", base, "--adapter", adapter, "--output", target]
-    merge.main([str(argument) for argument in arguments])
-    return target
-
-
-def refused(tmp_path: Path, capsys, *arguments: object, **section: object) -> str:
-    """The script's error; it exits with 1 and leaves nothing behind."""
-    with pytest.raises(SystemExit) as caught:
-        run(tmp_path, *arguments, **section)
-    assert caught.value.code == 1
-    assert list((tmp_path / "build").iterdir()) == []
-    message = capsys.readouterr().err
-    return message[message.index("merge: error: ") :]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a model folder by name."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS.to(model.device)).logits.float()
 
 
 MODELS = {
@@ -101,12 +38,6 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("pair")
     base = make_model(folder / "base", architecture, **overrides)
     return base, make_adapter(base, folder / "adapter")
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory) -> Path:
-    """An adapter for the tiny tied Llama; do not write into it."""
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
 # -- the sums ----------------------------------------------------------------------------------------------------------
@@ -198,16 +129,6 @@ def test_scaling_is_pefts(tmp_path, base, config):
 # -- data types --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory, base) -> Path:
-    """The tiny Llama in bfloat16."""
-    folder = tmp_path_factory.mktemp("half") / "base"
-    load(base).bfloat16().save_pretrained(folder)
-    for path in base.glob("token*"):
-        shutil.copyfile(path, folder / path.name)
-    return folder
-
-
 def summed(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """W + s B A in float32 from the files, with s = alpha / r = 2."""
     updates = load_file(adapter / "adapter_model.safetensors")
@@ -279,174 +200,6 @@ def test_tensors_of_other_types_pass_through(tmp_path, base, adapter):
     assert cast["model.scalar"].dtype == torch.bfloat16
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def edited(adapter: Path, folder: Path, change=None, **config: object) -> Path:
-    """A copy of an adapter with changed tensors and configuration."""
-    shutil.copytree(adapter, folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8")
-    if change:
-        tensors = load_file(folder / "adapter_model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-UP = "base_model.model.model.layers.1.mlp.up_proj.lora_"
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_values_that_are_not_finite_are_refused_by_name(tmp_path, capsys, base, adapter, value):
-    def spoil(tensors):
-        tensors[f"{UP}B.weight"][3, 0] = value
-
-    spoilt = edited(adapter, tmp_path / "spoilt", spoil)
-    message = refused(tmp_path, capsys, base, spoilt)
-    assert f"{spoilt}/adapter_model.safetensors: tensor {UP}B.weight has 1 values that are not finite" in message
-
-
-@pytest.mark.parametrize("piece", [merge_module.PIECE, 64])
-def test_infinities_that_cancel_in_a_sum_are_found(tmp_path, capsys, monkeypatch, base, adapter, piece):
-    """Counted over the whole tensor, also where its rows are merged one by one."""
-    monkeypatch.setattr(merge_module, "PIECE", piece)
-
-    def spoil(tensors):
-        tensors[f"{UP}A.weight"][0] = 1e30
-        tensors[f"{UP}B.weight"][3, 0], tensors[f"{UP}B.weight"][4, 0] = 1e30, -1e30
-
-    message = refused(tmp_path, capsys, base, edited(adapter, tmp_path / "spoilt", spoil))
-    assert "model.layers.1.mlp.up_proj.weight: 128 values are not finite" in message
-
-
-def test_base_that_is_not_finite_is_refused(tmp_path, capsys, base, adapter):
-    """Also in a tensor that the adapter leaves alone."""
-    spoilt = Path(shutil.copytree(base, tmp_path / "spoilt"))
-    tensors = tensors_of(base)
-    tensors["model.norm.weight"][5] = math.nan
-    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
-    assert "model.norm.weight: 1 values are not finite" in refused(tmp_path, capsys, spoilt, adapter)
-
-
-def test_overflow_of_float16_is_refused(tmp_path, capsys, base, adapter):
-    def grow(tensors):
-        tensors[f"{UP}A.weight"][:] = 0
-        tensors[f"{UP}A.weight"][0, 0], tensors[f"{UP}B.weight"][3, 0] = 1e3, 1e3
-
-    large = edited(adapter, tmp_path / "large", grow)
-    message = refused(tmp_path, capsys, base, large, dtype="float16")
-    assert "model.layers.1.mlp.up_proj.weight: " in message
-    assert "not finite after the merge" in message
-
-
-def test_adapter_of_another_architecture_is_refused(tmp_path, capsys, base):
-    other = make_model(tmp_path / "phi", "phi3")
-    message = refused(tmp_path, capsys, base, make_adapter(other, tmp_path / "adapter"))
-    assert "the base model has no tensor model.layers.0.mlp.gate_up_proj.weight" in message
-    assert "(4 of the adapter's 8 are missing): it is another base model." in message
-
-
-def test_adapter_on_a_weight_of_integers_is_refused(tmp_path, capsys, base, adapter):
-    packed = Path(shutil.copytree(base, tmp_path / "packed"))
-    tensors = tensors_of(base)
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = tensors[name].to(torch.int8)
-    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
-    message = refused(tmp_path, capsys, packed, adapter)
-    assert f"{name} is of type I8: an adapter cannot be merged into it." in message
-
-
-def test_transposed_adapter_adds_its_update_transposed(tmp_path, base, adapter):
-    """`fan_in_fan_out` (GPT-2's layers hold their weights transposed): square products, so that both ways fit."""
-    names = ("q_proj", "o_proj")
-
-    def keep(tensors):
-        for key in [key for key in tensors if key.split(".")[-3] not in names]:
-            del tensors[key]
-
-    turned = edited(adapter, tmp_path / "turned", keep, fan_in_fan_out=True)
-    merged, before, pairs = (
-        tensors_of(run(tmp_path, base, turned)),
-        tensors_of(base),
-        load_file(adapter / "adapter_model.safetensors"),
-    )
-    for name in names:
-        key = f"model.layers.0.self_attn.{name}"
-        a, b = (pairs[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
-        assert torch.equal(merged[f"{key}.weight"], before[f"{key}.weight"] + ((b @ a) * 2.0).T)
-
-
-def test_adapter_of_another_size_is_refused(tmp_path, capsys, base):
-    other = make_model(tmp_path / "wide", intermediate_size=160)
-    message = refused(tmp_path, capsys, base, make_adapter(other, tmp_path / "adapter"))
-    assert "the adapter's update of model.layers.0.mlp." in message
-    assert "it belongs to another base model." in message
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        ({"use_dora": True}, ": use_dora is True, which does not fit the tensors for model.layers.0."),
-        ({"modules_to_save": ["lm_head"]}, ": modules_to_save has lm_head, but no tensor of it."),
-        ({"trainable_token_indices": [3]}, ": trainable_token_indices is set, but no token is saved."),
-        ({"peft_type": "LOHA"}, "/adapter_config.json: peft_type LOHA cannot be merged here; only LORA can."),
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            "/adapter_config.json: init_lora_weights: pissa_niter_4 changed the base's weights",
-        ),
-        (
-            {"use_qalora": True},
-            "/adapter_config.json: use_qalora is set; such an adapter cannot be merged tensor by tensor.",
-        ),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "/adapter_config.json: layer_replication is set"),
-        ({"target_parameters": ["experts.up"]}, "/adapter_config.json: target_parameters is set"),
-        ({"r": 8}, "/adapter_config.json: the rank of model.layers.0."),
-    ],
-)
-def test_adapters_of_other_kinds_are_refused(tmp_path, capsys, base, adapter, config, text):
-    other = edited(adapter, tmp_path / "other", **config)
-    assert f"{other}{text}" in refused(tmp_path, capsys, base, other)
-
-
-def test_truncated_adapter_is_refused(tmp_path, capsys, base, adapter):
-    cut = edited(adapter, tmp_path / "cut")
-    path = cut / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    assert f"{path}: truncated or corrupt safetensors" in refused(tmp_path, capsys, base, cut)
-
-
-def test_adapter_without_one_matrix_is_refused(tmp_path, capsys, base, adapter):
-    half = edited(adapter, tmp_path / "half", lambda tensors: tensors.pop(f"{UP}B.weight"))
-    message = refused(tmp_path, capsys, base, half)
-    assert "the adapter has only one of the two matrices for model.layers.1.mlp.up_proj.weight" in message
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_missing_adapter_names_the_command_that_makes_it(tmp_path, capsys, base, adapter, name):
-    lost = edited(adapter, tmp_path / "lost")
-    (lost / name).unlink()
-    message = refused(tmp_path, capsys, base, lost)
-    assert f"{lost}/{name}: no such file. Build the adapter with `snakemake --cores all {lost}`." in message
-
-
-def test_missing_shard_of_the_base_is_named(tmp_path, capsys):
-    base = make_model(tmp_path / "base", shards="150KB")
-    adapter = make_adapter(base, tmp_path / "adapter")
-    lost = sorted(base.glob("model-*.safetensors"))[1]
-    lost.unlink()
-    assert f"names {lost.name}, which is not there" in refused(tmp_path, capsys, base, adapter)
-
-
-def test_existing_output_is_refused(tmp_path, capsys, base, adapter):
-    folder = run(tmp_path, base, adapter)
-    before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit):
-        run(tmp_path, base, adapter)
-    assert f"{folder} already exists" in capsys.readouterr().err
-    assert (folder / "model.safetensors").read_bytes() == before
-
-
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +257,7 @@ print(peak() - before)
 
 
 # -- QLoRA -------------------------------------------------------------------------------------------------------------
+
 
 QLORA = {"method": "qlora", "quant_type": "nf4", "double_quant": True, "compute_dtype": "float32", "qat": "none"}
 

@@ -1,4 +1,4 @@
-"""evaluate: hand-computed scores, the same answers from every runtime, the same bytes from every run."""
+"""evaluate: the same answers from every runtime, the same bytes from every run."""
 
 import csv
 import json
@@ -8,81 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluate_script import export, make_dataset
 from tiny import make_rows, write_params
 
-from scripts import evaluate, prepare
-from slmake import cli, params, prompts
-from slmake.export import builder
+from scripts import evaluate
+from slmake import cli
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring import onnx_runner
 from slmake.scoring.questions import Questions
 from slmake.scoring.transformers_runner import TransformersRunner
 
-TONES = ("sadness", "joy", "fear", "surprise")
 BENCHMARK = {"load_s", "score_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"}
 LATENCY = {"latency_ms_p50", "latency_ms_p95", "latency_ms_p99"}
 METRICS = [
     *("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high", "outside_labels"),
     *("per_class", "confusion", "restricted_accuracy", "restricted_macro_f1", "answer_perplexity", "size_bytes"),
 ]
-
-
-def make_dataset(folder: Path, base: Path, rows: list[dict], **changes: object) -> Path:
-    """`prepare`'s output for other rows or parameters."""
-    folder.mkdir(parents=True)
-    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    given = {"source": str(folder / "rows.json"), **changes}
-    file = write_params(
-        folder / "params.yaml", all={"stages": ["finetune"]}, prepare=given
-    )  # an empty test split may pass
-    arguments = ["--params", file, "--base", base, "--output", folder / "dataset", "--report", folder / "report.json"]
-    prepare.main([str(argument) for argument in arguments])
-    return folder / "dataset"
-
-
-def export(model: Path, folder: Path, precision: str) -> Path:
-    """The model as ONNX."""
-    section = params.Quantize(precision=precision, algo_config="rtn", matmul_mixed_precision=None)
-    folder.mkdir(parents=True)
-    builder.export(section, model, folder, folder.parent / "cache")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory, base, dataset) -> Path:
-    """The tiny base after full training on train and test rows: it knows the answers whatever the processor's last bits, and when to stop."""
-    import pyarrow.parquet
-    from transformers import AutoModelForCausalLM
-
-    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("taught") / "model"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = [
-        row
-        for split in ("train", "test")
-        for row in pyarrow.parquet.read_table(dataset / f"{split}.parquet").to_pylist()
-    ]
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
-    labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    torch.manual_seed(0)
-    for _ in range(200):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss.item() < 0.02:
-            break
-    assert loss.item() < 0.05
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, taught) -> dict[str, Path]:
-    """The taught model as ONNX, in float32 and int4."""
-    folder = tmp_path_factory.mktemp("exported")
-    return {name: export(taught, folder / name, name) for name in ("fp32", "int4")}
 
 
 def run(
@@ -137,187 +78,6 @@ def read_json(path: Path) -> dict:
 def read_rows(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
-
-
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
-def test_macro_f1_of_a_small_example():
-    """a: 1 hit, 1 missed: 2/3. b: 2 hits, 1 wrong: 4/5. c: 1 missed: 0. Mean: 22/45."""
-    expected, answers = ["a", "a", "b", "b", "c"], ["a", "b", "b", "b", "x"]
-    assert metrics_module.macro_f1(expected, answers, ["a", "b", "c"]) == pytest.approx(22 / 45)
-
-
-def test_macro_f1_counts_every_label_the_same():
-    """Ninety right of one label and ten wrong of another: accuracy 0.9, but F1 of 90/95 and 0."""
-    expected, answers = ["a"] * 90 + ["b"] * 10, ["a"] * 100
-    assert metrics_module.macro_f1(expected, answers, ["a", "b"]) == pytest.approx((180 / 190 + 0) / 2)
-
-
-@pytest.mark.parametrize(
-    ("answers", "value"),
-    [(["a", "b"], 1.0), (["b", "a"], 0.0), (["", ""], 0.0), (["a", "x"], 0.5)],
-    ids=["right", "swapped", "empty", "half"],
-)
-def test_macro_f1_at_its_ends(answers, value):
-    assert metrics_module.macro_f1(["a", "b"], answers, ["a", "b"]) == value
-
-
-def score(questions: Questions, answers: list[str]) -> dict:
-    weights = metrics_module.resamples(questions.scored, 200, 1)
-    return metrics_module.score(questions.expected, answers, questions.form["labels"], weights)
-
-
-def test_score_of_a_classification(dataset):
-    questions = Questions(dataset)
-    count = len(questions.expected)
-    found = score(questions, questions.expected)
-    assert [found[name] for name in ("accuracy", "accuracy_low", "macro_f1", "macro_f1_low")] == [1.0] * 4
-    assert found["outside_labels"] == 0.0
-    assert [sum(row) for row in found["confusion"]] == [questions.expected.count(label) for label in sorted(TONES)]
-    share = questions.expected.count("joy") / count
-    found = score(questions, ["joy"] * count)
-    assert found["accuracy"] == round(share, 6)
-    assert found["macro_f1"] == pytest.approx(2 * share / (1 + share) / 4, abs=1e-6)
-    assert found["outside_labels"] == 0.0
-    answers = ["delight", "Joy", *questions.expected[2:]]
-    found = score(questions, answers)
-    assert found["accuracy"] == round((count - 2) / count, 6)
-    assert found["outside_labels"] == round(2 / count, 6)
-    assert sum(row[-1] for row in found["confusion"]) == 2
-
-
-def test_per_class_scores_and_confusion_of_a_small_example():
-    expected, answers, labels = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "?"], ["a", "b", "c"]
-    found = metrics_module.per_class(expected, answers, labels)
-    assert found["a"] == {"precision": 1.0, "recall": 0.666667, "f1": 0.8, "rows": 3}
-    assert found["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 2}
-    assert found["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
-    assert metrics_module.confusion(expected, answers, labels) == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
-
-
-def test_interval_of_accuracy_is_that_of_the_binomial():
-    """80 of 100 right: the normal approximation gives 0.8 ± 1.96 √(0.8 · 0.2 / 100) = 0.7216 to 0.8784."""
-    expected, answers = ["a"] * 100, ["a"] * 80 + ["b"] * 20
-    found = metrics_module.score(expected, answers, ["a", "b"], metrics_module.resamples(100, 4000, 7))
-    assert found["accuracy_low"] == pytest.approx(0.7216, abs=0.015)
-    assert found["accuracy_high"] == pytest.approx(0.8784, abs=0.015)
-    assert found == metrics_module.score(expected, answers, ["a", "b"], metrics_module.resamples(100, 4000, 7))
-    assert not np.array_equal(metrics_module.resamples(100, 50, 7), metrics_module.resamples(100, 50, 8))
-
-
-def test_drop_is_resampled_in_pairs():
-    """Both models err on the same rows but for 4 of 100: the drop's interval is that of the 4, far narrower than of accuracy."""
-    expected = ["a"] * 100
-    before, after = ["a"] * 80 + ["b"] * 20, ["a"] * 76 + ["b"] * 24
-    found = metrics_module.drop(expected, before, after, None, metrics_module.resamples(100, 4000, 7))
-    assert found["accuracy"] == 0.04
-    assert 0.0 <= found["accuracy_low"] <= 0.01
-    assert 0.07 <= found["accuracy_high"] <= 0.09
-
-
-def test_parity_of_a_small_example():
-    """KL((1/2, 1/2) || (1/4, 3/4)) = ln 2 - ln(3) / 2; the second prompt is the same in both."""
-    p, q = np.log([[0.5, 0.5], [0.9, 0.1]]).astype(np.float32), np.log([[0.25, 0.75], [0.9, 0.1]]).astype(np.float32)
-    found = metrics_module.parity(p, q)
-    kl = np.log(2) - np.log(3) / 2
-    assert found["kl_max"] == pytest.approx(kl, abs=1e-6)
-    assert found["kl_mean"] == pytest.approx(kl / 2, abs=1e-6)
-    assert found["prompts"] == 2
-    assert found["logit_diff_max"] == pytest.approx(np.log(2), abs=1e-4)
-    assert metrics_module.parity(p, p + 3) == {
-        "prompts": 2,
-        "kl_mean": 0.0,
-        "kl_max": 0.0,
-        "top1_agreement": 1.0,
-        "logit_diff_max": 3.0,
-    }
-
-
-def test_score_of_open_text(tmp_path, base):
-    """Every row has an answer of its own, so there are no labels: exact match and ROUGE-L."""
-    rows = [{"text": f"Say {i}", "reply": f"number {i * 37} it is"} for i in range(40)]
-    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
-    questions = Questions(folder)
-    assert questions.label_tokens is None
-    answers = [questions.expected[0] + " so", *questions.expected[1:]]
-    found = score(questions, answers)
-    count = len(answers)
-    assert found["accuracy"] == round(1 - 1 / count, 6)
-    assert found["rouge_l"] == pytest.approx((count - 1 + 2 * 0.8 / 1.8) / count, abs=1e-5)  # 4 of 5 words, 4 of 4
-    assert set(found) == {"accuracy", "accuracy_low", "accuracy_high", "rouge_l"}
-    empty = score(questions, [""] * count)  # an empty answer is wrong, and no error
-    assert (empty["accuracy"], empty["rouge_l"]) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "lines", "answer"),
-    [
-        ("joy", 1, "joy"),
-        (" joy \n", 1, "joy"),
-        ("\n\njoy\nfear", 1, "joy"),
-        ("joy\nfear", 2, "joy\nfear"),
-        ("one\ntwo\nthree", 2, "one\ntwo"),
-        ("", 1, ""),
-        ("  \n ", 3, ""),
-    ],
-)
-def test_first_answer(text, lines, answer):
-    assert prompts.first_answer(text, lines) == answer
-
-
-# -- questions ---------------------------------------------------------------------------------------------------------
-
-
-def test_questions_are_the_prompt_tokens_of_training(base, dataset):
-    """Decoded, they are the prompt; with the answer's tokens behind them, they are the sequence trained on."""
-    import pyarrow.parquet
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    questions = Questions(dataset)
-    rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()
-    assert len(rows) == len(questions.prompts) > 15
-    for row, ids, text, expected in zip(rows, questions.prompts, questions.texts, questions.expected, strict=True):
-        assert tokenizer.decode(ids) == text == row["prompt"]
-        assert text.endswith("### The tone is:\n")
-        assert expected == row["answer"].strip()
-        assert expected in TONES
-        answer = [label for label in row["labels"] if label != -100]
-        assert row["input_ids"] == [*ids, *answer]
-        assert answer[-1] == questions.end == 0
-
-
-def test_questions_of_a_padded_dataset_are_the_same(tmp_path, base, dataset):
-    padded = make_dataset(tmp_path / "data", base, make_rows(96), pad_to_max_len=True, max_seq_len=80)
-    plain, found = Questions(dataset), Questions(padded, None)
-    assert [ids.tolist() for ids in found.prompts] == [ids.tolist() for ids in plain.prompts]
-    assert found.expected == plain.expected
-
-
-def test_rows_of_joined_sequences_are_asked_by_their_tokens(tmp_path, base, exported):
-    """The text of a joined sequence is that of all its rows, so it is none of the last row's."""
-    folder = make_dataset(tmp_path / "data", base, make_rows(96), strategy="join", max_seq_len=100)
-    questions = Questions(folder, None, ("train",))
-    assert None in questions.texts
-    runner = onnx_runner.OnnxRunner(exported["fp32"])
-    runner.model = onnx_runner.load(exported["fp32"], questions.form)
-    for i, text in enumerate(questions.texts):
-        assert runner._prompt(questions, i) == questions.prompts[i].tolist(), text
-
-
-def test_max_samples_takes_the_first_rows(dataset):
-    whole, some = Questions(dataset), Questions(dataset, 5)
-    assert some.rows == whole.rows[:5]
-    assert some.expected == whole.expected[:5]
-    assert Questions(dataset, 10_000).rows == whole.rows
-
-
-def test_as_many_lines_are_read_as_the_answer_has(tmp_path, base):
-    rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
-    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
-    questions = Questions(folder, None)
-    assert questions.read(f"{questions.expected[0]}\nthird", 0) == questions.expected[0]
 
 
 # -- end to end --------------------------------------------------------------------------------------------------------
@@ -612,7 +372,7 @@ def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys)
 
 def test_an_answer_that_was_generated_is_not_computed_again():
     """onnxruntime-genai leaves out the end token; the logits that chose it are there all the same."""
-    row = onnx_runner._OnnxRow(3)
+    row = onnx_runner.OnnxRow(3)
     row.steps = list(np.random.default_rng(1).normal(size=(3, 8)))
     row.generator = None  # using it would fail
     logs = [step - np.log(np.exp(step).sum()) for step in row.steps]
@@ -622,3 +382,29 @@ def test_an_answer_that_was_generated_is_not_computed_again():
     for answer in ([5, 4, 2], [5, 6, 2, 1]):
         with pytest.raises(AttributeError):
             row.score(answer, [5, 6])
+
+
+def test_metrics_of_ones_own_reach_metrics_json(tmp_path, taught, base, dataset):
+    """A function that repeats exact match has accuracy's figures, drop and intervals."""
+    (tmp_path / "mine.py").write_text(
+        "def same(prompt, expected, answer):\n    return expected == answer and expected in answer\n"
+    )
+    wanted = [f"{tmp_path}/mine.py:same", {"regex": "sadness|joy|fear|surprise"}]
+    models = {"base": base, "merged": taught}
+    figures = read_json(run(tmp_path / "run", dataset, models=models, metrics=wanted) / "metrics.json")
+    for entry in (figures["base"], figures["merged"], figures["drop"]["merged_vs_base"]):
+        for end in ("", "_low", "_high"):
+            assert entry[f"same{end}"] == entry[f"accuracy{end}"]
+    assert figures["base"]["regex"] == round(1 - figures["base"]["outside_labels"], 6)
+    assert figures["merged"]["regex"] == round(1 - figures["merged"]["outside_labels"], 6)
+
+
+def test_a_metric_that_fails_leaves_nothing(tmp_path, taught, dataset, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def same(prompt, expected, answer):\n    return 1 / len(prompt.split('###')[9])\n"
+    )
+    message = refused(
+        tmp_path / "run", capsys, dataset, models={"merged": taught}, metrics=[f"{tmp_path}/mine.py:same"]
+    )
+    assert "same on row " in message
+    assert "IndexError: list index out of range. Correct the function." in message

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import preloaded
 import pytest
-from test_finetune import FILES, command, contents, curve, tune
+from finetune_script import FILES, command, contents, curve, tune
 
 from slmake.training.distributed import Group
 

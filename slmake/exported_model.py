@@ -1,0 +1,27 @@
+"""The exported model that a person asks, chats with or serves: the one that params.yaml builds, or another."""
+
+import argparse
+from pathlib import Path
+
+from slmake import params, prompts
+from slmake.constraints import constrained
+from slmake.generation import Exported
+from slmake.scoring import onnx_runner
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="the exported model's folder (default: the one params.yaml builds)")
+    parser.add_argument("--dataset", type=Path, default=Path("build/dataset"), help="folder with prompt.json")
+
+
+def load(args: argparse.Namespace) -> Exported:
+    """The model, with the prompts that it was trained on and the constraint of `package.constrain`.
+
+    Raises:
+        UserError: it is not there, or ONNX Runtime cannot load it.
+    """
+    form = prompts.load_prompt(args.dataset)
+    if Path(args.params).is_file():
+        form = constrained(form, params.section(args.params, "package").constrain)
+    model = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
+    return onnx_runner.load(model, form)

@@ -1,0 +1,296 @@
+"""OpenAI's API as far as it is served: requests, what they ask of a model, and how answers are written.
+
+Fields that are not named here are ignored; those that would change an answer, and are not served, must have their default.
+https://platform.openai.com/docs/api-reference/chat. `package` copies this file for serve.py.
+"""
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, Field
+
+from slmake import tool_calls
+
+
+class Options(BaseModel):
+    """What both kinds of requests may ask for."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: dict[str, Any] | None = None
+    n: Literal[1] | None = 1
+    logprobs: Literal[False, 0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
+
+    @property
+    def with_usage(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class Completion(Options):
+    """A request to /v1/completions: the text that the model goes on with, as it is."""
+
+    prompt: str
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Function(BaseModel):
+    name: str = Field(min_length=1)
+    arguments: str = "{}"
+
+
+class ToolCall(BaseModel):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+    def turn(self) -> dict:
+        """The turn as chat templates take it: arguments of calls as objects."""
+        turn: dict = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        if self.tool_call_id:
+            turn["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            for call in turn["tool_calls"]:
+                try:
+                    call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+                except ValueError:
+                    raise ValueError(f"messages: the arguments of {call['function']['name']} are not JSON.") from None
+        return turn
+
+
+class Tool(BaseModel):
+    class Described(BaseModel, extra="allow"):
+        name: str = Field(min_length=1)
+        parameters: dict[str, Any] | None = None
+
+    type: Literal["function"]
+    function: Described
+
+
+class ResponseFormat(BaseModel):
+    class Named(BaseModel):
+        schema_: dict[str, Any] = Field(alias="schema")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: Named | None = None
+
+    def schema(self) -> dict | None:
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise ValueError("response_format: json_schema.schema is missing.")
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class Chat(Options):
+    """A request to /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    response_format: ResponseFormat = ResponseFormat()
+
+
+@dataclass
+class Job:
+    """A request as the model is asked it."""
+
+    prompt: str
+    new_tokens: int
+    sampling: Any
+    stops: list[str]
+    calls: Any = None  # the form of calls, where the model may call a function
+    tools: list[dict] = field(default_factory=list)
+
+
+def chat_job(model, asked: Chat) -> Job:
+    """What a chat request asks of a model.
+
+    Raises:
+        ValueError: the model cannot be asked this.
+    """
+    if model.form["prompt"] is not None:
+        if asked.tools or len(asked.messages) != 1 or asked.messages[0].role != "user":
+            raise ValueError(
+                "messages: this model takes one user message and nothing else; it was not trained on chats."
+            )
+        prompt, calls, tools = model.prompt(*model.arguments(asked.messages[0].text)), None, []
+    else:
+        offered = asked.tools if asked.tools and asked.tool_choice != "none" else []
+        tools = [tool.model_dump(exclude_none=True) for tool in offered]
+        calls = tool_calls.CallForm.of(model) if tools else None
+        prompt = model.chat_prompt([message.turn() for message in asked.messages], tools)
+    guidance = model.sampling.guidance
+    if (schema := asked.response_format.schema()) is not None:
+        guidance = tool_calls.json_guidance(schema)
+    if tools and asked.tool_choice not in (None, "auto"):
+        guidance = calls.guidance(model, _chosen(tools, asked.tool_choice))
+    return Job(prompt, *_limits(model, asked, guidance), asked.stops, calls, tools)
+
+
+def _chosen(tools: list[dict], choice: str | dict) -> list[dict]:
+    """The tools of which one must be called."""
+    if choice == "required":
+        return tools
+    name = (choice.get("function") or {}).get("name")
+    chosen = [tool for tool in tools if tool["function"]["name"] == name]
+    if not chosen:
+        raise ValueError(f"tool_choice: no tool is called {name!r}.")
+    return chosen
+
+
+def completion_job(model, asked: Completion) -> Job:
+    """What a completion request asks of a model: its text is read as it is, without a template."""
+    if "\0" in asked.prompt or not asked.prompt:
+        raise ValueError("prompt: it is empty or holds a NUL character.")
+    return Job(asked.prompt, *_limits(model, asked, model.sampling.guidance), asked.stops)
+
+
+def _limits(model, asked: Options, guidance: tuple[str, str] | None) -> tuple[int, Any]:
+    """The largest number of new tokens, and how they are chosen."""
+    sampling = replace(
+        model.sampling,
+        temperature=asked.temperature or 0.0,
+        top_p=asked.top_p or 1.0,
+        seed=asked.seed,
+        guidance=guidance,
+    )
+    return asked.max_tokens or model.form["longest_answer_tokens"], sampling
+
+
+class Form:
+    """How an answer to /v1/completions is written: as one object, or as events."""
+
+    prefix, whole_kind, piece_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, job: Job, stream):
+        self.job, self.stream = job, stream
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def usage(self) -> dict:
+        prompt, answer = len(self.stream.prompt), len(self.stream.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+    def choice(self) -> dict:
+        return {"text": self.stream.text, "finish_reason": self.stream.finish, "logprobs": None}
+
+    def whole(self) -> dict:
+        return {
+            **self.head,
+            "object": self.whole_kind,
+            "choices": [{"index": 0, **self.choice()}],
+            "usage": self.usage(),
+        }
+
+    def first(self) -> list[dict]:
+        """What is sent before the first piece."""
+        return []
+
+    def piece(self, text: str) -> list[dict]:
+        return [{"text": text, "finish_reason": None, "logprobs": None}]
+
+    def last(self) -> list[dict]:
+        """What is sent behind the last piece."""
+        return [{"text": "", "finish_reason": self.stream.finish, "logprobs": None}]
+
+    def _event(self, choices: list[dict], **more) -> str:
+        return f"data: {json.dumps({**self.head, 'object': self.piece_kind, 'choices': choices, **more})}\n\n"
+
+    async def events(self, pieces: AsyncIterator[str], with_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events, each with one choice; the usage last, if it is asked for."""
+        for choice in self.first():
+            yield self._event([{"index": 0, **choice}])
+        try:
+            async with contextlib.aclosing(pieces):
+                async for text in pieces:
+                    for choice in self.piece(text):
+                        yield self._event([{"index": 0, **choice}])
+        except ValueError as error:  # the status was sent before
+            yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'invalid_request_error'}})}\n\n"
+            return
+        for choice in self.last():
+            yield self._event([{"index": 0, **choice}])
+        if with_usage:
+            yield self._event([], usage=self.usage())
+        yield "data: [DONE]\n\n"
+
+
+class ChatForm(Form):
+    """How an answer to /v1/chat/completions is written. With tools, nothing is sent before the answer is whole: it may be a call."""
+
+    prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def message(self) -> dict:
+        """The answer's text, and the calls in it."""
+        calls = []
+        text = self.stream.text
+        if self.job.calls:
+            names = [tool["function"]["name"] for tool in self.job.tools]
+            text, calls = self.job.calls.read(text, names)
+        written = [
+            {
+                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            }
+            for name, arguments in calls
+        ]
+        return {"content": text or None, "tool_calls": written} if written else {"content": text}
+
+    def choice(self) -> dict:
+        message = self.message()
+        finish = "tool_calls" if "tool_calls" in message else self.stream.finish
+        return {"message": {"role": "assistant", **message}, "finish_reason": finish, "logprobs": None}
+
+    def first(self) -> list[dict]:
+        return [self._delta({"role": "assistant", "content": ""})]
+
+    def piece(self, text: str) -> list[dict]:
+        return [] if self.job.calls else [self._delta({"content": text})]
+
+    def last(self) -> list[dict]:
+        if not self.job.calls:
+            return [self._delta({}, self.stream.finish)]
+        message = self.message()
+        for index, call in enumerate(message.get("tool_calls", [])):
+            call["index"] = index
+        return [self._delta(message), self._delta({}, "tool_calls" if "tool_calls" in message else self.stream.finish)]
+
+    @staticmethod
+    def _delta(delta: dict, finish: str | None = None) -> dict:
+        return {"delta": delta, "finish_reason": finish, "logprobs": None}

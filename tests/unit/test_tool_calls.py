@@ -1,0 +1,107 @@
+"""Calls of functions: the form is the chat template's, guidance holds answers to it, and answers are read in it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from served import CHAT, CLOCK, TEMPLATE, TEXT, WEATHER, export
+
+from slmake import generation
+from slmake.generation import Sampling, Stream
+from slmake.tool_calls import CallForm, json_guidance
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, base) -> generation.Exported:
+    return generation.Exported(export(base, tmp_path_factory.mktemp("calls") / "onnx"), CHAT)
+
+
+def answer(model: generation.Exported, guidance: tuple[str, str], new_tokens: int = 80) -> str:
+    prompt = model.encode(model.chat_prompt([{"role": "user", "content": "Hi"}]))
+    return "".join(Stream(model, prompt, new_tokens, Sampling(temperature=1.0, seed=1, guidance=guidance)))
+
+
+def other_template(model: generation.Exported, folder: Path, template: str, **form: object) -> generation.Exported:
+    shutil.copytree(model.folder, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return generation.Exported(folder, {**CHAT, **form})
+
+
+def test_the_form_is_found_in_the_template(model):
+    assert CallForm.of(model) == CallForm("<tool_call>\n", "\n</tool_call>", "name", "arguments")
+
+
+def test_a_template_with_other_keys_and_no_frame(model, tmp_path):
+    """As Llama 3.1 writes calls."""
+    template = (
+        TEMPLATE.replace("<tool_call>\n", "").replace("\n</tool_call>", "").replace('"arguments"', '"parameters"')
+    )
+    other = other_template(model, tmp_path / "onnx", template)
+    form = CallForm.of(other)
+    assert form == CallForm("", "", "name", "parameters")
+    text = answer(other, form.guidance(other, [WEATHER]))
+    content, [(name, arguments)] = form.read(text, ["weather"])
+    assert (content, name, set(arguments)) == ("", "weather", {"city", "days"})
+    assert form.read(f"It is {text}", ["weather"]) == (f"It is {text}", [])
+
+
+@pytest.mark.parametrize(
+    ("template", "form", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", {}, "its chat template does not show them"),
+        (TEMPLATE.replace("{{ call.function.name }}", "f"), {}, "in a form that is not known"),
+        (TEMPLATE, {"prompt": TEXT["prompt"], "fields": ["phrase"]}, "its chat template does not show them"),
+    ],
+)
+def test_models_without_tools_are_refused(model, tmp_path, template, form, reason):
+    with pytest.raises(ValueError, match=f"this model takes no tools: .*{reason}"):
+        CallForm.of(other_template(model, tmp_path / "onnx", template, **form))
+
+
+def test_guidance_holds_a_random_model_to_a_call(model):
+    form = CallForm.of(model)
+    text = answer(model, form.guidance(model, [WEATHER]))
+    content, [(name, arguments)] = form.read(text, ["weather"])
+    assert (content, name) == ("", "weather")
+    assert arguments["city"] in ("Rome", "Oslo")
+    assert 1 <= arguments["days"] <= 7
+    assert json.loads(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")) == {
+        "name": "weather",
+        "arguments": arguments,
+    }
+
+
+def test_calls_are_read_out_of_an_answer():
+    form = CallForm("<tool_call>\n", "\n</tool_call>", "name", "arguments")
+    one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    two = '<tool_call>{"name": "clock"}</tool_call>'
+    names = ["weather", "clock"]
+    assert form.read(f"Let me look. {one}\n{two}", names) == (
+        "Let me look.",
+        [("weather", {"city": "Rome"}), ("clock", {})],
+    )
+    for text in (
+        "no call",
+        '<tool_call>{"name": "other"}</tool_call>',
+        '<tool_call>{"name": "weather",',
+        "<tool_call>[1]",
+    ):
+        assert form.read(text, names) == (text, [])
+
+
+def test_a_tool_without_parameters_takes_any_object(model):
+    form = CallForm.of(model)
+    kind, grammar = form.guidance(model, [WEATHER, CLOCK])
+    assert kind == "lark_grammar"
+    assert '"const": "clock"' in grammar
+    assert '{"type": "object"}' in grammar
+
+
+def test_schemas_are_met_without_loose_white_space(model):
+    schema = {"type": "object", "properties": {"tone": {"enum": ["joy", "fear"]}}, "required": ["tone"]}
+    text = answer(model, json_guidance({**schema, "additionalProperties": False}))
+    assert text == json.dumps(json.loads(text))
+    assert json.loads(text)["tone"] in ("joy", "fear")
+    own = {**schema, "x-guidance": {"whitespace_flexible": False}}
+    assert json.loads(json_guidance(own)[1]) == own
