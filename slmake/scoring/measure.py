@@ -104,6 +104,10 @@ def ask_all(
         if section.constrain != "none":
             texts, timings = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
             facts["constrained"], runs[onnx].timings = texts, runs[onnx].timings | timings
+        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
+        if exported.model.runs_on != exported.model.provider:
+            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
+        del exported  # one model is in memory at a time
     timed = "merged" if "merged" in folders else "base"
     model = None
     for name in ("base", "adapter", "merged"):
@@ -119,10 +123,6 @@ def ask_all(
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
         runs[name] = model.ask(questions, new_tokens, job, name)
-    if onnx in folders:
-        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
-        if exported.model.runs_on != exported.model.provider:
-            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
     return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}, facts
 
 
