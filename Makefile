@@ -23,7 +23,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build report rehearse ask chat serve verify reproduce restore clean help setup azureml azurite peers image sif \
+.PHONY: build report rehearse preview ask chat serve verify reproduce restore clean help setup azureml lm-eval azurite peers image sif \
         remote push pull test test-fast tokenizers faults attack lint format docs models screenshots lock bench
 
 ##@ Build
@@ -35,6 +35,10 @@ report: setup ## put figures and tables on one page, build/report.html, missed g
 
 rehearse: setup ## try the chain on a small twin of the base model; estimate memory, time and disk
 	@$(BIN)/python -m tools.build results/rehearsal.json
+
+preview: setup ## show a row as the model sees it: make preview ROW=3; TOKENS=1 adds token ids
+	@$(BIN)/python -m tools.build build/dataset
+	@$(BIN)/python -m tools.preview $(if $(ROW),--row $(ROW)) $(if $(TOKENS),--tokens)
 
 ask: $(READY) ## ask the exported model: make ask TEXT="I never thought I'd see you again!"
 	@$(BIN)/python -m tools.ask -- "$$TEXT"
@@ -92,6 +96,9 @@ $(SERVE_READY): $(READY) envs/serve.lock
 azureml: setup ## install azure-ai-ml: azureml:// sources, runs on Azure Machine Learning
 	@$(INSTALL) $(BIN)/python --no-deps --require-hashes -r envs/azureml.lock
 
+lm-eval: setup ## install EleutherAI's lm-evaluation-harness: evaluate.lm_eval
+	@$(INSTALL) $(BIN)/python --no-deps --require-hashes -r envs/lm-eval.lock
+
 image: ## build the container image (docker or podman); MACHINE=cuda for NVIDIA GPUs
 	@tools/image.sh $(MACHINE) $(TORCH) $(if $(UV_FIND_LINKS),,$(TORCH_BACKEND))
 
@@ -100,7 +107,7 @@ sif: setup ## turn that image into an Apptainer image; print the line for params
 	@$(BIN)/python -m slmake.platforms.container containers/slmake-$(MACHINE).sif
 
 ##@ Develop
-test: setup azureml $(SERVE_READY) ## run the whole test suite
+test: setup azureml lm-eval $(SERVE_READY) ## run the whole test suite
 	$(PYTEST)
 
 test-fast: setup ## run the unit tests only

@@ -7,7 +7,7 @@
 # Rules stand in execution order. A rule runs again when its section of params.yaml, its inputs or its code change.
 
 
-include: "rules/common.smk"  # PLAN, STAGES, FIGURES, and the helpers code_of, built_from, optional, when, memory
+include: "rules/common.smk"  # PLAN, STAGES, REPORT, and the helpers code_of, built_from, optional, when, memory
 
 
 rule all:
@@ -200,7 +200,6 @@ rule merge:
 rule candidate:
     input:
         code=code_of("candidate"),
-        metrics=ancient(PLAN.metric_files),
         model=PLAN.tuned,
         dataset="build/dataset",
         reference=lambda wildcards: when(wildcards.candidate != "merged", "build/search/merged"),
@@ -291,7 +290,6 @@ rule quantize:
 rule evaluate:
     input:
         code=code_of("evaluate"),
-        metrics=ancient(PLAN.metric_files),
         dataset="build/dataset",
         models=sorted(set(PLAN.scored.values())),
     output:
@@ -399,7 +397,7 @@ rule report:
         search=when(PLAN.search, "results/search.json"),
         published=ancient(PLAN.published_metrics),
     output:
-        FIGURES,
+        REPORT,
     log:
         "logs/report.log",
     benchmark:

@@ -195,7 +195,7 @@ def calibrated(setup: Setup, device) -> Checks:
     """GPTQ's weights on the device against the CPU's: of the CPU's moments, and of moments that the device took itself."""
 
     def rounded(moments: dict) -> torch.Tensor:
-        return flat(round_with_inputs(weight, inputs, 32) for weight, inputs in moments.values())
+        return flat(round_with_inputs(weight, inputs, 32).placed() for weight, inputs in moments.values())
 
     def differing(values: torch.Tensor) -> float:
         return float(((values - expected).abs() > 1e-6 * expected.abs().max()).double().mean())

@@ -73,7 +73,7 @@ class OurTraining:
         trainer = self.trainer
         trainer.section = gpu_models.section(workload.batch, steps, **self.changes)
         trainer.train, trainer.step = Data(dataset / "train.parquet"), 0
-        trainer.schedule = Schedule(trainer.section, trainer.train.lengths)
+        trainer.schedule = Schedule(trainer.section, trainer.train.sequence_lengths)
         trainer.peft.train()
 
     def _steps(self, count: int) -> int:

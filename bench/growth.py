@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from bench import measure, models
-from bench.measure import ROOT, SCRATCH, BenchError
+from bench.measure import PROJECT_FILES, ROOT, SCRATCH, BenchError
 from bench.results import bar, exponent
 
 PARTS = ("dag", "length", "size")
@@ -31,19 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def dag(counts: list[int], optuna: bool) -> dict:
     """Seconds and peak memory of a dry run by number of candidates."""
     work = measure.fresh(SCRATCH / "dag")
-    for name in (
-        "Snakefile",
-        "rules",
-        "scripts",
-        "slmake",
-        "tools",
-        "envs",
-        "profiles",
-        "report",
-        "data",
-        "containers",
-        "LICENSE",
-    ):
+    for name in PROJECT_FILES:
         (work / name).symlink_to(ROOT / name)
     curve: dict = {"sizes": counts, "seconds": [], "megabytes": []}
     for count in counts:

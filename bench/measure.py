@@ -19,6 +19,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = ROOT / "build" / "bench"
+PROJECT_FILES = (  # what Snakemake needs to plan a build, besides params.yaml
+    *("Snakefile", "rules", "scripts", "slmake", "tools", "envs", "profiles"),
+    *("report", "data", "containers", "LICENSE"),
+)
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
 QUIET = {  # nothing is fetched and nothing phones home, peers included
     "HF_HUB_OFFLINE": "1",

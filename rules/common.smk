@@ -9,8 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-from slmake import params
-from slmake.cli import PLANNED
+from slmake import cli, params
 from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlink
@@ -31,15 +30,16 @@ for folder in () if "SLMAKE_PULL" in os.environ else ("results", "build/report")
     for result in Path(folder).glob("*"):
         break_readonly_hardlink(result)
 
-# A rule's `python` is a child of Snakemake itself, so that it ends when Snakemake is killed (slmake/cli.py).
+# A rule ends when Snakemake is killed (slmake/cli.py). Its `python` takes the place of the shell, and gets the signals for it.
+os.environ[cli.ENGINE] = cli.engine()
 shell.prefix("exec ")
 atexit.register(remember)
 
 try:
     if workflow.is_main_process:
-        os.environ.pop(PLANNED, None)
+        os.environ.pop(cli.PLANNED, None)
     PLAN = Plan(params.load("params.yaml"))
-    os.environ[PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
+    os.environ[cli.PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
@@ -59,8 +59,9 @@ except UserError as error:
 
 
 def code_of(rule):
-    """Code and environment's locks as inputs that are compared by content (see `built_from`)."""
-    return ancient([*code(rule), *LOCKS])
+    """Code, a user's own metrics and tasks included, and environment's locks, compared by content (see `built_from`)."""
+    own = {"candidate": PLAN.metric_files, "evaluate": PLAN.metric_files + PLAN.task_files}.get(rule, [])
+    return ancient([*code(rule), *own, *LOCKS])
 
 
 def built_from(rule):
@@ -88,7 +89,7 @@ localrules:
 
 
 mark = report  # at the start of a line Snakemake would take `report` for a keyword
-FIGURES = [
+REPORT = [
     mark(f"build/report/{file}", caption=f"report/{Path(file).stem}.rst", category=category, labels={"figure": title})
     for file, category, title in PLAN.figures
 ]

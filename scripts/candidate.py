@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("quantize.search is not set, so there are no candidates.")
         questions = Questions(args.dataset, section.search.rows, SPLITS)
         new_tokens = scoring.max_new_tokens or questions.form["longest_answer_tokens"]
-        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed)
+        weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed, questions.groups())
         with outputs.written(args.output) as (folder,):
             if args.candidate == "merged":
                 model = TransformersRunner(args.model, scoring.batch_size, scoring.latency_rows)
                 run = model.ask(questions, new_tokens, job, "merged")
                 answers, scores = measure(questions, run, weights, scoring.answer_metrics)
                 scores["size_bytes"] = outputs.folder_size(args.model)
-                np.save(folder / "logits.npy", np.stack(run.logits))
+                np.save(folder / "logits.npy", np.vstack(run.logits))
                 result = {"rows": questions.scored, "metrics": scores, "benchmark": run.timings, "answers": answers}
             else:
                 result = measure_candidate(
@@ -98,7 +98,7 @@ def measure_candidate(
     return result | {
         "metrics": scores,
         "benchmark": run.timings,
-        "parity": metrics.parity(logits, np.stack(run.logits)),
+        "parity": metrics.parity(logits, np.vstack(run.logits)),
         "drop": drop(questions, reference["answers"], answers, weights, scoring.answer_metrics),
     }
 

@@ -1,4 +1,5 @@
 """Score base, adapter, merged and exported model on the held-out test split, and compare each with the one before it.
+Without a dataset: on the fixed texts, by their perplexity.
 
     python -m scripts.evaluate --params params.yaml --dataset build/dataset --base build/base --adapter build/adapter \\
         --merged build/merged --onnx build/onnx-int4 --metrics results/metrics.json --benchmark results/benchmark.json \\
@@ -7,7 +8,7 @@
 Reads the section `evaluate` and the test split. Every model answers greedily through the runtime that it ships on: base,
 adapter and merged through transformers with the prompt tokens of training; the exported one through onnxruntime-genai with
 the text, row by row, as a user asks it. Writes metrics.json (the same in every run), benchmark.json (timings and memory)
-and predictions.csv (every model's answer to every row). docs/quality.md explains every field.
+and predictions.csv (every model's answer to every row, and to every trained turn of a conversation). docs/quality.md explains every field.
 """
 
 import csv
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.scoring import constrained
+from slmake.scoring import constrained, harness
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.measure import ask_all, compare, measure
@@ -43,6 +44,19 @@ def model_folders(args, onnx: str) -> dict[str, Path]:
     return folders
 
 
+def write_predictions(path: Path, questions: Questions, answers: dict[str, list[str]]) -> None:
+    """Write every model's answer to every scored row as CSV."""
+    columns = {"row": questions.rows, "turn": questions.turns, "expected": questions.expected}
+    columns |= answers | {"prompt": questions.texts}
+    columns = {name: column for name, column in columns.items() if column}  # no `turn` without conversations
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        # Texts are quoted, because one may hold a lone \r.
+        writer = csv.writer(handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(columns)
+        rows = zip(*(column[: questions.scored] for column in columns.values()), strict=True)
+        writer.writerows(map(csv_cell, row) for row in rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
@@ -66,17 +80,26 @@ def main(argv: list[str] | None = None) -> None:
         ):
             for metric in section.answer_metrics:
                 function_of(metric)  # refused before any model is asked
+            if section.lm_eval:
+                harness.tasks(section.lm_eval)
             questions = Questions(args.dataset, section.max_samples)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
-            weights = metrics_module.resamples(questions.scored, section.bootstrap_samples, section.seed)
+            weights = metrics_module.resamples(
+                questions.scored, section.bootstrap_samples, section.seed, questions.groups()
+            )
             quantized = everything.finetune if everything.merge.onto == "dequantized" else None
             runs, facts = ask_all(section, folders, onnx, quantized, questions, new_tokens, job)
-            metrics: dict = {"test_rows": questions.scored}
+            metrics: dict = {"test_rows": 0, "texts": questions.scored}
+            if not questions.without_dataset:
+                metrics = {"test_rows": questions.scored}
             answers: dict[str, list[str]] = {}
             for name, run in runs.items():
                 answers[name], scores = measure(questions, run, weights, section.answer_metrics)
                 metrics[name] = {**scores, "size_bytes": outputs.folder_size(folders[name])}
+            if section.lm_eval:
+                for name, figures in harness.run(folders, onnx, section.lm_eval, section.lm_eval_limit, job).items():
+                    metrics[name] |= figures
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
             if "constrained" in facts:
                 answers[f"{onnx}_constrained"], scores = constrained.measure(
@@ -90,16 +113,14 @@ def main(argv: list[str] | None = None) -> None:
             outputs.write_json(metrics_file, metrics)
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
-            with open(predictions_file, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.writer(
-                    handle, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-                )  # a text may hold a lone \r
-                writer.writerow(["row", "expected", *answers, "prompt"])
-                columns = [questions.rows, questions.expected, *answers.values(), questions.texts]
-                rows = zip(*(column[: questions.scored] for column in columns), strict=True)
-                writer.writerows(map(csv_cell, row) for row in rows)
-        shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in runs)
-        job.say(f"accuracy on {questions.scored} test rows: {shown} ({job.seconds():.0f} s)")
+            write_predictions(predictions_file, questions, answers)
+        job.say(f"{metrics_module.summary(metrics, list(runs))} ({job.seconds():.0f} s)")
+        for pair, distance in metrics.get("parity", {}).items() if questions.without_dataset else ():
+            if pair != "tokenizer":
+                job.say(
+                    f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
+                    f"{distance['top1_agreement']:.1%} the same most likely token"
+                )
         if "provider" in facts:
             target, used = facts["provider"].values()
             job.say(

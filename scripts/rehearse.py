@@ -11,7 +11,7 @@ figures, and the estimate of memory, time and disk. What fails here would fail a
 
 from pathlib import Path
 
-from slmake import cli, outputs, params
+from slmake import cli, memory, outputs, params
 from slmake.rehearsal import estimate
 from slmake.rehearsal.checks import rehearse
 
@@ -36,21 +36,21 @@ def main(argv: list[str] | None = None) -> None:
                 outputs.write_json(checks_file, {"passed": list(checks)})
                 needs = estimate.estimate(everything, args.base, args.dataset, scratch, job)
                 section = everything.rehearse
-                memory = (section.memory_gb or 0) * 1e9 or estimate.available_memory()
+                room = (section.memory_gb or 0) * 1e9 or memory.available()
                 disk = (section.disk_gb or 0) * 1e9 or free
                 outputs.write_json(
                     estimate_file,
                     {
                         "checks": checks,
                         "stages": {stage: need._asdict() for stage, need in needs.items()},
-                        "memory": memory,
+                        "memory": room,
                         "disk": disk,
                     },
                 )
                 if needs:
-                    job.say("what the build needs:\n" + estimate.table(needs, memory, disk))
+                    job.say("what the build needs:\n" + estimate.table(needs, room, disk))
                     if section.refuse:
-                        estimate.refuse_too_large(needs, memory, disk)
+                        estimate.refuse_too_large(needs, room, disk)
         finally:
             outputs.remove(scratch)
         job.say(f"every stage works on the twin ({job.seconds():.0f} s)")

@@ -24,6 +24,7 @@ from slmake.reporting.pages import (
     overview,
     page,
     read_csv,
+    rows_page,
     scores_page,
     verdict,
     wrong_page,
@@ -48,16 +49,20 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("report", args.log) as job:
         everything = params.load(args.params)
         metrics, timings = read_metrics(args.metrics), read_timings(args.timings)
-        base, dataset = read_json(args.base_report, "source"), read_json(args.dataset_report, "source", "rows")
+        base, dataset = (
+            read_json(args.base_report, "source"),
+            read_json(args.dataset_report, "source", "rows", "examples"),
+        )
         predictions = read_csv(args.predictions, ("row",))
-        if len(predictions) != metrics["test_rows"]:
+        asked = metrics["test_rows"] or metrics["texts"]
+        if len(predictions) != asked:
             raise UserError(
-                f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {metrics['test_rows']}: remove both and run snakemake."
+                f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {asked}: remove both and run snakemake."
             )
         result = read_json(args.search) if args.search else None
         gates, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
-        names += ["gates.html", "cost.html", "wrong_answers.html"]
+        names += ["gates.html", "cost.html", "wrong_answers.html", "rows.html"]
         names += ["candidates.svg", "candidates.html"] if args.search else []
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
@@ -66,7 +71,10 @@ def main(argv: list[str] | None = None) -> None:
                 "scores.html": scores_page(metrics),
                 "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
                 "cost.html": cost_page(timings, args.benchmarks),
-                "wrong_answers.html": wrong_page(predictions, models_of(metrics), everything.report.wrong_answers),
+                "wrong_answers.html": wrong_page(
+                    predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
+                ),
+                "rows.html": rows_page(dataset["examples"]),
             }
             if result:
                 pages["candidates.html"] = candidates_page(result, everything.quantize)

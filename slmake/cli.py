@@ -6,12 +6,13 @@ file, the terminal gets the few lines meant for a person, and any failure ends i
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import logging
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import TextIO
 from slmake.errors import UserError
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
+ENGINE = "SLMAKE_ENGINE"  # environment variable: the process that started this one, as `engine` writes it
 # Nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
@@ -128,12 +130,34 @@ def _on_sigterm(signum, frame):
     raise Interrupted
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process when its parent ends: a rule does not outlive a killed Snakemake and write beside the next."""
-    if (
-        sys.platform == "linux" and "APPTAINER_CONTAINER" not in os.environ
-    ):  # there a thread of the engine may be the parent
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def engine(pid: int | None = None) -> str:
+    """A process, by default this one, as a value of ENGINE: this boot of the machine, the process namespace, and its id there."""
+    if not hasattr(os, "pidfd_open"):
+        return ""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')} {pid or os.getpid()}"  # noqa: PTH115 (Path.readlink takes it for a path)
+
+
+def end_with(starter: str) -> None:
+    """End this process as soon as another one has ended: a rule does not outlive a killed Snakemake and write beside the next.
+
+    The kernel's signal to the children of a process (PR_SET_PDEATHSIG) is not enough: between Snakemake and a rule in a container
+    there are shells and the container's runtime. Does nothing where the other process cannot be seen: without Linux's pidfd, on another
+    node, and in a container with processes of its own.
+
+    Args:
+        starter: the other process, as `engine` writes it.
+    """
+    namespace, _, pid = starter.rpartition(" ")
+    if not pid or engine().rpartition(" ")[0] != namespace:
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            select.select([os.pidfd_open(int(pid))], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -155,8 +179,7 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
         log_path: where file descriptors 1 and 2 go meanwhile; None leaves them alone.
         interactive: a person answers on standard input.
     """
-    if PLANNED in os.environ:
-        die_with_parent()
+    end_with(os.environ.get(ENGINE, ""))
     with _redirected(name, log_path) as terminal:
         if not interactive:
             _close_stdin()

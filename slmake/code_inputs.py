@@ -7,6 +7,7 @@ Facts of a file are kept under its size, times and inode, so that only a file th
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ WITHOUT_RESULT = ("slmake.cli", "slmake.errors", "slmake.params")
 WITH_RESULT = ("slmake.params.gates",)  # which rows a gate needs, and what it bounds
 
 
+@functools.cache  # a parse of the Snakefile asks for the same rules a hundred times
 def code(rule: str) -> list[str]:
     """Files of the code that a rule runs: its script and the project's modules that it imports, directly and through others."""
     return modules(f"scripts.{rule}")

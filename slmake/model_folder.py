@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slmake import outputs
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 from slmake.sources.pickles import PICKLES, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -308,8 +308,3 @@ def check_loadable(folder: Path) -> None:
             f"{folder}: the tokenizer has no end-of-text token, so a fine-tuned model could never learn to stop. "
             "Set `eos_token` in tokenizer_config.json."
         )
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

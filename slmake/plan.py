@@ -8,6 +8,7 @@ from pathlib import Path
 from slmake.code_inputs import code, digest
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
+from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
@@ -29,6 +30,7 @@ FIGURES = [  # of the report: file, category, title
     ("wrong_answers.html", "2. Quality", "Wrong answers"),
     ("loss.svg", "3. Training", "Loss"),
     ("data.svg", "3. Training", "Lengths and labels"),
+    ("rows.html", "3. Training", "Rows as the model sees them"),
     ("cost.html", "4. Cost", "Time and memory"),
     ("candidates.svg", "4. Cost", "Quantization candidates"),
     ("candidates.html", "4. Cost", "Quantization candidates, all figures"),
@@ -52,7 +54,7 @@ class Plan:
     """What params.yaml asks for, as paths."""
 
     def __init__(self, params: Params):
-        self.params, self.stages = params, params.all.stages
+        self.params, self.stages = params, params.stages
         self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
         self.fetched_adapter = "merge" in self.stages and "finetune" not in self.stages
         self.adapter = "build/fetched-adapter" if self.fetched_adapter else "build/adapter"
@@ -60,11 +62,15 @@ class Plan:
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
         self.model_source = _local(params.fetch_model.source)
         self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
-        self.data = [source.path for source in map(parse, params.prepare.files.values()) if not source.remote]
+        self.sources = [parse(text) for text in params.prepare.files.values()] if params.prepare else []
+        self.data = [name for source in self.sources if not source.remote for name in row_files(source.path)]
+        self.remote_data = any(source.remote for source in self.sources)
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         scoring = bool({"evaluate", "quantize"} & set(self.stages))
         self.metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
+        task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
+        self.task_files = when("evaluate" in self.stages, task_files)
         self.metric_files += file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
         self.constraint = file_of(params.package.constrain) if "package" in self.stages else []
         self.search = params.quantize.search if "quantize" in self.stages else None
@@ -114,8 +120,8 @@ class Plan:
     @property
     def online(self) -> list[str]:
         """Patterns of the commands that need the network."""
-        remote = len(self.data) < len(self.params.prepare.files)
-        rules = ["fetch_model", "adapter", "publish", *when(remote, "prepare")]
+        tasks = bool(self.params.evaluate.lm_eval)  # the harness fetches their datasets
+        rules = ["fetch_model", "adapter", "publish", *when(self.remote_data, "prepare"), *when(tasks, "evaluate")]
         return [f"-m scripts[.]{rule} " for rule in rules]
 
     @property
@@ -124,7 +130,7 @@ class Plan:
         package = self.params.package
         return [
             *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
-            *(*package.license_files, *self.signing_key, *self.metric_files, *self.constraint),
+            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files, *self.constraint),
         ]
 
     @property
@@ -142,6 +148,7 @@ class Plan:
             "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: evaluate.metrics": self.metric_files,
+            "params.yaml: evaluate.lm_eval": self.task_files,
             "params.yaml: package.constrain": self.constraint,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
@@ -177,7 +184,7 @@ class Plan:
             "adapter": self.adapter_source,
             "prepare": self.data,
             "candidate": self.metric_files,
-            "evaluate": self.metric_files,
+            "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
             "report": self.published_metrics,
             "package": [*self.materials(), *self.params.package.license_files, *self.signing_key, *self.constraint],
@@ -202,6 +209,7 @@ class Plan:
         return [
             *self.data,
             *self.metric_files,
+            *self.task_files,
             *self.constraint,
             "Snakefile",
             "rules/common.smk",

@@ -41,6 +41,9 @@ client({python!r})
 """
 
 
+NAME = "pre-"  # how the names of the server's processes begin in /proc
+
+
 FOLDER: Path | None = None  # of this test run's clients (tests/conftest.py); None: every program is a new process
 
 
@@ -165,6 +168,7 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
         stream = open(number, mode, lines, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    Path("/proc/self/comm").write_text(f"{NAME}{Path(command[0]).name}")
     sys.executable = str(Path(command[0]).with_name("python"))
     sys.argv = command
     outside = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]

@@ -27,6 +27,7 @@ FIELDS = {
     "labels": None,
     "chat_template_kwargs": {},
     "chat_date": "2024-01-01",
+    "train_on": "all",
     "strategy": "line-by-line",
     "max_seq_len": 128,
     "pad_to_max_len": False,

@@ -11,6 +11,8 @@ from pathlib import Path
 import preloaded
 from tiny import ROOT, make_rows, write_params
 
+from bench.measure import PROJECT_FILES
+
 TINY = {
     "prepare": {"source": "data/dataset.json", "eval_fraction": 0.1, "test_fraction": 0.25},
     "finetune": {"num_train_epochs": 1.0, "eval_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01},
@@ -51,6 +53,26 @@ def run(project: Path, *command: str, fresh: bool = False, **options: object) ->
         [program, *command[1:]], cwd=project, env=variables,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
+
+
+def type_block(project: Path, block: str, variables: dict[str, str] | None = None, options: str = "-euo") -> str:
+    """Type a page's `sh` block in a terminal; returns what it shows.
+
+    Args:
+        variables: the terminal's environment; by default the tests' own.
+        options: bash's; with `u` an unset variable is an error.
+    """
+    done = subprocess.run(
+        ["bash", options, "pipefail", "-c", block],
+        cwd=project,
+        env=variables or environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout}"
+    return done.stdout
 
 
 def snakemake(project: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess:
@@ -107,8 +129,8 @@ def new_project(folder: Path, base: Path) -> Path:
     """The pipeline's own files with tiny data and a tiny base model; nothing built."""
     folder.mkdir()
     for name in (
-        *("Snakefile", "dvc.yaml", "rules", "scripts", "slmake", "tools", "envs", "profiles", "report", "LICENSE"),
-        *(".dvcignore", ".gitignore", "pyproject.toml"),
+        *(name for name in PROJECT_FILES if name not in ("data", "containers")),
+        *("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"),
     ):
         source = ROOT / name
         if source.is_dir():

@@ -14,6 +14,18 @@ from slmake.rehearsal import tokenizer
 
 ROOT = Path(__file__).parents[1]
 TONES = ("sadness", "joy", "fear", "surprise")
+SIZES = {  # of a tiny model
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 0,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
 PHRASES = {
     "sadness": ["We buried the old dog under the pear tree", "Nobody came to her birthday", "The house is empty now"],
     "joy": ["The scan is clear and we danced in the car park", "She said yes on the bridge", "Our team won the cup"],
@@ -34,10 +46,13 @@ def make_rows(count: int) -> list[dict]:
 
 
 def write_params(path: Path, **changes: object) -> Path:
-    """The project's params.yaml with `section={field: value}` replaced."""
+    """The project's params.yaml with `section={field: value}` replaced; without the section for `section=None`."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section, fields in changes.items():
-        content[section].update(fields)
+        if fields is None:
+            del content[section]
+        else:
+            content[section].update(fields)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
@@ -53,19 +68,7 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "eos_token_id": 0,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-        **overrides,
-    }
+    sizes = SIZES | overrides
     if architecture == "phi3":  # as in Phi-3-mini-4k; otherwise the exporter takes it for the long-context kind
         sizes.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
     kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}

@@ -18,6 +18,7 @@ from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.platforms import dvc_yaml
 from slmake.platforms.screen import Screen, run
+from slmake.scoring.metrics import summary
 from tools import record
 
 OVERVIEW, PAGE = Path("build/report/overview.html"), Path("build/report.html")
@@ -48,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
             job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         record.main([])
-        stages = params.load("params.yaml").all.stages
+        stages = params.load("params.yaml").stages
         made = {"report": PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}
-        scores = [accuracies("gates" in stages)] if "evaluate" in stages else []
+        scores = [scores_line("gates" in stages)] if "evaluate" in stages else []
         if screen.started:
             paths = [f"{name + ':':8} {path}" for name, path in made.items()]
             commands = [f"  {command:28} {use}" for command, (use, stage) in NEXT.items() if stage in (None, *stages)]
@@ -77,13 +78,12 @@ def write_page() -> None:
         raise UserError(f"{PAGE} could not be written. Snakemake's reason:\n{done.stdout.strip()}")
 
 
-def accuracies(judged: bool) -> str:
+def scores_line(judged: bool) -> str:
     """The scores of the last evaluation, one line."""
     metrics = read_json(Path("results/metrics.json"))
-    models = {name: value for name, value in metrics.items() if isinstance(value, dict) and "size_bytes" in value}
-    shown = ", ".join(f"{name} {value['accuracy']:.1%}" for name, value in models.items())
+    names = [name for name, value in metrics.items() if isinstance(value, dict) and "size_bytes" in value]
     passed = f"; {len(read_json(Path('results/gates.json'))['gates'])} gates passed" if judged else ""
-    return f"accuracy on {metrics['test_rows']} test rows: {shown}{passed}"
+    return summary(metrics, names) + passed
 
 
 if __name__ == "__main__":

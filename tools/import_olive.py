@@ -21,6 +21,7 @@ from slmake.errors import UserError
 from slmake.olive import reader
 from slmake.olive.models import BRANCH
 from slmake.params.errors import Loader
+from slmake.sources import hub
 from slmake.sources.schemes import parse
 
 
@@ -63,16 +64,21 @@ def pin_branches(imported: reader.Reader, job: cli.Job) -> None:
     for i, row in enumerate(imported.rows):
         if row.note != BRANCH or "HF_HUB_OFFLINE" in os.environ:
             continue
-        section = "adapter" if row.field.endswith("adapter_path") else "fetch_model"
-        source = imported.params[section]["source"]
-        try:
-            pinned = parse(source).pinned(job)
-        except (UserError, ValueError, OSError) as error:
-            job.log(f"{source}: the hub cannot be asked for its commit: {error}")
-            continue
-        imported.params[section]["source"] = pinned
-        note = f"{section}.source: {pinned!r}, the commit of the branch today"
-        imported.rows[i] = row._replace(kind="renamed", note=note)
+        name = "adapter" if row.field.endswith("adapter_path") else "fetch_model"
+        name = "prepare" if row.field.endswith("data_name") else name
+        section = imported.params[name]
+        sources = section["source"] if isinstance(section["source"], dict) else {None: section["source"]}
+        for split, source in sources.items():
+            try:
+                kind = "dataset" if name == "prepare" else "model"
+                commit = hub.commit_of(parse(source), kind) if source.endswith("@main") else None
+            except (UserError, ValueError, OSError) as error:
+                job.log(f"{source}: the hub cannot be asked for its commit: {error}")
+                continue
+            sources[split] = source.removesuffix("main") + commit if commit else source
+            note = f"{name}.source: {sources[split]!r}, the commit of the branch today"
+            imported.rows[i] = row._replace(kind="renamed", note=note)
+        section["source"] = sources.get(None, sources)
 
 
 def table(rows: list[reader.Row]) -> str:

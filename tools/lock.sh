@@ -13,5 +13,5 @@ for machine in cpu cuda bench; do
   "${compile[@]}" "${skip[@]}" "envs/$machine.in" -o "envs/$machine.lock"
   rm -f "$all"
 done
-for name in uv dev azureml serve llama; do "${compile[@]}" "envs/$name.in" -o "envs/$name.lock"; done
+for name in uv dev azureml lm-eval serve llama; do "${compile[@]}" "envs/$name.in" -o "envs/$name.lock"; done
 grep -c == envs/*.lock

@@ -107,6 +107,8 @@ def trial(config, everything: params.Params, dataset: Path, tokenizer: Path, scr
 
 def prepare(everything: params.Params, folder: Path, job: cli.Job) -> tuple[Path, Path]:
     """Make a small tokenizer, and the dataset with its tokens, in `folder`. Returns both folders."""
+    if everything.prepare is None:
+        raise UserError("the twins are trained on rows of the dataset: params.yaml needs the section prepare.")
     tokenizer, dataset = folder / "tokenizer", folder / "dataset"
     rows = Path(everything.prepare.files["train"]).read_text(encoding="utf-8")
     make_tokenizer(tokenizer, rows.splitlines())

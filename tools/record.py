@@ -28,12 +28,13 @@ def main(argv: list[str] | None = None) -> None:
             job.say(repaired)
         dvc_yaml.update()
         wanted = stages()
+        dvc_yaml.write_digests()
         refuse_damaged(wanted)
         refuse_unbuilt(wanted)
         before = LOCK.read_bytes() if LOCK.exists() else None
         files = [path for folder in ("results", "build") for path in Path(folder).rglob("*") if path.is_file()]
         times = {path: path.stat().st_mtime_ns for path in files}
-        done = dvc("commit", "--force", *wanted, capture=True)
+        done = dvc("commit", "--force", dvc_yaml.CODE, *wanted, capture=True)
         for path, time in times.items():
             if path.exists() and path.stat().st_mtime_ns != time:
                 os.utime(path, ns=(time, time))

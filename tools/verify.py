@@ -4,7 +4,7 @@
     python -m tools.verify --key public.pem --package-only some/package
 
 Every file that is not what it was when the package was made is named. Where this is the folder of the build, the inputs
-that the provenance names (data, scripts, locks) are compared with what is here too. Exit code 0 means all is well.
+that the provenance names (data, a local base model, scripts, locks) are compared with what is here too. Exit code 0 means all is well.
 """
 
 import json
@@ -16,6 +16,8 @@ from slmake.errors import UserError
 from slmake.export.graph_checks import check_generates
 from slmake.packaging import checksums, provenance, sbom, signature
 from slmake.packaging.contents import sections
+from slmake.sources.download import digest_of
+from slmake.sources.fetching import sums_of
 
 OWN = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)  # what the provenance's subjects do not list
 
@@ -70,7 +72,7 @@ def differences(actual: dict[str, str], listed: dict[str, str], subjects: dict[s
 
 
 def changed_inputs(statement: dict, params_file: Path) -> list[str]:
-    """Inputs that are here, but no longer what the package was made from: files, and sections of the parameter file."""
+    """Inputs that are here, but no longer what the package was made from: files, a base model's folder, and sections of the parameter file."""
     now = {}
     if params_file.is_file():
         texts = sections(params.load(params_file))
@@ -78,8 +80,10 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
     problems = []
     for dependency in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
         path = Path(dependency["name"])
-        if path.is_file() and not path.is_absolute():
+        if path.is_file():
             now[dependency["name"]] = outputs.sha256(path)
+        elif path.is_dir():  # only fetch_model reads a folder
+            now[dependency["name"]] = digest_of(sums_of(path))
         if now.get(dependency["name"], dependency["digest"]["sha256"]) != dependency["digest"]["sha256"]:
             problems.append(f"{dependency['name']}: changed since the package was made; build again")
     return problems

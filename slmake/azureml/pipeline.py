@@ -18,6 +18,7 @@ from slmake.errors import UserError
 from slmake.params.errors import Loader
 from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
+from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 
 HEADER = """\
@@ -91,11 +92,12 @@ def plan(settings: Settings) -> Plan:
 
 def _data(everything: params.Params, settings: Settings, sections: dict) -> dict[str, Mount]:
     """Data files by input name; `sections` is changed to name the paths at which steps find them."""
-    files = everything.prepare.files
+    files = everything.prepare.files if everything.prepare else {}
     named = settings.data if isinstance(settings.data, dict) else {"train": settings.data} if settings.data else {}
     if named and set(named) != set(files):
         raise UserError(
-            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(files)}: name the same."
+            f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(files) or 'nothing'}: name "
+            "the same."
         )
     mounts, paths = {}, {}
     for split, text in files.items():
@@ -103,6 +105,10 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
         uri = named.get(split) or (source.text if source.kind == "datastore" else None)
         if not source.remote:
             local = source.path
+            if row_files(local) != [local]:
+                raise UserError(
+                    f"prepare.source: {local} names several files; on Azure ML name one file for each split."
+                )
         elif uri:
             local = f"data/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
         else:
@@ -111,7 +117,8 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
         name = "data" if len(files) == 1 else f"data_{split}"
         mounts[name] = Mount(_inside(local, "prepare.source"), uri or local, "uri_file")
         paths[split] = local + _sum(source)
-    sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
+    if files:
+        sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
     return mounts
 
 

@@ -189,7 +189,9 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     commit = {"git_commit": done.stdout.strip()} if done.returncode == 0 else {}
     source = planned.model.uri if planned.model else planned.sections["fetch_model"]["source"]
-    data = ", ".join(mount.uri for mount in planned.data.values()) or ", ".join(everything.prepare.files.values())
+    data = ", ".join(mount.uri for mount in planned.data.values()) or ", ".join(
+        everything.prepare.files.values() if everything.prepare else ["no dataset"]
+    )
     return {"base_model": source, "data": data, **commit}
 
 

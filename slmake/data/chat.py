@@ -3,17 +3,29 @@
 import contextlib
 import datetime
 import os
+import re
 import resource
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from slmake.errors import UserError
+from slmake.data.conversation import Conversation
+from slmake.errors import UserError, first_line
 
 SECONDS = 10  # of processor time for one conversation
 MEMORY = 2**31  # bytes for one conversation
 MARK = "\x00answer\x00"
+
+
+class Answer(NamedTuple):
+    """One answer to learn, or to score a model by."""
+
+    prompt: str  # what the model sees
+    answer: str  # what it shall say
+    tail: str  # the answer with what closes it: the tokens behind the prompt
+    turn: int = 0  # its number in the conversation, from 1
 
 
 class ChatTemplate:
@@ -33,56 +45,144 @@ class ChatTemplate:
                 "prepare.messages: the base model's tokenizer has no chat template. Use text_template instead."
             )
         self.tokenizer, self.options, self.date = tokenizer, options, datetime.date.fromisoformat(date)
+        template = tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template]  # `default`, `tool_use`
+        self.marks_answers = any(re.search(r"{%-?\s*generation\s*-?%}", text) for text in texts)
+        self.kinds: set[tuple] = set()  # of conversations, that the template is known to show
 
-    def split(self, turns: list[dict]) -> tuple[str, str]:
+    def split(self, turns: list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
         """Prompt and answer text of a conversation that ends with the assistant's turn.
 
         What the template itself writes before an answer (an empty think block, white space) belongs to the prompt; what it writes
-        behind it closes the answer, but for line ends.
+        behind it closes the answer, but for line ends. A template that marks answers by `{% generation %}` says itself where they
+        begin and end.
 
         Raises:
             ValueError: the template does not take these turns.
             UserError: it changes earlier turns when the answer is added, does not show the answer, or does not end.
         """
-        head, whole = self._render(turns[:-1], True), self._render(turns, False)
+        head, (whole, spans) = self._render(turns[:-1], True, tools)[0], self._render(turns, False, tools)
         if not whole.startswith(head):
             raise UserError(
                 "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
             )
         answer = turns[-1]["content"]
-        if not whole.startswith(answer, len(head)):
-            before, shown, _ = self._render([*turns[:-1], {**turns[-1], "content": MARK}], False).partition(MARK)
-            if not shown:
+        if self.marks_answers:
+            start, end = spans[-1] if spans else (0, 0)
+            if end <= len(head):
+                raise UserError(
+                    "prepare.messages: this chat template marks no text of the answer by {% generation %}. Correct it."
+                )
+            return whole[: max(start, len(head))], whole[max(start, len(head)) : end].rstrip("\n")
+        if not answer or not whole.startswith(answer, len(head)):
+            before, shown, _ = self._render([*turns[:-1], {**turns[-1], "content": MARK}], False, tools)[0].partition(
+                MARK
+            )
+            if answer and not shown:
                 raise UserError("prepare.messages: this chat template does not show the answer. Use text_template.")
-            if whole.startswith(before) and before.startswith(head):
+            if shown and whole.startswith(before) and before.startswith(head):
                 head = before
         return head, whole[len(head) :].rstrip("\n")
+
+    def answers(self, conversation: Conversation, start: int = 0) -> list[Answer]:
+        """The trained turns of a conversation, each behind what the model sees before it.
+
+        Args:
+            start: index of the turn that the conversation begins at (`Conversation.starts`); trained turns before it are left out.
+
+        Raises:
+            ValueError, UserError: see `split`.
+        """
+        answers = []
+        for number in conversation.trained:
+            if number < start:
+                continue
+            turn = conversation.turns[number]
+            head, tail = self.split(conversation.since(start, number + 1), conversation.tools)
+            text = turn["content"] if "tool_calls" not in turn else self._without_special_tokens(tail)
+            answers.append(Answer(head, text, tail, number + 1))
+        return answers
+
+    def check_shown(self, conversation: Conversation) -> None:
+        """Raise UserError where the template leaves out a turn, a tool or a tool call: it would be lost in silence.
+
+        Only the first conversation of each kind is looked at: its texts are replaced by marks, which must come out again.
+        """
+        turns, tools = conversation.turns, conversation.tools
+        kind = (
+            *((turn["role"], len(turn.get("tool_calls", ())), bool(turn["content"])) for turn in turns),
+            bool(tools),
+        )
+        if kind in self.kinds:
+            return
+        marks: dict[str, str] = {}
+
+        def mark(what: str) -> str:
+            name = f"mark{len(marks)}x"
+            marks[name] = what
+            return name
+
+        marked = []
+        for number, turn in enumerate(turns, 1):
+            shown = {**turn, "content": turn["content"] and mark(f"turn {number}, of the {turn['role']}")}
+            if "tool_calls" in turn:
+                where = f"the tool calls of turn {number}"
+                functions = [{"name": mark(where), "arguments": {mark(where): mark(where)}} for _ in turn["tool_calls"]]
+                shown["tool_calls"] = [
+                    {**call, "function": function} for call, function in zip(turn["tool_calls"], functions, strict=True)
+                ]
+            marked.append(shown)
+        schema = {
+            "name": mark("the tools"),
+            "description": mark("the tools"),
+            "parameters": {"type": "object", "properties": {}},
+        }
+        schemas = [{"type": "function", "function": schema}] if tools else None
+        whole, _ = self._render(marked, False, schemas)
+        for name, what in marks.items():
+            if name not in whole and (tools or what != "the tools"):
+                raise UserError(
+                    f"prepare.messages: the base model's chat template does not show {what}. Use a model whose template does, or leave "
+                    "this out of the rows."
+                )
+        self.kinds.add(kind)
+
+    def _without_special_tokens(self, text: str) -> str:
+        """A text as the tokenizer decodes it."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text.strip()
 
     def answer_prefix(self) -> str:
         """What the template writes between its generation prompt and an answer, for one plain question."""
         question = [{"role": "user", "content": "?"}]
         head, _ = self.split([*question, {"role": "assistant", "content": MARK}])
-        return head[len(self._render(question, True)) :]
+        return head[len(self._render(question, True)[0]) :]
 
     def settings(self) -> dict:
         """What inference needs to write the same prompts."""
         return {"template_kwargs": self.options, "date": self.date.isoformat()}
 
-    def _render(self, turns: list[dict], generation: bool) -> str:
+    def _render(self, turns: list[dict], generation: bool, tools: list[dict] | None = None) -> tuple[str, list]:
+        """The text of some turns, and start and end of each part that the template marks by `{% generation %}`."""
         import jinja2
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
             with bounded():
                 # Arguments reach a template as plain data only, so its clock is set in the environment that it is compiled in.
-                compiled = _compile_jinja_template(self.tokenizer.get_chat_template())
+                template = self.tokenizer.get_chat_template(tools=tools)
+                compiled = _compile_jinja_template(template)
                 compiled.environment.globals["strftime_now"] = self.date.strftime
-                return self.tokenizer.apply_chat_template(
-                    turns,
-                    tokenize=False,
+                texts, spans = render_jinja_template(
+                    [turns],
+                    tools=tools,
+                    chat_template=template,
+                    return_assistant_tokens_mask=self.marks_answers,
                     add_generation_prompt=generation,
-                    **self.options,
+                    **{**self.tokenizer.special_tokens_map, **self.options},
                 )
+                return texts[0], spans[0] if spans else []
         except TimeoutError:
             raise UserError(
                 f"prepare.messages: the base model's chat template does not end: stopped after {SECONDS} s. Use text_template, or another "
@@ -94,8 +194,7 @@ class ChatTemplate:
                 "Use text_template, or another base model."
             ) from None
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the base model's chat template does not take it: {reason}") from None
+            raise ValueError(f"the base model's chat template does not take it: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from slmake import cli, outputs, params
 from slmake.data.formats import prompt_template
+from slmake.data.hub_rows import read_hub_rows
+from slmake.data.preview import Sequence, example_of
 from slmake.data.rows import decompressed, read_rows
 from slmake.data.splits import (
     FEW_ANSWERS,
@@ -20,12 +23,14 @@ from slmake.data.splits import (
     split_rows,
 )
 from slmake.data.store import Store
-from slmake.data.template import PromptTemplate, read_valid
-from slmake.data.tokenize import BATCH, Tokenize, Writer, lengths_summary, load_tokenizer
+from slmake.data.template import Conversations, PromptTemplate, read_valid
+from slmake.data.tokenize import BATCH, CHATS, Example, Tokenize, lengths_summary, load_tokenizer
+from slmake.data.writer import Writer
 from slmake.errors import UserError
-from slmake.sources.fetching import Fetched, fetch
+from slmake.sources.fetching import fetch_rows
 from slmake.sources.schemes import parse
 
+EXAMPLES = 10  # rows that the report shows
 FIRST_ROWS = 20  # by which a format is detected
 
 
@@ -39,6 +44,7 @@ class Preparation:
     def __init__(self, section: params.Prepare, base: Path, folder: Path, job: cli.Job, scored: bool):
         self.section, self.folder, self.job, self.scored = section, folder, job, scored
         self.tokenizer = load_tokenizer(base)
+        self.examples: list[Example] = []  # of train, for the report
         check_context(section, base)
 
     def run(self, downloads: Path) -> dict:
@@ -47,25 +53,31 @@ class Preparation:
         Raises:
             UserError: the first thing that is wrong with sources, rows, labels or lengths.
         """
-        files = {name: fetch(parse(text), "dataset", downloads, self.job) for name, text in self.section.files.items()}
-        contents = {name: decompressed(file.path, file.record["source"], downloads) for name, file in files.items()}
+        fetched = {name: fetch_rows(parse(text), downloads, self.job) for name, text in self.section.files.items()}
+        files = {
+            name: [(decompressed(path, source, downloads), source) for path, source in paths]
+            for name, (paths, _) in fetched.items()
+        }
+        self.scratch = downloads / "rows"
 
         def first_rows() -> list:
-            return list(islice(read_rows(contents["train"], files["train"].record["source"]), FIRST_ROWS))
+            return list(islice(self._rows("train", *files["train"][0]), FIRST_ROWS))
 
         template = prompt_template(self.section, self.tokenizer, first_rows, self.job.say)
         with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
-            split, before, labels = self._split(store, self._read(store, files, contents, template))
+            split, before, labels = self._split(store, self._read(store, files, template))
             within = store.exact_duplicates(split == 0)
-            tokenize = Tokenize(self.section, self.tokenizer, template.special_tokens)
+            tokenize = Tokenize(self.section, self.tokenizer, template)
             writers = self._write(store, split, tokenize)
+            self.apart = tokenize.apart > 0
             answers, codes = store.answers(), store.answer_codes().copy()
-        for path in set(contents.values()) - {file.path for file in files.values()}:
-            path.unlink()
+        for name, (paths, _) in fetched.items():
+            for path in {path for path, _ in files[name]} - {path for path, _ in paths}:
+                path.unlink()
         self._write_prompt(template, labels, tokenize)
         per_label = {name: _counts(answers, codes[split == i]) if labels else {} for i, name in enumerate(SPLITS)}
         return {
-            "source": {name: file.record for name, file in files.items()},
+            "source": {name: record | self._chosen(name, fetched[name][0]) for name, (_, record) in fetched.items()},
             "rows": {"read": len(split), **{name: int((split == i).sum()) for i, name in enumerate(SPLITS)}},
             "sequences": {name: sum(writer.lengths.values()) for name, writer in writers.items()},
             "tokens": {name: writer.tokens for name, writer in writers.items()},
@@ -73,6 +85,10 @@ class Preparation:
             "length": lengths_summary(sum((writer.lengths for writer in writers.values()), Counter())),
             "labels": per_label,
             "truncated": tokenize.truncated,
+            "dropped_turns": {"conversations": tokenize.shortened, "turns": tokenize.dropped},
+            "examples": [
+                example_of(Sequence("train", *example[:1], *example[3:]), self.tokenizer) for example in self.examples
+            ],
             "duplicates": {
                 "removed_from_train": int(((before == 0) & (split < 0)).sum()),
                 "removed_from_eval": int(((before == 1) & (split < 0)).sum()),
@@ -80,16 +96,26 @@ class Preparation:
             },
         }
 
-    def _read(
-        self, store: Store, files: dict[str, Fetched], contents: dict[str, Path], template: PromptTemplate
-    ) -> dict[str, int]:
-        """Read and check every row; returns the number of rows of each file."""
-        sizes = {}
-        for split, file in files.items():
-            name = file.record["source"]
-            rows = read_rows(contents[split], name, template.fields, self.job.say)
-            sizes[split] = store.add(read_valid(name, template, rows))
+    def _read(self, store: Store, files: dict[str, list[tuple[Path, str]]], template: PromptTemplate) -> dict[str, int]:
+        """Read and check every row; returns the number of rows of each split's files."""
+        sizes = dict.fromkeys(files, 0)
+        for split, paths in files.items():
+            for path, name in paths:
+                rows = self._rows(split, path, name, template.fields)
+                sizes[split] += store.add(read_valid(name, template, rows, sizes[split]))
         return sizes
+
+    def _rows(self, split: str, path: Path, name: str, fields: Iterable[str] = ()) -> Iterator[dict]:
+        """The rows of a file, or those chosen of a dataset on the hub."""
+        if path.is_dir():
+            return read_hub_rows(path, name, self.section, split, self.scratch)
+        return read_rows(path, name, fields, self.job.say)
+
+    def _chosen(self, split: str, paths: list[tuple[Path, str]]) -> dict:
+        """Which rows of a dataset on the hub were read, for the report."""
+        if not paths[0][0].is_dir():
+            return {}
+        return {"config": self.section.config, "split": self.section.hub_split(split), "where": self.section.where}
 
     def _split(self, store: Store, sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
         """Split of every row without and with duplicates (int8 [rows], as `split_rows` gives it), and the labels."""
@@ -105,21 +131,31 @@ class Preparation:
 
     def _write(self, store: Store, split: np.ndarray, tokenize: Tokenize) -> dict[str, Writer]:
         """Tokenize the rows of every split into its Parquet file."""
-        tokenizer, join = self.tokenizer, self.section.strategy == "join"
+        tokenizer, strategy = self.tokenizer, self.section.strategy
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        chats = isinstance(tokenize.template, Conversations)
         with contextlib.ExitStack() as stack:
             writers = {
                 name: stack.enter_context(
-                    Writer(self.folder / f"{name}.parquet", self.section, pad_id, join and name != "test")
+                    Writer(
+                        self.folder / f"{name}.parquet",
+                        self.section,
+                        pad_id,
+                        "line-by-line" if name == "test" else strategy,
+                        chats,
+                    )
                 )
                 for name in SPLITS
             }
             bar = stack.enter_context(self.job.progress(int((split >= 0).sum()), "rows"))
-            for numbers, batch in store.batches(BATCH):
-                for index, writer in enumerate(writers.values()):
+            for numbers, batch in store.batches(CHATS if chats else BATCH):
+                for index, (name, writer) in enumerate(writers.items()):
                     chosen = [row for row, own in zip(batch, split[numbers] == index, strict=True) if own]
                     if chosen:
-                        writer.write(chosen, tokenize(chosen))
+                        examples = tokenize(chosen, one_answer=name == "test")
+                        writer.write(examples)
+                        if name == "train":
+                            self.examples += examples[: EXAMPLES - len(self.examples)]
                         bar.update(len(chosen))
         return writers
 

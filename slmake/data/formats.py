@@ -1,8 +1,8 @@
 """Which format the rows have: a template over fields, or one of the usual layouts of chats and instructions.
 
 template            any fields; text_template or messages says how they become text
-messages            a list of {role, content} (OpenAI, TRL)
-sharegpt            `conversations`: a list of {from, value} (ShareGPT, LLaMA-Factory)
+messages            a list of {role, content, tool_calls}, and `tools` (OpenAI, TRL)
+sharegpt            `conversations`: a list of {from, value}, and `tools` (ShareGPT, LLaMA-Factory)
 alpaca              `instruction`, an optional `input`, `output`, an optional `system` (Stanford Alpaca)
 prompt_completion   `prompt` and `completion`: texts, or lists of {role, content} (TRL)
 """
@@ -15,7 +15,7 @@ from slmake.data.template import Conversations, FieldTemplate, PromptTemplate
 from slmake.errors import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
-ROLES |= {"model": "assistant", "bot": "assistant", "system": "system"}
+ROLES |= {"model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 PROMPT_COMPLETION = "{prompt}{completion}"
 
@@ -41,21 +41,21 @@ def prompt_template(
     if isinstance(section.messages, list):
         return FieldTemplate(section, chat())
     if section.messages is not None:
-        return Conversations(section.messages, chat())
+        return Conversations(section.messages, chat(), section.train_on)
     rows = [row for row in first_rows() if isinstance(row, dict)]
     name, column = _detected(rows) if section.format == "auto" else (section.format, _column(rows, section.format))
     if section.format == "auto":
         say(f"the rows are read as {name} (prepare.format)")
     if name == "messages":
-        return Conversations(column, chat())
+        return Conversations(column, chat(), section.train_on)
     if name == "sharegpt":
-        return Conversations(column, chat(), lambda row: sharegpt_turns(row, column))
+        return Conversations(column, chat(), section.train_on, lambda row: sharegpt_turns(row, column))
     if name == "alpaca":
         if tokenizer.chat_template:
-            return Conversations("output", chat(), alpaca_turns)
+            return Conversations("output", chat(), section.train_on, alpaca_turns)
         return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields)
     if any(isinstance(row.get("prompt"), list) for row in rows):
-        return Conversations("completion", chat(), prompt_completion_turns)
+        return Conversations("completion", chat(), section.train_on, prompt_completion_turns)
     return FieldTemplate(_with_template(section, PROMPT_COMPLETION))
 
 
@@ -108,10 +108,16 @@ def sharegpt_turns(row: dict, column: str) -> object:
         return turns
     converted = _system(row)
     for turn in turns:
-        role = turn.get("from")
-        if role not in ROLES:
-            raise ValueError(f"has a turn from {role!r}; known are {', '.join(ROLES)}")
-        converted.append({"role": ROLES[role], "content": turn.get("value")})
+        role, value = turn.get("from"), turn.get("value")
+        flags = {key: turn[key] for key in ("train", "weight") if key in turn}
+        if role == "function_call":  # LLaMA-Factory's: one call as JSON text, or a list of them
+            single = isinstance(value, str) and not value.lstrip().startswith("[")
+            calls = f"[{value}]" if single else [value] if isinstance(value, dict) else value
+            converted.append({"role": "assistant", "tool_calls": calls, **flags})
+        elif role in ROLES:
+            converted.append({"role": ROLES[role], "content": value, **flags})
+        else:
+            raise ValueError(f"has a turn from {role!r}; known are {', '.join([*ROLES, 'function_call'])}")
     return converted
 
 
@@ -136,14 +142,15 @@ def alpaca_turns(row: dict) -> list[dict]:
 
 
 def prompt_completion_turns(row: dict) -> list:
-    """The turns of a prompt with those of its completion.
+    """The turns of a prompt, which are not trained, with those of its completion.
 
     Raises:
         ValueError: they are not two lists.
     """
     if not isinstance(row.get("prompt"), list) or not isinstance(row["completion"], list):
         raise ValueError("and `prompt` are not two lists of messages")
-    return row["prompt"] + row["completion"]
+    given = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
+    return given + row["completion"]
 
 
 def _system(row: dict) -> list[dict]:

@@ -5,6 +5,7 @@ not all of them by `datasets`. Every error names the file and the row.
 """
 
 import gzip
+import hashlib
 import json
 import mmap
 import re
@@ -80,7 +81,7 @@ def decompressed(path: Path, name: str, folder: Path) -> Path:
     """
     if not name.endswith(".gz"):
         return path
-    target = folder / f"{path.name}.content"
+    target = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.content"
     try:
         with gzip.open(path) as packed, open(target, "wb") as out:
             shutil.copyfileobj(packed, out, 2**20)
@@ -284,9 +285,16 @@ def _parquet(path: Path, name: str) -> Iterator[dict]:
         for row in table:
             for key, kind in kinds.items():  # the column holds numbers, the schema their names; -1 is no label
                 row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
-            yield row
+            yield {key: _without_none(value) for key, value in row.items()}
     except Exception as error:
         raise UserError(f"{name}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _without_none(value: object) -> object:
+    """A value without the keys that Parquet gives an object for others in its column: they are None."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_utf8(path: Path, name: str) -> None:

@@ -31,6 +31,13 @@ def assign_splits(names: list[str], codes: np.ndarray, section: params.Prepare, 
         chosen = np.sort(rng.permutation(len(codes))[: section.max_samples])
         split[:] = -1
         split[chosen] = 0
+    fractions = {"test": section.test_fraction, "eval": section.eval_fraction}
+    if section.eval_samples and "eval" in names:
+        fractions["eval"] = section.eval_samples / len(chosen)
+        if sum(fractions[name] for name in names) > 0.9:
+            raise UserError(
+                f"prepare.eval_samples: {section.eval_samples} of {len(chosen)} rows leave less than a tenth to train on. Lower it."
+            )
     groups = [chosen]
     if stratify and 2 * len(np.unique(codes[chosen])) <= len(chosen):
         groups = [chosen[codes[chosen] == code] for code in np.unique(codes[chosen])]
@@ -38,7 +45,7 @@ def assign_splits(names: list[str], codes: np.ndarray, section: params.Prepare, 
     for group in groups:
         order, start = rng.permutation(group), 0
         for name in names:
-            share = len(group) * (section.test_fraction if name == "test" else section.eval_fraction)
+            share = len(group) * fractions[name]
             size = round(share)
             if share < 1:
                 due[name] += share

@@ -19,9 +19,20 @@ class Row(NamedTuple):
     file: str  # file it came from
     line: int  # its number there, from 1
     prompt: str  # what the model sees
-    answer: str  # what the model shall say
+    answer: str  # what the model shall say; of a conversation, the last of its answers
     text: str  # the values of the prompt's fields, without the template: what duplicates are judged by
     tail: str = ""  # the answer with what closes it: the tokens behind the prompt
+    chat: str = ""  # a conversation as JSON, instead of prompt and tail
+    answers: int = 1  # how many there are in the conversation
+    before: int = 0  # rows in the files of its split that are read before its own
+
+    @property
+    def number(self) -> int:
+        """Its number among all rows of its split's files, from 1."""
+        return self.before + self.line
+
+
+COLUMNS = ",".join(Row._fields)
 
 
 class Store:
@@ -39,7 +50,7 @@ class Store:
         self.database = sqlite3.connect(self.path, isolation_level=None)
         self.database.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
-            "CREATE TABLE rows (number INTEGER PRIMARY KEY, file TEXT, line INTEGER, prompt TEXT, answer TEXT, text TEXT, tail TEXT);"
+            f"CREATE TABLE rows (number INTEGER PRIMARY KEY, {COLUMNS});"
         )
         return self
 
@@ -57,9 +68,12 @@ class Store:
         while batch := list(islice(rows, 4096)):
             start = len(self)
             self.database.executemany(
-                "INSERT INTO rows VALUES (?,?,?,?,?,?,?)", ((start + i, *row) for i, row in enumerate(batch))
+                f"INSERT INTO rows VALUES (?{',?' * len(Row._fields)})",
+                ((start + i, *row) for i, row in enumerate(batch)),
             )
             self.hashes.extend(xxhash.xxh3_64_intdigest(normalized(row.text).encode()) for row in batch)
+            if any(row.answers > 1 for row in batch):
+                self._answers = None  # a conversation is no example of a class
             codes = [self._code(row.answer) for row in batch]  # may find that there are many answers
             if self._answers is None:
                 self.codes = array("i", bytes(4 * (len(self.codes) + len(codes))))
@@ -87,16 +101,14 @@ class Store:
 
     def row(self, number: int) -> Row:
         """The row of a number."""
-        cursor = self.database.execute(
-            "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number=?", (int(number),)
-        )
+        cursor = self.database.execute(f"SELECT {COLUMNS} FROM rows WHERE number=?", (int(number),))
         return Row(*cursor.fetchone())
 
     def batches(self, size: int = 4096) -> Iterator[tuple[np.ndarray, list[Row]]]:
         """All rows in order, `size` at a time, with their numbers."""
         for start in range(0, len(self), size):
             cursor = self.database.execute(
-                "SELECT file,line,prompt,answer,text,tail FROM rows WHERE number>=? AND number<? ORDER BY number",
+                f"SELECT {COLUMNS} FROM rows WHERE number>=? AND number<? ORDER BY number",
                 (start, start + size),
             )
             rows = [Row(*values) for values in cursor]

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from slmake import params, prompts
-from slmake.data.chat import ChatTemplate
+from slmake.data.chat import Answer, ChatTemplate
+from slmake.data.conversation import HALF_PAIR, Conversation, read_conversation
 from slmake.data.store import Row
 from slmake.errors import UserError
 
 SHOWN = 20  # row errors printed before "and N more"
-HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
 
 
 class PromptTemplate(ABC):
@@ -27,12 +27,20 @@ class PromptTemplate(ABC):
         """What is wrong with one row, each as `field: reason`."""
 
     @abstractmethod
-    def render(self, row: dict) -> tuple[str, str, str, str]:
-        """Prompt, answer, the prompt's own text (without the template, for duplicates), and the answer with what closes it, of a valid row.
+    def render(self, row: dict) -> tuple:
+        """What `Row` holds of a valid row, behind its file and number.
 
         Raises:
             ValueError: a conversation that the chat template does not take.
         """
+
+    def answers(self, row: Row, start: int = 0) -> list[Answer]:
+        """The answers to learn from a row, each behind its prompt.
+
+        Args:
+            start: index of the turn that a conversation begins at.
+        """
+        return [Answer(row.prompt, row.answer, row.tail)]
 
     @abstractmethod
     def inference(self) -> dict:
@@ -125,7 +133,7 @@ class FieldTemplate(PromptTemplate):
                 problems.append(f"field `{name}` is an empty answer")
         return problems
 
-    def render(self, row: dict) -> tuple[str, str, str, str]:
+    def render(self, row: dict) -> tuple:
         row = self.convert(row) if self.convert else row
         values = {name.replace(".", "_"): field(row, name) for name in self.fields}
         if self.answer:
@@ -148,41 +156,57 @@ class FieldTemplate(PromptTemplate):
 
 
 class Conversations(PromptTemplate):
-    """A conversation in each row; the last assistant turn is the answer.
+    """A conversation in each row, whose assistant turns are the answers.
 
     Args:
         name: the row's field, for errors.
+        train_on: `all` or `last` of the assistant's turns.
         turns_of: makes a list of turns with `role` and `content` of a row's content; ValueError where it cannot.
     """
 
     special_tokens = False
 
-    def __init__(self, name: str, chat: ChatTemplate, turns_of: Callable[[dict], object] | None = None):
+    def __init__(self, name: str, chat: ChatTemplate, train_on: str, turns_of: Callable[[dict], object] | None = None):
         if not name:
             raise UserError(
                 "prepare.messages: an empty name. Name the column that holds each row's list of messages, or set it to null."
             )
-        self.name, self.chat, self.fields = name, chat, [name]
+        self.name, self.chat, self.train_on, self.fields = name, chat, train_on, [name]
         self.turns_of = turns_of or (lambda row: field(row, name))
+
+    def conversation(self, row: dict) -> Conversation:
+        """The conversation of a row.
+
+        Raises:
+            ValueError: what is wrong with it.
+        """
+        return read_conversation(self.turns_of(row), row.get("tools"), self.train_on)
 
     def problems(self, row: dict) -> list[str]:
         if field(row, self.name) is None:
             return [f"field `{self.name}` is missing"]
         try:
-            turns = self.turns_of(row)
+            self.conversation(row)
         except ValueError as error:
             return [f"field `{self.name}` {error}"]
-        problem = _problem_of(turns)
-        return [f"field `{self.name}` {problem}"] if problem else []
+        return []
 
-    def render(self, row: dict) -> tuple[str, str, str, str]:
-        turns = self.turns_of(row)
+    def render(self, row: dict) -> tuple:
+        conversation = self.conversation(row)
         try:
-            head, tail = self.chat.split(turns)
+            last = self.chat.answers(conversation._replace(trained=conversation.trained[-1:]))[0]
+            self.chat.check_shown(conversation)
         except ValueError as error:
             raise ValueError(f"field `{self.name}`: {error}") from None
-        own = "\n".join(turn["content"] for turn in turns[:-1])
-        return head, turns[-1]["content"], own, tail
+        # Prompts are rendered when they are tokenized: kept for every turn, they would need the square of a conversation's length.
+        return "", last.answer, conversation.text(), "", json.dumps(conversation), len(conversation.trained)
+
+    def answers(self, row: Row, start: int = 0) -> list[Answer]:
+        conversation = Conversation(*json.loads(row.chat))
+        try:
+            return self.chat.answers(conversation, start)
+        except ValueError as error:
+            raise UserError(f"{row.file}: row {row.line}: field `{self.name}`: {error}") from None
 
     def inference(self) -> dict:
         return {
@@ -192,28 +216,6 @@ class Conversations(PromptTemplate):
             "add_special_tokens": False,
             "chat": {**self.chat.settings(), "answer_prefix": self.chat.answer_prefix()},
         }
-
-
-def _problem_of(turns: object) -> str | None:
-    """What is wrong with a list of turns."""
-    if not isinstance(turns, list) or not turns:
-        return "is not a list of messages"
-    for turn in turns:
-        if (
-            not isinstance(turn, dict)
-            or not isinstance(turn.get("role"), str)
-            or not isinstance(turn.get("content"), str)
-        ):
-            return "has a message without text in `role` and `content`"
-    if turns[-1]["role"] != "assistant":
-        return "does not end with the assistant's turn"
-    if not turns[-1]["content"].strip():
-        return "ends with an empty answer"
-    if len(turns) == 1:
-        return "has no turn before the assistant's, so there is no prompt"
-    if not all(prompts.encodes(turn[key]) for turn in turns for key in ("role", "content")):
-        return HALF_PAIR
-    return None
 
 
 def field(row: dict, name: str) -> object:
@@ -240,11 +242,12 @@ def label_of(text: str, labels: dict[str, str]) -> str | None:
     return labels.get(text, labels.get(text.removesuffix(".0")))
 
 
-def read_valid(name: str, template: PromptTemplate, rows: Iterable[object]) -> Iterator[Row]:
+def read_valid(name: str, template: PromptTemplate, rows: Iterable[object], before: int = 0) -> Iterator[Row]:
     """Rows of one file, rendered; every bad row is collected, and all are reported at once.
 
     Args:
         name: the file, for errors.
+        before: rows of other files that count before these.
 
     Raises:
         UserError: no rows, a field that no row has, or bad rows (file, row number and field of each).
@@ -262,7 +265,7 @@ def read_valid(name: str, template: PromptTemplate, rows: Iterable[object]) -> I
             problems = [f"not an object but {type(raw).__name__}"]
         if not problems and not bad:
             try:
-                row = Row(name, number, *template.render(raw))
+                row = Row(name, number, *template.render(raw))._replace(before=before)
             except ValueError as error:
                 problems = [str(error)]
             else:

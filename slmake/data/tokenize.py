@@ -1,18 +1,24 @@
 """From prompts and answers to token ids in Parquet files."""
 
+import bisect
+import json
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from slmake import params
+from slmake.data.chat import Answer
+from slmake.data.conversation import Conversation
 from slmake.data.store import Row
-from slmake.data.template import SHOWN
+from slmake.data.template import SHOWN, PromptTemplate
 from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 BATCH = 2048  # rows in memory at a time
+CHATS = 128  # conversations, each with a prompt for every answer
 DECOMPOSED = ("e\u0301", "\u00e9", "\ufb01")  # each Unicode normal form makes something else of these
 
 
@@ -25,44 +31,120 @@ def truncate(prompt: list[int], answer: list[int], limit: int, begin: int | None
     return kept + prompt[over + len(kept) :]
 
 
-class Tokenize:
-    """Prompt and answer text to `input_ids` and `labels`, as training and inference share them."""
+class Example(NamedTuple):
+    """One sequence of a dataset."""
 
-    def __init__(self, section: params.Prepare, tokenizer, special_tokens: bool):
-        self.section, self.tokenizer, self.special_tokens = section, tokenizer, special_tokens
-        self.truncated = 0
+    row: int
+    prompt: str  # before the last answer, as text
+    answer: str  # the last answer
+    ids: list[int]
+    labels: list[int]
+    turns: list[int]  # numbers of a conversation's trained turns
+    dropped: int  # turns at the conversation's beginning that are left out
+    cut: int  # tokens at the prompt's start that are left out
+
+
+class Tokenize:
+    """Prompts and answers to `input_ids` and `labels`, as training and inference share them.
+
+    Attributes:
+        truncated: prompts that lost tokens at their start.
+        shortened: conversations that lost turns at their beginning, and `dropped`, the number of these turns.
+        apart: answers that became a sequence of their own, because the chat template changes what stands before them.
+    """
+
+    def __init__(self, section: params.Prepare, tokenizer, template: PromptTemplate):
+        self.section, self.tokenizer, self.template = section, tokenizer, template
+        self.special_tokens = template.special_tokens
+        self.truncated = self.shortened = self.dropped = self.apart = 0
         self.longest_answer = 0
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
-    def __call__(self, batch: list[Row]) -> list[tuple[list[int], list[int]]]:
-        """Prompt and answer tokens of each row; the answer ends with the end-of-text token.
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of one text that more follows; some tokenizers close every text, which is undone."""
+        ids = self._encode([text], self.special_tokens)[0]
+        return ids[:-1] if self.special_tokens and ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
+    def __call__(self, batch: list[Row], one_answer: bool = False) -> list[Example]:
+        """The sequences of some rows; every answer ends with the end-of-text token.
+
+        Args:
+            one_answer: a sequence for each answer, as it is asked for; otherwise the answers of a conversation share a sequence where
+                each one's prompt begins with the tokens of the one before it.
 
         Raises:
             UserError: an answer that does not fit into max_seq_len behind at least one prompt token.
         """
-        end, limit = self.tokenizer.eos_token_id, self.section.max_seq_len
-        heads = self._encode([row.prompt for row in batch], self.special_tokens)
-        tails = self._encode([row.tail for row in batch], False)
-        pairs, cut = [], []
-        for row, head, tail in zip(batch, heads, tails, strict=True):
-            if self.special_tokens and head and head[-1] == end:
-                head = head[:-1]  # some tokenizers close every text; the answer follows here
-            tail = tail if tail and tail[-1] == end else [*tail, end]
-            if len(tail) + 1 > limit:
-                cut.append(f"  {row.file}: row {row.line}: the answer has {len(tail)} tokens (with its end token)")
-                continue
-            kept = truncate(head, tail, limit, self.tokenizer.bos_token_id)
-            self.truncated += len(kept) < len(head)
-            self.longest_answer = max(self.longest_answer, len(tail))
-            pairs.append((kept, tail))
+        limit = self.section.max_seq_len
+        answers = [self.template.answers(row) for row in batch]
+        pairs = iter(self._pairs([answer for group in answers for answer in group]))
+        examples, cut = [], []
+        for row, group in zip(batch, answers, strict=True):
+            tokens, dropped = [next(pairs) for _ in group], 0
+            if row.chat and any(len(head) + len(tail) > limit for head, tail in tokens):
+                group, dropped = self._shorten(row)
+                tokens = self._pairs(group)
+            for _, tail in tokens:
+                if len(tail) + 1 > limit:
+                    cut.append(f"  {row.file}: row {row.line}: the answer has {len(tail)} tokens (with its end token)")
+            if not cut:
+                examples += self._sequences(row, group, tokens, dropped, one_answer)
         if cut:
             more = f"\n  and {len(cut) - SHOWN} more" if len(cut) > SHOWN else ""
             raise UserError(
                 f"prepare.max_seq_len: {limit} tokens cut off an answer; raise it.\n" + "\n".join(cut[:SHOWN]) + more
             )
+        return examples
+
+    def _pairs(self, answers: list[Answer]) -> list[tuple[list[int], list[int]]]:
+        """Tokens of each prompt and of each answer with its end token."""
+        end, pairs = self.tokenizer.eos_token_id, []
+        heads = self._encode([answer.prompt for answer in answers], self.special_tokens)
+        tails = self._encode([answer.tail for answer in answers], False)
+        for head, tail in zip(heads, tails, strict=True):
+            if self.special_tokens and head and head[-1] == end:
+                head = head[:-1]  # some tokenizers close every text; the answer follows here
+            pairs.append((head, tail if tail and tail[-1] == end else [*tail, end]))
         return pairs
+
+    def _shorten(self, row: Row) -> tuple[list[Answer], int]:
+        """The answers of a conversation without as many of its earliest turns as needed for the last one to fit, and their number."""
+        conversation = Conversation(*json.loads(row.chat))
+        starts = [start for start in conversation.starts if start <= conversation.trained[-1]]
+
+        def fits(start: int) -> bool:
+            (head, tail) = self._pairs(self.template.answers(row, start)[-1:])[0]
+            return len(head) + len(tail) <= self.section.max_seq_len
+
+        start = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
+        system = start > 0 and conversation.turns[0]["role"] == "system"
+        self.shortened += start > 0
+        self.dropped += start - system
+        return self.template.answers(row, start), start - system
+
+    def _sequences(
+        self, row: Row, answers: list[Answer], tokens: list, dropped: int, one_answer: bool
+    ) -> list[Example]:
+        """One row's sequences."""
+        examples: list[Example] = []
+        for answer, (head, tail) in zip(answers, tokens, strict=True):
+            kept = truncate(head, tail, self.section.max_seq_len, self.tokenizer.bos_token_id)
+            self.truncated += len(kept) < len(head)
+            self.longest_answer = max(self.longest_answer, len(tail))
+            labels, turns = [IGNORED] * len(kept) + tail, [answer.turn] if row.chat else []
+            if examples and not one_answer:
+                before = examples[-1]
+                if kept[: len(before.ids)] == before.ids:
+                    labels[: len(before.labels)] = before.labels
+                    turns = before.turns + turns
+                    examples.pop()
+                else:
+                    self.apart += 1
+            cut = len(head) - len(kept)
+            examples.append(Example(row.number, answer.prompt, answer.answer, kept + tail, labels, turns, dropped, cut))
+        return examples
 
     def inference(self) -> dict:
         """What the runtime must do to a prompt to read the tokens of training, for prompt.json: only what this tokenizer does.
@@ -87,91 +169,6 @@ class Tokenize:
             rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
             rules["kept_token_id"] = self.tokenizer.bos_token_id
         return rules
-
-
-class Writer:
-    """One split's Parquet file, written a batch at a time."""
-
-    def __init__(self, path: Path, section: params.Prepare, pad_id: int, join: bool):
-        import pyarrow
-        import pyarrow.parquet
-
-        self.arrow, self.section, self.pad_id, self.join = pyarrow, section, pad_id, join
-        ids = pyarrow.list_(pyarrow.int32())
-        fields = [
-            ("row", pyarrow.int64()),
-            ("prompt", pyarrow.string()),
-            ("answer", pyarrow.string()),
-            ("input_ids", ids),
-            ("labels", ids),
-        ]
-        if section.use_attention_mask:
-            fields.append(("attention_mask", pyarrow.list_(pyarrow.int8())))
-        self.schema = pyarrow.schema(fields)
-        self.file = pyarrow.parquet.ParquetWriter(path, self.schema)
-        self.open: list = []  # the sequence being filled, with strategy join
-        self.lengths: Counter = Counter()
-        self.tokens = self.answer_tokens = 0
-
-    def write(self, batch: list[Row], pairs: list[tuple[list[int], list[int]]]) -> None:
-        examples = []
-        for row, (head, tail) in zip(batch, pairs, strict=True):
-            example = (row.line, row.prompt, row.answer, head + tail, [IGNORED] * len(head) + tail)
-            if not self.join:
-                examples.append(example)
-            elif not self.open:
-                self.open = [example]
-            elif sum(len(ids) for *_, ids, _ in self.open) + len(example[3]) <= self.section.max_seq_len:
-                self.open.append(example)
-            else:
-                examples.append(self._joined())
-                self.open = [example]
-        self._flush(examples)
-
-    def _joined(self) -> tuple:
-        first = self.open[0]
-        return (
-            first[0],
-            "".join(prompt + answer for _, prompt, answer, *_ in self.open[:-1]) + self.open[-1][1],
-            self.open[-1][2],
-            [token for *_, ids, _ in self.open for token in ids],
-            [label for *_, labels in self.open for label in labels],
-        )
-
-    def _flush(self, examples: list[tuple]) -> None:
-        if not examples:
-            return
-        columns: dict[str, list] = {name: [] for name in self.schema.names}
-        for number, prompt, answer, ids, labels in examples:
-            self.lengths[len(ids)] += 1
-            self.tokens += len(ids)
-            self.answer_tokens += sum(label != IGNORED for label in labels)
-            padding = self.section.max_seq_len - len(ids) if self.section.pad_to_max_len else 0
-            values = [
-                number,
-                prompt,
-                answer,
-                ids + [self.pad_id] * padding,
-                labels + [IGNORED] * padding,
-                [1] * len(ids) + [0] * padding,
-            ]
-            for name, value in zip(self.schema.names, values, strict=False):
-                columns[name].append(value)
-        self.file.write_table(self.arrow.table(columns, schema=self.schema))
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, error, *_) -> None:
-        try:
-            if self.open and error is None:
-                self._flush([self._joined()])
-            self.file.close()
-        except OSError:
-            if error is None:
-                raise
-        finally:
-            self.file.is_open = False  # or it would try again, and fail aloud, when it is deleted
 
 
 def lengths_summary(lengths: Counter) -> dict:

@@ -28,7 +28,7 @@ def build(
     if reason:
         raise UserError(f"{model}: {reason}")
     weight_files(model)
-    name, weights = model, None
+    rounded = {}
     try:
         if section.calibration == "gptq":
             from slmake.export import gptq
@@ -37,16 +37,15 @@ def build(
                 raise UserError("quantize.calibration: gptq needs training prompts: give --dataset.")
             calibrated = scratch / "calibrated"
             calibrated.mkdir(parents=True)
-            weights = gptq.calibrate(section, model, dataset, calibrated, job)
-            model = calibrated
-        fixes = export(section, model, folder, scratch, name)
+            rounded = gptq.calibrate(section, model, dataset, calibrated, job)
+        fixes = export(section, model, folder, scratch, gptq.placed(rounded) if rounded else {})
+        if section.node_accuracy_levels:
+            set_accuracy_levels(section, folder)
+        summary = check_graph(section, folder)
+        if rounded:
+            gptq.check_weights(folder, rounded)
     finally:
         outputs.remove(scratch)
-    if section.node_accuracy_levels:
-        set_accuracy_levels(section, folder)
-    summary = check_graph(section, folder)
-    if weights is not None:
-        gptq.check_weights(folder, weights)
     if fixes:
         summary["builder_fixes"] = fixes
     return summary | {"runs_on": check_generates(folder).runs_on}

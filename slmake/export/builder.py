@@ -4,12 +4,15 @@ import contextlib
 import fnmatch
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.export.builder_fixes import fixed
+from slmake.export.streaming import streamed
 
 
 def builder_options(section: params.Quantize) -> dict[str, str]:
@@ -83,11 +86,17 @@ def no_git() -> Iterator[None]:
             os.environ["GIT_DIR"] = before
 
 
-def export(section: params.Quantize, model: Path, target: Path, scratch: Path, name: Path | None = None) -> list[str]:
+def export(
+    section: params.Quantize,
+    model: Path,
+    target: Path,
+    scratch: Path,
+    weights: Mapping[str, Callable[[], np.ndarray]] | None = None,
+) -> list[str]:
     """Run the model builder in this process; its output goes to the log.
 
     Args:
-        name: the model's name in a message, if `model` is a copy of it.
+        weights: by a product's name, what gives its weight, float32 [out, in], where that is not the model's own.
 
     Returns:
         Names of the builder's faults (`builder_fixes.FIXES`) that were worked around for this model.
@@ -105,7 +114,7 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path, n
     while True:
         structured = structured_options(section, model, parts)
         try:
-            with no_git(), fixed(builder) as needed:
+            with no_git(), streamed(builder, weights or {}), fixed(builder) as needed:
                 builder.create_model(*arguments, **builder.parse_extra_options(*arguments, extra, **structured))
             return sorted(needed)
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
@@ -116,7 +125,7 @@ def export(section: params.Quantize, model: Path, target: Path, scratch: Path, n
             }
             if not unknown:
                 raise UserError(
-                    f"the model builder refused {name or model}: {type(error).__name__}: {error}. "
+                    f"the model builder refused {model}: {type(error).__name__}: {error}. "
                     "Check the section quantize, or the model's architecture."
                 ) from error
             # This architecture has other nodes instead: try again with their names.

@@ -126,6 +126,17 @@ FIXES: dict[str, list[tuple[str, str, Callable[[Callable, Callable], Callable]]]
 
 
 @contextlib.contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of a class or module while the block runs."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
 def fixed(builder, names: Collection[str] = tuple(FIXES)) -> Iterator[set[str]]:
     """Apply fixes to the builder's module while the block runs. Yields the set of those that a model needed."""
     needed: set[str] = set()
@@ -133,7 +144,6 @@ def fixed(builder, names: Collection[str] = tuple(FIXES)) -> Iterator[set[str]]:
         for name in names:
             for owner, method, fix in FIXES[name]:
                 kind = getattr(builder, owner)
-                original = getattr(kind, method)
-                setattr(kind, method, fix(original, functools.partial(needed.add, name)))
-                undo.callback(setattr, kind, method, original)
+                method_fixed = fix(getattr(kind, method), functools.partial(needed.add, name))
+                undo.enter_context(replaced(kind, method, method_fixed))
         yield needed

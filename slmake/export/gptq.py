@@ -2,27 +2,27 @@
 
 Round-to-nearest treats every weight alone. GPTQ rounds column by column and corrects the columns that are not rounded yet
 for the error already made, weighted by the second moments of the layer's inputs. The model builder does not have this
-method. But it rounds to nearest, which leaves weights unchanged that lie on a level already. `calibrate` writes such
-weights: an ordinary model folder for the ordinary exporter.
+method. But it rounds to nearest, which leaves weights unchanged that lie on a level already: the exporter is given such
+weights (`placed`) in place of the model's.
 """
 
 import fnmatch
-import json
 import re
-import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from slmake import cli, outputs, params
+from slmake import cli, params
 from slmake.errors import UserError
-from slmake.model_folder import weight_files
+from slmake.export.decoder_layers import DecoderLayers
 from slmake.training.data import Data
-from slmake.training.qat import round_to_nearest
 
 LEVELS = 8  # symmetric 4 bits: -8 to 7
-BATCH = 32  # rows in one forward pass
+BATCH, TOKENS = 32, 4096  # largest number of rows, and of tokens, in one forward pass
 
 
 def _edge(scale: torch.Tensor) -> torch.Tensor:
@@ -40,20 +40,52 @@ def _edge(scale: torch.Tensor) -> torch.Tensor:
     return edge.double()
 
 
-def round_with_inputs(
-    weight: torch.Tensor, moments: torch.Tensor, block_size: int, damping: float = 0.01
-) -> torch.Tensor:
-    """GPTQ's weights, such that round-to-nearest does not move them to another level.
+class Rounded(NamedTuple):
+    """A weight [out, in] in 4 bits: blocks of `block_size` weights along `in` share a scale.
+
+    Attributes:
+        levels: int8 [out, in], -8 to 7.
+        scales: float32 [out, blocks].
+        anchors: uint8 [out, blocks], the index in its block of the weight that sets the scale, which is rounded to -8 or 7.
+    """
+
+    levels: torch.Tensor
+    scales: torch.Tensor
+    anchors: torch.Tensor
+    block_size: int
+
+    def dequantized(self) -> torch.Tensor:
+        """float32 [out, in]: multiples of the scales."""
+        return self._by_row(self._blocks() * self.scales[..., None])
+
+    def placed(self) -> torch.Tensor:
+        """float32 [out, in]: weights that round-to-nearest puts on these levels, with the same scales.
+
+        Multiples of the scales, except for each block's largest weight, which is 7.5 times the scale: it sets the scale.
+        """
+        levels, edge = self._blocks(), _edge(self.scales.double()).float()[..., None]
+        # A weight at -8 levels would be larger than the one that sets the scale: put it at the edge, which rounds to -8.
+        weight = torch.maximum(levels * self.scales[..., None], -edge)
+        anchor = self.anchors.long()[..., None]
+        return self._by_row(weight.scatter_(2, anchor, levels.gather(2, anchor).sign_() * edge))
+
+    def _blocks(self) -> torch.Tensor:
+        padding = -self.levels.shape[1] % self.block_size
+        padded = torch.nn.functional.pad(self.levels, (0, padding)).float()
+        return padded.view(len(padded), -1, self.block_size)
+
+    def _by_row(self, blocks: torch.Tensor) -> torch.Tensor:
+        return blocks.view(len(blocks), -1)[:, : self.levels.shape[1]]
+
+
+def round_with_inputs(weight: torch.Tensor, moments: torch.Tensor, block_size: int, damping: float = 0.01) -> Rounded:
+    """Round a weight by GPTQ.
 
     Args:
         weight: [out, in].
         moments: [in, in], sum over tokens of x x' of the layer's inputs (half of the layer's Hessian).
-        block_size: weights along `in` that share one scale.
+        block_size: weights along `in` that share one scale, at most 256.
         damping: fraction of the mean diagonal that is added to the diagonal.
-
-    Returns:
-        float32 [out, in]: multiples of each block's scale. Only each block's largest weight is 7.5 times the scale: it sets
-        the scale, and is rounded to -8 or 7.
     """
     work = weight.detach().double().clone()
     moments = moments.double().clone()
@@ -63,29 +95,30 @@ def round_with_inputs(
     torch.diagonal(moments).add_(damping * torch.diagonal(moments).mean())
     # Upper Cholesky factor of the inverse: row j is how an error in column j is spread over the columns after it.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
-    result = torch.empty_like(work)
+    del moments
+    levels = torch.empty(work.shape, dtype=torch.int8, device=work.device)
+    scales, anchors = [], []
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
         block = work[:, start:end]
         largest, anchor = block.abs().max(dim=1)
         scale = (largest / (LEVELS - 0.5)).float().double()
         scale[scale == 0] = 1.0
-        edge = _edge(scale)
         sign = torch.sign(block.gather(1, anchor[:, None]).squeeze(1))
-        outer = torch.where(sign < 0, -LEVELS, LEVELS - 1) * scale
+        outer = torch.where(sign < 0, -LEVELS, LEVELS - 1) * (sign != 0)
         errors = torch.empty_like(block)
         for j in range(end - start):
             column = block[:, j]
-            rounded = torch.round(column / scale).clamp_(-LEVELS, LEVELS - 1) * scale
-            here = anchor == j
-            rounded = torch.where(here, outer, rounded)
-            errors[:, j] = (column - rounded) / factor[start + j, start + j]
+            level = torch.round(column / scale).clamp_(-LEVELS, LEVELS - 1)
+            level = torch.where(anchor == j, outer.double(), level)
+            errors[:, j] = (column - level * scale) / factor[start + j, start + j]
             if j + 1 < end - start:
                 block[:, j + 1 :] -= errors[:, j : j + 1] * factor[start + j, start + j + 1 : end]
-            # A weight at -8 levels would be larger than the one that sets the scale: put it at the edge, which rounds to -8.
-            result[:, start + j] = torch.maximum(torch.where(here, sign * edge, rounded), -edge)
+            levels[:, start + j] = level.to(torch.int8)
         work[:, end:] -= errors @ factor[start:end, end:]
-    return result.float()
+        scales.append(scale.float())
+        anchors.append(anchor.to(torch.uint8))
+    return Rounded(levels, torch.stack(scales, dim=1), torch.stack(anchors, dim=1), block_size)
 
 
 class InputHessians:
@@ -150,14 +183,17 @@ def in_four_bits(section: params.Quantize, model) -> dict[str, torch.nn.Linear]:
 
 
 def calibrate(
-    section: params.Quantize, model: Path, dataset: Path, target: Path, job: cli.Job
-) -> dict[str, np.ndarray]:
-    """Write a float32 copy of a model folder with GPTQ's weights, from prompts of the training split.
+    section: params.Quantize, model: Path, dataset: Path, scratch: Path, job: cli.Job
+) -> dict[str, Callable[[], Rounded]]:
+    """Round a model's weights by GPTQ, decoder layer by decoder layer, with prompts of the training split.
 
-    The input Hessians of all layers come from one pass of the unquantized model.
+    A layer's inputs are those of the unquantized model.
+
+    Args:
+        scratch: folder for the rounded weights (a byte a weight) and for the states between two layers.
 
     Returns:
-        The weights that the export must have after rounding, float32 [out, in], by tensor name.
+        What reads the rounded weight, by tensor name.
 
     Raises:
         UserError: no training rows, or no module that will have 4 bits.
@@ -169,54 +205,67 @@ def calibrate(
         raise UserError("quantize.calibration: gptq needs training prompts, and the train split is empty.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
-    ).to(device)
-    network.eval()
+        model, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
+    ).eval()
     modules = in_four_bits(section, network)
     if not modules:
         raise UserError(
             "quantize.calibration: gptq rounds to 4 bits, but with these int8_nodes no product has 4 bits. Set it to none."
         )
-    chosen = np.random.default_rng(0).permutation(len(rows))[: section.calibration_rows]
+    decoder = DecoderLayers(network, device, scratch)
+    batches = list(_batches(rows, section.calibration_rows, device))
+    rounded: dict[str, Callable[[], Rounded]] = {}
+    with job.progress(len(decoder.layers), "layers") as bar, torch.inference_mode():
+        for index in (None, *range(len(decoder.layers))):
+            with decoder.loaded(index) as layer:
+                inside = set(layer.modules())
+                own = {name: module for name, module in modules.items() if module in inside}
+                hessians = InputHessians(own)
+                for number, (ids, mask) in enumerate(batches):
+                    hessians.mask = mask
+                    decoder.run(number, ids, mask)
+                hessians.close()
+                for name, module in own.items():
+                    weight = round_with_inputs(module.weight, hessians[name], section.block_size)
+                    rounded[f"{name}.weight"] = _stored(weight, scratch / f"{name}.safetensors")
+            bar.update(int(index is not None))
+    return rounded
+
+
+def _batches(rows: Data, count: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and mask (false for padding) of some rows, int64 and bool [rows, time], the longest rows first."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
     chosen = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
-    hessians = InputHessians(modules)
-    with job.progress(len(chosen), "calibration rows") as bar, torch.inference_mode():
-        for start in range(0, len(chosen), BATCH):
-            part = chosen[start : start + BATCH]
-            ids = rows.batch(part, device)["input_ids"]
-            hessians.mask = (
-                torch.arange(ids.shape[1], device=device) < torch.from_numpy(rows.real[part]).to(device)[:, None]
-            )
-            network(input_ids=ids, attention_mask=hessians.mask.long(), use_cache=False, logits_to_keep=1)
-            bar.update(len(part))
-    hessians.close()
-    rounded: dict[str, torch.Tensor] = {}
-    with job.progress(len(modules), "products") as bar, torch.inference_mode():
-        for name, module in modules.items():
-            weight = round_with_inputs(module.weight, hessians[name], section.block_size)
-            rounded[f"{name}.weight"] = weight.cpu()
-            bar.update(1)
-    _write(model, target, rounded)
-    return {name: round_to_nearest(weight, 4, section.block_size).numpy() for name, weight in rounded.items()}
+    while len(chosen):
+        size = min(BATCH, max(1, TOKENS // int(rows.lengths[chosen[0]])))
+        part, chosen = chosen[:size], chosen[size:]
+        ids = rows.batch(part, device)["input_ids"]
+        yield ids, torch.arange(ids.shape[1], device=device) < torch.from_numpy(rows.real[part]).to(device)[:, None]
 
 
-def _write(model: Path, target: Path, replaced: dict[str, torch.Tensor]) -> None:
-    """Copy a model folder in float32 with some weights replaced."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def _stored(weight: Rounded, file: Path) -> Callable[[], Rounded]:
+    """Write a rounded weight into a file. Returns what reads it."""
+    from safetensors.torch import load_file, save_file
 
-    weights = weight_files(model)
-    for path in sorted(model.iterdir()):
-        if path.is_file() and path not in weights:
-            shutil.copyfile(path, target / path.name)
-    for path in weights:
-        with safe_open(path, "pt") as shard:
-            tensors = {name: replaced.get(name, shard.get_tensor(name)) for name in shard.keys()}  # noqa: SIM118
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-        save_file(tensors, target / path.name, metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    outputs.write_json(target / "config.json", {**config, "dtype": "float32"})
+    tensors, block_size = weight._asdict(), weight.block_size
+    save_file({name: tensors[name].cpu() for name in ("levels", "scales", "anchors")}, file)
+    return lambda: Rounded(**load_file(file), block_size=block_size)
+
+
+def placed(rounded: Mapping[str, Callable[[], Rounded]]) -> dict[str, Callable[[], np.ndarray]]:
+    """What gives the weights for the exporter, float32 [out, in], by the names of all products that they may become."""
+    parts: dict[str, list[tuple[str, int, int]]] = {}  # tensor, its part and the number of its parts
+    for name in rounded:
+        for nodes in node_names(name.removesuffix(".weight")):
+            for index, node in enumerate(nodes):
+                parts.setdefault(node, []).append((name, index, len(nodes)))
+
+    def joined(several: list[tuple[str, int, int]]) -> np.ndarray:
+        return np.concatenate(
+            [np.array_split(rounded[name]().placed().numpy(), count)[index] for name, index, count in several]
+        )
+
+    return {node: partial(joined, several) for node, several in parts.items()}
 
 
 # Targets other than the CPU have scales in 16 bits. Rounding them moves a weight by 1/2048 of it (another level is an eighth away or
@@ -224,27 +273,30 @@ def _write(model: Path, target: Path, replaced: dict[str, torch.Tensor]) -> None
 HALF_ROUNDING, HALF_TIES = 1e-3, 0.01
 
 
-def check_weights(folder: Path, wanted: dict[str, np.ndarray]) -> None:
-    """Compare the exported 4-bit weights with GPTQ's.
+def check_weights(folder: Path, rounded: Mapping[str, Callable[[], Rounded]]) -> None:
+    """Compare the exported 4-bit weights with GPTQ's, product by product.
+
+    Args:
+        rounded: what gives the rounded weight, by tensor name.
 
     Raises:
         UserError: a product is missing from the graph, or the exporter rounded it to other levels.
     """
     import onnx
 
-    graph = onnx.load(folder / "model.onnx").graph
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {node.name.removesuffix("_Q4"): node for node in graph.node if node.op_type == "MatMulNBits"}
-    parts_of: dict[tuple[str, ...], list[np.ndarray]] = {}  # q, k and v of a layer may be parts of one node
-    for name, weight in wanted.items():
+    parts_of: dict[tuple[str, ...], list[str]] = {}  # q, k and v of a layer may be parts of one node
+    for name in rounded:
         alternatives = reversed(node_names(name.removesuffix(".weight")))
         names = next((names for names in alternatives if all(name in nodes for name in names)), None)
         if names is None:
             raise UserError(f"the export has no 4-bit product for {name}: set quantize.calibration to none.")
-        parts_of.setdefault(tuple(names), []).append(weight)
+        parts_of.setdefault(tuple(names), []).append(name)
     for names, parts in parts_of.items():
-        expected = np.concatenate(parts)
-        exported = np.concatenate([_dequantized(nodes[name], tensors) for name in names])
+        expected = np.concatenate([rounded[name]().dequantized().numpy() for name in parts])
+        exported = np.concatenate([_dequantized(nodes[name], tensors, folder) for name in names])
         half = any(tensors[nodes[name].input[2]].data_type == onnx.TensorProto.FLOAT16 for name in names)
         allowed = 1e-5 * np.abs(expected).max() + half * HALF_ROUNDING * np.abs(expected)
         wrong = expected.shape != exported.shape or np.abs(exported - expected) > allowed
@@ -255,12 +307,12 @@ def check_weights(folder: Path, wanted: dict[str, np.ndarray]) -> None:
             )
 
 
-def _dequantized(node, tensors: dict) -> np.ndarray:
+def _dequantized(node, tensors: dict, folder: Path) -> np.ndarray:
     """The weights of a symmetric 4-bit MatMulNBits node, float32 [out, in]."""
     from onnx import numpy_helper
 
     values = {a.name: a.i for a in node.attribute}
-    packed, scales = (numpy_helper.to_array(tensors[name]) for name in node.input[1:3])
+    packed, scales = (numpy_helper.to_array(tensors[name], str(folder)) for name in node.input[1:3])
     out, width, block = values["N"], values["K"], values["block_size"]
     packed = packed.reshape(out, -1)
     levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out, -1, block).astype(np.float32) - 8

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slmake import params
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 from slmake.export.builder import level_of
 from slmake.generation import Exported
 
@@ -210,8 +210,7 @@ def check_generates(folder: Path, tokens: int = 4) -> Trial:
         model = Exported(folder)
         return Trial(model.generate(model.encode("The quick brown fox"), tokens), model.runs_on)
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise UserError(
-            f"ONNX Runtime cannot run the exported model: {reason[0] if reason else type(error).__name__}. "
+            f"ONNX Runtime cannot run the exported model: {first_line(error)}. "
             "Other options of the section quantize may work: algo_config k_quant, is_symmetric true, no matmul_mixed_precision."
         ) from error

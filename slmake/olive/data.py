@@ -6,6 +6,7 @@ from slmake.olive import fields, models
 from slmake.olive.fields import OFF, Drop
 
 FORMS = ("json", "jsonl", "csv", "parquet", "text")
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 OLIVES = ("huggingface_dataset", "local_dataset", "dummy_dataset")  # loading functions of its own
 LOADING = ("data_name", "subset", "split", "data_files", "data_dir", "col_filters", "data_type")
 
@@ -32,9 +33,10 @@ def eval_data(reader, field: str, value: object) -> None:
 def calibration_data(reader, field: str, value: object) -> None:
     """The data of a pass that calibrates."""
     if value is None:
-        reader.row("dropped", field, "the training rows calibrate")
+        reader.row("dropped", field, "the training rows calibrate, or the fixed texts where there is no dataset")
     else:
-        reader.row("nearest", field, "the training rows of prepare.source calibrate: quantize.calibration_rows")
+        note = "the training rows calibrate, or the fixed texts where there is no dataset: quantize.calibration_rows"
+        reader.row("nearest", field, note)
 
 
 def named(reader, field: str, value: object) -> tuple[str, dict | None]:
@@ -191,30 +193,34 @@ def set_source(reader, split: str, file: str) -> None:
 
 
 def hub_rows(reader, loading: Loading, split: str) -> None:
-    """A dataset of the hub: its rows become a file, written by the command that is shown."""
+    """A dataset of the hub, as prepare.source with config, split and where."""
     field, name = loading.given["data_name"]
     if reader.blank(field, name):
         return
-    target = file_for(name, split)
-    arguments = [repr(name)] + ([repr(loading.get("subset"))] if loading.get("subset") else [])
-    arguments += [f"split={str(loading.get('split') or 'train')!r}"]
-    filters = loading.get("col_filters") or {}
-    chosen = (
-        "".join(f".filter(lambda row: row[{k!r}] == {v!r})" for k, v in filters.items())
-        if isinstance(filters, dict)
-        else ""
-    )
-    command = f"from datasets import load_dataset; load_dataset({', '.join(arguments)}){chosen}.to_json({target!r})"
-    reader.row("todo", field, f"prepare reads a file; write it with: .venv/bin/python -c {quoted(command)}")
-    for key, (where, _) in loading.given.items():
-        if key != "data_name":
-            reader.row("renamed", where, f"in the command that writes {target}")
-    set_source(reader, split, target)
-
-
-def quoted(command: str) -> str:
-    """The command as one word of a shell."""
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", command) + '"'
+    if not HUB_NAME.fullmatch(name):
+        reader.unknown(field, f"{name!r} is no dataset of the hub: ORG/NAME, or a file in data_files")
+        return
+    prepare, source, part = reader.params["prepare"], f"hf:{name}@main", loading.get("split") or "train"
+    chosen = {"config": loading.get("subset") or None, "where": loading.get("col_filters") or {}}
+    if split == "train":
+        prepare |= {"source": source, **chosen} | ({"split": part} if part != "train" else {})
+    elif {key: prepare.get(key) for key in chosen} != chosen:
+        reader.unknown(field, "another subset, or other col_filters, than the training rows have")
+        return
+    else:
+        same = prepare["source"] == source
+        prepare["source"] = source if same else {"train": prepare["source"], "eval": source}
+        prepare["split"] = {"train": prepare.get("split", "train"), "eval": part}
+    reader.row("renamed", field, f"prepare.source: {source!r}")
+    reader.row("todo", field, models.BRANCH)
+    names = {"subset": "prepare.config", "split": "prepare.split", "col_filters": "prepare.where"}
+    for key, (where, value) in loading.given.items():
+        if key in names:
+            reader.row("renamed", where, f"{names[key]}: {value!r}")
+        elif key == "data_dir" and value not in OFF:
+            reader.unknown(where, f"{value!r}: a folder of a dataset is its config, or the file is named")
+        elif key != "data_name":
+            reader.row("dropped", where, "the files say of which form they are")
 
 
 def cut(reader, field: str, value: object, split: str) -> None:

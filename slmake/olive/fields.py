@@ -24,12 +24,10 @@ TOP = {
     "$schema": Drop("the schema of params.yaml is docs/params.schema.json"),
     "verbose": LOGS,
     "workflow_id": Drop("a run is named by its folder"),
-    "evaluators": Drop("`evaluate` measures accuracy, F1, parity, latency and more by itself (docs/quality.md)"),
     "auto_optimizer_config": Drop("passes are chosen by hand", OFF),
     "workflow_host": Drop("set where rules run in azureml/settings.yaml", OFF),
 }
 ENGINE = {
-    "search_strategy": Drop("for candidates see quantize.search in docs/params.md", OFF),
     "evaluator": Drop("`evaluate` measures by itself"),
     "evaluate_input_model": Drop("evaluate.models says what is scored: the base model is among them"),
     "cache_dir": CACHE,

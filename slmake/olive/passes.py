@@ -1,6 +1,6 @@
 """Olive's passes, as the sections finetune, merge and quantize; what has no counterpart is named with the nearest thing."""
 
-from slmake.olive import data, fields, quantizers
+from slmake.olive import data, fields, goals, quantizers
 from slmake.olive.fields import OFF, Drop
 
 DTYPES = ("float32", "bfloat16")
@@ -43,7 +43,7 @@ def passes(reader, field: str, value: dict) -> None:
             "no MergeAdapterWeights: merge is added, because the export has the adapter in its weights",
         )
     quantizers.finish(reader)
-    if reader.stages & {"finetune", "quantize"}:
+    if "finetune" in reader.stages:
         data.complete(reader)
 
 
@@ -190,10 +190,9 @@ def eval_size(reader, field: str, value: float | None) -> None:
     elif isinstance(value, float) and 0 <= value <= 0.5:
         reader.put(field, "prepare.eval_fraction", value)
     elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        note = f"prepare.eval_fraction is a share: put {value} divided by the number of rows (it has its default)"
-        reader.row("todo", field, note)
+        reader.put(field, "prepare.eval_samples", value)
     else:
-        reader.unknown(field, f"{value!r}: prepare.eval_fraction is a share from 0 to 0.5")
+        reader.unknown(field, f"{value!r}: prepare.eval_fraction is a share from 0 to 0.5, eval_samples a number")
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -203,6 +202,8 @@ def algorithm(reader, field: str, value: str) -> None:
     """The builder's algorithm, whose name may say what keeps 8 bits."""
     if value is None:
         reader.row("dropped", field, "quantize.algo_config has its default")
+    elif isinstance(value, list) and all(name in ("default", "rtn", "k_quant") for name in value):
+        goals.several(reader, field, "algo_config", value)
     elif not isinstance(value, str) or value not in fields.ALGORITHMS:
         reader.unknown(field, f"{value!r} is none of {', '.join(fields.ALGORITHMS)}")
     else:
@@ -225,7 +226,10 @@ def converted(target: str, convert):
     """A rule for an option whose value may be a text."""
 
     def rule(reader, field, value):
-        reader.put(field, target, convert(value))
+        if isinstance(value, list):
+            goals.several(reader, field, target.partition(".")[2], [convert(item) for item in value])
+        else:
+            reader.put(field, target, convert(value))
 
     return rule
 
@@ -239,8 +243,10 @@ def flag(value: object) -> object:
     return texts.get(value.lower(), value) if isinstance(value, str) else bool(value) if value in (0, 1) else value
 
 
-def node_names(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+def excluded(reader, field: str, value: object) -> None:
+    """Nodes to leave unquantized, as a list or a text with commas."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    reader.put(field, "quantize.nodes_to_exclude", names)
 
 
 def op_types(reader, field: str, value: object) -> None:
@@ -267,7 +273,7 @@ BUILDER = fields.BUILDER | {
     **dict.fromkeys(("accuracy_level", "int4_accuracy_level"), converted("quantize.accuracy_level", number)),
     **dict.fromkeys(("block_size", "int4_block_size"), converted("quantize.block_size", number)),
     **dict.fromkeys(("is_symmetric", "int4_is_symmetric"), converted("quantize.is_symmetric", flag)),
-    **dict.fromkeys(("nodes_to_exclude", "int4_nodes_to_exclude"), converted("quantize.nodes_to_exclude", node_names)),
+    **dict.fromkeys(("nodes_to_exclude", "int4_nodes_to_exclude"), excluded),
     **dict.fromkeys(("op_types_to_quantize", "int4_op_types_to_quantize"), op_types),
     **dict.fromkeys(("shared_embeddings",), converted("quantize.shared_embeddings", flag)),
     "prune_lm_head": converted("quantize.prune_lm_head", flag),

@@ -45,6 +45,8 @@ class Reader:
         self.stages: set[str] = set()
         self.systems: dict[str, dict] = {}
         self.weights: dict[str, dict] = {}  # passes over PyTorch weights, by kind: their options
+        self.goals: list[tuple] = []  # of evaluators: field, metric and sub-type, goal
+        self.strategy: tuple[str, dict] | None = None  # search_strategy: field and content
         self.provider: tuple[str, str] | None = None  # field and name of the engine's execution provider
         self.data: dict[str, tuple[object, object]] = {}  # data configurations by name: key and content
         given = config.get("data_configs")
@@ -111,10 +113,11 @@ class Reader:
     # -- the configuration as a whole ------------------------------------------------------------------------------
 
     def run(self) -> "Reader":
-        from slmake.olive import models, passes, systems
+        from slmake.olive import goals, models, passes, systems
 
         engine = self.config["engine"] if isinstance(self.config.get("engine"), dict) else {}
         hosts = {key: self.config.get(key, engine.get(key)) for key in ("host", "target")}
+        engine_rules = fields.ENGINE | systems.HOSTS | {"search_strategy": goals.strategy}
         top: dict[str, object] = {
             "input_model": models.input_model,
             "systems": systems.systems,
@@ -122,13 +125,15 @@ class Reader:
             "passes": passes.passes,
             "azureml_client": systems.azureml_client,
             "pass_flows": passes.flows_of,
-            "engine": lambda reader, field, value: reader.walk(field, value, fields.ENGINE | systems.HOSTS),
+            "engine": lambda reader, field, value: reader.walk(field, value, engine_rules),
+            "evaluators": goals.evaluators,
             **fields.TOP,
-            **fields.ENGINE,
-            **systems.HOSTS,
+            **engine_rules,
         }
         self.walk("", self.config, top)
         systems.finish(self, hosts)
+        goals.finish(self)
+        goals.finish_strategy(self)
         for name, (key, _) in self.data.items():
             if name not in passes.read_data(self):
                 self.row("dropped", f"data_configs.{key}", f"no pass that is taken over reads `{name}`")
@@ -150,6 +155,7 @@ def as_yaml(sections: dict) -> str:
     """params.yaml with every section, because DVC looks each of them up; fields that are not named have their defaults."""
     head = "# Imported from Olive. Fields that are not here have their defaults: docs/params.md.\n"
     whole = sections | {name: {} for name in Params.model_fields if name not in sections}
+    whole["prepare"] = whole["prepare"] or None  # no dataset
     return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
 
 

@@ -8,6 +8,10 @@ import yaml
 from slmake.text import code_span, markdown, one_line, printable
 
 NAMES = {"base": "base", "adapter": "base with adapter", "merged": "fine-tuned and merged"}
+TRAINING = (  # the settings of finetune that a card shows
+    *("method", "lora_r", "lora_alpha", "target_modules", "learning_rate", "lr_scheduler_type", "num_train_epochs"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "qat", "seed"),
+)
 
 
 def percent(value: float) -> str:
@@ -17,11 +21,6 @@ def percent(value: float) -> str:
 def prose(text: str) -> str:
     """Markdown that the user wrote, with its HTML shown as text (addresses in angle brackets stay links)."""
     return re.sub(r"<(?=[A-Za-z/!?])(?!https?://|mailto:)", "&lt;", printable(text))
-
-
-def setting(value: object) -> str:
-    """A setting's value for a table."""
-    return code_span(json.dumps(value, ensure_ascii=False))
 
 
 def single_lines(value: object) -> object:
@@ -34,7 +33,13 @@ def single_lines(value: object) -> object:
 
 
 def metrics_table(metrics: dict, models: list[str]) -> list[str]:
-    """One row per model, with 95% intervals."""
+    """One row per model, with 95% intervals; without a dataset, its perplexity."""
+    if not metrics["test_rows"]:
+        lines = ["| model | perplexity | size |", "|---|---|---|"]
+        return lines + [
+            f"| {_shown(name, models)} | {metrics[name]['perplexity']:,.3f} | {metrics[name]['size_bytes'] / 1e6:,.1f} MB |"
+            for name in models
+        ]
     classes = "macro_f1" in metrics[models[-1]]
     second = "macro-F1 (95% interval) | outside the labels" if classes else "ROUGE-L"
     lines = [
@@ -43,7 +48,7 @@ def metrics_table(metrics: dict, models: list[str]) -> list[str]:
     ]
     for name in models:
         scores = metrics[name]
-        cells = [NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)]
+        cells = [_shown(name, models)]
         cells.append(
             f"{percent(scores['accuracy'])} ({percent(scores['accuracy_low'])} to {percent(scores['accuracy_high'])})"
         )
@@ -55,6 +60,11 @@ def metrics_table(metrics: dict, models: list[str]) -> list[str]:
         cells += [f"{scores['answer_perplexity']:,.3f}", f"{scores['size_bytes'] / 1e6:,.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _shown(name: str, models: list[str]) -> str:
+    """A model's name in a table."""
+    return NAMES.get(name, f"{name} ONNX (this package)" if name == models[-1] else name)
 
 
 def class_table(scores: dict) -> list[str]:
@@ -84,6 +94,19 @@ def parity_table(parity: dict) -> list[str]:
     return lines
 
 
+def scored_on(metrics: dict, quantize: dict) -> str:
+    """What the scores are of, in a paragraph."""
+    if metrics["test_rows"]:
+        return f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter."
+    calibrated = " The weights were calibrated with the same texts, so the figures flatter them." * (
+        quantize["calibration"] == "gptq"
+    )
+    return (
+        f"Without a dataset, on {metrics['texts']} fixed texts in several languages, code, tables and dialogue: the perplexity of a text "
+        f"behind its opening.{calibrated}"
+    )
+
+
 def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
     """The YAML head that model hubs read."""
     source = base["source"]
@@ -96,6 +119,8 @@ def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | 
     }
     if source.startswith("hf:"):
         head["base_model"] = source.removeprefix("hf:").partition("@")[0]
+    if not metrics["test_rows"]:
+        return head
     kinds = [("accuracy", "accuracy")] + ([("f1", "macro_f1")] if labels else [("rouge", "rouge_l")])
     results = [{"type": kind, "value": metrics[last][key], "name": key} for kind, key in kinds]
     task = {"type": head["pipeline_tag"]}
@@ -104,82 +129,69 @@ def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | 
     return head
 
 
-def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict], table: str) -> str:
-    """The whole card.
-
-    Args:
-        section: the section `package` of params.yaml.
-        facts: `base`, `dataset`, `metrics`, `last`, `models`, `quantize` (the section as a dictionary, with the options that a search
-            chose), `search` (search.json, or None).
-        form: prompt.json.
-        training: the section `finetune` as a dictionary; None without fine-tuning.
-        gates: the judged gates, and `table` their text.
-    """
-    metrics, last, dataset, base = facts["metrics"], facts["last"], facts["dataset"], facts["base"]
-    head = yaml.safe_dump(
-        single_lines(metadata(section, base, metrics, last, form["labels"])),
-        sort_keys=False,
-        allow_unicode=True,
-        width=10**6,
-    )
-    rows = dataset["rows"]
+def usage(form: dict) -> list[str]:
+    """How to run the package, and what it answers."""
     arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
-    lines = ["---", head.rstrip(), "---", "", f"# {markdown(section.name)}", "", prose(section.intended_use), ""]
-    lines += ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
+    lines = ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
     lines += ["Over HTTP, as OpenAI's API, with a page to try it:", ""]
     lines += ["    pip install onnxruntime-genai starlette uvicorn pydantic", "    python serve.py", ""]
-    if form["prompt"] is not None:
+    if form["prompt"] is not None and "texts" not in form:
         lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
         lines += [f"    {printable(line)}" for line in re.split("\r\n|\r|\n", form["prompt"])] + [""]
     if form["labels"]:
         lines += [f"It answers with one of: {', '.join(map(markdown, form['labels']))}.", ""]
-    lines += ["## What it was made from", ""]
-    lines.append(
-        f"- Base model: {code_span(base['source'])}" + (f", SHA-256 `{base['sha256']}`." if base.get("sha256") else ".")
-    )
+    return lines
+
+
+def origin(record: dict) -> str:
+    """Where a model or a split came from, with its digest if it has one."""
+    return code_span(record["source"]) + (f", SHA-256 `{record['sha256']}`." if record.get("sha256") else ".")
+
+
+def ingredients(facts: dict) -> list[str]:
+    """Base model, adapter and data."""
+    rows = facts["dataset"]["rows"]
+    lines = ["## What it was made from", "", f"- Base model: {origin(facts['base'])}"]
     if facts["adapter"]:
         lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter'])}.")
-    for split, source in dataset["source"].items():
-        lines.append(
-            f"- Data ({split}): {code_span(source['source'])}"
-            + (f", SHA-256 `{source['sha256']}`." if "sha256" in source else ".")
-        )
-    lines.append(
+    lines += [f"- Data ({split}): {origin(source)}" for split, source in facts["dataset"]["source"].items()]
+    return [
+        *lines,
         f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out for the scores below."
-    )
-    lines += [
+        if facts["dataset"]["source"]
+        else "- No dataset: the model was not scored on a task.",
         "",
         "provenance.intoto.json has the digest of every input, script, parameter and environment; bom.cdx.json is the bill of materials.",
         "",
     ]
-    if training:
-        keys = (
-            "method",
-            "lora_r",
-            "lora_alpha",
-            "target_modules",
-            "learning_rate",
-            "lr_scheduler_type",
-            "num_train_epochs",
-        )
-        keys += ("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "qat", "seed")
-        lines += ["## Training", "", "| setting | value |", "|---|---|"]
-        lines += [f"| `{key}` | {setting(training[key])} |" for key in keys] + [""]
-    lines += ["## Quantization", ""]
+
+
+def settings_table(settings: dict) -> list[str]:
+    """One row per setting."""
+    lines = ["| setting | value |", "|---|---|"]
+    return [
+        *lines,
+        *(f"| `{key}` | {code_span(json.dumps(value, ensure_ascii=False))} |" for key, value in settings.items()),
+        "",
+    ]
+
+
+def quantization(facts: dict) -> list[str]:
+    """The options of the export; after a search, how they were chosen."""
+    lines = ["## Quantization", ""]
     if search := facts["search"]:
         lines += [
             f"Candidate {search['winner']} of {len(search['candidates'])}: of those that passed the gates on {search['tuning_rows']} "
             f"tuning rows the {'smallest' if search['objective'] == 'size' else 'fastest'}.",
             "",
         ]
-    lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| `{key}` | {setting(value)} |" for key, value in facts["quantize"].items() if key != "search"] + [""]
-    lines += [
-        "## Scores",
-        "",
-        f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter.",
-        "",
-    ]
+    return lines + settings_table({key: value for key, value in facts["quantize"].items() if key != "search"})
+
+
+def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[str]:
+    """What was measured on the held-out rows, or on the fixed texts, and the gates that it passed."""
+    metrics, last = facts["metrics"], facts["last"]
+    lines = ["## Scores", "", scored_on(metrics, facts["quantize"]), ""]
     if device := metrics.get("providers", {}).get(last):
         lines += [
             f"They were computed on {device['scored_on']}, because {device['exported_for']}, which this model was exported for, was not "
@@ -187,26 +199,38 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
             "",
         ]
     lines += [*metrics_table(metrics, facts["models"]), ""]
-    if form["labels"]:
-        scores = metrics[last]
-        lines += [
-            f"This package by label (choosing among the labels only, accuracy is {percent(scores['restricted_accuracy'])}):",
-            "",
-        ]
-        lines += [*class_table(scores), ""]
+    if classes:
+        accuracy = percent(metrics[last]["restricted_accuracy"])
+        lines += [f"This package by label (choosing among the labels only, accuracy is {accuracy}):", ""]
+        lines += [*class_table(metrics[last]), ""]
     if any(key != "tokenizer" for key in metrics.get("parity", {})):
-        lines += [
-            "Step by step, over the distribution of the first answer token:",
-            "",
-            *parity_table(metrics["parity"]),
-            "",
-        ]
+        token = "first answer token" if metrics["test_rows"] else "next token"
+        lines += [f"Step by step, over the distribution of the {token}:", ""]
+        lines += [*parity_table(metrics["parity"]), ""]
     lines += ["Gates that this model passed:" if gates else "No gate was set for this model.", ""]
-    lines += [*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else []
+    return lines + ([*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else [])
+
+
+def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict], table: str) -> str:
+    """The whole card.
+
+    Args:
+        section: the section `package` of params.yaml.
+        facts: `base`, `dataset`, `metrics`, `last`, `models`, `adapter`, `licences`, `quantize` (the section as a dictionary, with the
+            options that a search chose), `search` (search.json, or None).
+        form: prompt.json.
+        training: the section `finetune` as a dictionary; None without fine-tuning.
+        gates: the judged gates, and `table` their text.
+    """
+    head = single_lines(metadata(section, facts["base"], facts["metrics"], facts["last"], form["labels"]))
+    head = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=10**6)
+    lines = ["---", head.rstrip(), "---", "", f"# {markdown(section.name)}", "", prose(section.intended_use), ""]
+    lines += [*usage(form), *ingredients(facts)]
+    if training:
+        lines += ["## Training", "", *settings_table({key: training[key] for key in TRAINING})]
+    lines += [*quantization(facts), *scores(facts, bool(form["labels"]), gates, table)]
+    licences = ", ".join(map(markdown, sorted(set(facts["licences"]))))
     lines += ["## Limits", "", prose(section.limitations), "", "## Licence", ""]
-    lines += [
-        f"{markdown(section.license)}. The texts are in licenses/: {', '.join(map(markdown, sorted(set(facts['licences']))))}.",
-        "",
-    ]
+    lines += [f"{markdown(section.license)}. The texts are in licenses/: {licences}.", ""]
     lines += ["## Check what you have", "", "    sha256sum --check SHA256SUMS", ""]
     return "\n".join(lines)

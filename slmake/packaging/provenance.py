@@ -7,7 +7,7 @@ from hashlib import sha256 as hash_of
 from pathlib import Path
 
 from slmake import outputs
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 from slmake.packaging.checksums import PROVENANCE
 
 BUILD_TYPE = "urn:slmake:package:v1"
@@ -97,8 +97,5 @@ def check_statement(text: str) -> dict:
         Statement.copy_from_pb(statement).validate()
         json_format.ParseDict(content["predicate"], Provenance())
     except Exception as error:
-        reason = str(error).splitlines()
-        raise UserError(
-            f"{PROVENANCE} is no valid provenance: {reason[0] if reason else type(error).__name__}"
-        ) from None
+        raise UserError(f"{PROVENANCE} is no valid provenance: {first_line(error)}") from None
     return content

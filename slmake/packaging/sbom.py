@@ -16,44 +16,47 @@ def locked(lock: Path) -> list[tuple[str, str]]:
     return re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.M)
 
 
-def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dict[str, str], lock: Path) -> dict:
-    """A CycloneDX 1.6 machine-learning bill of materials (https://cyclonedx.org/docs/1.6/json/).
+def hashes(content: str | None) -> list[dict]:
+    """A component's hashes; none without a digest."""
+    return [{"alg": "SHA-256", "content": content}] if content else []
 
-    Args:
-        facts: `task`, `architecture`, `base` (results/base.json), `dataset` (results/dataset.json), `metrics`, `last`.
-        files: SHA-256 of the package's files.
-        lock: the environment's lock file.
-    """
-    base, dataset, last = facts["base"], facts["dataset"], facts["metrics"][facts["last"]]
-    digest = hash_of(sums_text(files).encode()).hexdigest()
-    figures = []
-    for key, value in last.items():
+
+def performance(scores: dict, rows: str) -> list[dict]:
+    """The scores of a model as performance metrics, with their intervals; `rows` says of what they are."""
+    metrics = []
+    for key, value in scores.items():
         if isinstance(value, (int, float)) and not key.endswith(("_low", "_high")):
-            figure: dict = {"type": key, "value": str(value), "slice": "test split"}
-            if f"{key}_low" in last:
-                figure["confidenceInterval"] = {
-                    "lowerBound": str(last[f"{key}_low"]),
-                    "upperBound": str(last[f"{key}_high"]),
-                }
-            figures.append(figure)
-    data_components = [
+            metric: dict = {"type": key, "value": str(value), "slice": rows}
+            if f"{key}_low" in scores:
+                bounds = {"lowerBound": str(scores[f"{key}_low"]), "upperBound": str(scores[f"{key}_high"])}
+                metric["confidenceInterval"] = bounds
+            metrics.append(metric)
+    return metrics
+
+
+def base_model(record: dict) -> dict:
+    """The base model as a component."""
+    component: dict = {"type": "machine-learning-model", "bom-ref": "base-model", "name": record["source"]}
+    return component | ({"hashes": hashes(record["sha256"])} if record.get("sha256") else {})
+
+
+def data(sources: dict) -> list[dict]:
+    """The splits of the dataset as components."""
+    return [
         {
             "type": "data",
             "bom-ref": f"data:{split}",
             "name": source["source"],
-            "hashes": [{"alg": "SHA-256", "content": source["sha256"]}] if "sha256" in source else [],
+            "hashes": hashes(source.get("sha256")),
             "data": [{"type": "dataset", "name": split}],
         }
-        for split, source in dataset["source"].items()
+        for split, source in sources.items()
     ]
-    base_component: dict = {
-        "type": "machine-learning-model",
-        "bom-ref": "base-model",
-        "name": base["source"],
-    }
-    if base.get("sha256"):
-        base_component["hashes"] = [{"alg": "SHA-256", "content": base["sha256"]}]
-    libraries = [
+
+
+def libraries(lock: Path) -> list[dict]:
+    """The packages of the environment as components; a user of the package needs the runtime only."""
+    return [
         {
             "type": "library",
             "bom-ref": f"pkg:pypi/{package.lower()}@{version}",
@@ -64,8 +67,21 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
         }
         for package, version in locked(lock)
     ]
+
+
+def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dict[str, str], lock: Path) -> dict:
+    """A CycloneDX 1.6 machine-learning bill of materials (https://cyclonedx.org/docs/1.6/json/).
+
+    Args:
+        facts: `task`, `architecture`, `base` (results/base.json), `dataset` (results/dataset.json), `metrics`, `last`.
+        files: SHA-256 of the package's files.
+        lock: the environment's lock file.
+    """
+    digest = hash_of(sums_text(files).encode()).hexdigest()
+    splits = data(facts["dataset"]["source"])
+    rows = "test split" if splits else "fixed texts"
     contents = [
-        {"type": "file", "bom-ref": f"file:{file}", "name": file, "hashes": [{"alg": "SHA-256", "content": value}]}
+        {"type": "file", "bom-ref": f"file:{file}", "name": file, "hashes": hashes(value)}
         for file, value in sorted(files.items())
     ]
     model = {
@@ -80,40 +96,32 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
                 "task": facts["task"],
                 "architectureFamily": "transformer",
                 "modelArchitecture": facts["architecture"],
-                "datasets": [{"ref": component["bom-ref"]} for component in data_components],
+                "datasets": [{"ref": split["bom-ref"]} for split in splits],
                 "inputs": [{"format": "text"}],
                 "outputs": [{"format": "text"}],
             },
-            "quantitativeAnalysis": {"performanceMetrics": figures},
+            "quantitativeAnalysis": {"performanceMetrics": performance(facts["metrics"][facts["last"]], rows)},
             "considerations": {"useCases": [use]},
         },
     }
-    document = {
+    metadata: dict = {
+        "lifecycles": [{"phase": "build"}],
+        "tools": {"components": [{"type": "application", "name": "slmake"}]},
+        "component": model,
+    }
+    if build_time():
+        metadata["timestamp"] = build_time()
+    parts = ["base-model", *(component["bom-ref"] for component in [*splits, *contents])]
+    return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
         "version": 1,
-        "metadata": {
-            "lifecycles": [{"phase": "build"}],
-            "tools": {"components": [{"type": "application", "name": "slmake"}]},
-            "component": model,
-        },
-        "components": [base_component, *data_components, *contents, *libraries],
-        "dependencies": [
-            {
-                "ref": "model",
-                "dependsOn": [
-                    "base-model",
-                    *(c["bom-ref"] for c in data_components),
-                    *(c["bom-ref"] for c in contents),
-                ],
-            }
-        ],
+        "metadata": metadata,
+        "components": [base_model(facts["base"]), *splits, *contents, *libraries(lock)],
+        "dependencies": [{"ref": "model", "dependsOn": parts}],
     }
-    if build_time():
-        document["metadata"]["timestamp"] = build_time()
-    return document
 
 
 def check_bom(text: str, files: dict[str, str] | None = None) -> None:

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 from slmake.packaging.checksums import SIGNATURE, TIMESTAMP
 
 
@@ -47,10 +47,7 @@ def check(folder: Path, key: Path) -> None:
             verifier = verifying.Config().use_elliptic_key_verifier(public_key=Path(public.name))
             verifier.set_hashing_config(_hashing()).verify(folder, folder / SIGNATURE)
         except Exception as error:
-            reason = str(error).splitlines()
-            raise UserError(
-                f"{SIGNATURE}: does not fit this package and key ({reason[0] if reason else type(error).__name__})."
-            ) from None
+            raise UserError(f"{SIGNATURE}: does not fit this package and key ({first_line(error)}).") from None
 
 
 def _hashing():

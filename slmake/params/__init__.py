@@ -9,7 +9,7 @@ from slmake.params.base import Section
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
-from slmake.params.gates import FIGURES, PARITY, PER_CLASS, TIMINGS, Gate, Gates
+from slmake.params.gates import PARITY, PER_CLASS, TIMINGS, Gate, Gates
 from slmake.params.load import Params, as_json, load, section, sums
 from slmake.params.merge import Merge
 from slmake.params.package import Package
@@ -20,7 +20,6 @@ from slmake.params.rehearse import Rehearse
 from slmake.params.report import Report
 
 __all__ = [
-    "FIGURES",
     "PARITY",
     "PER_CLASS",
     "RULES",

@@ -19,7 +19,8 @@ class All(Section):
 
     stages: list[Stage] = Field(
         ["rehearse", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"],
-        description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model; "
+        description="Stages to run after fetch_model and prepare. Leave out finetune and merge to quantize the base model, which "
+        "needs no section prepare (evaluate then runs behind quantize, listed or not); "
         "leave out all but finetune to stop after the adapter.",
     )
     container: str | None = Field(

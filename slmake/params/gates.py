@@ -1,4 +1,4 @@
-"""The section `gates` of params.yaml: figures that can be bounded, and bounds that make sense."""
+"""The section `gates` of params.yaml: metrics that can be bounded, and bounds that make sense."""
 
 import difflib
 import math
@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from slmake.params.base import Model, Section
 
-# Figures that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
+# Metrics that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
 SHARES = (
     *("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement"),
     *("valid", "constrained_valid", "constrained_accuracy", "constrained_macro_f1", "constrained_rouge_l"),
@@ -20,7 +20,14 @@ TIMINGS = (
     *("constrained_latency_ms_p50", "constrained_latency_ms_p95", "constrained_latency_ms_p99"),
     *("generated_tokens_per_s", "load_s", "score_s", "peak_memory_bytes"),
 )
-FIGURES = (*SHARES[:5], *SHARES[6:], "outside_labels", "answer_perplexity", "size_bytes", *PARITY, *TIMINGS)
+OF_ROWS = (
+    *SHARES[:5],
+    *SHARES[6:],
+    "outside_labels",
+    "answer_perplexity",
+)  # of rows with expected answers; also per_class.…
+OF_TEXTS = ("perplexity",)  # of the fixed texts, where there is no dataset
+METRICS = (*OF_ROWS, *OF_TEXTS, "size_bytes", *PARITY, *TIMINGS)
 PER_CLASS = ("precision", "recall", "f1")
 Z = 1.959964  # of a 95% interval
 
@@ -76,17 +83,17 @@ class Gate(Section):
         return math.ceil(round(Z**2 * (1 - room) / room if self.interval == "worst" else 1 / room, 6))
 
     @model_validator(mode="after")
-    def _one_bound_on_a_known_figure(self, info: ValidationInfo):
+    def _one_bound_on_a_known_metric(self, info: ValidationInfo):
         given = [name for name in _BOUNDS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"{self.metric}: give exactly one of {', '.join(_BOUNDS)}")
         parts = self.metric.split(".")
         of_class = parts[0] == "per_class" and parts[-1] in PER_CLASS and any(parts[1:-1])
         asked_for = tuple((info.context or {}).get("metrics", ()))  # evaluate.metrics of the same file
-        own = self.metric in asked_for
-        if self.metric not in FIGURES and not of_class and not own:
-            near = difflib.get_close_matches(self.metric, FIGURES + asked_for, n=1)
-            known = ", ".join(FIGURES + asked_for)
+        own = self.metric in asked_for or ("lm_eval" in asked_for and self.metric.startswith("lm_eval."))
+        if self.metric not in METRICS and not of_class and not own:
+            near = difflib.get_close_matches(self.metric, METRICS + asked_for, n=1)
+            known = ", ".join(METRICS + asked_for)
             hint = (
                 f"did you mean `{near[0]}`"
                 if near

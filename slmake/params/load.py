@@ -18,13 +18,13 @@ from pydantic import Field, ValidationError
 from slmake.cli import PLANNED
 from slmake.errors import UserError
 from slmake.params.adapter import Adapter
-from slmake.params.all import All
+from slmake.params.all import All, Stage
 from slmake.params.base import Model, Section
-from slmake.params.errors import Loader, lines
+from slmake.params.errors import Loader, lines, models_in
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
-from slmake.params.gates import Gates
+from slmake.params.gates import OF_ROWS, OF_TEXTS, Gates
 from slmake.params.merge import Merge
 from slmake.params.metrics import parse
 from slmake.params.package import Package
@@ -40,7 +40,7 @@ class Params(Section):
 
     all: All = Field(default_factory=All)
     fetch_model: FetchModel
-    prepare: Prepare
+    prepare: Prepare | None = None  # null, or absent: no dataset
     rehearse: Rehearse = Field(default_factory=Rehearse)
     adapter: Adapter = Field(default_factory=Adapter)
     finetune: Finetune = Field(default_factory=Finetune)
@@ -52,20 +52,29 @@ class Params(Section):
     report: Report = Field(default_factory=Report)
     publish: Publish = Field(default_factory=Publish)
 
+    @property
+    def stages(self) -> list[str]:
+        """The stages to build: those of `all.stages`, and evaluate behind quantize where no dataset shows what quantization changed."""
+        chosen = set(self.all.stages) | (
+            {"evaluate"} if self.prepare is None and "quantize" in self.all.stages else set()
+        )
+        return [stage for stage in get_args(Stage) if stage in chosen] if self.prepare is None else self.all.stages
+
 
 def between_sections(data: dict) -> list[str]:
     """Mistakes between sections, one line each, in a file whose other fields may be wrong too."""
 
     def value(section: str, field: str) -> object:
         given = data.get(section)
-        default = Params.model_fields[section].annotation.model_fields[field].default
+        default = models_in(Params.model_fields[section].annotation)[0].model_fields[field].default
         return given.get(field, default) if isinstance(given, dict) else default
 
     mistakes = []
     if value("merge", "onto") == "dequantized" and value("finetune", "method") == "lora":
         mistakes.append("merge.onto: dequantized goes with finetune.method: qlora.")
     source = value("prepare", "source")
-    eval_rows = (isinstance(source, dict) and source.get("eval")) or value("prepare", "eval_fraction") != 0
+    named = [part for part in (source, value("prepare", "split")) if isinstance(part, dict) and part.get("eval")]
+    eval_rows = named or value("prepare", "eval_fraction") != 0 or value("prepare", "eval_samples")
     if value("finetune", "early_stopping_patience") and not eval_rows:
         mistakes.append(
             "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
@@ -74,6 +83,8 @@ def between_sections(data: dict) -> list[str]:
     stages = value("all", "stages")
     if isinstance(stages, list):
         mistakes += adapter_mistakes(stages, value("adapter", "source"))
+    if isinstance(stages, list) and "finetune" in stages and data.get("prepare") is None:
+        mistakes.append("prepare: missing, and finetune in all.stages needs a dataset. Add it, or take finetune out.")
     if isinstance(stages, list) and "publish" in stages and not value("publish", "url"):
         mistakes.append("publish.url: missing, and all.stages lists publish. Say where to: az://container/prefix.")
     return mistakes
@@ -120,6 +131,33 @@ def uncompared(checked: Params) -> list[str]:
     return mistakes
 
 
+def without_dataset(checked: Params) -> list[str]:
+    """What asks for rows where there is no section prepare, and for the fixed texts where there is one; one line each."""
+    stages = checked.all.stages
+    gates = checked.gates.every() if "gates" in stages else {}
+    if checked.prepare:
+        return [
+            f"gates.{name}: perplexity is of the fixed texts, for models without a dataset. Bound answer_perplexity."
+            for name, gate in gates.items()
+            if gate.metric in OF_TEXTS
+        ]
+    mistakes = []
+    if checked.quantize.search and "quantize" in stages:
+        mistakes.append(
+            "quantize.search: candidates are compared on a dataset's rows. Add the section prepare, or set search to null."
+        )
+    if checked.evaluate.metrics and "evaluate" in checked.stages:
+        mistakes.append(
+            "evaluate.metrics: they judge answers to a dataset's rows. Add the section prepare, or empty it."
+        )
+    return mistakes + [
+        f"gates.{name}: {gate.metric} is of rows with expected answers, and there is no section prepare. Take the gate out, or bound "
+        "kl_mean, top1_agreement, perplexity, size_bytes or a latency."
+        for name, gate in gates.items()
+        if gate.metric in OF_ROWS or gate.metric.startswith("per_class.")
+    ]
+
+
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml.
 
@@ -150,7 +188,8 @@ def load(path: str | Path = "params.yaml") -> Params:
         checked = Params.model_validate(data, context={"metrics": figures_of(data)})
     except ValidationError as error:
         errors = lines(error.errors(), data, Params)
-    unique = list(dict.fromkeys(errors + between_sections(data) + (uncompared(checked) if checked else [])))
+    apart = uncompared(checked) + without_dataset(checked) if checked else []
+    unique = list(dict.fromkeys(errors + between_sections(data) + apart))
     if unique or checked is None:
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"
         raise UserError(
@@ -174,7 +213,7 @@ def figures_of(data: dict) -> list[str]:
     for entry in entries if isinstance(entries, list) else []:
         with contextlib.suppress(ValueError):
             figures += [parse(entry).figure] if isinstance(entry, str | dict) else []
-    return figures
+    return figures + ["lm_eval"] * bool(isinstance(section, dict) and section.get("lm_eval"))
 
 
 def sums(everything: Params) -> dict[str, str]:
@@ -190,6 +229,6 @@ def section(path: str | Path, name: str) -> Section:
     return getattr(load(path), name)
 
 
-def as_json(value: Section) -> str:
-    """One section with its defaults as canonical JSON: what Snakemake compares to decide whether a rule must run again."""
-    return json.dumps(value.model_dump(mode="json"), sort_keys=True)
+def as_json(value: Section | None) -> str:
+    """One section with its defaults as canonical JSON (null where it is absent): what Snakemake compares to decide whether a rule must run again."""
+    return json.dumps(value.model_dump(mode="json") if value else None, sort_keys=True)

@@ -63,12 +63,34 @@ class Files(Section):
     )
 
 
+class Splits(Section):
+    """Which rows of a dataset on the hub are for each split: one of its own splits, or a slice such as `train[:90%]`."""
+
+    train: str = Field(min_length=1, description="Training rows.")
+    eval: str | None = Field(None, min_length=1, description="Rows for the loss during training.")
+    test: str | None = Field(None, min_length=1, description="Held-out rows for evaluate.")
+
+
 class Prepare(Section):
-    """Rows in, tokenized train, eval and test splits out."""
+    """Rows in, tokenized train, eval and test splits out. Without a dataset, leave the whole section out or set it to null:
+    the model is exported, and twenty fixed texts calibrate and measure it."""
 
     source: Annotated[str, Field(min_length=1)] | Files = Field(
         description="The dataset: one file (JSON array or an object that holds one, JSON Lines, CSV, TSV or Parquet; text files may end in "
-        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a dataset's."
+        f".gz), split by the fractions below, or a mapping of train, eval and test to files. Each file as {FORMS}; a hub's is a dataset's. A "
+        "local folder, or a pattern such as `data/train-*.parquet` (local or on a hub), names several files of one split, read in the order "
+        "of their names. Without a file, hf:ORG/NAME@REVISION is all of a dataset, of which the next three fields choose rows."
+    )
+    config: str | None = Field(
+        None, min_length=1, description="A hub's dataset: its configuration (subset), if it has several."
+    )
+    split: Annotated[str, Field(min_length=1)] | Splits | None = Field(
+        None,
+        description="A hub's dataset: which of its splits, or a slice such as `train[:70%]` or `train[-128:]`; `train` if absent. A mapping "
+        "names one each for train, eval and test; what it leaves out is cut by the fractions below.",
+    )
+    where: dict[str, str | int | float | bool] = Field(
+        {}, description="A hub's dataset: only rows whose columns have these values, such as `{language: en}`."
     )
     format: Format = Field(
         "auto",
@@ -84,7 +106,14 @@ class Prepare(Section):
     messages: str | list[Message] | None = Field(
         None,
         description="Chat instead of text: a list of role and content templates, or the name of a column that holds such a list. "
-        "The tokenizer's chat template is applied, and the last assistant turn is the answer.",
+        "The tokenizer's chat template is applied. The last turn of a list is the answer; in a column, see `train_on`. The rows' field `tools` "
+        "and their `tool_calls` go to the chat template.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="Conversations: the loss is on every assistant turn, or on the last. `train: false` or `weight: 0` on a turn leaves it out. "
+        "Each answer is learned behind what the model sees before it when it is asked; where a chat template changes earlier turns, as "
+        "Qwen3's does, an answer becomes a sequence of its own.",
     )
     answer: str | None = Field(
         None,
@@ -102,10 +131,11 @@ class Prepare(Section):
         "2024-01-01",
         description="The date that a chat template reads as today (`strftime_now`), so that the same data give the same bytes on every day.",
     )
-    strategy: Literal["line-by-line", "join"] = Field(
+    strategy: Literal["line-by-line", "packing", "join"] = Field(
         "line-by-line",
-        description="`line-by-line`: one sequence per row. `join`: whole rows packed into sequences of up to `max_seq_len` "
-        "(train and eval; test is always line by line).",
+        description="`line-by-line`: one sequence per row. `packing`: whole rows behind each other in sequences of up to `max_seq_len`, without "
+        "attention from one row to another: the same loss as line by line, without padding. `join`: the same, but rows read those before "
+        "them in their sequence (Olive's meaning). For train and eval; test is always line by line.",
     )
     max_seq_len: int = Field(
         1024,
@@ -113,7 +143,8 @@ class Prepare(Section):
         le=1_048_576,
         validation_alias=AliasChoices("max_seq_len", "source_max_len"),
         description="Longest sequence in tokens (`source_max_len` is accepted too). A longer prompt loses tokens at its start "
-        "and is counted as truncated; a row whose answer alone does not fit is an error.",
+        "and is counted as truncated; a row whose answer alone does not fit is an error. A longer conversation loses whole turns, the "
+        "earliest first, which are counted.",
     )
     pad_to_max_len: bool = Field(
         False, description="Pad every sequence to `max_seq_len` instead of to the longest of its batch."
@@ -124,6 +155,12 @@ class Prepare(Section):
         "padding either way.",
     )
     eval_fraction: Fraction = Field(0.05, description="Share of the rows for the eval split (0 to 0.5).")
+    eval_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Rows for the eval split, in place of `eval_fraction`; with few different answers about so many, because each answer's "
+        "share is kept.",
+    )
     test_fraction: Fraction = Field(
         0.2,
         description="Share of the rows for the test split (0 to 0.5), stratified by answer when there are few different ones.",
@@ -186,14 +223,29 @@ class Prepare(Section):
     def files(self) -> dict[str, str]:
         """The source of each split that has one."""
         given = self.source.model_dump() if isinstance(self.source, Files) else {"train": self.source}
+        if isinstance(self.split, Splits) and isinstance(self.source, str):
+            given = {name: self.source for name, part in self.split if part}
         return {name: file for name, file in given.items() if file}
+
+    def hub_split(self, name: str) -> str | None:
+        """Which rows of a dataset on the hub are for train, eval or test."""
+        if isinstance(self.split, Splits):
+            return getattr(self.split, name)
+        return (self.split or "train") if name == "train" else None
 
     @model_validator(mode="after")
     def _sources(self):
-        for file in self.files.values():
+        for name, file in self.files.items():
             source = parse(file)
             if source.kind == "hf" and not source.path:
-                raise ValueError(f"`{source.text}` names no file: hf:ORG/NAME@REVISION/FILE")
+                if not self.hub_split(name):
+                    raise ValueError(
+                        f"`{source.text}` is a whole dataset: say in split which of its rows are for {name}"
+                    )
+            elif self.config or self.split or self.where:
+                raise ValueError(
+                    f"config, split and where choose rows of hf:ORG/NAME@REVISION, not of the file `{source.full}`"
+                )
             if source.models_only or source.member:
                 raise ValueError(f"`{source.text}` is a source of models, not of rows")
         return self
@@ -216,9 +268,11 @@ class Prepare(Section):
         if self.answer is not None and self.text_template is None and self.messages is None:
             raise ValueError("answer goes with text_template")
         if self.answer is not None and self.messages is not None:
-            raise ValueError("answer goes with text_template; with messages the last assistant turn is the answer")
+            raise ValueError("answer goes with text_template; with messages the assistant's turns are the answers")
         if isinstance(self.messages, list) and (not self.messages or self.messages[-1].role != "assistant"):
             raise ValueError("the last of messages must be the assistant's turn: it is the answer")
+        if self.strategy == "packing" and self.pad_to_max_len:
+            raise ValueError("pad_to_max_len goes without strategy packing, whose sequences are not padded")
         if self.eval_fraction + self.test_fraction > 0.9:
             raise ValueError("eval_fraction and test_fraction leave less than a tenth of the rows for training")
         return self

@@ -6,13 +6,14 @@ A process that is killed while DVC writes would leave a part of dvc.lock, which 
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 
 from dvc.cli import main
 from dvc.utils.serialize import _common
 
-from slmake import outputs
+from slmake import cli, outputs
 
 
 def dump(path, data, dumper, fs=None, **options) -> None:
@@ -25,4 +26,5 @@ def dump(path, data, dumper, fs=None, **options) -> None:
 _common._dump_data = dump
 
 if __name__ == "__main__":
+    cli.end_with(os.environ.get(cli.ENGINE, ""))
     sys.exit(main(sys.argv[1:]))

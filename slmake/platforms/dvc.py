@@ -26,7 +26,7 @@ def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
         stdout=subprocess.PIPE if capture else None,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=cli.die_with_parent,
+        env=os.environ | {cli.ENGINE: cli.engine()},
     )
 
 

@@ -4,6 +4,9 @@
 
 Snakemake alone knows commands, environments and resources; DVC decides by content what is out of date. The rules, their
 inputs and outputs are read from `snakemake -n -F`, so that nothing is written twice.
+
+DVC compares bytes, and Snakemake compares code without comments and docstrings. So the stage `code` writes a digest of every rule's
+code into a file (`--digests`), and the other stages depend on these files: after a comment `dvc repro` runs `code` alone.
 """
 
 import argparse
@@ -21,13 +24,16 @@ from slmake import outputs
 from slmake.code_inputs import code, digest, modules, remember
 from slmake.errors import UserError
 from slmake.params import load, sums
-from slmake.plan import SECTIONS, Plan
+from slmake.plan import LOCKS, SECTIONS, Plan
 
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
 # out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
+CODE, DIGESTS = "code", "build/code"  # the stage that is no rule, and what it writes
+BY_BYTES = "package"  # its provenance names every file of code by its bytes
+PATH = 'PATH="$PWD/.venv/bin:$PATH"'  # the environment's own programs first, whether or not it is activated
 NOTE = Path(".dvc/tmp/slmake.yaml.sha256")  # what dvc.yaml was last written from
 METRICS = {"results/metrics.json"}  # small and the same in every run: kept in Git
 TIMINGS = ["results/benchmark.json"]
@@ -90,16 +96,22 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
         metric_models: columns of the predictions, for the confusion matrices.
         given: sections that params.yaml has; DVC refuses others.
     """
-    stages, outputs = {}, set()
+    stages: dict[str, dict] = {
+        CODE: {
+            "cmd": f"{PATH} python -m slmake.platforms.dvc_yaml --digests",
+            "deps": ["scripts", "slmake", *LOCKS],
+            "outs": [DIGESTS],
+        }
+    }
+    outputs: set[str] = set()
     for name in in_order(graph):
         rule = graph[name]
         outputs |= set(rule["output"])
-        allowed = " ".join([name, *(member for member, stage in MEMBERS.items() if stage == name)])
+        members = [name, *(member for member, stage in MEMBERS.items() if stage == name)]
         target = "results/search.json" if name == "search" else rule["output"][0]
         stages[name] = {
-            # The environment's own programs first, whether or not it is activated.
-            "cmd": f'PATH="$PWD/.venv/bin:$PATH" snakemake --cores all --quiet host progress --allowed-rules {allowed} -- {target}',
-            "deps": sorted(rule["input"]),
+            "cmd": f"{PATH} snakemake --cores all --quiet host progress --allowed-rules {' '.join(members)} -- {target}",
+            "deps": dependencies(name, members, rule["input"]),
             "params": [*(part for part in SECTIONS.get(name, [name]) if part in given), "all.container"],
             "outs": [{path: {"cache": False}} if path in METRICS else path for path in rule["output"]],
         }
@@ -122,9 +134,37 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
     return document
 
 
+def dependencies(stage: str, members: list[str], inputs: list[str]) -> list[str]:
+    """What DVC watches for a stage: its rules' inputs, with digests in the place of code and the environment's locks."""
+    if stage == BY_BYTES:
+        return sorted(inputs)
+    return sorted([*set(inputs).difference(LOCKS, *map(code, members)), *map(digest_file, members)])
+
+
+def digest_file(rule: str) -> str:
+    """Where the stage `code` writes the digest of a rule's code."""
+    return f"{DIGESTS}/{rule}"
+
+
+def write_digests() -> None:
+    """Write what the stage `code` writes; a file that is right already keeps its time."""
+    Path(DIGESTS).mkdir(parents=True, exist_ok=True)
+    for rule in scripts():
+        path, text = Path(digest_file(rule)), digest([*code(rule), *LOCKS]) + "\n"
+        if not path.is_file() or path.read_text(encoding="ascii") != text:
+            outputs.replace(path, text.encode())
+
+
+def scripts() -> list[str]:
+    """The rules that have a script."""
+    return sorted(path.stem for path in Path("scripts").glob("[a-z]*.py"))
+
+
 def scored_models() -> list[str]:
-    """The columns of predictions.csv that params.yaml asks for."""
+    """The columns of predictions.csv that params.yaml asks for; none where there is no dataset, so that nothing is right or wrong."""
     params = load("params.yaml")
+    if params.prepare is None:
+        return []
     names = {"onnx": params.quantize.precision}
     return [names.get(name, name) for name in Plan(params).scored if name in params.evaluate.models]
 
@@ -145,8 +185,7 @@ def origin() -> str:
         *modules("slmake.plan"),
         *modules("slmake.platforms.dvc_yaml"),
     ]
-    scripts = sorted(path.stem for path in Path("scripts").glob("[a-z]*.py"))
-    parts = [digest(files, exact=True), *(name for script in scripts for name in code(script))]
+    parts = [digest(files, exact=True), *(name for rule in scripts() for name in code(rule))]
     return hashlib.sha256("\n".join([*parts, json.dumps(sums(load("params.yaml")))]).encode()).hexdigest()
 
 
@@ -168,9 +207,15 @@ def update() -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
+    parser.add_argument(
+        "--digests", action="store_true", help=f"write {DIGESTS}, the digests of the rules' code, instead"
+    )
     parser.add_argument("--before-build", action="store_true", help="leave it to the build to report what is wrong")
     args = parser.parse_args(argv)
     try:
+        if args.digests:
+            write_digests()
+            return
         update() if args.before_build else outputs.replace(args.output, text().encode())
     except UserError as error:
         if not args.before_build:

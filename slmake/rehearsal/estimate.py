@@ -4,9 +4,7 @@ Two probes of the model at its real width, with few layers and with twice as man
 A straight line through both gives the whole model: a stage's memory and time are linear in the number of layers.
 """
 
-import contextlib
 import multiprocessing
-import os
 import shutil
 import sys
 import time
@@ -79,7 +77,7 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
         needs["quantize"] = Need(line["memory"], line["seconds"], line["size"] * (1 + candidates) + calibrated)
         if "package" in everything.all.stages:
             needs["package"] = Need(BESIDES, disk=line["size"])
-    if "evaluate" in everything.all.stages:
+    if "evaluate" in everything.stages:
         needs["evaluate"] = Need(BESIDES + weights)
     return needs
 
@@ -91,11 +89,11 @@ def _training(everything: params.Params, results: list[dict], counts: list[int],
     data = Data(dataset / "train.parquet")
     section = everything.finetune
     rows = (
-        Schedule(section, data.lengths).steps
+        Schedule(section, data.sequence_lengths).steps
         * section.per_device_train_batch_size
         * section.gradient_accumulation_steps
     )
-    tokens = rows * float(data.real.mean())
+    tokens = rows * float(data.real.sum() / len(data.sequence_lengths))
     per_token = _line(counts, [result["seconds"] / max(1, result["tokens"]) for result in results], depth)
     return Need(_line(counts, [result["memory"] for result in results], depth), per_token * tokens)
 
@@ -156,7 +154,7 @@ def run(context, stage: str, function: Callable, *arguments: object) -> dict:
 def _child(sender, function: Callable, arguments: tuple) -> None:
     from slmake.scoring.run import peak_bytes
 
-    cli.die_with_parent()
+    cli.end_with(cli.engine(multiprocessing.parent_process().pid))
     try:
         result = function(*arguments)
         sender.send((result | {"memory": peak_bytes()}, None))
@@ -170,18 +168,6 @@ def _child(sender, function: Callable, arguments: tuple) -> None:
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, IndexError):
-        own = root / Path("/proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/")
-        for group in (own, *own.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit is the word `max`
-                limits.append(int((group / "memory.max").read_text()))
-    return min(limits)
 
 
 def table(needs: dict[str, Need], memory: float, disk: float) -> str:

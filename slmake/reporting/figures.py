@@ -117,6 +117,10 @@ def draw_scores(plt, metrics: dict, path: Path) -> None:
     """Accuracy of every model with its 95% interval."""
     names = models_of(metrics)
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.6))
+    if not metrics["test_rows"]:
+        draw_note(axes, "No dataset, so no accuracy.")
+        save(plt, figure, path)
+        return
     for position, name in enumerate(names):
         scores = metrics[name]
         ends = [

@@ -8,6 +8,7 @@ from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
 from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
+from slmake.scoring.metrics import is_right
 from slmake.text import csv_text, printable
 
 STYLE = """
@@ -16,7 +17,8 @@ h2 { font-size: 17px; margin: 24px 0 8px } p { margin: 8px 0; color: #57606a }
 table { border-collapse: collapse; margin: 8px 0 } th, td { padding: 6px 12px; border-bottom: 1px solid #d8dee4; text-align: left; vertical-align: top; white-space: pre-line }
 td:first-child { white-space: nowrap } th { color: #57606a; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #116329; font-weight: 600 } .bad { color: #a40e26; font-weight: 600 } p.verdict { font-size: 17px; color: inherit }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+code, .row { font: 13px ui-monospace, monospace; overflow-wrap: anywhere } div.row { line-height: 1.7; white-space: pre-wrap; padding: 8px 12px; background: #f6f8fa }
+.trained { background: #dafbe1; color: #116329 } .special { border: 1px solid #8c959f; border-radius: 3px; padding: 0 2px }
 """
 
 
@@ -69,7 +71,11 @@ def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
     """The last model in one sentence, and whether it passed."""
     names = models_of(metrics)
     last, first = metrics[names[-1]], metrics[names[0]]
-    ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+    if metrics["test_rows"]:
+        ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
+        score = f"accuracy {last['accuracy']:.1%} ({ends}) on {metrics['test_rows']:,} held-out rows"
+    else:
+        score = f"no dataset; perplexity {last['perplexity']:,.2f} of {metrics['texts']} fixed texts"
     share = f", {last['size_bytes'] / first['size_bytes']:.0%} of {names[0]}'s size" if len(names) > 1 else ""
     passed = sum(gate["passed"] for gate in gates)
     judged = (
@@ -80,10 +86,7 @@ def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
         else "no gate is set"
     )
     look = "bad" if problem or passed < len(gates) else "ok"
-    return (
-        f'<p class="verdict"><b>{escape(names[-1])}</b>: accuracy {last["accuracy"]:.1%} ({ends}) on {metrics["test_rows"]:,} held-out rows, '
-        f'{megabytes(last["size_bytes"])}{share}. <span class="{look}">{judged}</span>.</p>'
-    )
+    return f'<p class="verdict"><b>{escape(names[-1])}</b>: {score}, {megabytes(last["size_bytes"])}{share}. <span class="{look}">{judged}</span>.</p>'
 
 
 def overview(
@@ -95,9 +98,9 @@ def overview(
         inputs.append([f"data ({split})", source["source"], source.get("sha256", "–")])
     if "merge" in everything.all.stages and everything.adapter.source:
         inputs.append(["adapter", everything.adapter.source, everything.adapter.sha256 or "–"])
-    rows = dataset["rows"]
+    score, form = ("accuracy", ".1%") if metrics["test_rows"] else ("perplexity", ",.2f")
     sizes = [
-        [name, megabytes(metrics[name]["size_bytes"]), f"{metrics[name]['accuracy']:.1%}"]
+        [name, megabytes(metrics[name]["size_bytes"]), format(metrics[name][score], form)]
         for name in models_of(metrics)
     ]
     settings = []
@@ -128,12 +131,23 @@ def overview(
         summary,
         "<h2>Inputs</h2>",
         html_table(["", "source", "SHA-256"], inputs),
-        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
-        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of held-out rows removed.</p>",
+        _rows_read(dataset),
         "<h2>Models</h2>",
-        html_table(["model", "size", "accuracy"], sizes),
+        html_table(["model", "size", score], sizes),
         "<h2>Settings</h2>",
         html_table(["", ""], settings),
+    )
+
+
+def _rows_read(dataset: dict) -> str:
+    """How many rows went where, as a paragraph."""
+    rows = dataset["rows"]
+    if not dataset["source"]:
+        return f"<p>No dataset: {dataset['texts']} fixed texts measure the models.</p>"
+    return (
+        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
+        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of "
+        "held-out rows removed.</p>"
     )
 
 
@@ -156,10 +170,10 @@ def scores_page(metrics: dict) -> str:
                 ends = f" ({scores[f'{key}_low']:.3f} to {scores[f'{key}_high']:.3f})" if f"{key}_low" in scores else ""
                 cells.append(f"{scores[key]:,.3f}{ends}" if key in scores else "–")
         rows.append(cells)
-    parts = [
-        f"<p>{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets.</p>",
-        html_table(["", *names], rows),
-    ]
+    about = f"{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets."
+    if not metrics["test_rows"]:
+        about = f"No dataset: {metrics['texts']} fixed texts, each behind its opening."
+    parts = [f"<p>{about}</p>", html_table(["", *names], rows)]
     for name, device in metrics.get("providers", {}).items():
         parts.append(
             f"<p>{escape(name)} was exported for {escape(device['exported_for'])} and scored on {escape(device['scored_on'])}; its latency on "
@@ -167,8 +181,9 @@ def scores_page(metrics: dict) -> str:
         )
     steps = {key: figures for key, figures in metrics.get("parity", {}).items() if key != "tokenizer"}
     if steps:
-        parts.append("<h2>Parity of the first answer token, step by step</h2>")
-        head = ["step", "prompts", "mean KL (nats)", "largest KL", "same first token", "largest logit difference"]
+        token = "first answer token" if metrics["test_rows"] else "next token"
+        parts.append(f"<h2>Parity of the {token}, step by step</h2>")
+        head = ["step", "prompts", "mean KL (nats)", "largest KL", f"same {token}", "largest logit difference"]
         rows = [
             [
                 " against ".join(key.split("_vs_")),
@@ -287,6 +302,21 @@ def cost_page(timings: dict, benchmarks: Path) -> str:
     )
 
 
+def rows_page(examples: list[dict]) -> str:
+    """Rows as the model sees them: trained text in colour, special tokens framed."""
+    parts = [
+        '<p>The first rows of train, as the model reads them. <span class="row trained">Green text</span> is what it learns to say, '
+        '<span class="row special">framed text</span> a special token. One row in a terminal: <code>make preview ROW=3</code>.</p>'
+    ]
+    for example in examples:
+        text = "".join(
+            f'<span class="{" ".join(["trained"] * trained + ["special"] * special)}">{escape(part)}</span>'
+            for part, trained, special in example["parts"]
+        )
+        parts.append(f'<h2>{escape(example["title"])}</h2>\n<div class="row">{text}</div>')
+    return page("Rows as the model sees them", *parts)
+
+
 def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
     """The lines of a CSV file that a rule wrote; the columns named in `numbers` as numbers.
 
@@ -310,17 +340,30 @@ def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
             ) from None
 
 
-def wrong_page(predictions: list[dict], models: list[str], limit: int) -> str:
-    """The first wrong answers of the last model, with every model's answer beside."""
+def wrong_page(predictions: list[dict], models: list[str], limit: int, task: bool = True) -> str:
+    """The first wrong answers of the last model, with every model's answer beside.
+
+    Args:
+        task: there is a dataset, so that answers are right or wrong.
+    """
     last = models[-1]
-    wrong = [row for row in predictions if row[last] != row["expected"]]
+    wrong = [row for row in predictions if not task or not is_right(row["expected"], row[last])]
     head = ["row", "prompt", "expected", *models]
     rows = [
-        [f"{row['row']:.0f}", row["prompt"], row["expected"], *(row[name] or "(empty)" for name in models)]
+        [
+            f"{row['row']:.0f}" + (f", turn {row['turn']}" if "turn" in row else ""),
+            row["prompt"],
+            row["expected"],
+            *(row[name] or "(empty)" for name in models),
+        ]
         for row in wrong[:limit]
     ]
     summary = f"<p>{len(wrong)} of {len(predictions)} answers of {escape(last)} are wrong; the first {len(rows)} are shown.</p>"
-    return page("Wrong answers", summary, html_table(head, rows) if rows else "")
+    if not task:
+        summary = (
+            "<p>No dataset, so no answer is right or wrong: what each model writes behind the opening of a text.</p>"
+        )
+    return page("Wrong answers" if task else "Continuations", summary, html_table(head, rows) if rows else "")
 
 
 def judged(section: params.Gates, metrics: dict, timings: dict) -> tuple[list[dict], str]:

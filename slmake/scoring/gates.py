@@ -5,7 +5,7 @@ from pathlib import Path
 
 from slmake import outputs, params
 from slmake.errors import UserError
-from slmake.params.gates import PARITY, TIMINGS
+from slmake.params.gates import OF_TEXTS, PARITY, TIMINGS
 
 MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
 SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ratio": "≤", "maximum_drop": "≤"}
@@ -99,7 +99,7 @@ def _rows(name: str, gate: params.Gate, metrics: dict, model: str) -> int:
         return max((entry.get("prompts", 0) for entry in metrics.get("parity", {}).values()), default=0)
     if gate.metric.startswith("per_class."):
         return _figure(name, gate.metric.rpartition(".")[0] + ".rows", metrics[model], model)
-    return metrics["test_rows"]
+    return metrics["test_rows"] or metrics["texts"]
 
 
 def _figure(name: str, metric: str, figures: dict, model: str) -> float:
@@ -240,12 +240,14 @@ def read_timings(path: Path) -> dict:
 
 def check_metrics(metrics: dict) -> None:
     """Raise ValueError where metrics do not have the shape that evaluate writes."""
-    _check_figures("metrics", {"test_rows": metrics["test_rows"]})
+    counts = {key: metrics[key] for key in ("test_rows", "texts") if key in metrics}
+    _check_figures("metrics", counts, () if metrics["test_rows"] else ("texts",))
+    scores = INTERVAL if metrics["test_rows"] else OF_TEXTS
     names = [name for name in MODELS if name in metrics]
     if not names:
         raise ValueError("no model was scored in it")
     for name in names:
-        _check_model(name, metrics[name], (*INTERVAL, "size_bytes"))
+        _check_model(name, metrics[name], (*scores, "size_bytes"))
     parity = dict(_named("parity", metrics.get("parity", {})))
     if "tokenizer" in parity:
         agreement = dict(_named("parity.tokenizer", parity.pop("tokenizer")))

@@ -29,15 +29,18 @@ def measure(
     count, labels = questions.scored, questions.form["labels"]
     expected = questions.expected[:count]
     answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
+    tokens = sum(len(answer) for answer in questions.answers[:count])
+    perplexity = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    if questions.without_dataset:
+        return answers, {"perplexity": perplexity}
     scores = metrics.score(expected, answers, labels, weights)
     values = answer_metrics.values_of(more or [], questions, answers)
     scores |= answer_metrics.score(values, weights)
     if labels:
         chosen = [labels[index] for index in run.choices[:count]]
-        scores["restricted_accuracy"] = round(sum(a == e for a, e in zip(chosen, expected, strict=True)) / count, 6)
+        scores["restricted_accuracy"] = round(metrics.accuracy(expected, chosen), 6)
         scores["restricted_macro_f1"] = round(metrics.macro_f1(expected, chosen, labels), 6)
-    tokens = sum(len(answer) for answer in questions.answers[:count])
-    scores["answer_perplexity"] = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
+    scores["answer_perplexity"] = perplexity
     return answers, scores
 
 
@@ -67,9 +70,10 @@ def compare(
     for before, after in pairwise(names):
         key = f"{after}_vs_{before}"
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            compared["parity"][key] = metrics.parity(np.stack(runs[before].logits), np.stack(runs[after].logits))
-        compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
-    if "base" in names and len(names) > 2:
+            compared["parity"][key] = metrics.parity(np.vstack(runs[before].logits), np.vstack(runs[after].logits))
+        if not questions.without_dataset:
+            compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
+    if "base" in names and len(names) > 2 and not questions.without_dataset:
         last = names[-1]
         compared["drop"][f"{last}_vs_base"] = drop(questions, answers["base"], answers[last], weights, more)
     return {key: value for key, value in compared.items() if value}

@@ -6,6 +6,16 @@ PERCENTILES = (2.5, 97.5)  # of a 95% interval
 BLOCK = 64  # rows of logits that are compared at once
 
 
+def is_right(expected: str, answer: str) -> bool:
+    """Whether an answer is the expected text, or a label: exact match, the whole answer without outer white space."""
+    return answer == expected
+
+
+def accuracy(expected: list[str], answers: list[str]) -> float:
+    """Share of right answers."""
+    return sum(is_right(e, a) for e, a in zip(expected, answers, strict=True)) / len(expected)
+
+
 def macro_f1(expected: list[str], answers: list[str], labels: list[str]) -> float:
     """Unweighted mean over labels of F1 = 2 TP / (2 TP + FP + FN); an answer outside the labels is wrong for its own."""
     return float(_macro_f1(*_indicators(expected, answers, labels), np.ones((1, len(expected))))[0])
@@ -15,8 +25,8 @@ def per_class(expected: list[str], answers: list[str], labels: list[str]) -> dic
     """Precision, recall, F1 and the number of rows of every label; 0 where a ratio has no denominator."""
     scores = {}
     for label in labels:
-        hits = sum(e == label and a == label for e, a in zip(expected, answers, strict=True))
-        given, there = answers.count(label), expected.count(label)
+        hits = sum(e == label and is_right(label, a) for e, a in zip(expected, answers, strict=True))
+        given, there = sum(is_right(label, a) for a in answers), expected.count(label)
         scores[label] = {
             "precision": round(hits / given, 6) if given else 0.0,
             "recall": round(hits / there, 6) if there else 0.0,
@@ -28,16 +38,22 @@ def per_class(expected: list[str], answers: list[str], labels: list[str]) -> dic
 
 def confusion(expected: list[str], answers: list[str], labels: list[str]) -> list[list[int]]:
     """Counts [labels, labels + 1]: a row per expected label, a column per answer, the last for any other answer."""
-    column = {label: i for i, label in enumerate(labels)}
     counts = [[0] * (len(labels) + 1) for _ in labels]
     for e, a in zip(expected, answers, strict=True):
-        counts[column[e]][column.get(a, len(labels))] += 1
+        column = next((i for i, label in enumerate(labels) if is_right(label, a)), len(labels))
+        counts[labels.index(e)][column] += 1
     return counts
 
 
-def resamples(rows: int, samples: int, seed: int) -> np.ndarray:
-    """Weights [samples, rows] of bootstrap resamples: how often each row was drawn (Efron 1979)."""
-    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
+def resamples(rows: int, samples: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Weights [samples, rows] of bootstrap resamples: how often each row was drawn (Efron 1979).
+
+    Args:
+        groups: int [rows], from 0: rows of one group (the answers of a conversation) are drawn together, since they are not independent.
+    """
+    count = rows if groups is None else int(groups[-1]) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples).astype(np.float64)
+    return drawn if groups is None else drawn[:, groups]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -48,7 +64,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 def bootstrapped(expected: list[str], answers: list[str], labels: list[str] | None, weights: np.ndarray) -> dict:
     """Accuracy (and macro-F1 for a classification) of every resample, float64 [samples] each."""
-    right = np.array([e == a for e, a in zip(expected, answers, strict=True)], dtype=np.float64)
+    right = np.array([is_right(e, a) for e, a in zip(expected, answers, strict=True)], dtype=np.float64)
     scores = {"accuracy": weights @ right / weights.sum(axis=1)}
     if labels:
         scores["macro_f1"] = _macro_f1(*_indicators(expected, answers, labels), weights)
@@ -58,7 +74,7 @@ def bootstrapped(expected: list[str], answers: list[str], labels: list[str] | No
 def _indicators(expected: list[str], answers: list[str], labels: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hits and errors of every row for every label, float64 [rows, labels] each."""
     wanted = np.array([[e == label for label in labels] for e in expected])
-    given = np.array([[a == label for label in labels] for a in answers])
+    given = np.array([[is_right(label, a) for label in labels] for a in answers])
     return (wanted & given).astype(np.float64), (wanted != given).astype(np.float64)
 
 
@@ -78,7 +94,7 @@ def rouge_l(expected: list[str], answers: list[str]) -> float:
 
 
 def parity(reference: np.ndarray, other: np.ndarray) -> dict:
-    """How far two models' distributions of the first answer token lie apart.
+    """How far two models' distributions of the first answer token lie apart. (Of a text, each position is a prompt of its own.)
 
     Args:
         reference: logits float32 [prompts, vocabulary] of the model that came first.
@@ -112,18 +128,27 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def score(expected: list[str], answers: list[str], labels: list[str] | None, weights: np.ndarray) -> dict:
     """Accuracy with its interval; for a classification macro-F1, share of answers outside the labels, and what is confused
-    with what; for open text ROUGE-L. (Accuracy is exact match: the whole answer, without outer white space.)"""
+    with what; for open text ROUGE-L."""
     drawn = bootstrapped(expected, answers, labels, weights)
-    right = sum(e == a for e, a in zip(expected, answers, strict=True))
-    scores: dict = {"accuracy": round(right / len(expected), 6)}
+    scores: dict = {"accuracy": round(accuracy(expected, answers), 6)}
     scores["accuracy_low"], scores["accuracy_high"] = interval(drawn["accuracy"])
     if not labels:
         return scores | {"rouge_l": round(rouge_l(expected, answers), 6)}
     scores["macro_f1"] = round(macro_f1(expected, answers, labels), 6)
     scores["macro_f1_low"], scores["macro_f1_high"] = interval(drawn["macro_f1"])
-    scores["outside_labels"] = round(sum(answer not in labels for answer in answers) / len(answers), 6)
+    counts = confusion(expected, answers, labels)
+    scores["outside_labels"] = round(sum(row[-1] for row in counts) / len(answers), 6)
     scores["per_class"] = per_class(expected, answers, labels)
-    return scores | {"confusion": confusion(expected, answers, labels)}
+    return scores | {"confusion": counts}
+
+
+def summary(metrics: dict, names: list[str]) -> str:
+    """The first score of metrics.json, for every model, as one line."""
+    if metrics["test_rows"]:
+        shown = ", ".join(f"{name} {metrics[name]['accuracy']:.1%}" for name in names)
+        return f"accuracy on {metrics['test_rows']} test rows: {shown}"
+    shown = ", ".join(f"{name} {metrics[name]['perplexity']:,.2f}" for name in names)
+    return f"no dataset; perplexity of {metrics['texts']} fixed texts: {shown}"
 
 
 def drop(

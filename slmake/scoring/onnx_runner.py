@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 from slmake.generation import Exported
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.questions import Questions
@@ -24,9 +24,8 @@ def load(folder: Path, form: dict | None = None) -> Exported:
     try:
         return Exported(folder, form)
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise UserError(
-            f"{folder}: ONNX Runtime cannot load this model: {reason[0] if reason else type(error).__name__}. "
+            f"{folder}: ONNX Runtime cannot load this model: {first_line(error)}. "
             "Build it again: remove the folder and run snakemake."
         ) from error
 
@@ -60,8 +59,6 @@ class OnnxRunner:
                 prefill += row.prefill
                 generated += len(tokens)
                 run.texts[i] = self.model.decode(tokens)
-                if i < questions.compared:
-                    run.logits[i] = row.steps[0].astype(np.float32)
                 _score(questions, i, row, tokens, run)
                 bar.update(1)
         total = sum(waits)
@@ -77,9 +74,12 @@ class OnnxRunner:
 
 
 def _score(questions: Questions, i: int, row: "OnnxRow", tokens: list[int], run: Run) -> None:
-    """Add a row's likelihood of the expected answer, and its most likely label, to `run`."""
-    best = row.score(questions.answers[i], tokens)
+    """Add a row's likelihood of the expected answer, its logits for parity, and its most likely label, to `run`."""
+    logits = row.logits(questions.answers[i], tokens)
+    best = log_probability(logits, questions.answers[i])
     run.answer_nll[i] = -best
+    if i < questions.compared:
+        run.logits[i] = np.stack([logits[k] for k in questions.positions(i)]).astype(np.float32)
     if not questions.label_tokens:
         return
     labels = questions.form["labels"]
@@ -97,7 +97,7 @@ def _score(questions: Questions, i: int, row: "OnnxRow", tokens: list[int], run:
 
 
 class OnnxRow:
-    """One row's generator: logits of the steps taken, time, and likelihoods of other answers."""
+    """One row's generator: logits of the steps taken and of other answers, and time."""
 
     def __init__(self, prompt_tokens: int):
         self.prompt_tokens = prompt_tokens
@@ -115,15 +115,23 @@ class OnnxRow:
         return time.perf_counter() - self.start
 
     def score(self, answer: list[int], generated: list[int]) -> float:
-        """Log probability of an answer's tokens after the prompt."""
+        """Log probability of an answer's tokens behind the prompt."""
+        return log_probability(self.logits(answer, generated), answer)
+
+    def logits(self, answer: list[int], generated: list[int]) -> list[np.ndarray]:
+        """Logits [vocabulary] for each token of an answer behind the prompt."""
         # Where generation took the same steps, its logits are there, the end token's included (which is not in `generated`).
         if generated[: len(answer) - 1] == answer[:-1] and len(self.steps) >= len(answer):
-            logits = self.steps[: len(answer)]
-        else:
-            # Token by token, as generation does it: an export may give the last position's logits only.
-            logits = self.steps[:1]
-            self.generator.rewind_to(self.prompt_tokens)
-            for token in answer[:-1]:
-                self.generator.append_tokens(np.array([token], dtype=np.int32))
-                logits.append(np.array(self.generator.get_logits()).reshape(-1))
-        return float(sum(log_softmax(step)[token] for step, token in zip(logits, answer, strict=True)))
+            return self.steps[: len(answer)]
+        # Token by token, as generation does it: an export may give the last position's logits only.
+        logits = self.steps[:1]
+        self.generator.rewind_to(self.prompt_tokens)
+        for token in answer[:-1]:
+            self.generator.append_tokens(np.array([token], dtype=np.int32))
+            logits.append(np.array(self.generator.get_logits()).reshape(-1))
+        return logits
+
+
+def log_probability(logits: list[np.ndarray], answer: list[int]) -> float:
+    """Log probability of an answer's tokens, by the logits [vocabulary] for each of them."""
+    return float(sum(log_softmax(step)[token] for step, token in zip(logits, answer, strict=True)))

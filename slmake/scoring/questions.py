@@ -9,6 +9,15 @@ from slmake.errors import UserError
 from slmake.generation import truncate
 
 IGNORED = -100
+COLUMNS = (
+    "row",
+    "prompt",
+    "answer",
+    "input_ids",
+    "labels",
+    "turns",
+    "row_lengths",
+)  # the last two not in every dataset
 COMPARED = 512  # largest number of prompts whose logits parity compares, so that a large test split fits into memory
 
 
@@ -16,19 +25,25 @@ class Questions:
     """Rows of the chosen splits as prompts (int64 token ids), expected answers and their tokens.
 
     Attributes:
-        texts: the prompt of every row as text; None for a row that is not alone in its sequence (strategy join).
+        rows: number of every row in its file; an answer of a conversation counts as a row here.
+        turns: number of every answer's turn in its conversation; empty without conversations.
+        texts: the prompt of every row as text; None for a row that stands behind others in its sequence (strategies join and packing).
         prompts: one int64 array of token ids per row, of training; cut as a user's prompt is, for whose answer there must be room.
         answers: one list of token ids per row, the end token included.
         expected: one text per row.
         label_tokens: for a classification, token ids of every label, the end token included; else None.
         scored: the number of rows that are scored; the rows after them are asked for parity only.
         compared: the number of rows, from the first, that parity compares.
+        without_dataset: the rows are the fixed texts: openings, and the tokens that follow (slmake/data/texts.py).
     """
 
     def __init__(self, dataset: Path, limit: int | None = None, splits: tuple[str, ...] = ("test",)):
-        self.form = prompts.load_prompt(dataset)
+        form = prompts.load_prompt(dataset)
+        self.without_dataset = "texts" in form
+        self.form = form | form.get("texts", {})
         self.dataset, self.end = dataset, self.form["end_token_id"]
         self.rows: list[int] = []
+        self.turns: list[int] = []
         self.texts: list[str | None] = []
         self.prompts: list[np.ndarray] = []
         self.answers: list[list[int]] = []
@@ -47,16 +62,17 @@ class Questions:
     def _add(self, split: str, limit: int | None) -> None:
         import pyarrow.parquet
 
-        columns = ["row", "prompt", "answer", "input_ids", "labels"]
-        table = pyarrow.parquet.read_table(self.dataset / f"{split}.parquet", columns=columns).slice(0, limit)
+        file = self.dataset / f"{split}.parquet"
+        known = pyarrow.parquet.read_schema(file).names
+        columns = [name for name in COLUMNS if name in known]
+        table = pyarrow.parquet.read_table(file, columns=columns).slice(0, limit)
         for row in table.to_pylist():
             end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # without padding
             start = end
             while start and row["labels"][start - 1] != IGNORED:
                 start -= 1
-            begin = start  # of the last row, where several are joined in one sequence
-            while begin and row["labels"][begin - 1] == IGNORED:
-                begin -= 1
+            begin = sum(row["row_lengths"][:-1]) if "row_lengths" in row else 0  # of the last row in the sequence
+            self.turns += row.get("turns", [])[-1:]
             self.rows.append(row["row"])
             self.texts.append(None if begin else row["prompt"])
             prompt = row["input_ids"][begin:start]
@@ -68,10 +84,17 @@ class Questions:
 
     def extend_for_parity(self, count: int) -> None:
         """Add rows of eval and train after the scored ones until there are `count` prompts (or no more rows)."""
-        for split in ("eval", "train"):
+        for split in () if self.without_dataset else ("eval", "train"):
             if len(self.rows) < count:
                 self._add(split, count - len(self.rows))
         self.compared = min(len(self.rows), max(count, COMPARED))
+
+    def positions(self, index: int) -> list[int]:
+        """Tokens of the answer for which parity compares the logits: the first; of a text, some that are evenly spread."""
+        if not self.without_dataset:
+            return [0]
+        last = len(self.answers[index]) - 1
+        return np.linspace(0, last, min(last + 1, COMPARED // self.scored)).astype(int).tolist()
 
     def _label_tokens(self) -> list[list[int]]:
         """Token ids of every label, as in the rows.
@@ -85,7 +108,14 @@ class Questions:
             if set(labels) - known.keys():
                 rows = Questions.__new__(Questions)
                 rows.__dict__.update(
-                    dataset=self.dataset, form=self.form, rows=[], texts=[], prompts=[], answers=[], expected=[]
+                    dataset=self.dataset,
+                    form=self.form,
+                    rows=[],
+                    turns=[],
+                    texts=[],
+                    prompts=[],
+                    answers=[],
+                    expected=[],
                 )
                 rows._add(split, None)
                 known = dict(zip(rows.expected, rows.answers, strict=True)) | known
@@ -99,6 +129,11 @@ class Questions:
                     f"the labels {labels[tokens.index(ids)]!r} and {labels[i]!r} are the same tokens for this model. Rename one of them."
                 )
         return tokens
+
+    def groups(self) -> np.ndarray:
+        """int [scored]: scored answers of one conversation have the same number, from 0."""
+        rows = np.array(self.rows[: self.scored])
+        return np.concatenate([[0], np.cumsum(rows[1:] != rows[:-1])])
 
     def runtime_prompt(self, model, index: int) -> list[int]:
         """Tokens of a prompt as the runtime makes them of its text; those of training for a part of a longer sequence.

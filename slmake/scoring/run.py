@@ -23,7 +23,7 @@ class Run:
         texts: generated text of every prompt.
         choices: index of the most likely label of every prompt; empty for open text.
         answer_nll: negative log likelihood in nats of every expected answer (all its tokens).
-        logits: one float32 array [vocabulary] per prompt that parity compares, for the first answer token.
+        logits: one float32 array [positions, vocabulary] per prompt that parity compares (`Questions.positions`).
         timings: seconds, milliseconds, tokens per second and bytes, for benchmark.json.
     """
 

@@ -100,8 +100,11 @@ class TransformersRunner:
             waits.append(1000 * (time.perf_counter() - start))
         return percentiles(waits[WARM_UP:]) if chosen else {}
 
-    def _prefill(self, rows: list[np.ndarray], answers: list[list[int]]):
+    def _prefill(self, rows: list[np.ndarray], answers: list[list[int]], cached: bool = True):
         """One pass over prompts and the answers behind them.
+
+        Args:
+            cached: make a cache.
 
         Returns:
             float32 logits [rows, 1 + longest answer, vocabulary] behind each prompt and each answer token; the cache and the
@@ -121,10 +124,10 @@ class TransformersRunner:
         start = time.perf_counter()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1 + more
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cached, logits_to_keep=1 + more
         )
         cache = out.past_key_values
-        if more:
+        if more and cached:
             cache.crop(-more)
         return out.logits.float(), cache, mask[:, :longest], time.perf_counter() - start
 
@@ -170,11 +173,13 @@ class TransformersRunner:
             tokens["decode"] += sum(map(len, continuations))
             for k, answer in zip(rest, continuations, strict=True):
                 generated[k] = answer
-        first_logits = first.cpu().numpy()
         for k, i in enumerate(chosen):
             run.texts[i] = self.tokenizer.decode(generated[k], skip_special_tokens=True)
             if i < questions.compared:
-                run.logits[i] = first_logits[k].copy()
+                positions, own = questions.positions(i), logits[k]
+                if positions[-1] >= len(own):  # of a text, that did not fit into the prompts' own pass
+                    own = self._prefill([questions.prompts[i]], [answers[k][:-1]], cached=False)[0][0]
+                run.logits[i] = own[positions].cpu().numpy()
 
     @staticmethod
     def _summed(logs, answers: list[list[int]]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Fetch what a source names, check it against its pin, and record what was read."""
 
 import contextlib
+import glob
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from slmake import cli, outputs
 from slmake.errors import UserError
 from slmake.sources.base import Source
 from slmake.sources.download import digest_of
+from slmake.sources.local import check_one_split, row_files
 from slmake.sources.wheel import extract
 
 # What is read of a model folder.
@@ -55,16 +57,15 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     source.check_etag(details.get("etag"))
     pins = details.pop("pin", {}) | (dict([source.pin]) if source.pin else {})
     record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details
-    if use == "dataset" and path.is_dir():
+    if use == "dataset" and path.is_dir() and source.kind != "hf":
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
-    files = files_of(path)
-    if path.is_dir() and not files:
+    sums = sums_of(path, use)
+    if path.is_dir() and not sums:
         raise UserError(f"{source.full}: nothing that can be read is there.")
-    sums = {name: outputs.sha256(file) for name, file in sorted(files.items())}
     record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
     if path.is_dir():
         record["files"] = sums
-    record["size_bytes"] = sum(file.stat().st_size for file in files.values())
+    record["size_bytes"] = sum((path / name if path.is_dir() else path).stat().st_size for name in sums)
     for expected in filter(None, {source.sha256, sha256}):
         if record["sha256"] != expected:
             raise UserError(
@@ -72,6 +73,45 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
                 "source changed on purpose, put the new sum into params.yaml."
             )
     return Fetched(extract(path, source.member, folder / request) if source.member else path, record)
+
+
+def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[Path, str]], dict]:
+    """Fetch the files of one split, of which a pattern or a folder names several.
+
+    Returns:
+        Each file on this disk with its name for messages, in order of the names, and what to record of them together.
+
+    Raises:
+        UserError: see `fetch`; no file matches, the folder holds several splits, or a pin, which goes with one file.
+    """
+    several = glob.has_magic(source.path) if source.remote else row_files(source.path) != [source.path]
+    if not several:
+        fetched = fetch(source, "dataset", folder, job)
+        return [(fetched.path, fetched.record["source"])], fetched.record
+    if source.pin:
+        raise UserError(
+            f"{source.full}: a pin goes with one file, and this names several. Leave it out, or name each file."
+        )
+    if source.remote:
+        snapshot, details = source.fetch("dataset", folder, job)
+        names = {
+            f"{source.full[: -len(source.path)]}{name}": snapshot / name for name in matching(snapshot, source.path)
+        }
+    else:
+        names, details = {name: Path(name) for name in row_files(source.path)}, {}
+        check_one_split(source.path, list(names))
+    if not names:
+        raise UserError(f"{source.full}: no file matches. Check prepare.source.")
+    sums = {name: outputs.sha256(path) for name, path in names.items()}
+    pins = {"pin": details.pop("pin")} if "pin" in details else {}
+    size = sum(path.stat().st_size for path in names.values())
+    record = {"source": source.full, **pins, **details, "sha256": digest_of(sums), "files": sums, "size_bytes": size}
+    return [(path, name) for name, path in names.items()], record
+
+
+def matching(folder: Path, pattern: str) -> list[str]:
+    """Names of a folder's files that match a pattern, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
 
 
 def sha256_of(source: Source, job: cli.Job) -> str:
@@ -87,9 +127,20 @@ def model_files(names: Iterable[str]) -> list[str]:
     return [name for name in kept if deep or "/" not in name]
 
 
-def files_of(path: Path) -> dict[str, Path]:
-    """The files that are read of a file or a model folder, by relative name."""
+def sums_of(path: Path, use: str = "model") -> dict[str, str]:
+    """SHA-256 of every file that is read of a file, a model folder or a dataset, by relative name."""
+    files = files_of(path) if use == "model" else all_files(path)
+    return {name: outputs.sha256(file) for name, file in sorted(files.items())}
+
+
+def all_files(path: Path) -> dict[str, Path]:
+    """A file, or all files of a folder, by relative name."""
     if not path.is_dir():
         return {path.name: path}
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {name: names[name] for name in model_files(names)}
+    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """The files that are read of a file or a model folder, by relative name."""
+    names = all_files(path)
+    return {name: names[name] for name in model_files(names)} if path.is_dir() else names

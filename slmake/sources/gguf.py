@@ -8,8 +8,8 @@ import struct
 import tempfile
 from pathlib import Path
 
-from slmake.errors import UserError
-from slmake.model_folder import first_line, refuse_incomplete
+from slmake.errors import UserError, first_line
+from slmake.model_folder import refuse_incomplete
 
 # Fields that are a size or a count; a context's length is no part of the weights.
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")

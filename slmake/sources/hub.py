@@ -1,10 +1,11 @@
 """Files of the Hugging Face hub, through huggingface_hub and its cache. A login comes from `hf auth login` or HF_TOKEN."""
 
 import functools
+import glob
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,12 @@ from slmake.errors import UserError
 from slmake.sources.base import Source, check_plain, not_of_form
 from slmake.sources.fetching import ENDINGS
 from slmake.sources.secrets import masked
+
+# What is read of a dataset: its description, which says how files make up splits, and files of rows. Never its code.
+ROWS = (
+    "README.md",
+    *(f".{form}{packed}" for form in ("json", "jsonl", "csv", "tsv", "parquet", "txt") for packed in ("", ".gz")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,10 @@ class HubRepository(Source):
         return self.full.replace(f"@{self.revision}", f"@{commit_of(self)}", 1)
 
     def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
-        path, commit = from_hub(self, [f"*{ending}" for ending in ENDINGS], use)
+        pattern = glob.has_magic(self.path)  # several files of a dataset
+        endings = ENDINGS if use == "model" else ROWS
+        patterns = [self.path] if pattern else [f"*{ending}" for ending in endings]
+        path, commit = from_hub(replace(self, path="") if pattern else self, patterns, use)
         return path, {"pin": {"revision": self.revision}, "revision": commit}
 
 
@@ -72,7 +82,7 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         UserError: no such repository, revision or file; or out of reach and not in the cache.
     """
     os.environ.pop("HF_HUB_OFFLINE", None)
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
     what = source.full
     keyword = {"repo_id": source.name, "revision": source.revision, "repo_type": repo_type}
@@ -85,10 +95,15 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         if re.fullmatch("[0-9a-f]{40}", source.revision):  # a commit never changes: the hub need not be asked
             try:
                 path = Path(fetch(local_files_only=True))
-                if path.is_dir() and not _complete(path):
+                # A dataset's snapshot may lack files unnoticed, unless its sum is known.
+                if path.is_dir() and not (source.sha256 if repo_type == "dataset" else _complete(path)):
                     path = None
             except errors.LocalEntryNotFoundError:
                 path = None
+        if path is None and repo_type == "dataset" and not source.path:
+            HfApi().repo_info(
+                source.name, revision=source.revision, repo_type=repo_type
+            )  # or what is cached would be all
         path = path or Path(fetch())
     except errors.EntryNotFoundError as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
@@ -104,7 +119,7 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise _out_of_reach(what, error) from None
     parts = path.parts
     return path, parts[parts.index("snapshots") + 1]
@@ -127,19 +142,19 @@ def _out_of_reach(what: str, error: Exception) -> UserError:
     )
 
 
-def commit_of(source: HubRepository) -> str:
-    """The commit that a revision stands for now, of a model or else a dataset of that name."""
+def commit_of(source: HubRepository, *kinds: str) -> str:
+    """The commit that a revision stands for now, of a repository of these kinds: by default a model, or else a dataset of that name."""
     from huggingface_hub import HfApi, errors
 
-    for repo_type in ("model", "dataset"):
+    for repo_type in kinds or ("model", "dataset"):
         try:
             return HfApi().repo_info(source.name, revision=source.revision, repo_type=repo_type).sha
         except errors.RepositoryNotFoundError:
             continue
         except errors.RevisionNotFoundError:
             raise UserError(f"{source.full}: no revision `{source.revision}` there.") from None
-        except (errors.HfHubHTTPError, OSError) as error:
+        except (errors.HTTPError, OSError) as error:
             raise _out_of_reach(source.full, error) from None
     raise UserError(
-        f"{source.full}: the hub knows neither a model nor a dataset {source.name}, or it is gated: log in with `hf auth login`."
+        f"{source.full}: the hub knows no {' or '.join(kinds or ('model', 'dataset'))} {source.name}, or it is gated: log in with `hf auth login`."
     )

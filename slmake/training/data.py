@@ -7,6 +7,7 @@ import numpy as np
 from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+SIMILAR = 2 / 3  # of the longest row's length in a group
 
 
 def to_device(array: np.ndarray, device):
@@ -17,8 +18,24 @@ def to_device(array: np.ndarray, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def by_length(lengths: np.ndarray) -> list[np.ndarray]:
+    """Rows in groups of similar length, the longest first: int arrays of row numbers. A padded batch of a group has little padding."""
+    order = np.argsort(-lengths, kind="stable")
+    groups, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or lengths[order[end]] < SIMILAR * lengths[order[start]]:
+            groups.append(order[start:end])
+            start = end
+    return groups
+
+
 class Data:
-    """Sequences of one split as flat arrays: 8 bytes a token."""
+    """Rows of one split as flat arrays: 8 bytes a token.
+
+    Attributes:
+        packed: the rows stand behind each other in sequences (strategy packing), and do not know of each other.
+        sequence_lengths: int64 [sequences], tokens of each sequence; a sequence is a row, unless they are packed.
+    """
 
     def __init__(self, path: Path):
         import pyarrow.parquet
@@ -28,8 +45,15 @@ class Data:
         table = pyarrow.parquet.read_table(path)
         ids, labels = table["input_ids"].combine_chunks(), table["labels"].combine_chunks()
         self.masked = "attention_mask" in table.column_names
-        self.rows = table["row"].to_numpy()
-        self.offsets = ids.offsets.to_numpy()
+        self.packed = (table.schema.metadata or {}).get(b"strategy") == b"packing"
+        self.sequence_lengths = np.diff(ids.offsets.to_numpy())
+        if self.packed:
+            numbers, sizes = (table[name].combine_chunks() for name in ("rows", "row_lengths"))
+            self.rows, self.sequences = numbers.values.to_numpy(), numbers.offsets.to_numpy()
+            self.offsets = np.concatenate([[0], np.cumsum(sizes.values.to_numpy(), dtype=np.int64)])
+        else:
+            self.rows, self.sequences = table["row"].to_numpy(), np.arange(len(table) + 1)
+            self.offsets = ids.offsets.to_numpy()
         self.ids, self.labels = ids.values.to_numpy(), labels.values.to_numpy()
         self.lengths = np.diff(self.offsets)
         # Tokens with a loss: all labels but a sequence's first, which nothing predicts.
@@ -57,8 +81,14 @@ class Data:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def rows_of(self, chosen: np.ndarray) -> np.ndarray:
+        """The rows of some sequences."""
+        if not self.packed:
+            return chosen
+        return np.concatenate([np.arange(*self.sequences[index : index + 2]) for index in chosen])
+
     def row(self, index: int) -> np.ndarray:
-        """Tokens of a sequence, up to the last that its loss depends on, int64 [time]."""
+        """Tokens of a row, up to the last that its loss depends on, int64 [time]."""
         start = self.offsets[index]
         return self.ids[start : start + self.needed[index]].astype(np.int64)
 
@@ -75,7 +105,7 @@ class Data:
         return np.concatenate(rows), np.concatenate(positions), np.concatenate(tokens).astype(np.int64)
 
     def batch(self, chosen: np.ndarray, device) -> dict:
-        """Right-padded tensors of some sequences.
+        """Right-padded tensors of some rows.
 
         Returns:
             input_ids int64 [batch, time], labels int64 [batch, time] (-100 where there is no loss), attention_mask int64

@@ -11,6 +11,7 @@ import types
 
 import torch
 
+from slmake import memory
 from slmake.training.probe import close
 
 # Layers of a module that read the same input, by the names that most architectures use.
@@ -18,20 +19,21 @@ PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Frozen:
-    """A frozen weight [out, in] with its two products; in bfloat16 on a CPU it is packed once, not in every product.
+    """A frozen weight [out, in] with its two products; in bfloat16 on a CPU it can be packed once, not in every product.
 
     The operators are those that torch's compiler emits for frozen weights on CPUs (oneDNN). The packed copies need twice
-    the weight's memory.
+    the weight's memory; the weight itself is then not read again.
     """
 
     def __init__(self, weight: torch.Tensor, pack: bool = False):
         self.weight, self.packed = weight, None
-        narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        if pack and narrow and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if pack and packable(weight):
+            self.weight = None
             self.packed = [
                 torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())
                 for matrix in (weight.detach(), weight.detach().t())
             ]
+            memory.release([weight])
 
     def _product(self, x: torch.Tensor, backward: bool) -> torch.Tensor:
         if self.packed is None:
@@ -45,6 +47,12 @@ class Frozen:
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
         """grad W: [rows, out] to [rows, in]."""
         return self._product(grad, True)
+
+
+def packable(weight: torch.Tensor) -> bool:
+    """Whether this processor and this weight's type have packed products."""
+    narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return narrow and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Gathered:
@@ -124,15 +132,17 @@ def _forward(self, x, *args, **kwargs):
 class FusedProjections:
     """Layers of a module that are computed as one when the first is called; the others' results are kept until their calls."""
 
-    def __init__(self, layers: list, weights_fixed: bool):
-        """If the weights are fixed, concatenate them once; each layer's own becomes a view of its part."""
+    def __init__(self, layers: list, weights_fixed: bool, pack: bool):
+        """If the weights are fixed, concatenate them once; unless packed, each layer's own becomes a view of its part."""
         self.layers, self.bases = layers, [layer.get_base_layer() for layer in layers]
         self.scaling = layers[0].scaling[layers[0].active_adapters[0]]
         if weights_fixed:
             weight = torch.cat([base.weight.data for base in self.bases])
-            self.frozen = Frozen(weight, pack=True)
-            for base, part in zip(self.bases, weight.split([len(base.weight) for base in self.bases]), strict=True):
-                base.weight.data = part
+            memory.release(base.weight.data for base in self.bases)
+            self.frozen = Frozen(weight, pack)
+            if self.frozen.packed is None:
+                for base, part in zip(self.bases, weight.split([len(base.weight) for base in self.bases]), strict=True):
+                    base.weight.data = part
         else:
             self.frozen = Gathered(self.bases)
         self.x, self.results = None, []
@@ -207,12 +217,13 @@ def _computes(module) -> bool:
             value.copy_(original)
 
 
-def fuse(peft, join: bool = False, weights_fixed: bool = False) -> int:
+def fuse(peft, join: bool = False, weights_fixed: bool = False, pack: bool = False) -> int:
     """Replace the forward of every plain LoRA layer without dropout; returns how many were replaced.
 
     Args:
         join: compute layers that read the same input as one (not with quantized weights).
-        weights_fixed: the base's weights stay as and where they are (not quantized, not sharded); pack them where that helps.
+        weights_fixed: the base's weights stay as and where they are (not quantized, not sharded).
+        pack: pack fixed weights for faster products, where the processor has them: two more copies in memory.
     """
     plain = {}
     for name, module in lora_layers(peft).items():
@@ -225,10 +236,10 @@ def fuse(peft, join: bool = False, weights_fixed: bool = False) -> int:
         for names in PROJECTIONS:
             layers = [plain.get(f"{parent}.{name}") for name in names]
             if None not in layers and FusedProjections.compatible(layers):
-                FusedProjections(layers, weights_fixed)
+                FusedProjections(layers, weights_fixed, pack)
                 for name in names:
                     del alone[f"{parent}.{name}"]
     if weights_fixed:
         for module in alone.values():
-            module.frozen = Frozen(module.get_base_layer().weight, pack=True)
+            module.frozen = Frozen(module.get_base_layer().weight, pack)
     return len(plain)

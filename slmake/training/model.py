@@ -6,7 +6,7 @@ import numpy as np
 
 from slmake import params
 from slmake.errors import UserError
-from slmake.training.data import Data, to_device
+from slmake.training.data import Data, by_length, to_device
 
 
 def pick_device(number: int = 0):
@@ -156,22 +156,50 @@ def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, max_share
     """Sum of the answer tokens' cross entropy over some sequences, float32 scalar tensor, and their number.
 
     Args:
-        max_shared_len: sequences up to this length are computed with a shared prefix (0: as a plain padded batch).
+        max_shared_len: rows up to this length are computed with a shared prefix (0: as a plain padded batch).
     """
-    import torch
+    rows = data.rows_of(chosen)
+    # Packed sequences hold rows of all lengths: only those of similar length are padded to one.
+    groups = [rows[group] for group in by_length(data.lengths[rows])] if data.packed else [rows]
+    if data.needed[rows].max() <= max_shared_len:
+        loss = _shared_loss(peft, head, data, groups, device)
+    else:
+        loss = sum(_padded_loss(peft, head, data, group, device) for group in groups)
+    return loss, int(data.answers[rows].sum())
 
+
+def _shared_loss(peft, head: Head, data: Data, groups: list[np.ndarray], device):
+    """The loss of groups of rows in one pass, each group with its shared prefix."""
     from slmake.training import shared_prefix
 
-    rows, positions, next_tokens = data.targets(chosen)
+    layouts = [shared_prefix.Layout([data.row(index) for index in group], device) for group in groups]
+    layout = layouts[0] if len(layouts) == 1 else shared_prefix.Packed(layouts)
+    targets, indices, start = [], [], 0
+    for part, group in zip(layouts, groups, strict=True):
+        rows, positions, next_tokens = data.targets(group)
+        targets.append(next_tokens)
+        indices.append(part.index[rows, positions] + start)
+        start += part.tokens
+    targets = to_device(np.concatenate(targets), device)
+    head.positions = to_device(np.concatenate(indices), device)
+    return _cross_entropy(shared_prefix.forward(peft, layout), targets)
+
+
+def _padded_loss(peft, head: Head, data: Data, group: np.ndarray, device):
+    """The loss of some rows as a padded batch."""
+    rows, positions, next_tokens = data.targets(group)
     targets = to_device(next_tokens, device)
-    if data.needed[chosen].max() <= max_shared_len:
-        layout = shared_prefix.Layout([data.row(index) for index in chosen], device)
-        head.positions = to_device(layout.index[rows, positions], device)
-        logits = shared_prefix.forward(peft, layout)
-    else:
-        batch = data.batch(chosen, device)
-        time = batch["input_ids"].shape[1]
-        head.positions = to_device(rows * time + positions, device)
-        logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.reshape(len(targets), -1).float(), targets, reduction="sum")
-    return loss, len(targets)
+    batch = data.batch(group, device)
+    time = batch["input_ids"].shape[1]
+    head.positions = to_device(rows * time + positions, device)
+    logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return _cross_entropy(logits, targets)
+
+
+def _cross_entropy(logits, targets):
+    import torch
+
+    logits = logits.reshape(len(targets), -1)
+    return torch.nn.functional.cross_entropy(
+        logits.float() if logits.dtype.itemsize < 4 else logits, targets, reduction="sum"
+    )

@@ -54,6 +54,10 @@ class Layout:
         self.back = to_device(back.reshape(-1), device)
         self._indices: dict = {}
 
+    @property
+    def parts(self) -> "list[Layout]":
+        return [self]
+
     def by_row(self, heads: int, token_first: bool) -> torch.Tensor:
         """Indices into x [heads * tokens, width] (or [tokens * heads, width]) that give [rows, heads, time, width]."""
         key = (heads, token_first)
@@ -72,6 +76,15 @@ class Layout:
             row, step = self.flat // self.time, self.flat % self.time
             self._indices[key] = ((row * heads + head) * self.time + step).reshape(-1)
         return self._indices[key]
+
+
+class Packed:
+    """The tokens of several layouts behind each other. Attention goes layout by layout, so that long rows pad no short ones."""
+
+    def __init__(self, parts: list[Layout]):
+        self.parts = parts
+        self.ids = torch.cat([part.ids for part in parts])
+        self.positions = torch.cat([part.positions for part in parts])
 
 
 class ByRow(torch.autograd.Function):
@@ -129,9 +142,12 @@ def share(model) -> float:
     def attention(module, query, key, value, attention_mask, layout=None, **kwargs):
         if layout is None:
             return inner(module, query, key, value, attention_mask, **kwargs)
-        query, key, value = (ByRow.apply(x, layout) for x in (query, key, value))
-        output, weights = inner(module, query, key, value, None, **kwargs)
-        return ByToken.apply(output, layout), weights
+        sizes = [part.tokens for part in layout.parts]
+        outputs = []
+        for part, *states in zip(layout.parts, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+            output, weights = inner(module, *(ByRow.apply(x, part) for x in states), None, **kwargs)
+            outputs.append(ByToken.apply(output, part))
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], weights
 
     AttentionInterface.register(f"{name}_by_layout", attention)
     AttentionMaskInterface.register(f"{name}_by_layout", ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -139,7 +155,7 @@ def share(model) -> float:
     return getattr(config, "sliding_window", None) or math.inf
 
 
-def forward(model, layout: Layout):
+def forward(model, layout: Layout | Packed):
     """The model's logits for the tokens of a layout, [1, tokens, vocabulary], or for those that a hook on its head selects."""
     # A mask of four dimensions is passed on unchanged; attention by rows is causal and needs none.
     unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from slmake import cli, outputs, params
+from slmake import cli, memory, outputs, params
 from slmake.errors import UserError
 from slmake.training import distributed
 from slmake.training.checkpoints import STATE, Checkpoints, fingerprint
 from slmake.training.data import Data
 from slmake.training.model import Head, load_model, loss_sum, pick_device, pick_dtype
 from slmake.training.schedule import Schedule
+
+PACKED_COPIES = 2  # of every weight, packed for products forward and backward
+PACKED_SHARE = 0.5  # of the memory, at most, that the weights and their packed copies may take
 
 
 class Trainer:
@@ -45,7 +48,7 @@ class Trainer:
                 "finetune.early_stopping_patience: the eval split is empty, so there is no loss to stop by. Raise "
                 "prepare.eval_fraction, or set early_stopping_patience to 0."
             )
-        self.schedule = Schedule(section, self.train.lengths)
+        self.schedule = Schedule(section, self.train.sequence_lengths)
         key = None
         if self.group.is_main_process:
             dtype = pick_dtype(section.compute_dtype, self.device)
@@ -89,7 +92,9 @@ class Trainer:
         self.peft = load_model(section, base, self.device, load_on)
         self.head = Head(self.peft.get_base_model())
         join = section.qat == "none"
-        replaced = {"lora": lora_linear.fuse(self.peft, join, weights_fixed=join and section.sharding == "none")}
+        weights_fixed = join and section.sharding == "none"
+        pack = weights_fixed and self._pack()
+        replaced = {"lora": lora_linear.fuse(self.peft, join, weights_fixed, pack)}
         if self.device.type == "cpu":
             replaced |= fused_ops.fuse(self.peft.get_base_model())
         self.qat = None
@@ -103,6 +108,21 @@ class Trainer:
                     f"finetune.qat_target_modules: {unmatched or targets} matches no layer that has an adapter."
                 )
         self.job.log(f"fused: {replaced}, qat {section.qat}")
+
+    def _pack(self) -> bool:
+        """Whether to pack the base's weights: if this machine's memory is large beside them, so that a machine always decides the same."""
+        from slmake.training import lora_linear
+
+        weights = [module.get_base_layer().weight for module in lora_linear.lora_layers(self.peft).values()]
+        if not all(map(lora_linear.packable, weights)):
+            return False
+        size, here = sum(weight.nbytes for weight in weights), memory.available()
+        pack = size * (1 + PACKED_COPIES) <= here * PACKED_SHARE
+        self.job.log(
+            f"weights are {'' if pack else 'not '}packed: with {PACKED_COPIES} packed copies they take "
+            f"{size * (1 + PACKED_COPIES) / 1e9:.1f} of {here / 1e9:.1f} GB"
+        )
+        return pack
 
     def _max_shared_len(self) -> float:
         """Longest sequence that is computed with a shared prefix; 0 if the model cannot, or if its logits differ."""
@@ -169,7 +189,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self.schedule.batches(self.step)
-        rows = np.concatenate(batches)
+        rows = self.train.rows_of(np.concatenate(batches))
         targets = int(self.train.answers[rows].sum())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch, counts in self.group.share(batches):
@@ -209,7 +229,7 @@ class Trainer:
             self.qat.refresh(None)
         self.peft.eval()
         total, count = 0.0, 0
-        order = np.argsort(-self.eval.lengths, kind="stable")
+        order = np.argsort(-self.eval.sequence_lengths, kind="stable")
         size = self.section.per_device_train_batch_size
         with torch.no_grad():
             for _, batch, counts in self.group.share([order[i : i + size] for i in range(0, len(order), size)]):

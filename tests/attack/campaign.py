@@ -28,6 +28,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 
 import inputs  # noqa: E402
 import kills  # noqa: E402
+import preloaded  # noqa: E402
 from project import new_project, run, snakemake  # noqa: E402
 from tiny import make_model  # noqa: E402
 
@@ -54,6 +55,7 @@ class Campaign:
         self.spent: collections.Counter = collections.Counter()  # seconds by kind
         self.cases: collections.Counter = collections.Counter()
         self.kills: collections.Counter = collections.Counter()
+        self.rules: collections.Counter = collections.Counter()  # kills by rule
         self.failures: list[str] = []
 
     def attack(self, kind: str, case: int) -> None:
@@ -63,7 +65,10 @@ class Campaign:
         try:
             match kind:
                 case "kill a rule":
-                    self.kills[kind] += kills.kill_rules(self.whole, self.reference, self.work, rng, self.durations)
+                    rule = list(kills.OUTPUTS)[(case + self.seed) % len(kills.OUTPUTS)]
+                    number = kills.kill_rule(rule, self.whole, self.reference, self.work, rng, self.durations)
+                    self.kills[kind] += number
+                    self.rules[rule] += number
                 case "kill the recording":
                     self.kills[kind] += kills.kill_record(self.whole, self.work, rng, self.durations)
                 case "edit during a build":
@@ -99,9 +104,19 @@ class Campaign:
             f"Seed {self.seed}, {sum(self.spent.values()):.0f} s: {sum(self.cases.values())} cases with {sum(self.kills.values())} kills; "
             f"{len(self.failures)} failures (wrong bytes, something lost, a rerun that fails, a secret repeated, foreign code run)."
         )
+        by_rule = f"Kills by rule: {', '.join(f'{rule} {count}' for rule, count in self.rules.items())}." * bool(
+            self.rules
+        )
         return (
             "\n".join(
-                [textwrap.fill(total, 116), "", "| attack | cases | kills | failures |", "|---|---|---|---|", *rows]
+                [
+                    *textwrap.wrap(total, 116),
+                    *textwrap.wrap(by_rule, 116),
+                    "",
+                    "| attack | cases | kills | failures |",
+                    "|---|---|---|---|",
+                    *rows,
+                ]
             )
             + "\n"
         )
@@ -140,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     seed = random.randrange(10**6) if args.seed is None else args.seed
     with tempfile.TemporaryDirectory(prefix="slmake-attack-") as folder:
         print(f"attack: seed {seed}", flush=True)
+        preloaded.FOLDER = Path(folder) / "programs"
         campaign = Campaign(Path(folder), args.project or built(Path(folder)), seed)
         with contextlib.suppress(KeyboardInterrupt):
             if args.case is not None:

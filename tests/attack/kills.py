@@ -1,15 +1,16 @@
 """Kills and edits while a tiny project is built and recorded, and what must hold after each of them."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import yaml
 from project import change, digests, environment, planned, run
 
@@ -46,20 +47,49 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
-def killed_at(project: Path, seconds: float, command: list[str], main_only: bool = False) -> int | None:
-    """Run a command and kill it (and, unless `main_only`, all that it started) after some seconds; its exit code if it ended before."""
-    log = (project / "attack.log").open("w", encoding="utf-8")
-    process = subprocess.Popen(
-        command, cwd=project, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill() if main_only else os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return None
-    finally:
-        log.close()
+def killed_at(
+    project: Path, seconds: float, command: list[str], main_only: bool = False, after: str = ""
+) -> tuple[int | None, float]:
+    """Run a command and kill it (and, unless `main_only`, all that it started) after some seconds.
+
+    Args:
+        after: what the command prints when the seconds begin; by default they begin at once.
+
+    Returns:
+        The exit code if it ended before, otherwise None; and how many seconds it ran.
+    """
+    variables = environment()
+    program = preloaded.program(command[0], variables)  # spares every attempt the imports
+    with (project / "attack.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [program, *command[1:]],
+            cwd=project, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        begun = time.monotonic()
+        while after not in (project / "attack.log").read_text(encoding="utf-8"):
+            expect(time.monotonic() < begun + TIMEOUT, f"{command} hangs:\n{log_of(project)}")
+            if process.poll() is not None:
+                return process.returncode, 0.0
+            time.sleep(0.02)
+        begun = time.monotonic()
+        try:
+            return process.wait(seconds), time.monotonic() - begun
+        except subprocess.TimeoutExpired:
+            if not (main_only and kill_alone(command[0], project)):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None, time.monotonic() - begun
+
+
+def kill_alone(program: str, project: Path) -> bool:
+    """Kill a preloaded program that works in a project, and nothing that it started; whether there is one."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            name, cwd = (folder / "comm").read_text().strip(), (folder / "cwd").readlink()
+            if (name, cwd) == (preloaded.NAME + program, project):
+                os.kill(int(folder.name), signal.SIGKILL)
+                return True
+    return False
 
 
 def log_of(project: Path) -> str:
@@ -90,28 +120,31 @@ def no_wrong_bytes(project: Path, reference: dict[str, str], lost: list[str]) ->
     expect(not gone, f"lost: {gone}")
 
 
-def kill_rules(
-    whole: Path, reference: dict[str, str], work: Path, rng: random.Random, seconds: dict[str, float]
+def remove(project: Path, outputs: list[str]) -> None:
+    """Remove a rule's outputs, so that it runs again."""
+    for name in outputs:
+        path = project / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def kill_rule(
+    rule: str, whole: Path, reference: dict[str, str], work: Path, rng: random.Random, seconds: dict[str, float]
 ) -> int:
-    """Kill one rule at random moments, each time after a rerun that must work; returns the number of kills.
+    """Kill one rule at random moments; the rerun after the kills must work. Returns the number of kills.
 
     Args:
         seconds: how long each rule took so far, corrected on the way.
     """
-    rule = rng.choice(list(OUTPUTS))
     project = copy(whole, work)
-    for name in OUTPUTS[rule]:
-        path = project / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(project, OUTPUTS[rule])
     kills = 0
     for attempt in range(ATTEMPTS):
-        begun = time.monotonic()
-        limit = TIMEOUT if attempt == ATTEMPTS - 1 else rng.uniform(0.2, 1.1) * seconds.get(rule, 20.0)
-        code = killed_at(project, limit, build(rule), main_only=rng.random() < 0.25)
+        limit = TIMEOUT if attempt == ATTEMPTS - 1 else rng.uniform(0, 1.05) * seconds.get(rule, 3.0)
+        after = f"rule {rule}:" if rng.random() < 0.85 else ""  # in the rule, or while it is planned
+        code, spent = killed_at(project, limit, build(rule), main_only=rng.random() < 0.25, after=after)
         if code is None:
             expect(attempt < ATTEMPTS - 1, f"{rule} hangs:\n{log_of(project)}")
             kills += 1
-            seconds[rule] = max(seconds.get(rule, 20.0), time.monotonic() - begun)
             no_wrong_bytes(project, reference, OUTPUTS[rule])
             if rng.random() < 0.2:
                 unlocked = run(project, "snakemake", "--unlock", timeout=TIMEOUT)
@@ -120,9 +153,11 @@ def kill_rules(
                 shutil.rmtree(project / ".snakemake" / "locks", ignore_errors=True)
         else:
             expect(code == 0, f"{rule}: the rerun after {kills} kills failed:\n{log_of(project)}")
-            seconds[rule] = time.monotonic() - begun
-            break
-    no_wrong_bytes(project, reference, [])
+            no_wrong_bytes(project, reference, [])
+            if after:
+                seconds[rule] = max(0.2, spent)
+            if attempt < ATTEMPTS - 1:
+                remove(project, OUTPUTS[rule])
     left = [path.name for folder in ("build", "results") for path in (project / folder).glob(".*.partial")]
     expect(not left, f"left behind: {left}")
     return kills
@@ -141,20 +176,19 @@ def kill_record(whole: Path, work: Path, rng: random.Random, seconds: dict[str, 
     """Kill the recording of receipts at random moments; returns the number of kills."""
     project = copy(whole, work)
     right = receipts(project)
-    command = [sys.executable, "-m", "tools.record"]
+    command = ["python", "-m", "tools.record"]
     (project / "dvc.lock").unlink()
     kills = 0
     for attempt in range(ATTEMPTS):
-        begun = time.monotonic()
         limit = TIMEOUT if attempt == ATTEMPTS - 1 else rng.uniform(0.1, 1.0) * seconds.get("record", 5.0)
-        code = killed_at(project, limit, command, main_only=rng.random() < 0.25)
+        code, spent = killed_at(project, limit, command, main_only=rng.random() < 0.25)
         if code is None:
             kills += 1
             wrong = [name for name, receipt in receipts(project).items() if receipt != right[name]]
             expect(not wrong, f"wrong receipts: {wrong}")
         else:
             expect(code == 0, f"record: the rerun after {kills} kills failed:\n{log_of(project)}")
-            seconds["record"] = time.monotonic() - begun
+            seconds["record"] = spent
             break
     expect(receipts(project) == right, "the receipts are not those of an undisturbed recording")
     status = run(project, "dvc", "status", timeout=TIMEOUT)
@@ -192,13 +226,13 @@ def edit_build(whole: Path, work: Path, rng: random.Random) -> str:
     project = copy(whole, work)
     before = receipts(project)
     rule = rng.choice(["gates", "report", "package"])
-    for name in OUTPUTS[rule]:
-        path = project / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(project, OUTPUTS[rule])
     what = rng.choice(list(EDITS))
+    variables = environment()
+    program = preloaded.program("snakemake", variables)
     with (project / "attack.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            ["snakemake", "--cores", "all", "--nocolor"], cwd=project, env=environment(), stdout=log, stderr=log
+            [program, "--cores", "all", "--nocolor"], cwd=project, env=variables, stdout=log, stderr=log
         )
         end = time.monotonic() + TIMEOUT
         while f"rule {rule}:" not in (project / "attack.log").read_text(encoding="utf-8") and time.monotonic() < end:
@@ -207,7 +241,7 @@ def edit_build(whole: Path, work: Path, rng: random.Random) -> str:
         EDITS[what](project)
         process.wait(TIMEOUT)
     expect("Traceback" not in (project / "attack.log").read_text(encoding="utf-8"), log_of(project))
-    done = run(project, sys.executable, "-m", "tools.record", timeout=TIMEOUT)
+    done = run(project, "python", "-m", "tools.record", timeout=TIMEOUT)
     if done.returncode:
         expect(receipts(project) == before, f"{what}: refused, but the receipts changed")
     else:

@@ -10,7 +10,7 @@ FLOORS = (
     *("scoring", "rehearsal", "reporting", "packaging", "platforms", "azureml"),
 )
 GROUND = (
-    *("cli", "code_inputs", "errors", "generation", "outputs", "prompts", "text"),
+    *("cli", "code_inputs", "errors", "generation", "memory", "outputs", "prompts", "text"),
 )  # modules of slmake/ that all floors import
 BESIDE = {"model_folder": "sources", "plan": "export"}  # modules of slmake/ and the floor on which they stand
 # Floor and the higher floor it imports -> why that is right.

@@ -3,12 +3,11 @@
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from project import environment, new_project
+from project import new_project, type_block
 from tiny import ROOT
 
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -26,23 +25,8 @@ def edit(project: Path, block: str) -> None:
     path = project / "params.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for section, fields in yaml.safe_load(block).items():
-        content[section].update(fields)
+        content[section] = content[section] | fields if fields else fields  # `prepare: null`
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
-def shell(project: Path, block: str) -> str:
-    """Type a `sh` block; returns what the terminal shows."""
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=project,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{block}\n{done.stdout}"
-    return done.stdout
 
 
 @pytest.fixture
@@ -52,7 +36,7 @@ def project(tmp_path, base) -> Path:
     for name in ("params.yaml", "Makefile", "data/dataset.json"):
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
-    shell(folder, "git init -q")
+    type_block(folder, "git init -q")
     (folder / ".venv").symlink_to(ROOT / ".venv")
     for lock in (folder / "envs").glob("*.lock"):
         os.utime(lock, (0, 0))  # `make setup` has been run
@@ -68,6 +52,6 @@ def test_every_command_of_a_tutorial_ends_in_an_answer(page, project):
         if language == "yaml":
             edit(project, block)
         elif language == "sh":
-            told = shell(project, block)
+            told = type_block(project, block)
             print(f"$ {block}{told}")
     assert told.splitlines()[-1].strip(), told

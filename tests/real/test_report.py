@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(not (PROGRAM and DRIVER), rea
 FIGURES = {
     "1. Overview": ["What was built from what"],
     "2. Quality": ["Accuracy", "All scores, parity and drops", "Confusion matrices", "Gates", "Wrong answers"],
-    "3. Training": ["Loss", "Lengths and labels"],
+    "3. Training": ["Loss", "Lengths and labels", "Rows as the model sees them"],
     "4. Cost": ["Time and memory"],
 }
 

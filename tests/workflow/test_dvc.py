@@ -102,13 +102,14 @@ def test_dvc_yaml_agrees_with_the_snakefile():
     assert done.returncode == 0, done.stderr
     assert (ROOT / "dvc.yaml").read_text(encoding="utf-8") == done.stdout, "run `make docs`"
     stages = yaml.safe_load(done.stdout)["stages"]
-    assert tuple(stages) == RULES
+    assert tuple(stages) == ("code", *RULES)
+    assert stages.pop("code")["outs"] == ["build/code"]
     given = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for name, stage in stages.items():
         sections = [part for part in SECTIONS.get(name, [name]) if part in given]
         assert stage["params"] == [*sections, "all.container"]
         assert f"--allowed-rules {name} --" in stage["cmd"]
-        assert f"scripts/{name}.py" in stage["deps"]
+        assert (f"scripts/{name}.py" if name == "package" else f"build/code/{name}") in stage["deps"]
 
 
 def test_up_to_date_after_snakemake_and_commit(repository):

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from project import change, run
+from project import change, run, type_block
 from tiny import ROOT
 
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -42,17 +41,7 @@ def project(copy_of_built) -> Path:
 def type_in(project: Path, block: str) -> str:
     """Type a block in a terminal where the first block was typed before; returns what it shows."""
     environment = os.environ | {"PYTHONPATH": "", "PATH": os.defpath}
-    done = subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", BLOCKS[0] + block],
-        cwd=project,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{block}\n{done.stdout}"
-    return done.stdout
+    return type_block(project, BLOCKS[0] + block, environment, "-eo")
 
 
 def rate(project: Path) -> float:

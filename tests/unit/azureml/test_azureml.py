@@ -12,6 +12,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
+from bench.measure import PROJECT_FILES
 from slmake import params
 from slmake.azureml import errors, pipeline, settings, step
 from slmake.errors import UserError
@@ -27,20 +28,7 @@ DIGEST = "sha256:" + "a" * 64
 def compiled(tmp_path_factory):
     """What `compile` makes of the project as it stands: the file's text, and the steps' code."""
     folder = tmp_path_factory.mktemp("compiled")
-    for name in (
-        "Snakefile",
-        "params.yaml",
-        "rules",
-        "scripts",
-        "slmake",
-        "tools",
-        "envs",
-        "profiles",
-        "report",
-        "data",
-        "containers",
-        "LICENSE",
-    ):
+    for name in (*PROJECT_FILES, "params.yaml"):
         target = folder / name
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__", "*.sif", ".*"))
@@ -112,7 +100,7 @@ def test_the_pipeline_agrees_with_dvc_yaml(compiled):
     """The same rules, inputs and outputs as the stages that are generated from the Snakefile, too."""
     document = yaml.safe_load((ROOT / "azureml" / "pipeline.yml").read_text(encoding="utf-8"))
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    stages = {name: stage for name, stage in stages.items() if name not in settings.LEFT_HERE}
+    stages = {name: stage for name, stage in stages.items() if name not in ("code", *settings.LEFT_HERE)}
     outs = {
         name: [rule if isinstance(rule, str) else next(iter(rule)) for rule in stage["outs"]]
         for name, stage in stages.items()
@@ -138,7 +126,10 @@ def test_the_sdk_loads_and_validates_the_pipeline_offline(compiled):
     assert job._validate().passed
     sent = job._to_rest_object().as_dict()["properties"]
     assert sent["jobType"] == "Pipeline"
-    assert set(sent["jobs"]) == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]) - set(settings.LEFT_HERE)
+    assert set(sent["jobs"]) == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]) - {
+        "code",
+        *settings.LEFT_HERE,
+    }
     assert all("is_deterministic: true" in str(node["componentId"]) for node in sent["jobs"].values())
 
 

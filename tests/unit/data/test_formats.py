@@ -72,30 +72,6 @@ def test_prompts_and_completions_as_text(build):
     assert built.prompt["prompt"] == "{prompt}"
 
 
-@pytest.mark.parametrize(
-    ("rows", "fields", "message"),
-    [
-        (ROWS, {}, "prepare: no known format in the first rows, whose fields are phrase, tone. Give text_template (such as"),
-        ([{**LAYOUTS["alpaca"][0], **LAYOUTS["sharegpt"][0]}], {}, "prepare.format: the rows can be read as sharegpt and as alpaca. Set it"),
-        (ROWS, {"format": "sharegpt"}, "the template's field `conversations` is in no row. Fields there: phrase, tone."),
-        (ROWS, {"format": "alpaca"}, "the template's field `output` is in no row."),
-        (ROWS, {"format": "prompt_completion"}, "in no row. Fields there: phrase, tone."),
-        ([{"conversations": [{"from": "alien", "value": "x"}, {"from": "gpt", "value": "y"}]}], {"format": "sharegpt"}, "row 1: field `conversations` has a turn from 'alien'; known are human"),
-        ([{"conversations": [{"from": "gpt", "value": "y"}, {"from": "human", "value": "x"}]}], {}, "row 1: field `conversations` does not end with the assistant's turn"),
-        ([{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "y"}]}], {}, "row 1: field `conversations` has a message without text"),
-        ([{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]}], {}, "row 1: field `conversations` ends with an empty answer"),
-        ([{"conversations": "text"}], {"format": "sharegpt"}, "row 1: field `conversations` is not a list of messages"),
-        ([{"instruction": 3, "output": "x"}], {}, "row 1: field `output` is there, but `instruction` is not text"),
-        ([{"instruction": "x", "input": ["y"], "output": "x"}], {}, "row 1: field `output` is there, but `input` is not text"),
-        ([{"instruction": "x", "output": " "}], {}, "row 1: field `output` ends with an empty answer"),
-        ([{"prompt": "x", "completion": 3.5, "more": [1]}, {"prompt": 4, "completion": "x"}], {}, "row 2: field `prompt` is int, not text: 4"),
-        ([{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}], {}, "row 1: field `completion` and `prompt` are not two lists of messages"),
-    ],
-)  # fmt: skip
-def test_rows_that_do_not_fit(refused, rows, fields, message):
-    assert message in refused(rows, **NONE, **fields)
-
-
 @pytest.mark.parametrize("layout", ["messages", "sharegpt"])
 def test_chats_need_a_chat_template(refused, plain, layout):
     assert "tokenizer has no chat template" in refused(LAYOUTS[layout], base=plain, **NONE)

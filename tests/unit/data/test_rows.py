@@ -79,58 +79,6 @@ def test_csv_row_that_does_not_fit_its_header(refused, tmp_path, content, row):
     assert re.search(rf"\brow {row}\b|\bline {row + 1}\b", message)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("rows.json", b"", ": empty file."),
-        ("rows.json", b"[]", ": no rows in it."),
-        ("rows.json", b" [ ]\n", ": no rows in it."),
-        ("rows.jsonl", b"\n\n", ": no rows in it."),
-        ("rows.csv", b"phrase,tone\n", ": no rows in it."),
-        ("rows.json", None, ": no such file or folder. Correct the source in params.yaml"),
-        ("rows.json", b'"text"', ": not JSON: expected an array of objects, or one object a line."),
-        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": "b" "tone": "y"}]', ": row 2: malformed JSON: "),
-        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": "b", ', ": row 2: malformed JSON: "),
-        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "b", "tone"}\n', ": row 2: malformed JSON: "),
-        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n[1]\n', ": row 2: not an object but list."),
-        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "\\ud83d", "tone": "y"}\n', ": row 2: "),
-        ("rows.json", b'[\n{"phrase": "caf\xe9", "tone": "x"}\n]', ": line 2: not UTF-8 text (byte 15 of the line: 0xe9)."),
-        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": "caf\xe9", "tone": "y"}\n', ": row 2: not UTF-8 text (byte 15"),
-        ("rows.csv", b"phrase,tone\ncaf\xe9,joy\n", ": line 2: not UTF-8 text (byte 3 of the line: 0xe9). Save the file as UTF-8."),
-        ("rows.csv", b"\xff\xfe" + "phrase,tone\na,b\n".encode("utf-16-le"), ": UTF-16 text (it begins with FF FE). Save the file as UTF-8."),
-        ("rows.json", b"\xfe\xff" + "[]".encode("utf-16-be"), ": UTF-16 text (it begins with FE FF). Save the file as UTF-8."),
-        ("rows.json", b'{\n  "data": [\n    "phrase"\n  ]\n}\n', ": one JSON object over several lines. An array [...] of objects"),
-        ("rows.json", b'{"train": [{"phrase": "a"}],\n "test": [{"phrase": "b"}]}', ": the object holds rows under train and test. Save each list"),
-        ("rows.json", b'{"train": [{"phrase": "a"}], "test": [{"phrase": "b"}]}', ": the object holds rows under train and test. Save each list"),
-        ("rows.json", b'{\n"data": [{"phrase": "a", "tone": "x"}, {"phrase" "b"}]}', ": row 1: malformed JSON: "),
-        ("rows.json", b"\xff\xfe\0\0" + "[]".encode("utf-32-le"), ": UTF-32 text (it begins with FF FE 00 00). Save the file as UTF-8."),
-        ("rows.csv", b"\0\0\xfe\xff" + "a,b".encode("utf-32-be"), ": UTF-32 text (it begins with 00 00 FE FF). Save the file as UTF-8."),
-        ("rows.csv.gz", b"phrase,tone\na,b\n", ": not a readable gzip file: Not a gzipped file"),
-        ("rows.json.gz", gzip.compress(b"[]" * 99, mtime=0)[:-9], ": not a readable gzip file: "),
-        ("rows.json.gz", gzip.compress(b"", mtime=0), ": empty file."),
-        ("rows.txt.gz", gzip.compress(b"x", mtime=0), ": unknown ending `.txt`."),
-        ("rows.tsv", b"phrase\ttone\na\tb\tc\n", ": row 1 (line 2): 3 values for 2 columns separated by tabs."),
-        ("rows.jsonl", b'{"phrase": "a",\n\n"tone": "x"}\n', ": one JSON object over several lines. An array [...] of objects"),
-        ("rows.json", b'{"phrase": "a", "tone"}\n{"phrase": "a"}\n', ": row 1: malformed JSON: "),
-        ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": ' + b"9" * 5000 + b"}\n", ": row 2: a number with thousands of digits."),
-        ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": ' + b"9" * 5000 + b"}]", ": row 2: malformed JSON: parse error: integer"),
-        ("rows.json", b'[{"phrase": "a"}, {"phrase": ' + b"[" * 2000, ": row 2: more than 100 levels of arrays and objects in each other."),
-        ("rows.jsonl", b'{"phrase": "a"}\n{"phrase": ' + b"[" * 2000 + b"\n", ": row 2: more than 100 levels of arrays and objects in each other."),
-        ("rows.csv", b'phrase,tone\n"unclosed,joy\nx,fear\n', ": malformed CSV: "),
-        ("rows.csv", b"phrase,tone,tone\na,b,c\n", ": row 1: the header has an empty or repeated column name: phrase, tone, tone."),
-        ("rows.parquet", b"no Parquet at all", ": not a readable Parquet file: "),
-        ("rows.xlsx", b"PK", ": a spreadsheet. Save the sheet with the rows as CSV (in Excel: File, Save As, CSV UTF-8), and name that file."),
-        ("rows.txt", b"PK", ": unknown ending `.txt`. Use .json, .jsonl, .ndjson, .parquet, .csv, .tsv, or one of them with .gz."),
-        ("rows.json", b"[1, 2]", ": row 1: not an object but int"),
-    ],
-)  # fmt: skip
-def test_unreadable_files(refused, tmp_path, name, content, reason):
-    source = tmp_path / name
-    if content is not None:
-        source.write_bytes(content)
-    assert f"{source}{reason}" in refused(source)
-
-
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 @pytest.mark.parametrize("half", ["\ud83d", "a \ud83d b", "c \ude00", "\U0001f600\ude00", "\ud83d\U0001f600"])
 def test_half_a_surrogate_pair(refused, tmp_path, ending, half):

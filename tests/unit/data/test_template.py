@@ -113,9 +113,9 @@ def chat_rows(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
 def test_messages_as_a_column(build, tokenizer, tmp_path, ending):
-    """Only the last assistant turn is trained on, whatever the number of turns."""
+    """With `train_on: last`, only the last assistant turn is trained on, whatever the number of turns."""
     rows = chat_rows(24)
-    built = build(write_rows(tmp_path / f"rows{ending}", rows), messages="turns", **CHAT, **WHOLE)
+    built = build(write_rows(tmp_path / f"rows{ending}", rows), messages="turns", train_on="last", **CHAT, **WHOLE)
     assert len(built.train) == 24
     phrase = rows[1]["turns"][2]["content"]
     assert built.train[1]["prompt"] == (

@@ -7,24 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from tiny import make_tokenizer
 
 from slmake import params
 from slmake.export import builder, builder_fixes, families
 
-SIZES = {
-    "vocab_size": 520,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 0,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = tiny.SIZES | {"vocab_size": 520}
 WIDE = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 128
 PHI3 = {"original_max_position_embeddings": 512}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64}
@@ -87,7 +76,7 @@ def make_twin(name: str, folder: Path):
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(folder)
-    make_tokenizer(folder)
+    tiny.make_tokenizer(folder)
     return model
 
 

@@ -1,6 +1,7 @@
 """gptq: rounding changes the outputs least, and the exporter keeps the weights."""
 
 import json
+from functools import partial
 
 import numpy as np
 import onnx
@@ -40,7 +41,7 @@ def error(inputs: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> fl
 @pytest.mark.parametrize("block_size", [16, 32, 256])
 def test_outputs_change_less_than_by_plain_rounding(block_size):
     weight, inputs = problem()
-    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, block_size)
+    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, block_size).placed()
     plain = round_to_nearest(weight, 4, block_size)
     assert error(inputs, weight, round_to_nearest(placed, 4, block_size)) < 0.8 * error(inputs, weight, plain)
 
@@ -48,7 +49,7 @@ def test_outputs_change_less_than_by_plain_rounding(block_size):
 def test_rounding_moves_only_each_blocks_largest_weights():
     """By half a level: at 7.5 they keep the scale what it was."""
     weight, inputs = problem()
-    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, 16)
+    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, 16).placed()
     blocks = placed.reshape(-1, 16)
     rounded = round_to_nearest(placed, 4, 16).reshape(-1, 16)
     scale = blocks.abs().amax(dim=1, keepdim=True) / 7.5
@@ -65,7 +66,7 @@ def test_inputs_that_do_not_vary_together_leave_plain_rounding():
     weight, _ = problem()
     blocks = weight.view(-1, 16)
     weight = (blocks * blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).sign()).view_as(weight)
-    placed = gptq.round_with_inputs(weight, torch.eye(80), 16)
+    placed = gptq.round_with_inputs(weight, torch.eye(80), 16).placed()
     expected = round_to_nearest(weight, 4, 16)
     torch.testing.assert_close(round_to_nearest(placed, 4, 16), expected, rtol=1e-5, atol=1e-6)
 
@@ -74,7 +75,7 @@ def test_inputs_that_never_occur_and_blocks_of_zeros():
     weight, inputs = problem()
     inputs[:, 3:40] = 0
     weight[:, 16:32] = 0
-    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, 16)
+    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, 16).placed()
     assert torch.isfinite(placed).all()
     assert (placed[:, 16:32] == 0).all()
 
@@ -159,6 +160,13 @@ def test_products_in_eight_bits_are_left_alone(tmp_path, dataset):
     }
 
 
+def plainly_rounded(weight: torch.Tensor) -> gptq.Rounded:
+    blocks = weight.detach().view(len(weight), -1, 32)
+    scales = blocks.abs().amax(dim=2) / 7.5
+    levels = round_to_nearest(weight.detach(), 4, 32).view_as(blocks) / scales[..., None]
+    return gptq.Rounded(levels.round().view_as(weight).to(torch.int8), scales, blocks.abs().argmax(dim=2).byte(), 32)
+
+
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])  # scales in 32 and in 16 bits
 def test_what_the_exporter_wrote_is_compared(tmp_path, dataset, provider):
     model = make_model(tmp_path / "llama", tie_word_embeddings=False)
@@ -168,10 +176,11 @@ def test_what_the_exporter_wrote_is_compared(tmp_path, dataset, provider):
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     section = params.Quantize(**GPTQ)
     modules = gptq.in_four_bits(section, network)
-    wanted = {f"{n}.weight": round_to_nearest(m.weight.detach(), 4, 32).numpy() for n, m in modules.items()}
+    rounded = {f"{name}.weight": plainly_rounded(module.weight) for name, module in modules.items()}
+    wanted = {name: partial(gptq.Rounded, *weight) for name, weight in rounded.items()}
     gptq.check_weights(target, wanted)
-    weight = wanted["model.layers.1.mlp.up_proj.weight"]
-    weight[: len(weight) // 50 + 1] *= -1
+    levels = rounded["model.layers.1.mlp.up_proj.weight"].levels
+    levels[: len(levels) // 50 + 1] *= -1
     with pytest.raises(UserError, match=r"changed \d+ of GPTQ's weights of /model/layers.1/mlp/up_proj/MatMul"):
         gptq.check_weights(target, wanted)
 

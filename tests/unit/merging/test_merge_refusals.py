@@ -102,31 +102,6 @@ def test_adapter_of_another_size_is_refused(tmp_path, capsys, base):
     assert "it belongs to another base model." in message
 
 
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        ({"use_dora": True}, ": use_dora is True, which does not fit the tensors for model.layers.0."),
-        ({"modules_to_save": ["lm_head"]}, ": modules_to_save has lm_head, but no tensor of it."),
-        ({"trainable_token_indices": [3]}, ": trainable_token_indices is set, but no token is saved."),
-        ({"peft_type": "LOHA"}, "/adapter_config.json: peft_type LOHA cannot be merged here; only LORA can."),
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            "/adapter_config.json: init_lora_weights: pissa_niter_4 changed the base's weights",
-        ),
-        (
-            {"use_qalora": True},
-            "/adapter_config.json: use_qalora is set; such an adapter cannot be merged tensor by tensor.",
-        ),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "/adapter_config.json: layer_replication is set"),
-        ({"target_parameters": ["experts.up"]}, "/adapter_config.json: target_parameters is set"),
-        ({"r": 8}, "/adapter_config.json: the rank of model.layers.0."),
-    ],
-)
-def test_adapters_of_other_kinds_are_refused(tmp_path, capsys, base, adapter, config, text):
-    other = edited(adapter, tmp_path / "other", **config)
-    assert f"{other}{text}" in refused(tmp_path, capsys, base, other)
-
-
 def test_truncated_adapter_is_refused(tmp_path, capsys, base, adapter):
     cut = edited(adapter, tmp_path / "cut")
     path = cut / "adapter_model.safetensors"

@@ -148,36 +148,62 @@ def test_fields_of_the_tracing_exporter_have_no_meaning(field):
     assert "to trace the model" in notes(read(content), "dropped")[f"input_model.config.{field}"]
 
 
-def test_hub_datasets_become_files_by_a_command(tmp_path):
-    load = {
-        "data_name": "org/codes",
-        "subset": "small",
-        "split": "train[:70%]",
-        "col_filters": {"language": "Python"},
-        "token": True,
-    }
+def hub_data(train: dict, held: dict) -> dict:
+    """A tutorial's configuration whose rows for training and for the loss are datasets of the hub."""
     content = tutorial(old=False)
+    text = {"text_template": "{q} {a}", "max_samples": 128}
     content["data_configs"] = [
-        {
-            "name": "train",
-            "load_dataset_config": load,
-            "pre_process_data_config": {"text_template": "{q} {a}", "max_samples": 128},
-        },
-        {"name": "held", "load_dataset_config": {"data_name": "org/codes", "split": "train[-128:]"}},
+        {"name": "train", "load_dataset_config": train, "pre_process_data_config": text},
+        {"name": "held", "load_dataset_config": held},
     ]
     content["passes"]["lora"]["eval_data_config"] = "held"
-    imported = read(content)
-    made = loaded(imported, tmp_path)
-    assert made.prepare.files == {"train": "data/org-codes-train.jsonl", "eval": "data/org-codes-eval.jsonl"}
-    assert made.prepare.max_samples == 128
-    command = notes(imported, "todo")["data_configs.0.load_dataset_config.data_name"]
-    for part in (
-        "'org/codes', 'small', split='train[:70%]'",
-        "row['language'] == 'Python'",
-        "to_json('data/org-codes-train.jsonl')",
-    ):
-        assert part in command
-    compile(command.partition('"')[2].rstrip('"').replace("\\", ""), "command", "exec")
+    return content
+
+
+CODES = {"data_name": "org/codes", "subset": "small", "col_filters": {"language": "Python"}, "token": True}
+
+
+def test_datasets_of_the_hub_are_read_as_they_are(tmp_path):
+    made = loaded(read(hub_data(CODES | {"split": "train[:70%]"}, CODES | {"split": "train[-128:]"})), tmp_path).prepare
+    assert made.files == {"train": "hf:org/codes@main", "eval": "hf:org/codes@main"}
+    assert (made.config, made.where, made.max_samples) == ("small", {"language": "Python"}, 128)
+    assert [made.hub_split(name) for name in ("train", "eval", "test")] == ["train[:70%]", "train[-128:]", None]
+
+
+def test_two_datasets_of_the_hub(tmp_path):
+    imported = read(hub_data({"data_name": "org/codes"}, {"data_name": "org/other", "split": "validation"}))
+    made = loaded(imported, tmp_path).prepare
+    assert made.files == {"train": "hf:org/codes@main", "eval": "hf:org/other@main"}
+    assert [made.hub_split(name) for name in ("train", "eval")] == ["train", "validation"]
+    assert (made.config, made.where) == (None, {})
+    only = hub_data({"data_name": "org/codes"}, {})
+    del only["passes"]["lora"]["eval_data_config"]
+    assert loaded(read(only), tmp_path).prepare.split is None
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "field", "message"),
+    [
+        (CODES, CODES | {"subset": "large"}, "1.load_dataset_config.data_name", "another subset, or other col_filters"),
+        (CODES, {"data_name": "org/codes"}, "1.load_dataset_config.data_name", "another subset"),
+        ({"data_name": "a b"}, CODES, "0.load_dataset_config.data_name", "'a b' is no dataset of the hub"),
+        (CODES | {"data_dir": "sub"}, CODES, "0.load_dataset_config.data_dir", "a folder of a dataset is its config"),
+    ],
+)
+def test_datasets_of_the_hub_that_cannot_be_had(train, held, field, message):
+    assert message in notes(read(hub_data(train, held)), "unknown")[f"data_configs.{field}"]
+
+
+def test_a_datasets_branch_becomes_its_commit(monkeypatch, tmp_path):
+    """That of the dataset, not of a model with the same name."""
+    content = hub_data({"data_name": "org/name"}, {"data_name": "org/other"})
+    (tmp_path / "olive.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "commit_of", lambda source, kind: (kind[0] + source.name[4]) * 20)
+    import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "imported")])
+    made = params.load(tmp_path / "imported" / "params.yaml")
+    assert made.fetch_model.source == f"hf:org/name@{'mn' * 20}"
+    assert made.prepare.files == {"train": f"hf:org/name@{'dn' * 20}", "eval": f"hf:org/other@{'do' * 20}"}
 
 
 def test_slices_of_one_file_are_fractions(tmp_path):
@@ -218,7 +244,7 @@ def test_rows_of_the_eval_split_by_number_and_the_best_adapter(tmp_path):
     }
     imported = read(content)
     made = loaded(imported, tmp_path)
-    assert "put 1024 divided by the number of rows" in notes(imported, "todo")["passes.lora.eval_dataset_size"]
+    assert made.prepare.eval_samples == 1024
     assert made.finetune.early_stopping_patience > made.finetune.max_steps / made.finetune.eval_steps
 
 
@@ -314,56 +340,13 @@ RTN = {"type": "rtn", "bits": 8, "sym": True, "group_size": 32, "lm_head": True}
 )  # fmt: skip
 def test_passes_that_quantize(tmp_path, passes, expected, nearest):
     imported = read(small(*passes))
-    section = loaded(imported, tmp_path).quantize
-    assert {name: getattr(section, name) for name in expected} == expected
+    made = loaded(imported, tmp_path)
+    assert {name: getattr(made.quantize, name) for name in expected} == expected
     assert len(notes(imported, "nearest")) == nearest
-    assert "data/rows.jsonl" in "".join(row.note for row in imported.rows if row.kind == "todo")
-
-
-@pytest.mark.parametrize(
-    ("passes", "field", "message"),
-    [
-        ([{"type": "AutoAWQQuantizer"}, BUILDER], "passes.p0.type", "nearest: gptq"),
-        ([{"type": "QuaRot"}, BUILDER], "passes.p0.type", "nearest: gptq"),
-        ([BUILDER, {"type": "ExtractAdapters"}], "passes.p1.type", "nearest: MergeAdapterWeights"),
-        ([{"type": "DoRA"}], "passes.p0.type", "nearest: LoRA"),
-        ([{"type": "LoHa"}], "passes.p0.type", "nearest: LoRA"),
-        ([{"type": "LoKr"}], "passes.p0.type", "nearest: LoRA"),
-        ([{"type": "OnnxConversion"}], "passes.p0.type", "nearest: ModelBuilder"),
-        ([{"type": "QNNPreprocess"}], "passes.p0.type", "no such pass here"),
-        ([GPTQ], "passes", "gptq without ModelBuilder"),
-        ([GPTQ | {"bits": 3}, BUILDER], "passes.p0.bits", "4 bits"),
-        ([GPTQ | {"group_size": -1}, BUILDER], "passes.p0.group_size", "none of 16, 32"),
-        ([{"type": "SelectiveMixedPrecision", "algorithm": "magic"}, BUILDER], "passes.p0.algorithm", "none of k_quant_last"),
-        ([BUILDER, {"type": "GraphSurgeries", "surgeries": [{"surgeon": "RemoveRope"}]}], "passes.p1.surgeries.0.surgeon", "as it is"),
-        ([BUILDER | {"metadata_only": True}], "passes.p0.metadata_only", "the whole model is exported"),
-        ([BUILDER, BUILDER], "passes.p1", "a second quantize"),
-    ],
-)  # fmt: skip
-def test_what_has_no_counterpart_is_refused_with_the_nearest_thing(passes, field, message):
-    assert message in notes(read(small(*passes)), "unknown")[field]
+    assert made.prepare is None  # nothing is trained: no dataset is needed, and none is invented
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"a": 1, // note\n "b": 2}', "JSON has no comments"),
-        ('{"a": 1,}', "no comma before a closing bracket"),
-        ('{"passes": {}, "passes": {}}', "the field `passes` is given twice"),
-        ('{"passes": {"x": {"type": "LoRA", "type": "QLoRA"}}}', "the field `type` is given twice"),
-        ("[" * 100_000, "cannot be read"),
-        ("", "cannot be read"),
-        ("3", "expected a mapping"),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, text, message):
-    (tmp_path / "olive.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        import_olive.read(tmp_path / "olive.json")
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["olive.json", "olive.yaml", "olive.yml"])
@@ -415,12 +398,12 @@ def test_a_value_of_another_kind_anywhere_ends_in_no_traceback(wrong):
 def test_a_branch_becomes_the_commit_of_today(monkeypatch, tmp_path, capsys):
     (tmp_path / "olive.json").write_text(json.dumps(small(BUILDER)), encoding="utf-8")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(hub, "commit_of", lambda source: "a" * 40)
+    monkeypatch.setattr(hub, "commit_of", lambda source, *kinds: "a" * 40)
     import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "one")])
     assert f"hf:org/name@{'a' * 40}" in (tmp_path / "one" / "params.yaml").read_text()
     assert "the commit of the branch today" in capsys.readouterr().out
 
-    def fails(source):
+    def fails(source, *kinds):
         raise UserError("out of reach")
 
     monkeypatch.setattr(hub, "commit_of", fails)

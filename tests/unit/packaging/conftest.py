@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from package_script import FIGURES, GATE, pack
+from package_script import GATE, SCORES, pack
 
 from slmake import params
 from slmake.export import builder
 
 METRICS = {
     "test_rows": 24,
-    "merged": FIGURES,
-    "fp32": FIGURES,
+    "merged": SCORES,
+    "fp32": SCORES,
     "parity": {
         "fp32_vs_merged": {"prompts": 64, "kl_mean": 0.02, "kl_max": 0.3, "top1_agreement": 0.95, "logit_diff_max": 0.1}
     },

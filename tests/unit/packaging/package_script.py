@@ -1,14 +1,17 @@
 """What the tests of the script package share: its call, its inputs, and its files."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from tiny import ROOT, write_params
 
 from scripts import package
+from slmake.packaging import checksums
 from tools import verify
 
-FIGURES = {
+SCORES = {
     "accuracy": 0.8,
     "accuracy_low": 0.75,
     "accuracy_high": 0.85,
@@ -89,3 +92,37 @@ def refused(capsys, *arguments: object) -> str:
     assert caught.value.code == 1
     message = capsys.readouterr().err
     return message[message.index("verify: error: ") :]
+
+
+def reseal(folder: Path, *names: str) -> None:
+    """What a forger without a key can do after an edit: make the checksums fit again, and the provenance or bill if named."""
+    own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
+    if "bill" in names:
+        bom = json.loads((folder / checksums.BOM).read_text())
+        for part in bom["components"]:
+            if part["type"] == "file":
+                part["hashes"][0]["content"] = hashlib.sha256((folder / part["name"]).read_bytes()).hexdigest()
+        (folder / checksums.BOM).write_text(checksums.canonical(bom))
+    if "provenance" in names:
+        statement = json.loads((folder / checksums.PROVENANCE).read_text())
+        statement["subject"] = [{"name": n, "digest": {"sha256": d}} for n, d in checksums.digests(folder, own).items()]
+        (folder / checksums.PROVENANCE).write_text(checksums.canonical(statement))
+    (folder / checksums.SUMS).write_text(checksums.sums_text(checksums.digests(folder, own[:2])))
+
+
+def change_bill(folder: Path, change) -> None:
+    """Edit the bill of materials, and make checksums and provenance fit it."""
+    bom = json.loads((folder / checksums.BOM).read_text())
+    change(bom)
+    (folder / checksums.BOM).write_text(checksums.canonical(bom))
+    reseal(folder, "provenance")
+
+
+def swap_for_link(folder: Path, name: str) -> None:
+    """Move a file out of the package and leave a link to it."""
+    (folder / name).rename(folder.parent / "moved")
+    (folder / name).symlink_to(folder.parent / "moved")
+
+
+def file_components(bom: dict) -> list[dict]:
+    return [part for part in bom["components"] if part["type"] == "file"]

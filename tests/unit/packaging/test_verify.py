@@ -1,18 +1,17 @@
 """verify: every flipped byte and every edit is named, and a forger is caught."""
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from package_script import FILES, pack, refused
+from bad_inputs import PACKAGES
+from package_script import FILES, pack, refused, reseal
 from tiny import write_params
 
 from slmake.errors import UserError
-from slmake.packaging import checksums, signature
+from slmake.packaging import signature
 from tools import verify
 
 
@@ -41,110 +40,9 @@ def test_one_flipped_byte_is_named(copy, capsys, name):
         assert message.count("\n  ") == 1
 
 
-def reseal(folder: Path, *names: str) -> None:
-    """What a forger without a key can do after an edit: make the checksums fit again, and the provenance or bill if named."""
-    own = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)
-    if "bill" in names:
-        bom = json.loads((folder / checksums.BOM).read_text())
-        for part in bom["components"]:
-            if part["type"] == "file":
-                part["hashes"][0]["content"] = hashlib.sha256((folder / part["name"]).read_bytes()).hexdigest()
-        (folder / checksums.BOM).write_text(checksums.canonical(bom))
-    if "provenance" in names:
-        statement = json.loads((folder / checksums.PROVENANCE).read_text())
-        statement["subject"] = [{"name": n, "digest": {"sha256": d}} for n, d in checksums.digests(folder, own).items()]
-        (folder / checksums.PROVENANCE).write_text(checksums.canonical(statement))
-    (folder / checksums.SUMS).write_text(checksums.sums_text(checksums.digests(folder, own[:2])))
-
-
-def change_bill(folder: Path, change) -> None:
-    """Edit the bill of materials, and make checksums and provenance fit it."""
-    bom = json.loads((folder / checksums.BOM).read_text())
-    change(bom)
-    (folder / checksums.BOM).write_text(checksums.canonical(bom))
-    reseal(folder, "provenance")
-
-
-def swap_for_link(folder: Path, name: str) -> None:
-    """Move a file out of the package and leave a link to it."""
-    (folder / name).rename(folder.parent / "moved")
-    (folder / name).symlink_to(folder.parent / "moved")
-
-
-def file_components(bom: dict) -> list[dict]:
-    return [part for part in bom["components"] if part["type"] == "file"]
-
-
-EDITS = {  # what is done to a package: what verify says of it
-    "link to a folder outside": (
-        lambda p: (p / "onnxruntime_genai").symlink_to("../evil"),
-        "onnxruntime_genai: a link (to '../evil')",
-    ),
-    "link to a file inside": (lambda p: (p / "copy.py").symlink_to("run.py"), "copy.py: a link"),
-    "link to nothing": (lambda p: (p / "gone").symlink_to("nowhere"), "gone: a link"),
-    "file become a link to the same bytes": (lambda p: swap_for_link(p, "model.onnx.data"), "model.onnx.data: a link"),
-    "checksums become a link": (lambda p: swap_for_link(p, "SHA256SUMS"), "SHA256SUMS: a link"),
-    "marker become a link": (lambda p: (p / ".snakemake_timestamp").symlink_to("run.py"), "a link (to 'run.py')"),
-    "link in a folder": (lambda p: (p / "licenses" / "more").symlink_to("/etc"), "licenses/more: a link"),
-    "pipe": (lambda p: os.mkfifo(p / "queue"), "queue: not a regular file"),
-    "file become a pipe": (
-        lambda p: ((p / "prompt.json").unlink(), os.mkfifo(p / "prompt.json")),
-        "prompt.json: not a regular file",
-    ),
-    "hidden library": (lambda p: (p / ".snakemake_evil.so").write_bytes(b"evil"), "'.snakemake_evil.so': not part of"),
-    "marker with content": (lambda p: (p / ".snakemake_timestamp").write_text("x"), "'.snakemake_timestamp': not part"),
-    "marker in a folder": (lambda p: (p / "licenses" / ".snakemake_timestamp").touch(), "not part of the package"),
-    "marker as a folder": (lambda p: (p / ".snakemake_timestamp").mkdir(), "'.snakemake_timestamp': not part of"),
-    "hidden folder": (lambda p: ((p / ".git").mkdir(), (p / ".git" / "config").touch()), "'.git': not part of"),
-    "hidden file with checksums made to fit": (
-        lambda p: ((p / "SHA256SUMS").write_text((p / "SHA256SUMS").read_text() + f"{'0' * 64}  .x\n"), (p / ".x").touch()),
-        "'.x': not part of the package",
-    ),
-    "unknown file": (lambda p: (p / "sitecustomize.py").touch(), "sitecustomize.py: not part of the package"),
-    "unknown package": (
-        lambda p: ((p / "onnxruntime_genai").mkdir(), (p / "onnxruntime_genai" / "__init__.py").touch()),
-        "onnxruntime_genai/__init__.py: not part of the package",
-    ),
-    "empty folder": (lambda p: (p / "onnxruntime_genai").mkdir(), "onnxruntime_genai: an empty folder"),
-    "name with a line break": (lambda p: (p / "a\nb").touch(), r"'a\nb': not part of the package"),
-    "missing file": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json: missing"),
-    "missing folder": (lambda p: shutil.rmtree(p / "licenses"), "licenses/LICENSE: missing"),
-    "missing checksums": (lambda p: (p / "SHA256SUMS").unlink(), "SHA256SUMS: missing, so nothing can be checked"),
-    "missing bill": (lambda p: (p / "bom.cdx.json").unlink(), "bom.cdx.json: missing, so nothing can be checked"),
-    "renamed file": (lambda p: (p / "run.py").rename(p / "Run.py"), "run.py: missing"),
-    "file cut short": (lambda p: (p / "model.onnx.data").write_bytes(b""), "model.onnx.data: changed"),
-    "checksums made to fit": (
-        lambda p: ((p / "run.py").write_text("print('hello')\n"), reseal(p)),
-        "its subjects are not the files of this package",
-    ),
-    "checksums and provenance made to fit": (
-        lambda p: ((p / "run.py").write_text("print('hello')\n"), reseal(p, "provenance")),
-        "bom.cdx.json: its files are not those of this package: run.py.",
-    ),
-    "file added, checksums and provenance made to fit": (
-        lambda p: ((p / "more.py").touch(), reseal(p, "bill", "provenance")),
-        "bom.cdx.json: its files are not those of this package: more.py.",
-    ),
-    "hash changed in the bill": (
-        lambda p: change_bill(p, lambda bom: file_components(bom)[0]["hashes"][0].update(content="0" * 64)),
-        "its files are not those of this package",
-    ),
-    "file taken from the bill": (
-        lambda p: change_bill(p, lambda bom: bom["components"].remove(file_components(bom)[0])),
-        "bom.cdx.json",
-    ),
-    "file twice in the bill": (
-        lambda p: change_bill(
-            p, lambda bom: bom["components"].append(file_components(bom)[0] | {"bom-ref": "again"})
-        ),
-        "bom.cdx.json: its files are not those of this package: one is listed twice.",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", PACKAGES)
 def test_every_edit_of_a_package_is_refused(copy, edit):
-    change, message = EDITS[edit]
+    change, message = PACKAGES[edit]
     change(copy)
     with pytest.raises(UserError) as caught:
         verify.check(copy, None)

@@ -9,6 +9,7 @@ from tiny import ROOT
 
 from slmake import params
 from slmake.params import docs
+from slmake.params.errors import models_in
 
 SECTIONS = [
     *(
@@ -41,7 +42,7 @@ def test_the_projects_file_hides_no_default():
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     assert set(content) == set(params.Params.model_fields) == set(SECTIONS)
     for name, field in params.Params.model_fields.items():
-        assert set(content[name]) == set(field.annotation.model_fields), name
+        assert set(content[name]) == set(models_in(field.annotation)[0].model_fields), name
     source = content["prepare"]["source"]
     assert isinstance(source, str) or set(source) == set(params.Files.model_fields)
 
@@ -65,7 +66,7 @@ def test_reference_has_every_field():
     assert "| `source` | required | string or `Files` |" in page
     assert "| `learning_rate` | `0.0002` | number > 0 ≤ 1 |" in page
     for field in params.Params.model_fields.values():
-        for name, info in field.annotation.model_fields.items():
+        for name, info in models_in(field.annotation)[0].model_fields.items():
             assert f"| `{name}` | " in page
             assert info.description, name
     table = [line for line in page.splitlines() if line.startswith("|")]
@@ -79,7 +80,7 @@ def schema() -> dict:
 
 def test_schema_allows_no_other_names(schema):
     objects = [schema, *schema["$defs"].values()]
-    assert len(objects) == 18
+    assert len(objects) == 19
     for described in objects:
         assert described["type"] == "object"
         assert described["additionalProperties"] is False

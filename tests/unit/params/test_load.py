@@ -150,40 +150,6 @@ def test_empty_file(refused_text, content):
     assert message.endswith("params.yaml`.")
 
 
-@pytest.mark.parametrize(
-    ("content", "reason", "line"),
-    [
-        ("merge:\n\tdtype: auto\n", "found character '\\t' that cannot start any token", 2),
-        ("merge: {dtype: auto\n", "expected ',' or '}'", 2),
-        ("merge:\n  dtype: auto\n dtype: auto\n", "expected <block end>", 3),
-        ('prepare:\n  source: "open\n', "while scanning a quoted scalar", 2),
-        ("merge:\n  dtype: auto\nmerge:\n  dtype: auto\n", "`merge` is given twice", 3),
-        ("merge:\n  dtype: auto\n  onto: full_precision\n  dtype: float32\n", "`dtype` is given twice", 4),
-        ("prepare:\n  source: {train: a, train: b}\n", "`train` is given twice", 2),
-        ("merge: !!python/object:os.system {}\n", "could not determine a constructor", 1),
-        ("? [a, b]\n: 1\n", "", 1),
-        ("prepare:\n  {phrase}: text\n", "", 2),
-        ("? !!set {a}\n: 1\n", "cannot be a name", 1),
-        ("package:\n  name: 2026-02-30\n", "it looks like a value of type timestamp and is none", 2),
-        ("finetune:\n  lora_r: 0x_\n", "a value of type int and is none: correct it, or put it in quotes", 2),
-        ("finetune:\n  lora_r: 0b_\n", "a value of type int", 2),
-        (f"finetune:\n  lora_r: {'9' * 5000}\n", "a value of type int", 2),
-        ("finetune:\n  lora_r: !!bool 2\n", "a value of type bool", 2),
-        ("all:\n  stages: !!timestamp x\n", "a value of type timestamp", 2),
-        ("all:\n  " + "[" * 3000, "nested too deeply", 2),
-    ],
-    ids=["tab", "brace", "indent", "quote", "section-twice", "field-twice", "inline-twice", "object", "list-key", "map-key", "set-key",
-         "date", "hexadecimal", "binary", "digits", "bool", "timestamp", "depth"],
-)  # fmt: skip
-def test_malformed_yaml(refused_text, content, reason, line):
-    """One line that names the trouble and the line of the file."""
-    message = refused_text(content)
-    assert message.startswith("not valid YAML: ")
-    assert reason in message
-    assert f"line {line}" in message
-    assert "\n" not in message
-
-
 def test_keys_and_dates_as_yaml_reads_them(tmp_path):
     """Numbers, truth values and dates without quotes are fine."""
     content = yaml.safe_dump({**SMALLEST, "prepare": {**SMALLEST["prepare"], "labels": {0: "a", True: "b", 2.5: "c"}}})

@@ -4,10 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ROOT, write_params
+from tiny import ROOT
 
-from slmake import params
-from slmake.errors import UserError
 from slmake.sources import schemes
 
 SUM = "a" * 64
@@ -69,116 +67,7 @@ def test_remote_sources_must_be_pinned(text):
     assert schemes.parse(text, must_pin=False).pin is None
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("hf:../up@x", "cannot be a name on the hub"),
-        ("hf:org/-name@x", "cannot be a name on the hub"),
-        ("hf:org/a--b@x", "cannot be a name on the hub"),
-        ("hf:a/b/c@main", "cannot be a name on the hub"),
-        (f"hf:org/{'n' * 97}@x", "cannot be a name on the hub"),
-        ("hf:org/tiny@", "is not of the form hf:ORG/NAME@REVISION"),
-        ("hf:org/tiny", "a hub source needs a revision"),
-        ("pypi:name/a.gguf", "is not of the form pypi:NAME==VERSION"),
-        ("s3://bucket/x", "sources that begin with `s3://` are not known"),
-        ("azureml://models/x", "is neither azureml://datastores"),
-        ("az://UPPER/x", "is not of the form az://container/path"),
-        ("az://data", "is not of the form az://container/path"),
-        ("abfs://data@evil.example.org/x#etag=1", "does not name an account"),
-        ("data/x.json#sha256=abc", "not of the form sha256=64 hex digits"),
-        ("http://host/x.json#etag=1", "an http:// source needs #sha256="),
-        ("model.pt", r"model.pt, a pickle format.*safe_serialization=True"),
-        ("az://data/rows.pkl#etag=1", r"rows.pkl, a pickle format.*read_pickle"),
-        ("hf:org/name@v1/pytorch_model.bin", "pytorch_model.bin, a pickle format"),
-    ],
-)
-def test_refused(text, why):
-    with pytest.raises(ValueError, match=why):
-        schemes.parse(text)
-
-
 SECRET = "s3cr3tS3CR3T"
-WITH_SECRETS = [
-    # user and password
-    f"https://me:{SECRET}@host/x.json",
-    f"https://{SECRET}@host/x.json",
-    f"https://me:a/{SECRET}@host/x.json",
-    f"https://me:a#{SECRET}@host/x.json",
-    f"https://me:a?{SECRET}@host/x.json",
-    f"https://me:12345#{SECRET}@host/x.json",
-    f"http://me:{SECRET}@host:8080/x.json#sha256={SUM}",
-    f"https://host:{SECRET}/x.json#sha256={SUM}",
-    f"abfs://c:{SECRET}@store.dfs.core.windows.net/x#etag=1",
-    f"abfss://c:{SECRET}@store/x#etag=1",
-    f"abfs://c:{SECRET}",
-    f"https://host;{SECRET}/x.json#sha256={SUM}",
-    f"az://c:{SECRET}@store/x#etag=1",
-    f"hf:me:{SECRET}@v1",
-    f"hf:org/name:{SECRET}@v1",
-    f"ftp://me:{SECRET}@host/x.json",
-    f"https://me%3A{SECRET}%40host/x.json#sha256={SUM}",
-    f"https://a@host%3F{SECRET}",
-    f"abfs://me%40host:{SECRET}",
-    f"az://data/x%3F{SECRET}#etag=1",
-    # a query
-    f"https://a.blob.core.windows.net/c/x.json?sv=2024&sig={SECRET}#sha256={SUM}",
-    f"https://host/x.json?X-Amz-Signature={SECRET}#sha256={SUM}",
-    f"https://host/x.json?apikey={SECRET}#sha256={SUM}",
-    f"https://host/x.json?private_token={SECRET}#sha256={SUM}",
-    f"https://host/x.json?api-key={SECRET}#sha256={SUM}",
-    f"https://host/x.json?code={SECRET}#sha256={SUM}",
-    f"https://host/x.json?auth={SECRET}#sha256={SUM}",
-    f"https://host/x.json?secret={SECRET}#sha256={SUM}",
-    f"https://host/x.json?pwd={SECRET}#sha256={SUM}",
-    f"https://host/x.json?subscription-key={SECRET}#sha256={SUM}",
-    f"https://host/x.json?{SECRET}#sha256={SUM}",
-    f"https://host/x.json?whatever={SECRET}#sha256={SUM}",
-    f"https://host/x.json?raw=1;sig={SECRET}#sha256={SUM}",
-    f"https://host/x.json?download={SECRET * 4}#sha256={SUM}",
-    f"https://host/x.json?download=a%20{SECRET}#sha256={SUM}",
-    f"https://host/x.json?raw=1&key={SECRET}#sha256={SUM}",
-    f"HTTPS://host/x.json?key={SECRET}#sha256={SUM}",
-    f"az://data/x?sig={SECRET}",
-    f"abfs://data@store.dfs.core.windows.net/x?{SECRET}#etag=1",
-    f"azureml://datastores/b/paths/x?sig={SECRET}#etag=1",
-    f"azureml://datastores/b/paths/x?{SECRET}#etag=1",
-    f"azureml://registries/r/models/m/versions/1?sig={SECRET}",
-    f"hf:org/name@v1?token={SECRET}",
-    f"hf:org/name@v1/x.json?download={SECRET}",
-    f"pypi:name==1.0/m.gguf?token={SECRET}",
-    f"pypi:name==1.0@https://me:{SECRET}@host/m.gguf",
-    # parameters of a path, and fragments
-    f"https://host/x.json;sig={SECRET}#sha256={SUM}",
-    f"https://host/x.json;jsessionid={SECRET}#sha256={SUM}",
-    f"https://host/x.json%3Fsig%3D{SECRET}#sha256={SUM}",
-    f"https://host/x.json&sig={SECRET}#sha256={SUM}",
-    f"https://host/token={SECRET}/x.json#sha256={SUM}",
-    f"https://host/x#sig={SECRET}",
-    f"https://host/x#sha256={SUM}&sig={SECRET}",
-    f"https://host/x#{SECRET}",
-    f"az://data/a#sig={SECRET}",
-    f"hf:org/name@v1#token={SECRET}",
-    f"https:/host/x.json?key={SECRET}",
-    f"//host/x.json?sig={SECRET}",
-    f"data/x.json?access_token={SECRET}",
-]
-
-
-@pytest.mark.parametrize("text", WITH_SECRETS)
-def test_credentials_in_a_source_are_refused_and_not_repeated(text):
-    for must_pin in (True, False):
-        with pytest.raises(ValueError, match=r"\w") as caught:
-            schemes.parse(text, must_pin)
-        assert SECRET not in str(caught.value)
-
-
-@pytest.mark.parametrize("section", ["fetch_model", "prepare"])
-@pytest.mark.parametrize("text", WITH_SECRETS)
-def test_params_yaml_with_a_credential_is_refused_without_it(tmp_path, text, section):
-    path = write_params(tmp_path / "params.yaml", **{section: {"source": text}})
-    with pytest.raises(UserError) as caught:
-        params.load(path)
-    assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,191 @@
+"""Conversations as datasets hold them: turns, tools and tool calls, checked and brought into the one form that chat templates take."""
+
+import hashlib
+import json
+from typing import NamedTuple
+
+from slmake import prompts
+
+ROLES = ("system", "user", "assistant", "tool")
+HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
+WITHOUT_TEXT = "has a message without text in `role` and `content`"
+
+
+class Conversation(NamedTuple):
+    """The turns of one row.
+
+    Attributes:
+        turns: each with `role` and `content` (text); an assistant's may have `tool_calls`, whose arguments are objects.
+        tools: JSON schemas of the functions that the assistant may call.
+        trained: indices of the assistant's turns that have a loss, in order; never empty.
+    """
+
+    turns: list[dict]
+    tools: list[dict] | None
+    trained: list[int]
+
+    @property
+    def starts(self) -> list[int]:
+        """Indices of the turns that the conversation may begin at when its earliest turns are dropped: 0 and every user's turn."""
+        users = [number for number, turn in enumerate(self.turns) if turn["role"] == "user"]
+        return [0, *users[1:]]
+
+    def since(self, start: int, end: int) -> list[dict]:
+        """The turns before `end` without the earliest ones before `start`; a system turn stays."""
+        system = self.turns[:1] if start and self.turns[0]["role"] == "system" else []
+        return system + self.turns[start:end]
+
+    def text(self) -> str:
+        """What was said before the last turn, for duplicates.
+
+        A system turn counts as one word: most often all rows share it, and it would make short conversations near copies of each other.
+        """
+        said = []
+        for turn in self.turns[:-1]:
+            system = turn["role"] == "system"
+            said += [hashlib.sha256(turn["content"].encode()).hexdigest()[:16] if system else turn["content"]]
+            said += [
+                json.dumps(call["function"], ensure_ascii=False, sort_keys=True) for call in turn.get("tool_calls", [])
+            ]
+        return "\n".join(said)
+
+
+def read_conversation(turns: object, tools: object = None, train_on: str = "all") -> Conversation:
+    """Check a row's turns and tools.
+
+    Args:
+        turns: a list of messages; `content` is text, a list of parts of type text, or absent beside `tool_calls`.
+        tools: a list of JSON schemas, the same as JSON text, or None.
+        train_on: `all` or `last`; `train: false` or `weight: 0` leaves an assistant's turn out.
+
+    Raises:
+        ValueError: what is wrong, as the end of a sentence that begins with the field's name.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("is not a list of messages")
+    read = [_turn(number, turn) for number, turn in enumerate(turns, 1)]
+    if read[-1]["role"] != "assistant":
+        raise ValueError("does not end with the assistant's turn")
+    if _is_empty(read[-1]):
+        raise ValueError("ends with an empty answer")
+    if len(read) == 1:
+        raise ValueError("has no turn before the assistant's, so there is no prompt")
+    _check_order(read)
+    if not prompts.encodes(json.dumps(read, ensure_ascii=False)):
+        raise ValueError(HALF_PAIR)
+    answers = [number for number in range(1, len(read)) if read[number]["role"] == "assistant"]
+    chosen = answers if train_on == "all" else answers[-1:]
+    trained = [number for number in chosen if _is_trained(number + 1, turns[number])]
+    if not trained:
+        raise ValueError(
+            "has no turn to train on: `train` or `weight` leaves out every answer that prepare.train_on asks for"
+        )
+    return Conversation(read, read_tools(tools), trained)
+
+
+def _turn(number: int, turn: object) -> dict:
+    """One turn with text as content, without the keys that say whether it is trained."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise ValueError(WITHOUT_TEXT)
+    role = turn["role"]
+    if role not in ROLES:
+        raise ValueError(f"has the role {role!r} in turn {number}; known are {', '.join(ROLES)}")
+    kept = {key: value for key, value in turn.items() if value is not None and key not in ("train", "weight")}
+    if "tool_calls" in kept:
+        if role != "assistant":
+            raise ValueError(f"has tool_calls in turn {number}, of the {role}; only the assistant calls tools")
+        kept["tool_calls"] = [
+            _call(number, call) for call in _listed(kept["tool_calls"], f"tool_calls in turn {number}")
+        ]
+        if not kept["tool_calls"]:
+            del kept["tool_calls"]
+    kept["content"] = _content(number, kept.get("content", "" if "tool_calls" in kept else None))
+    return kept
+
+
+def _content(number: int, content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(WITHOUT_TEXT)
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"has a part of type {kind} in turn {number}; only parts of type text can be trained on")
+    return "".join(part["text"] for part in content)
+
+
+def _call(number: int, call: object) -> dict:
+    """A tool call of the form {type: function, function: {name, arguments: object}}."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError(f"has a tool call without a function's name in turn {number}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"a call of {function['name']} in turn {number} whose arguments are")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"has a call of {function['name']} in turn {number} whose arguments are not a JSON object")
+    whole = call if "function" in call else {}
+    return {**whole, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _parsed(text: str, what: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
+
+
+def _listed(value: object, what: str) -> list:
+    """A list, also of its JSON text."""
+    value = _parsed(value, f"{what} as text that is") if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise ValueError(f"has {what} that are not a list")
+    return value
+
+
+def read_tools(tools: object) -> list[dict] | None:
+    """A row's tools as a list of JSON schemas; None without any.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if tools is None or tools == "":
+        return None
+    schemas = _listed(tools, "`tools`")
+    for number, schema in enumerate(schemas, 1):
+        function = schema.get("function", schema) if isinstance(schema, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"has `tools` whose item {number} is not a function's JSON schema (an object with `name`) but {json.dumps(schema)[:60]}"
+            )
+    return schemas or None
+
+
+def _is_empty(turn: dict) -> bool:
+    return not turn["content"].strip() and "tool_calls" not in turn
+
+
+def _check_order(turns: list[dict]) -> None:
+    """Raise ValueError where no assistant could have been asked so."""
+    for number, (before, turn) in enumerate(zip([None, *turns], turns, strict=False), 1):
+        role, calls = turn["role"], before is not None and "tool_calls" in before
+        if role == "assistant" and _is_empty(turn):
+            raise ValueError(f"has an empty turn of the assistant (turn {number})")
+        if role == "system" and before is not None:
+            raise ValueError(f"has a system turn behind others (turn {number}); it must be the first")
+        if role == "tool" and not (calls or (before and before["role"] == "tool")):
+            raise ValueError(f"has a tool's turn (turn {number}) that follows no call of the assistant")
+        if role != "tool" and calls:
+            raise ValueError(f"has a tool call in turn {number - 1} and no tool's turn behind it")
+        if role == "assistant" and before and before["role"] == "assistant":
+            raise ValueError(f"has two turns of the assistant in a row (turns {number - 1} and {number})")
+
+
+def _is_trained(number: int, turn: dict) -> bool:
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise ValueError(f"has {train!r} as `train` in turn {number}; it is true or false")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise ValueError(f"has {weight!r} as `weight` in turn {number}; it is 0 or 1")
+    return train is not False and weight != 0

@@ -1,0 +1,50 @@
+"""Rows of a dataset in the hub's layout, through the library `datasets`, which runs no code of a dataset."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from slmake import params
+from slmake.errors import UserError
+
+
+def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, scratch: Path) -> Iterator[dict]:
+    """The rows that `prepare.config`, `split` and `where` choose, in order, with names in place of the numbers of a ClassLabel.
+
+    Args:
+        folder: the snapshot of the dataset.
+        name: the dataset's, for errors.
+        split: train, eval or test.
+        scratch: a folder for the library's files.
+
+    Raises:
+        UserError: no such configuration, split or column, or no row with these values.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(
+            str(folder), section.config, split=section.hub_split(split), cache_dir=str(scratch)
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split()).replace(str(folder), name)
+        raise UserError(
+            f"{name}: config {section.config or 'none'}, split {section.hub_split(split)} cannot be read: {reason[:400]}"
+        ) from None
+    for column in section.where:
+        if column not in table.column_names:
+            near = difflib.get_close_matches(column, table.column_names, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else f" Columns: {', '.join(table.column_names)}."
+            raise UserError(f"prepare.where: {name} has no column `{column}`.{hint}")
+    kinds = {key: kind for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    chosen = False
+    for row in table:
+        for key, kind in kinds.items():  # -1 is no label
+            row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+        if all(row[column] == value for column, value in section.where.items()):
+            chosen = True
+            yield row
+    if section.where and not chosen:
+        wanted = ", ".join(f"{column} {value!r}" for column, value in section.where.items())
+        raise UserError(f"prepare.where: no row of {name} ({section.hub_split(split)}) has {wanted}.")
