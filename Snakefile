@@ -348,7 +348,7 @@ rule package:
     input:
         code=code_of("package"),
         materials=ancient(PLAN.materials()),
-        licences=ancient(PLAN.params.package.license_files),
+        licences=ancient(PLAN.params.package.license_files + PLAN.constraint),
         model=PLAN.onnx,
         dataset="build/dataset",
         base_report="results/base.json",

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from slmake import params, prompts
+from slmake.constraints import constrained
 from slmake.generation import Exported
 from slmake.scoring import onnx_runner
 
@@ -20,5 +21,7 @@ def load(args: argparse.Namespace) -> Exported:
         UserError: it is not there, or ONNX Runtime cannot load it.
     """
     form = prompts.load_prompt(args.dataset)
+    if Path(args.params).is_file():
+        form = constrained(form, params.section(args.params, "package").constrain)
     model = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
     return onnx_runner.load(model, form)

@@ -232,9 +232,9 @@ class Exported:
         """
         length = generator.token_count()
         for made in range(1, new_tokens + 1):
-            if look:
-                look(generator)
             try:
+                if look:
+                    look(generator)
                 generator.generate_next_token()
             except RuntimeError as error:
                 if "satisfy the grammar" not in str(error):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from slmake.code_inputs import code, digest
 from slmake.params import RULES, Params, as_json
+from slmake.params.constraint import file_of
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 
@@ -70,6 +71,8 @@ class Plan:
         self.metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
         task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
         self.task_files = when("evaluate" in self.stages, task_files)
+        self.metric_files += file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
+        self.constraint = file_of(params.package.constrain) if "package" in self.stages else []
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
 
@@ -127,7 +130,7 @@ class Plan:
         package = self.params.package
         return [
             *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
-            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files),
+            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files, *self.constraint),
         ]
 
     @property
@@ -146,6 +149,7 @@ class Plan:
             "params.yaml: prepare.source": self.data,
             "params.yaml: evaluate.metrics": self.metric_files,
             "params.yaml: evaluate.lm_eval": self.task_files,
+            "params.yaml: package.constrain": self.constraint,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
             "params.yaml: package.signing_key": when("package" in self.stages, self.signing_key),
@@ -183,7 +187,7 @@ class Plan:
             "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
             "report": self.published_metrics,
-            "package": [*self.materials(), *self.params.package.license_files, *self.signing_key],
+            "package": [*self.materials(), *self.params.package.license_files, *self.signing_key, *self.constraint],
         }
         return digest([*code(rule), *LOCKS]) + digest(named.get(rule, []), exact=True)
 
@@ -206,6 +210,7 @@ class Plan:
             *self.data,
             *self.metric_files,
             *self.task_files,
+            *self.constraint,
             "Snakefile",
             "rules/common.smk",
             *sorted(files),

@@ -1,4 +1,4 @@
-"""Serve an exported model over HTTP, as OpenAI's API: python serve.py (pip install -r serve-requirements.txt).
+"""Serve an exported model over HTTP, as OpenAI's API: python serve.py (pip install onnxruntime-genai starlette uvicorn pydantic).
 
 `make serve` runs this code, and `package` copies it. The files beside it write the prompts, generate (run.py), and know the API.
 Requests that come at once take turns token by token: onnxruntime-genai 0.18 batches only models whose graph was made for it
@@ -26,6 +26,9 @@ from pydantic import ValidationError
 LOOPBACK = ["127.0.0.1", "localhost"]
 KEY = "SLMAKE_API_KEY"  # environment variable: the key that clients must send
 BODY_SECONDS = 60  # to send a request in
+KEEP_ALIVE = (
+    75  # seconds; many clients keep a connection for 5: if the server closed it first, a request could meet the closing
+)
 FILES = {
     "generation": "run.py",
     "tool_calls": "tool_calls.py",
@@ -315,13 +318,15 @@ def serve(model, name: str, options: argparse.Namespace) -> None:
         f"serve: {name} on http://{options.host}:{listener.getsockname()[1]}, its API under /v1; stop it with Ctrl-C",
         flush=True,
     )
-    config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        application, log_level="warning", access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=KEEP_ALIVE
+    )
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, after the answers that were being generated
         uvicorn.Server(config).run(sockets=[listener])
 
 
 INLINE = "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-PAGE = """<!doctype html>
+PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -378,8 +383,9 @@ function request() {
 }
 async function* events(response) {
   let rest = "";
-  for await (const chunk of response.body.pipeThrough(new TextDecoderStream())) {
-    const lines = (rest + chunk).split("\n\n");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n\n");
     rest = lines.pop();
     for (const line of lines) if (line !== "data: [DONE]") yield JSON.parse(line.slice(6));
   }
@@ -424,7 +430,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         model = generation.Exported(here, json.loads((here / "prompt.json").read_text(encoding="utf-8")))
-        serve(model, here.name, options)
+        name = json.loads((here / "inference_model.json").read_text(encoding="utf-8"))["Name"]
+        serve(model, name, options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"serve.py: error: {error}")
 

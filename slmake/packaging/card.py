@@ -133,6 +133,8 @@ def usage(form: dict) -> list[str]:
     """How to run the package, and what it answers."""
     arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
     lines = ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
+    lines += ["Over HTTP, as OpenAI's API, with a page to try it:", ""]
+    lines += ["    pip install onnxruntime-genai starlette uvicorn pydantic", "    python serve.py", ""]
     if form["prompt"] is not None and "texts" not in form:
         lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
         lines += [f"    {printable(line)}" for line in re.split("\r\n|\r|\n", form["prompt"])] + [""]

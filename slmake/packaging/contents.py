@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-from slmake import generation, params
+from slmake import params, serve
+from slmake.constraints import constrained
 from slmake.errors import UserError
-from slmake.outputs import read_json
-from slmake.packaging import card, checksums, provenance, sbom
+from slmake.outputs import read_json, write_json
+from slmake.packaging import card, checksums, local_runtimes, provenance, sbom
 from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
 from slmake.scoring.gates import MODELS, table
@@ -49,8 +50,11 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     for path in sorted(args.model.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
-    shutil.copyfile(args.dataset / "prompt.json", folder / "prompt.json")
-    shutil.copyfile(generation.__file__, folder / "run.py")
+    form = load_prompt(args.dataset)
+    write_json(folder / "prompt.json", constrained(form, section.constrain))
+    for module, name in (*serve.FILES.items(), ("serve", "serve.py")):
+        shutil.copyfile(Path(serve.__file__).with_name(f"{module}.py"), folder / name)
+    local_runtimes.write(folder, section.name, form)
     shutil.copyfile(args.metrics, folder / "metrics.json")
     metrics = read_json(args.metrics, "test_rows")
     gates = [
@@ -59,7 +63,6 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     models = [name for name in MODELS if name in metrics]
     search = read_json(args.search) if args.search else None
     tuned = "finetune" in everything.all.stages
-    form = load_prompt(args.dataset)
     facts = {
         "base": read_json(args.base_report, "source"),
         "adapter": everything.adapter.source if "merge" in everything.all.stages else None,

@@ -4,6 +4,7 @@ from pydantic import Field, field_validator
 
 from slmake.params import metrics as metrics_module
 from slmake.params.base import Model, Section
+from slmake.params.constraint import Constraint
 from slmake.params.gates import METRICS
 
 
@@ -28,6 +29,11 @@ class Evaluate(Section):
         "define one. `make lm-eval` installs it. Figures are called `lm_eval.TASK.METRIC`.",
     )
     lm_eval_limit: int | None = Field(None, ge=1, description="Only the first this many rows of each of these tasks.")
+    constrain: Constraint = Field(
+        "none",
+        description="Ask the exported model a second time, and hold its answers to `labels`, `{regex: PATTERN}` or `{json_schema: FILE}` with "
+        "the runtime's guidance: `constrained_accuracy`, the shares of valid answers with and without, and the latency.",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,

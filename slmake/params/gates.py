@@ -9,14 +9,23 @@ from pydantic import Field, ValidationInfo, model_validator
 from slmake.params.base import Model, Section
 
 # Metrics that a gate can bound. Of SHARES of rows more is better, and the number of rows limits their resolution.
-SHARES = ("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement")
+SHARES = (
+    *("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement"),
+    *("valid", "constrained_valid", "constrained_accuracy", "constrained_macro_f1", "constrained_rouge_l"),
+)
 WITH_INTERVAL = ("accuracy", "macro_f1")
 PARITY = ("kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
 TIMINGS = (
     *("latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s"),
+    *("constrained_latency_ms_p50", "constrained_latency_ms_p95", "constrained_latency_ms_p99"),
     *("generated_tokens_per_s", "load_s", "score_s", "peak_memory_bytes"),
 )
-OF_ROWS = (*SHARES[:5], "outside_labels", "answer_perplexity")  # of rows with expected answers; also per_class.…
+OF_ROWS = (
+    *SHARES[:5],
+    *SHARES[6:],
+    "outside_labels",
+    "answer_perplexity",
+)  # of rows with expected answers; also per_class.…
 OF_TEXTS = ("perplexity",)  # of the fixed texts, where there is no dataset
 METRICS = (*OF_ROWS, *OF_TEXTS, "size_bytes", *PARITY, *TIMINGS)
 PER_CLASS = ("precision", "recall", "f1")

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from slmake.params.base import Section
+from slmake.params.constraint import Constraint
 
 
 class Package(Section):
@@ -22,6 +23,11 @@ class Package(Section):
         "Scores hold for texts like those it was tested on. It was not tested for bias or misuse.",
         min_length=1,
         description="What a user must know before relying on it.",
+    )
+    constrain: Constraint = Field(
+        "none",
+        description="Hold every answer of run.py, the server, `make ask` and `make chat` to `labels`, `{regex: PATTERN}` or "
+        "`{json_schema: FILE}`.",
     )
     signing_key: str | None = Field(
         None,

@@ -11,19 +11,39 @@ from slmake import cli, params
 from slmake.errors import UserError
 
 
-def finetune(section: params.Finetune, base: Path, dataset: Path, target: Path, steps: int, job: cli.Job) -> dict:
-    """Train an adapter for a few steps and write it into `target`.
+def finetune(
+    section: params.Finetune,
+    base: Path,
+    dataset: Path,
+    target: Path,
+    steps: int,
+    job: cli.Job,
+    parameters: int | None = None,
+) -> dict:
+    """Train an adapter for a few steps, those with the longest batches, and write it into `target`.
+
+    Args:
+        parameters: number of parameters of the real model, if `base` stands for a larger one.
 
     Returns:
         steps, tokens and seconds, as `Trainer.run` counts them.
     """
     from slmake.training.distributed import Group
+    from slmake.training.schedule import Schedule
     from slmake.training.trainer import Trainer
 
     short = section.model_copy(
         update={"max_steps": steps, "eval_steps": 0, "save_steps": steps + 1, "early_stopping_patience": 0}
     )
-    trainer = Trainer(short, base, dataset, target.with_name("checkpoints"), job, Group())
+    trainer = Trainer(short, base, dataset, target.with_name("checkpoints"), job, Group(), parameters)
+    lengths = trainer.train.sequence_lengths
+    schedule = Schedule(section, lengths)
+
+    def padded(step: int) -> int:
+        return max(len(batch) * int(lengths[batch].max()) for batch in schedule.batches(step))
+
+    longest = sorted(range(min(schedule.steps, schedule.per_epoch)), key=padded, reverse=True)
+    trainer.schedule.batches = lambda step: schedule.batches(longest[step % len(longest)])
     done = trainer.run()
     target.mkdir()
     trainer.save_adapter(target)

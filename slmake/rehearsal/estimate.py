@@ -4,6 +4,7 @@ Two probes of the model at its real width, with few layers and with twice as man
 A straight line through both gives the whole model: a stage's memory and time are linear in the number of layers.
 """
 
+import math
 import multiprocessing
 import shutil
 import sys
@@ -15,10 +16,12 @@ from typing import NamedTuple
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.export.proposals import count
+from slmake.model_folder import tensor_shapes, weight_files
 from slmake.rehearsal import chain, twin
 
 LIBRARIES = ["torch", "transformers", "peft"]  # imported once, before the probes' processes are forked
 STEPS = 3  # training steps of a probe
+SMALL = 1024  # width up to which a probe may have a quarter of the layers
 BESIDES = 500_000_000  # bytes of a process that has imported the libraries and streams files
 REMEDIES = {
     "finetune": "finetune.method: qlora, finetune.gradient_checkpointing: true, or a smaller finetune.per_device_train_batch_size "
@@ -45,20 +48,24 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    depth = config.num_hidden_layers
-    step = max(twin.LEAST_LAYERS, twin.period(twin.layer_kinds(config)))
-    counts = [depth] if depth <= step else [step, min(depth, 2 * step)]
+    parameters, depth = _parameters(base), config.num_hidden_layers
+    counts = probe_layers(config)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     measured: dict[str, list[dict]] = {"finetune": [], "quantize": []}
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
     for layers in counts:
         model = scratch / f"probe-{layers}"
-        twin.make_model(base, model, lambda config, layers=layers: twin.cut(config, layers))
-        for stage, function in (("finetune", train_probe), ("quantize", export_probe)):
+        twin.make_model(base, model, lambda config, layers=layers: twin.cut(config, layers), dtype)
+        for stage, function, real in (("finetune", train_probe, parameters), ("quantize", export_probe, depth)):
             if stage in everything.all.stages:
                 target = scratch / f"{stage}-{layers}"
                 job.log(f"probe of {stage} with {layers} of {depth} layers")
-                measured[stage].append(run(context, stage, function, everything, model, dataset, target, depth))
+                measured[stage].append(run(context, stage, function, everything, model, dataset, target, real))
+    calibrated = None
+    if measured["quantize"] and everything.quantize.calibration == "gptq":
+        model, target = scratch / f"probe-{counts[0]}", scratch / "calibrated"
+        calibrated = run(context, "quantize", calibration_probe, everything, model, dataset, target, depth)
     weights = outputs.folder_size(base)
     needs = (
         {"finetune": _training(everything, measured["finetune"], counts, depth, dataset)}
@@ -68,18 +75,47 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
     if "merge" in everything.all.stages:
         needs["merge"] = Need(BESIDES, disk=weights)
     if measured["quantize"]:
-        line = {
-            name: _line(counts, [result[name] for result in measured["quantize"]], depth)
-            for name in ("memory", "seconds", "size")
-        }
-        calibrated = weights if everything.quantize.calibration == "gptq" else 0
-        candidates = count(everything.quantize) if everything.quantize.search else 0
-        needs["quantize"] = Need(line["memory"], line["seconds"], line["size"] * (1 + candidates) + calibrated)
+        size = _line(counts, [result["size"] for result in measured["quantize"]], depth)
+        needs["quantize"] = _quantizing(everything, measured["quantize"], calibrated, counts, depth, size, parameters)
         if "package" in everything.all.stages:
-            needs["package"] = Need(BESIDES, disk=line["size"])
+            needs["package"] = Need(BESIDES, disk=size)
     if "evaluate" in everything.stages:
         needs["evaluate"] = Need(BESIDES + weights)
     return needs
+
+
+def _parameters(base: Path) -> int:
+    """Number of a model's parameters, from the headers of its files."""
+    return sum(math.prod(shape) for file in weight_files(base) for shape in tensor_shapes(file).values())
+
+
+def probe_layers(config) -> list[int]:
+    """Numbers of layers of the probes of a transformers configuration: the fewest, and a quarter of a small model's or twice as many."""
+    depth, step = config.num_hidden_layers, max(twin.LEAST_LAYERS, twin.period(twin.layer_kinds(config)))
+    if depth <= step:
+        return [depth]
+    quarter = math.ceil(depth / 4 / step) * step if config.hidden_size <= SMALL else 0
+    return [step, min(depth, max(2 * step, quarter))]
+
+
+def _quantizing(
+    everything: params.Params,
+    results: list[dict],
+    calibrated: dict | None,
+    counts: list[int],
+    depth: int,
+    size: float,
+    parameters: int,
+) -> Need:
+    """The export grows with the layers. Calibration takes each layer by itself, so one probe of it has the real model's memory."""
+    memory, seconds = (_line(counts, [result[name] for result in results], depth) for name in ("memory", "seconds"))
+    candidates = count(everything.quantize) if everything.quantize.search else 0
+    disk = size * (1 + candidates)
+    if calibrated:
+        memory = max(memory, calibrated["memory"])
+        seconds += max(0.0, calibrated["seconds"] - results[0]["seconds"]) * depth / counts[0]
+        disk += parameters  # a byte for each rounded weight, while it runs
+    return Need(memory, seconds, disk)
 
 
 def _training(everything: params.Params, results: list[dict], counts: list[int], depth: int, dataset: Path) -> Need:
@@ -109,16 +145,22 @@ def _line(counts: list[int], values: list[float], depth: int) -> float:
 # -- probes ------------------------------------------------------------------------------------------------------------
 
 
-def train_probe(everything: params.Params, model: Path, dataset: Path, target: Path, depth: int) -> dict:
-    """A few training steps."""
-    return chain.finetune(everything.finetune, model, dataset, target, STEPS, _job())
+def train_probe(everything: params.Params, model: Path, dataset: Path, target: Path, parameters: int) -> dict:
+    """A few training steps, with weights as the whole model of so many parameters would have them."""
+    return chain.finetune(everything.finetune, model, dataset, target, STEPS, _job(), parameters)
 
 
-def export_probe(everything: params.Params, model: Path, dataset: Path, target: Path, depth: int) -> dict:
+def calibration_probe(everything: params.Params, model: Path, dataset: Path, target: Path, depth: int) -> dict:
     """The export as params.yaml asks for it."""
     began = time.monotonic()
     chain.export(chain.for_twin(everything.quantize, model, depth), model, dataset, target, _job())
     return {"size": outputs.folder_size(target), "seconds": time.monotonic() - began}
+
+
+def export_probe(everything: params.Params, model: Path, dataset: Path, target: Path, depth: int) -> dict:
+    """The same without calibration."""
+    plain = everything.quantize.model_copy(update={"calibration": "none"})
+    return calibration_probe(everything.model_copy(update={"quantize": plain}), model, dataset, target, depth)
 
 
 def _job() -> cli.Job:

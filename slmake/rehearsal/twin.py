@@ -76,12 +76,13 @@ def cut(config, layers: int):
     return config
 
 
-def make_model(base: Path, target: Path, change: Callable) -> None:
+def make_model(base: Path, target: Path, change: Callable, dtype: str = "float32") -> None:
     """Write a model with random weights and the base's tokenizer into `target`.
 
     Args:
         base: a model folder in Hugging Face layout.
         change: changes the base's configuration, such as `shrink`.
+        dtype: data type of its weights, by torch's name.
 
     Raises:
         UserError: transformers cannot make a model of the shrunken configuration.
@@ -93,7 +94,7 @@ def make_model(base: Path, target: Path, change: Callable) -> None:
     try:
         config = change(AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True))
         torch.manual_seed(SEED)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{base}/config.json: no small model can be made of this configuration ({type(error).__name__}: {error}). "

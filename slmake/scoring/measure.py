@@ -8,7 +8,7 @@ import numpy as np
 
 from slmake import cli, params
 from slmake.params.metrics import AnswerMetric
-from slmake.scoring import answer_metrics, metrics, tokenizers
+from slmake.scoring import answer_metrics, constrained, metrics, tokenizers
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run
@@ -88,8 +88,8 @@ def ask_all(
     new_tokens: int,
     job: cli.Job,
 ) -> tuple[dict[str, Run], dict]:
-    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, and its execution
-    provider where it was scored on another one.
+    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, its answers with
+    `evaluate.constrain`, and its execution provider where it was scored on another one.
 
     Args:
         folders: the models by name, in the order they are made; `adapter_base` is the base of the adapter.
@@ -97,9 +97,17 @@ def ask_all(
         quantized: the settings of QLoRA, where the adapter belongs to its 4-bit base; else None.
     """
     runs: dict[str, Run] = {}
+    facts: dict = {}
     if onnx in folders:  # first: its memory is measured before torch is loaded
         exported = OnnxRunner(folders[onnx])
         runs[onnx] = exported.ask(questions, new_tokens, job, onnx)
+        if section.constrain != "none":
+            texts, timings = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
+            facts["constrained"], runs[onnx].timings = texts, runs[onnx].timings | timings
+        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
+        if exported.model.runs_on != exported.model.provider:
+            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
+        del exported  # one model is in memory at a time
     timed = "merged" if "merged" in folders else "base"
     model = None
     for name in ("base", "adapter", "merged"):
@@ -115,11 +123,6 @@ def ask_all(
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
         runs[name] = model.ask(questions, new_tokens, job, name)
-    facts: dict = {}
-    if onnx in folders:
-        facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
-        if exported.model.runs_on != exported.model.provider:
-            facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
     return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}, facts
 
 

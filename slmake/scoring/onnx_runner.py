@@ -47,13 +47,13 @@ class OnnxRunner:
         self.model = load(self.folder, questions.form)
         loaded = time.monotonic()
         run = empty_run(questions)
-        prompts = [self._prompt(questions, i) for i in range(len(questions.prompts))]
+        prompts = [questions.runtime_prompt(self.model, i) for i in range(len(questions.prompts))]
         for prompt in prompts[:WARM_UP]:
             self.model.generate(prompt, new_tokens)
         waits, prefill, generated, room = [], 0.0, 0, max(map(len, questions.label_tokens or [[]]))
         with job.progress(len(prompts), f"rows of {name}") as bar:
             for i, prompt in enumerate(prompts):
-                row = _OnnxRow(len(prompt))
+                row = OnnxRow(len(prompt))
                 tokens = self.model.generate(prompt, new_tokens, row.look, max(room, len(questions.answers[i])))
                 waits.append(row.elapsed())
                 prefill += row.prefill
@@ -72,13 +72,8 @@ class OnnxRunner:
         }
         return run
 
-    def _prompt(self, questions: Questions, i: int) -> list[int]:
-        """Tokens of a prompt as the runtime makes them of its text; those of training for a part of a longer sequence."""
-        text = questions.texts[i]
-        return questions.prompts[i].tolist() if text is None else self.model.encode(text)
 
-
-def _score(questions: Questions, i: int, row: "_OnnxRow", tokens: list[int], run: Run) -> None:
+def _score(questions: Questions, i: int, row: "OnnxRow", tokens: list[int], run: Run) -> None:
     """Add a row's likelihood of the expected answer, its logits for parity, and its most likely label, to `run`."""
     logits = row.logits(questions.answers[i], tokens)
     best = log_probability(logits, questions.answers[i])
@@ -101,7 +96,7 @@ def _score(questions: Questions, i: int, row: "_OnnxRow", tokens: list[int], run
     run.choices[i] = choice
 
 
-class _OnnxRow:
+class OnnxRow:
     """One row's generator: logits of the steps taken and of other answers, and time."""
 
     def __init__(self, prompt_tokens: int):

@@ -135,6 +135,15 @@ class Questions:
         rows = np.array(self.rows[: self.scored])
         return np.concatenate([[0], np.cumsum(rows[1:] != rows[:-1])])
 
+    def runtime_prompt(self, model, index: int) -> list[int]:
+        """Tokens of a prompt as the runtime makes them of its text; those of training for a part of a longer sequence.
+
+        Args:
+            model: the exported model, a `generation.Exported`.
+        """
+        text = self.texts[index]
+        return self.prompts[index].tolist() if text is None else model.encode(text)
+
     def read(self, text: str, index: int) -> str:
         """The answer in generated text: all of it, as a user gets it; of a classification as many first lines as the label has."""
         if not self.form["labels"]:

@@ -17,12 +17,22 @@ from slmake.training.data import Data
 from slmake.training.model import Head, load_model, loss_sum, pick_device, pick_dtype
 from slmake.training.schedule import Schedule
 
-PACKED_COPIES = 2  # of every weight, packed for products forward and backward
-PACKED_SHARE = 0.5  # of the memory, at most, that the weights and their packed copies may take
+# Kernels and buffers that oneDNN keeps, for shapes of batches that it has seen. Its own bounds, 1024 each, let a hundred different
+# shapes take a gigabyte; these hold those of one training step.
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+
+def room_to_pack(parameters: int) -> bool:
+    """Whether bfloat16 weights and two packed copies fit into half of this machine's memory: a machine always decides the same."""
+    return 3 * 2 * parameters <= memory.available() / 2
 
 
 class Trainer:
-    """Model, optimizer and loss curves of a run."""
+    """Model, optimizer and loss curves of a run.
+
+    Args:
+        parameters: number of parameters of the whole model, where `base` has a part of its layers.
+    """
 
     def __init__(
         self,
@@ -32,9 +42,13 @@ class Trainer:
         checkpoints: Path,
         job: cli.Job,
         group: distributed.Group | None = None,
+        parameters: int | None = None,
     ):
+        for name, capacity in KERNEL_CACHES.items():
+            os.environ.setdefault(name, capacity)
         import torch
 
+        self.parameters = parameters
         self.section, self.job, self.group = section, job, group or distributed.Group()
         self.device = pick_device(self.group.local_rank)
         os.environ.setdefault(
@@ -110,17 +124,17 @@ class Trainer:
         self.job.log(f"fused: {replaced}, qat {section.qat}")
 
     def _pack(self) -> bool:
-        """Whether to pack the base's weights: if this machine's memory is large beside them, so that a machine always decides the same."""
+        """Whether to pack the base's weights for faster products; one log line says so."""
         from slmake.training import lora_linear
 
-        weights = [module.get_base_layer().weight for module in lora_linear.lora_layers(self.peft).values()]
-        if not all(map(lora_linear.packable, weights)):
+        layers = lora_linear.lora_layers(self.peft).values()
+        if not layers or not all(lora_linear.packable(layer.get_base_layer().weight) for layer in layers):
             return False
-        size, here = sum(weight.nbytes for weight in weights), memory.available()
-        pack = size * (1 + PACKED_COPIES) <= here * PACKED_SHARE
+        parameters = self.parameters or sum(value.numel() for value in self.peft.parameters())
+        pack = room_to_pack(parameters)
         self.job.log(
-            f"weights are {'' if pack else 'not '}packed: with {PACKED_COPIES} packed copies they take "
-            f"{size * (1 + PACKED_COPIES) / 1e9:.1f} of {here / 1e9:.1f} GB"
+            f"weights of {parameters / 1e9:.2f} billion parameters are {'' if pack else 'not '}packed: "
+            f"two more copies, in {memory.available() / 1e9:.1f} GB of memory"
         )
         return pack
 

@@ -38,6 +38,10 @@ FILES = {
     *(
         "README.md",
         "run.py",
+        "serve.py",
+        "openai_api.py",
+        "tool_calls.py",
+        "inference_model.json",
         "prompt.json",
         "metrics.json",
         "licenses/LICENSE",

@@ -372,7 +372,7 @@ def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys)
 
 def test_an_answer_that_was_generated_is_not_computed_again():
     """onnxruntime-genai leaves out the end token; the logits that chose it are there all the same."""
-    row = onnx_runner._OnnxRow(3)
+    row = onnx_runner.OnnxRow(3)
     row.steps = list(np.random.default_rng(1).normal(size=(3, 8)))
     row.generator = None  # using it would fail
     logs = [step - np.log(np.exp(step).sum()) for step in row.steps]

@@ -41,7 +41,7 @@ def test_rows_of_joined_sequences_are_asked_by_their_tokens(tmp_path, base, expo
     runner = onnx_runner.OnnxRunner(exported["fp32"])
     runner.model = onnx_runner.load(exported["fp32"], questions.form)
     for i, text in enumerate(questions.texts):
-        assert runner._prompt(questions, i) == questions.prompts[i].tolist(), text
+        assert questions.runtime_prompt(runner.model, i) == questions.prompts[i].tolist(), text
 
 
 def test_max_samples_takes_the_first_rows(dataset):
