@@ -17,7 +17,10 @@ from pathlib import Path
 
 from bench import document, measure, results
 
-NAMES = ("finetune", "packing", "instruction", "job", "noop", "merge", "quantize", "prepare", "inference", "growth")
+NAMES = (
+    *("finetune", "packing", "instruction", "job", "noop", "merge", "quantize", "prepare", "inference", "serve"),
+    "growth",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

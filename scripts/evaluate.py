@@ -57,6 +57,45 @@ def write_predictions(path: Path, questions: Questions, answers: dict[str, list[
         writer.writerows(map(csv_cell, row) for row in rows)
 
 
+def say_results(job: cli.Job, metrics: dict, models: list[str], provider: dict | None, onnx: str) -> None:
+    """The scores in a line; without a dataset, what parity is; and where the export was not scored where it will run."""
+    job.say(f"{metrics_module.summary(metrics, models)} ({job.seconds():.0f} s)")
+    for pair, distance in metrics.get("parity", {}).items() if "texts" in metrics else ():
+        if pair != "tokenizer":
+            job.say(
+                f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
+                f"{distance['top1_agreement']:.1%} the same most likely token"
+            )
+    if provider:
+        target, used = provider.values()
+        job.say(
+            f"{target} is not available here: {onnx} was scored on {used}, and its latency on {target} was not measured"
+        )
+
+
+def refuse_early(section: params.Evaluate) -> None:
+    """Refuse metrics and tasks that are not there before any model is asked."""
+    for metric in section.answer_metrics:
+        function_of(metric)
+    if section.lm_eval:
+        harness.tasks(section.lm_eval)
+
+
+def add_facts(
+    metrics: dict, facts: dict, answers: dict, onnx: str, section: params.Evaluate, questions, weights
+) -> None:
+    """Add to `metrics`, and to the answers, what `ask_all` found out about the exported model."""
+    if "constrained" in facts:
+        answers[f"{onnx}_constrained"], scores = constrained.measure(
+            questions, facts["constrained"], answers[onnx], section.constrain, weights
+        )
+        metrics[onnx] |= scores
+    if "tokenizer" in facts:
+        metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
+    if "provider" in facts:
+        metrics["providers"] = {onnx: facts["provider"]}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
@@ -78,10 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             benchmark_file,
             predictions_file,
         ):
-            for metric in section.answer_metrics:
-                function_of(metric)  # refused before any model is asked
-            if section.lm_eval:
-                harness.tasks(section.lm_eval)
+            refuse_early(section)
             questions = Questions(args.dataset, section.max_samples)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
@@ -90,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             quantized = everything.finetune if everything.merge.onto == "dequantized" else None
             runs, facts = ask_all(section, folders, onnx, quantized, questions, new_tokens, job)
-            metrics: dict = {"test_rows": 0, "texts": questions.scored}
-            if not questions.without_dataset:
-                metrics = {"test_rows": questions.scored}
+            metrics: dict = {"test_rows": questions.scored}
+            if questions.without_dataset:
+                metrics = {"test_rows": 0, "texts": questions.scored}
             answers: dict[str, list[str]] = {}
             for name, run in runs.items():
                 answers[name], scores = measure(questions, run, weights, section.answer_metrics)
@@ -101,31 +137,12 @@ def main(argv: list[str] | None = None) -> None:
                 for name, figures in harness.run(folders, onnx, section.lm_eval, section.lm_eval_limit, job).items():
                     metrics[name] |= figures
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
-            if "constrained" in facts:
-                answers[f"{onnx}_constrained"], scores = constrained.measure(
-                    questions, facts["constrained"], answers[onnx], section.constrain, weights
-                )
-                metrics[onnx] |= scores
-            if "tokenizer" in facts:
-                metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
-            if "provider" in facts:
-                metrics["providers"] = {onnx: facts["provider"]}
+            add_facts(metrics, facts, answers, onnx, section, questions, weights)
             outputs.write_json(metrics_file, metrics)
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}
             outputs.write_json(benchmark_file, timings)
             write_predictions(predictions_file, questions, answers)
-        job.say(f"{metrics_module.summary(metrics, list(runs))} ({job.seconds():.0f} s)")
-        for pair, distance in metrics.get("parity", {}).items() if questions.without_dataset else ():
-            if pair != "tokenizer":
-                job.say(
-                    f"{pair.replace('_vs_', ' against ')}, at {distance['prompts']} places of the texts: mean KL {distance['kl_mean']:.4f}, "
-                    f"{distance['top1_agreement']:.1%} the same most likely token"
-                )
-        if "provider" in facts:
-            target, used = facts["provider"].values()
-            job.say(
-                f"{target} is not available here: {onnx} was scored on {used}, and its latency on {target} was not measured"
-            )
+        say_results(job, metrics, list(runs), facts.get("provider"), onnx)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _on_sigterm(signum, frame):
 
 def engine(pid: int | None = None) -> str:
     """A process, by default this one, as a value of ENGINE: this boot of the machine, the process namespace, and its id there."""
-    if not hasattr(os, "pidfd_open"):
+    if sys.platform != "linux":
         return ""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')} {pid or os.getpid()}"  # noqa: PTH115 (Path.readlink takes it for a path)
@@ -142,7 +142,7 @@ def end_with(starter: str) -> None:
     """End this process as soon as another one has ended: a rule does not outlive a killed Snakemake and write beside the next.
 
     The kernel's signal to the children of a process (PR_SET_PDEATHSIG) is not enough: between Snakemake and a rule in a container
-    there are shells and the container's runtime. Does nothing where the other process cannot be seen: without Linux's pidfd, on another
+    there are shells and the container's runtime. Does nothing where the other process cannot be seen: outside of Linux, on another
     node, and in a container with processes of its own.
 
     Args:
@@ -153,8 +153,11 @@ def end_with(starter: str) -> None:
         return
 
     def wait() -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
+        try:
             select.select([os.pidfd_open(int(pid))], [], [])
+        except OSError:  # it has ended already, or the kernel is older than 5.3
+            while Path("/proc", pid).exists():
+                time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -26,6 +26,9 @@ from pydantic import ValidationError
 LOOPBACK = ["127.0.0.1", "localhost"]
 KEY = "SLMAKE_API_KEY"  # environment variable: the key that clients must send
 BODY_SECONDS = 60  # to send a request in
+KEEP_ALIVE = (
+    75  # seconds; many clients keep a connection for 5: if the server closed it first, a request could meet the closing
+)
 FILES = {
     "generation": "run.py",
     "tool_calls": "tool_calls.py",
@@ -315,13 +318,15 @@ def serve(model, name: str, options: argparse.Namespace) -> None:
         f"serve: {name} on http://{options.host}:{listener.getsockname()[1]}, its API under /v1; stop it with Ctrl-C",
         flush=True,
     )
-    config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        application, log_level="warning", access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=KEEP_ALIVE
+    )
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, after the answers that were being generated
         uvicorn.Server(config).run(sockets=[listener])
 
 
 INLINE = "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-PAGE = """<!doctype html>
+PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -378,8 +383,9 @@ function request() {
 }
 async function* events(response) {
   let rest = "";
-  for await (const chunk of response.body.pipeThrough(new TextDecoderStream())) {
-    const lines = (rest + chunk).split("\n\n");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n\n");
     rest = lines.pop();
     for (const line of lines) if (line !== "data: [DONE]") yield JSON.parse(line.slice(6));
   }

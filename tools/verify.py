@@ -16,6 +16,7 @@ from slmake.errors import UserError
 from slmake.export.graph_checks import check_generates
 from slmake.packaging import checksums, provenance, sbom, signature
 from slmake.packaging.contents import sections
+from slmake.plan import Plan
 from slmake.sources.download import digest_of
 from slmake.sources.fetching import sums_of
 
@@ -73,16 +74,19 @@ def differences(actual: dict[str, str], listed: dict[str, str], subjects: dict[s
 
 def changed_inputs(statement: dict, params_file: Path) -> list[str]:
     """Inputs that are here, but no longer what the package was made from: files, a base model's folder, and sections of the parameter file."""
-    now = {}
+    now, named = {}, []
     if params_file.is_file():
-        texts = sections(params.load(params_file))
+        everything = params.load(params_file)
+        texts, named = sections(everything), Plan(everything).files
         now = {f"params.yaml#{name}": sha256(text.encode()).hexdigest() for name, text in texts.items()}
     problems = []
     for dependency in statement["predicate"]["buildDefinition"]["resolvedDependencies"]:
         path = Path(dependency["name"])
+        if path.is_absolute() and dependency["name"] not in named:
+            continue  # a foreign package may name anything
         if path.is_file():
             now[dependency["name"]] = outputs.sha256(path)
-        elif path.is_dir():  # only fetch_model reads a folder
+        elif path.is_dir() and dependency["name"] in named:
             now[dependency["name"]] = digest_of(sums_of(path))
         if now.get(dependency["name"], dependency["digest"]["sha256"]) != dependency["digest"]["sha256"]:
             problems.append(f"{dependency['name']}: changed since the package was made; build again")

@@ -81,7 +81,8 @@ def sequences(dataset: Path, tokenizer, row: int | None = None) -> Iterator[Sequ
     """The sequences of a row of the source file (of every row without one), split by split; a packed sequence row by row."""
     import pyarrow.parquet
 
-    special_tokens = load_prompt(dataset)["add_special_tokens"]
+    form = load_prompt(dataset)
+    special_tokens = (form | form.get("texts", {}))["add_special_tokens"]
     for split in SPLITS:
         for batch in pyarrow.parquet.ParquetFile(dataset / f"{split}.parquet").iter_batches():
             for line in batch.to_pylist():

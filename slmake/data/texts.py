@@ -104,7 +104,7 @@ def write_texts(base: Path, folder: Path) -> dict:
     for number, text in enumerate(TEXTS, 1):
         opening, head, tail = divided(text, tokenize.encode_prompt)
         labels = [IGNORED] * len(head) + tail
-        examples.append(Example(number, opening, tokenizer.decode(tail), head + tail, labels, [], 0))
+        examples.append(Example(number, opening, tokenizer.decode(tail), head + tail, labels, [], 0, 0))
     for split in SPLITS:
         with Writer(folder / f"{split}.parquet", section, 0, "line-by-line", chats=False) as writer:
             writer.write([] if split == "eval" else examples)
@@ -117,6 +117,7 @@ def write_texts(base: Path, folder: Path) -> dict:
         "length": lengths_summary(Counter(len(example.ids) for example in examples)),
         "labels": {split: {} for split in SPLITS},
         "truncated": 0,
+        "examples": [],
         "duplicates": {"removed_from_train": 0, "removed_from_eval": 0, "within_train": 0},
     }
 

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import signal
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
@@ -93,6 +94,8 @@ class Screen(LogHandlerBase):
 
 def run(screen: Screen, targets: Iterable[str]) -> bool:
     """Run `snakemake --cores all` on targets, its events handed to `screen`; whether all of them are built."""
+    # Snakemake opens its own files with smart_open, which imports Azure's whole SDK for that: a third of a start with nothing to do.
+    sys.modules.setdefault("smart_open.azure", None)
     from snakemake.cli import args_to_api, parse_args
     from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
     from snakemake_interface_logger_plugins.registry.plugin import Plugin

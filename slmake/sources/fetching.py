@@ -19,6 +19,12 @@ from slmake.sources.wheel import extract
 # What is read of a model folder.
 ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", "MLmodel")
 
+# What is read of a dataset: its description, which says how files make up splits, and files of rows. Never its code.
+ROWS = (
+    "README.md",
+    *(f".{form}{packed}" for form in ("json", "jsonl", "csv", "tsv", "parquet", "txt") for packed in ("", ".gz")),
+)
+
 
 class Fetched(NamedTuple):
     """A source's file or folder on this disk."""
@@ -128,19 +134,14 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def sums_of(path: Path, use: str = "model") -> dict[str, str]:
-    """SHA-256 of every file that is read of a file, a model folder or a dataset, by relative name."""
-    files = files_of(path) if use == "model" else all_files(path)
-    return {name: outputs.sha256(file) for name, file in sorted(files.items())}
+    """SHA-256 of every file that is read of a file, a model folder or a dataset's folder, by relative name."""
+    return {name: outputs.sha256(file) for name, file in sorted(files_of(path, use).items())}
 
 
-def all_files(path: Path) -> dict[str, Path]:
-    """A file, or all files of a folder, by relative name."""
+def files_of(path: Path, use: str = "model") -> dict[str, Path]:
+    """The files that are read of a file, a model folder or a dataset's folder, by relative name."""
     if not path.is_dir():
         return {path.name: path}
-    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-
-
-def files_of(path: Path) -> dict[str, Path]:
-    """The files that are read of a file or a model folder, by relative name."""
-    names = all_files(path)
-    return {name: names[name] for name in model_files(names)} if path.is_dir() else names
+    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    chosen = model_files(names) if use == "model" else [name for name in names if name.endswith(ROWS)]
+    return {name: names[name] for name in chosen}

@@ -12,14 +12,8 @@ from typing import Self
 from slmake import cli
 from slmake.errors import UserError
 from slmake.sources.base import Source, check_plain, not_of_form
-from slmake.sources.fetching import ENDINGS
+from slmake.sources.fetching import ENDINGS, ROWS
 from slmake.sources.secrets import masked
-
-# What is read of a dataset: its description, which says how files make up splits, and files of rows. Never its code.
-ROWS = (
-    "README.md",
-    *(f".{form}{packed}" for form in ("json", "jsonl", "csv", "tsv", "parquet", "txt") for packed in ("", ".gz")),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +55,8 @@ class HubRepository(Source):
         return self.full.replace(f"@{self.revision}", f"@{commit_of(self)}", 1)
 
     def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
+        if use == "dataset" and not self.path and not self.sha256:
+            commit_of(self, "dataset")  # what is cached may be a part of it: without a network its sum must be known
         pattern = glob.has_magic(self.path)  # several files of a dataset
         endings = ENDINGS if use == "model" else ROWS
         patterns = [self.path] if pattern else [f"*{ending}" for ending in endings]
@@ -82,7 +78,7 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         UserError: no such repository, revision or file; or out of reach and not in the cache.
     """
     os.environ.pop("HF_HUB_OFFLINE", None)
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     what = source.full
     keyword = {"repo_id": source.name, "revision": source.revision, "repo_type": repo_type}
@@ -100,10 +96,6 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
                     path = None
             except errors.LocalEntryNotFoundError:
                 path = None
-        if path is None and repo_type == "dataset" and not source.path:
-            HfApi().repo_info(
-                source.name, revision=source.revision, repo_type=repo_type
-            )  # or what is cached would be all
         path = path or Path(fetch())
     except errors.EntryNotFoundError as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):

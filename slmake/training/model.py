@@ -152,11 +152,14 @@ class Head:
         return (hidden.reshape(-1, hidden.shape[-1])[self.positions], *arguments[1:])
 
 
-def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, max_shared_len: float = 0):
+def loss_sum(
+    peft, head: Head, data: Data, chosen: np.ndarray, device, max_shared_len: float = 0, one_pass: bool = False
+):
     """Sum of the answer tokens' cross entropy over some sequences, float32 scalar tensor, and their number.
 
     Args:
         max_shared_len: rows up to this length are computed with a shared prefix (0: as a plain padded batch).
+        one_pass: compute all rows in one forward pass, since processes that share a model's weights must make equally many.
     """
     rows = data.rows_of(chosen)
     # Packed sequences hold rows of all lengths: only those of similar length are padded to one.
@@ -164,6 +167,7 @@ def loss_sum(peft, head: Head, data: Data, chosen: np.ndarray, device, max_share
     if data.needed[rows].max() <= max_shared_len:
         loss = _shared_loss(peft, head, data, groups, device)
     else:
+        groups = [rows] if one_pass else groups
         loss = sum(_padded_loss(peft, head, data, group, device) for group in groups)
     return loss, int(data.answers[rows].sum())
 

@@ -189,7 +189,8 @@ class Trainer:
         self.checkpoints.save(self.step, tensors, {name: getattr(self, name) for name in STATE})
 
     def _loss(self, data: Data, chosen: np.ndarray):
-        return loss_sum(self.peft, self.head, data, chosen, self.device, self.max_shared_len)
+        one_pass = self.section.sharding != "none"
+        return loss_sum(self.peft, self.head, data, chosen, self.device, self.max_shared_len, one_pass)
 
     # -- one step --------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,10 @@ RULE = """
 import os, sys, time
 from pathlib import Path
 from slmake import cli
+if sys.argv[3:] == ["old kernel"]:
+    def refuse(pid):
+        raise OSError(38, "Function not implemented")
+    os.pidfd_open = refuse
 with cli.job("merge"):
     Path(sys.argv[1]).write_text(str(os.getpid()))
     time.sleep(float(sys.argv[2]))
@@ -30,9 +34,9 @@ sys.exit(subprocess.run(sys.argv[1:]).returncode)
 """
 
 
-def tree(between: list[str], note: Path, seconds: float) -> subprocess.Popen:
+def tree(between: list[str], note: Path, seconds: float, *more: str) -> subprocess.Popen:
     """A process that starts a rule as Snakemake does, with other processes between them."""
-    rule = [sys.executable, "-c", RULE, note, str(seconds)]
+    rule = [sys.executable, "-c", RULE, note, str(seconds), *more]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "APPTAINERENV_PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", SNAKEMAKE, *between, *rule], env=variables)
 
@@ -83,14 +87,14 @@ SHELLS = [
 ]  # two processes more: without the last command bash would replace itself
 
 
-@pytest.mark.parametrize("kind", ["child", "shells", "container"])
+@pytest.mark.parametrize("kind", ["child", "shells", "container", "old kernel"])
 def test_a_killed_snakemake_ends_its_rule(kind, tmp_path):
-    between = {"child": [], "shells": SHELLS * 2, "container": SHELLS}[kind]
+    between = [] if kind == "child" else SHELLS * 2
     if kind == "container":
         if not shutil.which("apptainer"):
             pytest.skip("no apptainer: tests/real/install.sh installs it (Debian, Ubuntu)")
         between = [*SHELLS, *contained(tmp_path / "image"), *SHELLS]
-    snakemake = tree(between, tmp_path / "note", 300)
+    snakemake = tree(between, tmp_path / "note", 300, *[kind] * (kind == "old kernel"))
     rule = int(content(tmp_path / "note"))
     assert Path(f"/proc/{rule}").exists()
     snakemake.kill()

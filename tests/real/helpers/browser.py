@@ -25,7 +25,7 @@ PICTURES = {
 
 @contextlib.contextmanager
 def opened() -> Iterator:
-    """A headless Chromium with a profile of its own, without a network."""
+    """A headless Chromium with a profile of its own, without a network but for this machine's loopback."""
     from selenium import webdriver
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -33,7 +33,11 @@ def opened() -> Iterator:
         options.binary_location = PROGRAM
         for argument in (
             *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1500,950"),
-            *("--disable-background-networking", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND"),
+            *(
+                "--disable-background-networking",
+                "--no-first-run",
+                "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+            ),
             f"--user-data-dir={profile}",
         ):
             options.add_argument(argument)

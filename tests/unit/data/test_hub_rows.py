@@ -13,10 +13,9 @@ from tiny import ROOT, make_rows, write_params
 from scripts import prepare
 from slmake import params
 from slmake.errors import UserError
-from slmake.outputs import sha256
 from slmake.sources import hub
 from slmake.sources.download import digest_of
-from slmake.sources.fetching import all_files
+from slmake.sources.fetching import sums_of
 
 COMMIT = "c" * 40
 CARD = """---
@@ -55,6 +54,7 @@ def snapshot(tmp_path_factory):
 @pytest.fixture
 def read(tmp_path, base, snapshot, monkeypatch):
     """Run prepare on rows of the dataset, which is on a hub that is not asked; returns its splits and its report."""
+    monkeypatch.setattr(hub, "commit_of", lambda source, kind: COMMIT)
     monkeypatch.setattr(hub, "from_hub", lambda source, patterns, repo_type: (snapshot, COMMIT))
 
     def run(**fields):
@@ -170,7 +170,9 @@ def test_a_snapshot_that_may_lack_files_is_taken_by_its_sum_only(tmp_path, snaps
         "try: print(fetching.fetch(schemes.parse(sys.argv[1]), 'dataset', Path('.'), None).record['sha256'])\n"
         "except UserError as error: sys.exit(str(error))"
     )
-    total = digest_of({name: sha256(file) for name, file in sorted(all_files(snapshot).items())})
+    sums = sums_of(snapshot, "dataset")
+    assert "dataset.py" not in sums
+    total = digest_of(sums)
     environment = {
         "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin",
     }  # fmt: skip

@@ -1,14 +1,18 @@
 """data/workshop.jsonl: what its README says of it, and that it goes through prepare."""
 
+import csv
 import json
 import re
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prepared import CHAT, other_chat
 from test_conversation import TOOLS, learned
-from tiny import ROOT
+from tiny import ROOT, write_params
 
+from scripts import evaluate, finetune, prepare
 from slmake.data.conversation import read_conversation
 from tools import workshop
 
@@ -81,3 +85,34 @@ def test_it_goes_through_prepare(build, tokenizer, tokenizer_folder, tmp_path):
     assert len(built.test) > 3 * counts["test"]
     for example in built.train[:20]:
         assert len(learned(tokenizer, example)) == len(example["turns"])
+
+
+def test_a_model_is_trained_and_scored_on_it(base, tmp_path):
+    """prepare, two steps over packed conversations, and every answer of the test split in predictions.csv."""
+    model = Path(shutil.copytree(base, tmp_path / "base"))
+    other_chat(base, model, TOOLS)
+    section = {"source": str(FILE), "text_template": None, "answer": None, "max_seq_len": 512, "max_samples": 24}
+    section |= {"strategy": "packing", "eval_fraction": 0.1, "test_fraction": 0.1}
+    tune = {"max_steps": 2, "per_device_train_batch_size": 1, "eval_steps": 0}
+    score = {"latency_rows": 0, "bootstrap_samples": 100, "max_new_tokens": 4}
+    file = write_params(
+        tmp_path / "params.yaml", all={"stages": ["finetune"]}, prepare=section, finetune=tune, evaluate=score
+    )
+
+    def run(script, **paths: object) -> None:
+        pairs = {"params": file, **paths}
+        script.main([str(part) for name, path in pairs.items() for part in (f"--{name.replace('_', '-')}", path)])
+
+    run(prepare, base=model, output=tmp_path / "dataset", report=tmp_path / "report.json")
+    curves = {"train_loss": tmp_path / "train.csv", "eval_loss": tmp_path / "eval.csv"}
+    common = {"base": model, "dataset": tmp_path / "dataset"}
+    run(finetune, **common, output=tmp_path / "adapter", checkpoints=tmp_path / "checkpoints", **curves)
+    outputs = {name: tmp_path / f"{name}.out" for name in ("metrics", "benchmark", "predictions")}
+    run(evaluate, **common, adapter=tmp_path / "adapter", **outputs)
+    with open(outputs["predictions"], newline="", encoding="utf-8") as handle:
+        lines = list(csv.DictReader(handle))
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["dropped_turns"]["conversations"] > 0  # the test tokenizer knows no English: 512 tokens are few
+    assert len({line["row"] for line in lines}) == report["rows"]["test"] < len(lines)
+    assert any(line["expected"].startswith("<call>") for line in lines)
+    assert {"base", "adapter"} <= lines[0].keys()

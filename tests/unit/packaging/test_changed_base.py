@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from tiny import write_params
 
 from slmake.packaging.provenance import provenance
 from slmake.sources.fetching import fetch
@@ -30,8 +31,9 @@ def changed(source: str, tmp_path) -> Iterator[list[str]]:
     """What `verify` says after a build from `source` and after what the test does then."""
     record = fetch(parse(source), "model", tmp_path / "downloads", None).record
     statement = provenance({}, [], {}, {"base": record, "dataset": {"source": {}}})
-    yield verify.changed_inputs(statement, tmp_path / "params.yaml")
-    yield verify.changed_inputs(statement, tmp_path / "params.yaml")
+    file = write_params(tmp_path / "params.yaml", fetch_model={"source": source, "sha256": None})
+    yield verify.changed_inputs(statement, file)
+    yield verify.changed_inputs(statement, file)
 
 
 @pytest.mark.parametrize("where", ["relative", "absolute"])
@@ -70,3 +72,13 @@ def test_the_folder_s_sum_is_the_one_that_fetch_model_recorded(model, tmp_path):
     record = fetch(parse("data/base"), "model", tmp_path / "downloads", None).record
     lines = [f"{name}\0{hashlib.sha256((model / name).read_bytes()).hexdigest()}\n" for name in sorted(record["files"])]
     assert record["sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_a_foreign_package_names_no_folder_that_is_read(model, tmp_path, monkeypatch):
+    """Only what params.yaml here names is read: not all of this disk."""
+    monkeypatch.setattr(verify, "sums_of", lambda path: pytest.fail(f"{path} was read"))
+    file = write_params(tmp_path / "params.yaml", fetch_model={"source": "data/other", "sha256": None})
+    for name in ("/", "data/base", str(model / "config.json"), "/etc/passwd"):
+        entry = {"name": name, "digest": {"sha256": "0" * 64}}
+        statement = {"predicate": {"buildDefinition": {"resolvedDependencies": [entry]}}}
+        assert verify.changed_inputs(statement, file) == []

@@ -140,6 +140,9 @@ def test_loss_and_gradients_are_those_of_rows_one_by_one(datasets, name):
         loss.backward()
         total, count = total + loss.item(), count + targets
     assert count == sum(label != -100 for row in read(datasets["line-by-line"]) for label in row["labels"])
+    if not by_layout:
+        whole, _ = loss_sum(model, head, data, chosen, torch.device("cpu"), limit, one_pass=True)
+        assert whole.item() == pytest.approx(wanted.item(), rel=1e-7)
     # transformers' norms round to float32 inside, whatever the model's type.
     assert total == pytest.approx(wanted.item(), rel=1e-7)
     for key, gradient in gradients.items():
