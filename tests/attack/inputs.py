@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,8 +223,9 @@ def _fetch(folder: Path, work: Path) -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    log = os.open(work / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2)
+    log = (work / "log").open("w", encoding="utf-8")
+    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log  # pytest has put others in their place
     params = yaml.safe_load((work / "params.yaml").read_text(encoding="utf-8"))
     params["fetch_model"] |= {"source": str(folder), "sha256": None}
     (work / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")

@@ -10,9 +10,14 @@ FLOORS = (
     *("scoring", "rehearsal", "reporting", "packaging", "platforms", "azureml"),
 )
 GROUND = (
-    *("cli", "code_inputs", "errors", "generation", "memory", "outputs", "prompts", "text"),
+    *("cli", "code_inputs", "constraints", "errors", "generation", "memory", "openai_api", "outputs", "prompts"),
+    *("serve", "text", "tool_calls"),
 )  # modules of slmake/ that all floors import
-BESIDE = {"model_folder": "sources", "plan": "export"}  # modules of slmake/ and the floor on which they stand
+BESIDE = {
+    "exported_model": "scoring",
+    "model_folder": "sources",
+    "plan": "export",
+}  # modules of slmake/ and the floor on which they stand
 # Floor and the higher floor it imports -> why that is right.
 EXCEPTIONS = {
     (

@@ -1,6 +1,7 @@
 """Probes: few layers that take what the real model's layers take."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_a_probe_trains_on_the_longest_batches(tmp_path, base, dataset, monkeypa
 
     monkeypatch.setattr(trainer.Trainer, "_loss", loss)
     section = params.Finetune(per_device_train_batch_size=2)
-    chain.finetune(section, base, dataset, tmp_path / "adapter", 2, cli.Job("rehearse", None, None))
+    chain.finetune(section, base, dataset, tmp_path / "adapter", 2, cli.Job("rehearse", sys.stderr, None))
     from slmake.training.data import Data
 
     assert seen[0] == int(Data(dataset / "train.parquet").lengths.max())
