@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 import unicodedata
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from tiny import make_model
 
 from slmake import generation, params
+from slmake.data.template import FieldTemplate
 from slmake.data.tokenize import Tokenize, truncate
 from slmake.errors import UserError
 from slmake.export import builder
@@ -81,15 +83,16 @@ def test_begin_token_and_normalization_are_those_of_training(tmp_path, exported,
     """The closing token that this tokenizer adds is dropped, as in training."""
     folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
     tokenizer = with_begin(folder, base)
-    rules = Tokenize(section(), tokenizer, True).inference()
+    rules = Tokenize(section(), tokenizer, FieldTemplate(section())).inference()
     assert rules == {"begin_token_ids": [1], "normalization": "NFC"}
     text = "cafe\u0301"
     expected = tokenizer(text)["input_ids"][:-1]
     assert expected[0] == 1
     assert generation.Exported(folder, {**FORM, **rules}).encode(text) == expected
     assert generation.Exported(folder, FORM).encode(text) != expected
-    assert Tokenize(section(), tokenizer, False).inference() == {"normalization": "NFC"}  # a chat template writes it
-    assert Tokenize(section(), tokenizer_of(base), True).inference() == {}
+    chat = types.SimpleNamespace(special_tokens=False)  # a chat template writes the begin token itself
+    assert Tokenize(section(), tokenizer, chat).inference() == {"normalization": "NFC"}
+    assert Tokenize(section(), tokenizer_of(base), FieldTemplate(section())).inference() == {}
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
@@ -99,7 +102,7 @@ def test_each_normal_form_is_recognized(base, form):
     tokenizer = tokenizer_of(base)
     for normalizer in (getattr(normalizers, form)(), normalizers.Sequence([getattr(normalizers, form)()])):
         tokenizer.backend_tokenizer.normalizer = normalizer
-        assert Tokenize(section(), tokenizer, True).inference() == {"normalization": form}
+        assert Tokenize(section(), tokenizer, FieldTemplate(section())).inference() == {"normalization": form}
     assert unicodedata.normalize(form, "\u00e9\ufb01") in ("\u00e9\ufb01", "e\u0301\ufb01", "\u00e9fi", "e\u0301fi")
 
 
@@ -121,7 +124,7 @@ def test_prompts_are_cut_as_in_training(exported, begin):
 def test_tokenize_says_how_it_cut(base):
     from slmake.data.store import Row
 
-    tokenize = Tokenize(section(limit=12), tokenizer_of(base), True)
+    tokenize = Tokenize(section(limit=12), tokenizer_of(base), FieldTemplate(section(limit=12)))
     tokenize([Row("f", 1, "word " * 30, "joy", "word", "joy"), Row("f", 2, "a", "sadness", "a", "sadness is long")])
     rules = tokenize.inference()
     assert rules["max_prompt_tokens"] == 12 - tokenize.longest_answer
