@@ -23,6 +23,7 @@ LIBRARIES = ["torch", "transformers", "peft"]  # imported once, before the probe
 STEPS = 3  # training steps of a probe
 SMALL = 1024  # width up to which a probe may have a quarter of the layers
 BESIDES = 500_000_000  # bytes of a process that has imported the libraries and streams files
+SCORING = 500_000_000  # bytes of logits and caches of a batch in evaluate: 0.4 to 0.7 GB were seen at 3.8 and 0.13 billion parameters
 REMEDIES = {
     "finetune": "finetune.method: qlora, finetune.gradient_checkpointing: true, or a smaller finetune.per_device_train_batch_size "
     "with more gradient_accumulation_steps",
@@ -80,7 +81,7 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
         if "package" in everything.all.stages:
             needs["package"] = Need(BESIDES, disk=size)
     if "evaluate" in everything.stages:
-        needs["evaluate"] = Need(BESIDES + weights)
+        needs["evaluate"] = Need(BESIDES + SCORING + weights)
     return needs
 
 
