@@ -15,6 +15,7 @@ import csv
 from pathlib import Path
 
 from slmake import cli, outputs, params
+from slmake.constraints import guidance
 from slmake.errors import UserError
 from slmake.scoring import constrained, harness
 from slmake.scoring import metrics as metrics_module
@@ -73,8 +74,9 @@ def say_results(job: cli.Job, metrics: dict, models: list[str], provider: dict |
         )
 
 
-def refuse_early(section: params.Evaluate) -> None:
-    """Refuse metrics and tasks that are not there before any model is asked."""
+def refuse_early(section: params.Evaluate, form: dict) -> None:
+    """Refuse metrics, tasks and constraints that are not there before any model is asked."""
+    guidance(section.constrain, form, "evaluate.constrain")
     for metric in section.answer_metrics:
         function_of(metric)
     if section.lm_eval:
@@ -117,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
             benchmark_file,
             predictions_file,
         ):
-            refuse_early(section)
             questions = Questions(args.dataset, section.max_samples)
+            refuse_early(section, questions.form)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
             weights = metrics_module.resamples(

@@ -53,9 +53,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"the chat template changes earlier turns: {statistics['sequences']['train']} sequences of {counts['train']} conversations to train on"
             )
         for name, gate in everything.gates.every().items() if "gates" in stages else ():
-            if counts["test"] < gate.rows_needed():  # reported now, before hours of training
+            scored = statistics["sequences"]["test"]  # of conversations, an answer each
+            if scored < gate.rows_needed():  # reported now, before hours of training
                 job.say(
-                    f"gates.{name} needs {gate.rows_needed()} test rows; there are {counts['test']}: the build will fail at gates"
+                    f"gates.{name} needs {gate.rows_needed()} test rows; there are {scored}: the build will fail at gates"
                 )
         job.say(
             f"{counts['train']} train, {counts['eval']} eval and {counts['test']} test rows in {args.output} "

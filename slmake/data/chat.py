@@ -82,6 +82,11 @@ class ChatTemplate:
                 raise UserError("prepare.messages: this chat template does not show the answer. Use text_template.")
             if shown and whole.startswith(before) and before.startswith(head):
                 head = before
+            if "".join(answer.split()) not in "".join(whole[len(head) :].split()):
+                raise UserError(
+                    "prepare.messages: this chat template does not show all of the answer: the model could not learn it. Take out what the "
+                    "template drops (such as a part in <think>), or use text_template."
+                )
         return head, whole[len(head) :].rstrip("\n")
 
     def answers(self, conversation: Conversation, start: int = 0) -> list[Answer]:

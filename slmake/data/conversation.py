@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 from slmake import prompts
 
+REASONING = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # fields that some templates write before an answer, and some drop
 ROLES = ("system", "user", "assistant", "tool")
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
 WITHOUT_TEXT = "has a message without text in `role` and `content`"
@@ -90,6 +95,10 @@ def _turn(number: int, turn: object) -> dict:
     role = turn["role"]
     if role not in ROLES:
         raise ValueError(f"has the role {role!r} in turn {number}; known are {', '.join(ROLES)}")
+    if role == "assistant" and (thought := next((key for key in REASONING if turn.get(key)), None)):
+        raise ValueError(
+            f"has {thought} in turn {number}, which chat templates treat differently; write it into content, as the model shall write it"
+        )
     kept = {key: value for key, value in turn.items() if value is not None and key not in ("train", "weight")}
     if "tool_calls" in kept:
         if role != "assistant":

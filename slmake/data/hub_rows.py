@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slmake import params
+from slmake.data.rows import without_none
 from slmake.errors import UserError
 
 
@@ -44,7 +45,7 @@ def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, 
             row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
         if all(row[column] == value for column, value in section.where.items()):
             chosen = True
-            yield row
+            yield {key: without_none(value) for key, value in row.items()}
     if section.where and not chosen:
         wanted = ", ".join(f"{column} {value!r}" for column, value in section.where.items())
         raise UserError(f"prepare.where: no row of {name} ({section.hub_split(split)}) has {wanted}.")

@@ -285,16 +285,16 @@ def _parquet(path: Path, name: str) -> Iterator[dict]:
         for row in table:
             for key, kind in kinds.items():  # the column holds numbers, the schema their names; -1 is no label
                 row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
-            yield {key: _without_none(value) for key, value in row.items()}
+            yield {key: without_none(value) for key, value in row.items()}
     except Exception as error:
         raise UserError(f"{name}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _without_none(value: object) -> object:
+def without_none(value: object) -> object:
     """A value without the keys that Parquet gives an object for others in its column: they are None."""
     if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_utf8(path: Path, name: str) -> None:

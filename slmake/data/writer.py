@@ -10,9 +10,9 @@ from slmake.data.tokenize import IGNORED, Example
 class Writer:
     """One split's Parquet file, written a batch at a time.
 
-    The columns `turns` and `dropped_turns` are those of conversations. `rows`, `row_lengths` and `cut_tokens`, of a file whose
-    sequences hold several rows, have the number of each, its tokens and those that its prompt lost; the schema's metadata name the strategy, since rows of `packing` do not attend to each
-    other and those of `join` do.
+    The columns `turns` and `dropped_turns` are those of conversations. `rows`, `row_answers`, `row_lengths` and `cut_tokens`, of a file
+    whose sequences hold several rows, have the number of each, its last answer, its tokens and those that its prompt lost; the schema's
+    metadata name the strategy, since rows of `packing` do not attend to each other and those of `join` do.
     """
 
     def __init__(self, path: Path, section: params.Prepare, pad_id: int, strategy: str, chats: bool):
@@ -34,7 +34,8 @@ class Writer:
             fields += [("turns", ids), ("dropped_turns", pyarrow.int32())]
         several = strategy != "line-by-line"
         if several:
-            fields += [("rows", pyarrow.list_(pyarrow.int64())), ("row_lengths", ids), ("cut_tokens", ids)]
+            fields += [("rows", pyarrow.list_(pyarrow.int64())), ("row_answers", pyarrow.list_(pyarrow.string()))]
+            fields += [("row_lengths", ids), ("cut_tokens", ids)]
         self.schema = pyarrow.schema(fields, metadata={"strategy": strategy} if several else None)
         self.file = pyarrow.parquet.ParquetWriter(path, self.schema)
         self.open: list[list[Example]] = []  # the sequences being filled
@@ -103,6 +104,7 @@ class Writer:
                 "turns": last.turns,
                 "dropped_turns": sum(example.dropped for example in sequence),
                 "rows": [example.row for example in sequence],
+                "row_answers": [example.answer for example in sequence],
                 "row_lengths": [len(example.ids) for example in sequence],
                 "cut_tokens": [example.cut for example in sequence],
             }

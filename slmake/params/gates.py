@@ -110,7 +110,8 @@ class Gate(Section):
             raise ValueError(
                 f"{self.metric}: there are intervals for minimum, maximum and maximum_drop of {', '.join(WITH_INTERVAL)} and evaluate.metrics only"
             )
-        if self.kind == "maximum_drop" and self.metric not in SHARES and not of_class and not own:
+        less_is_better = "perplexity" in self.metric or "bits_per_byte" in self.metric
+        if self.kind == "maximum_drop" and (less_is_better or (self.metric not in SHARES and not of_class and not own)):
             raise ValueError(f"{self.metric}: more is not better, so a drop is no loss: use maximum or maximum_ratio")
         if self.metric in PARITY and self.kind not in ("minimum", "maximum"):
             raise ValueError(f"{self.metric} compares two models already: use minimum or maximum")

@@ -131,6 +131,30 @@ def uncompared(checked: Params) -> list[str]:
     return mistakes
 
 
+def unmeasured(checked: Params) -> list[str]:
+    """Gates on what evaluate does not measure of a model, and constraints that have nothing to hold, one line each."""
+    mistakes = []
+    for name, gate in checked.gates.every().items() if "gates" in checked.all.stages else ():
+        if gate.metric.startswith("constrained_") or gate.metric == "valid":
+            if checked.evaluate.constrain == "none":
+                mistakes.append(
+                    f"gates.{name}: {gate.metric} is measured where evaluate.constrain is set. Set it, or take the gate out."
+                )
+            elif gate.model not in ("last", "onnx") or gate.kind not in ("minimum", "maximum"):
+                mistakes.append(
+                    f"gates.{name}: only the exported model has the figure {gate.metric}. Bound it with minimum or maximum, for the model onnx."
+                )
+        if gate.metric.startswith("lm_eval.") and gate.model == "adapter":
+            mistakes.append(
+                f"gates.{name}: the harness does not run the adapter, since merged is the same function. Bound merged."
+            )
+    if checked.prepare is None and "evaluate" in checked.stages and checked.evaluate.constrain != "none":
+        mistakes.append(
+            "evaluate.constrain: it holds answers to a dataset's rows. Add the section prepare, or set it to none."
+        )
+    return mistakes
+
+
 def without_dataset(checked: Params) -> list[str]:
     """What asks for rows where there is no section prepare, and for the fixed texts where there is one; one line each."""
     stages = checked.all.stages
@@ -188,7 +212,7 @@ def load(path: str | Path = "params.yaml") -> Params:
         checked = Params.model_validate(data, context={"metrics": figures_of(data)})
     except ValidationError as error:
         errors = lines(error.errors(), data, Params)
-    apart = uncompared(checked) + without_dataset(checked) if checked else []
+    apart = uncompared(checked) + unmeasured(checked) + without_dataset(checked) if checked else []
     unique = list(dict.fromkeys(errors + between_sections(data) + apart))
     if unique or checked is None:
         count = f"{len(unique)} error{'s' if len(unique) > 1 else ''}"

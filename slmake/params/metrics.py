@@ -61,6 +61,8 @@ def parse(entry: str | dict[str, str | float]) -> AnswerMetric:
         raise ValueError(f"{name} needs {wanted}: write `- {name}: …`")
     if name == "numeric" and not (isinstance(argument, int | float) and argument >= 0):
         raise ValueError("numeric needs a tolerance of at least 0, such as `- numeric: 0.01`")
+    if name in ("regex", *WITH_FILE) and not isinstance(argument, str):
+        raise ValueError(f"{name} needs {wanted} as text: put {argument} in quotes")
     if name == "regex":
         try:
             re.compile(str(argument))

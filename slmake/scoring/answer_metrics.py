@@ -206,10 +206,11 @@ def values_of(wanted: list[AnswerMetric], questions: Questions, answers: list[st
 
 
 def bootstrapped(numbers: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean of every resample, float64 [samples], over the rows that have a number."""
+    """The mean of every resample, float64 [samples], over the rows that have a number; NaN where it has none of them."""
     there = ~np.isnan(numbers)
     drawn = weights[:, there]
-    return drawn @ numbers[there] / np.maximum(drawn.sum(axis=1), 1)
+    total = drawn.sum(axis=1)
+    return np.divide(drawn @ numbers[there], total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
 def score(scored: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Each model runs on the harness's own backend: base and merged on Hugging Face's, the export on onnxruntime-genai's.
 """
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -106,6 +107,9 @@ def _exported_backend() -> type:
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             """Log likelihood in nats of each continuation, and whether it is the most likely one."""
             results, generator, before = [], None, None
+            # ONNX Runtime GenAI refuses a cache that is smaller than a sliding window.
+            config = json.loads((self.model_dir / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+            smallest = config.get("sliding_window", {}).get("window_size", 0)
             room = max((len(continuation) for _, _, continuation in requests), default=0)
             for _, context, continuation in requests:
                 tokens = [*context, *continuation][-self.max_length :]
@@ -113,7 +117,9 @@ def _exported_backend() -> type:
                 start = tokens[: len(tokens) - count]
                 if start != before:
                     parameters = self.og.GeneratorParams(self.model)
-                    parameters.set_search_options(max_length=min(len(start) + room, self.max_length), do_sample=False)
+                    parameters.set_search_options(
+                        max_length=max(min(len(start) + room, self.max_length), smallest), do_sample=False
+                    )
                     generator, before = self.og.Generator(self.model, parameters), start
                     generator.append_tokens(np.array(start, dtype=np.int32))
                     first = np.asarray(generator.get_logits()).reshape(-1)

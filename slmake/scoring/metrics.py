@@ -57,8 +57,8 @@ def resamples(rows: int, samples: int, seed: int, groups: np.ndarray | None = No
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95% percentile interval of bootstrapped values."""
-    low, high = np.percentile(values, PERCENTILES)
+    """The 95% percentile interval of bootstrapped values; NaN is a resample that has no value."""
+    low, high = np.nanpercentile(values, PERCENTILES)
     return round(float(low), 6), round(float(high), 6)
 
 

@@ -1,5 +1,6 @@
 """The rows that models are asked: prompt tokens of training, expected answers, labels."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,23 @@ COLUMNS = (
     "answer",
     "input_ids",
     "labels",
-    "turns",
-    "row_lengths",
-)  # the last two not in every dataset
+    *("turns", "rows", "row_answers", "row_lengths"),  # not in every dataset
+)
 COMPARED = 512  # largest number of prompts whose logits parity compares, so that a large test split fits into memory
+
+
+def separate(sequence: dict) -> list[dict]:
+    """The rows of a sequence, each as if it were alone; of several, their prompts are not there as text."""
+    if "row_lengths" not in sequence or len(sequence["row_lengths"]) < 2:
+        return [sequence]
+    rows, end = [], 0
+    for number, answer, length in zip(
+        *(sequence[name] for name in ("rows", "row_answers", "row_lengths")), strict=True
+    ):
+        begin, end = end, end + length
+        part = {name: sequence[name][begin:end] for name in ("input_ids", "labels")}
+        rows.append({"row": number, "prompt": None, "answer": answer, **part})
+    return rows
 
 
 class Questions:
@@ -27,7 +41,7 @@ class Questions:
     Attributes:
         rows: number of every row in its file; an answer of a conversation counts as a row here.
         turns: number of every answer's turn in its conversation; empty without conversations.
-        texts: the prompt of every row as text; None for a row that stands behind others in its sequence (strategies join and packing).
+        texts: the prompt of every row as text; None for one of several rows in a sequence (strategies join and packing).
         prompts: one int64 array of token ids per row, of training; cut as a user's prompt is, for whose answer there must be room.
         answers: one list of token ids per row, the end token included.
         expected: one text per row.
@@ -66,21 +80,25 @@ class Questions:
         known = pyarrow.parquet.read_schema(file).names
         columns = [name for name in COLUMNS if name in known]
         table = pyarrow.parquet.read_table(file, columns=columns).slice(0, limit)
-        for row in table.to_pylist():
-            end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # without padding
-            start = end
-            while start and row["labels"][start - 1] != IGNORED:
-                start -= 1
-            begin = sum(row["row_lengths"][:-1]) if "row_lengths" in row else 0  # of the last row in the sequence
-            self.turns += row.get("turns", [])[-1:]
-            self.rows.append(row["row"])
-            self.texts.append(None if begin else row["prompt"])
-            prompt = row["input_ids"][begin:start]
-            if "max_prompt_tokens" in self.form:
-                prompt = truncate(prompt, self.form["max_prompt_tokens"], self.form["kept_token_id"])
-            self.prompts.append(np.array(prompt, dtype=np.int64))
-            self.answers.append(row["input_ids"][start:end])
-            self.expected.append(row["answer"].strip())
+        rows = (row for sequence in table.to_pylist() for row in separate(sequence))
+        for row in islice(rows, limit):
+            self._add_row(row)
+
+    def _add_row(self, row: dict) -> None:
+        """Add the last answer of a row that is alone in its sequence."""
+        end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # without padding
+        start = end
+        while start and row["labels"][start - 1] != IGNORED:
+            start -= 1
+        self.turns += row.get("turns", [])[-1:]
+        self.rows.append(row["row"])
+        self.texts.append(row["prompt"])
+        prompt = row["input_ids"][:start]
+        if "max_prompt_tokens" in self.form:
+            prompt = truncate(prompt, self.form["max_prompt_tokens"], self.form["kept_token_id"])
+        self.prompts.append(np.array(prompt, dtype=np.int64))
+        self.answers.append(row["input_ids"][start:end])
+        self.expected.append(row["answer"].strip())
 
     def extend_for_parity(self, count: int) -> None:
         """Add rows of eval and train after the scored ones until there are `count` prompts (or no more rows)."""

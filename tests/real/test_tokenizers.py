@@ -139,11 +139,14 @@ def test_chat_is_answered_as_it_was_scored(family, tmp_path):
     assert (agreement["encode_differ"], agreement["decode_differ"]) == (0, 0)
     model = packaged(tmp_path / "run", onnx)
     for row in predictions:
-        turns = data[int(row["row"]) - 1]["turns"][:-1]
+        turns = data[int(row["row"]) - 1]["turns"][: int(row["turn"]) - 1]
         assert model.prompt(json.dumps(turns)) == row["prompt"]
-        assert prompts.first_answer(model.answer(json.dumps(turns))) == row["fp32"]
+        answer = model.answer(json.dumps(turns))
+        assert (prompts.first_answer(answer) if model.form["labels"] else answer) == row["fp32"]
         if len(turns) == 1:
-            assert model.answer(turns[0]["content"]) == model.answer(json.dumps(turns))
+            assert model.answer(turns[0]["content"]) == answer
+    assert {len(turns["turns"]) for turns in data} == {2, 4}
+    assert {row["turn"] for row in predictions} == {"2", "4"}
 
 
 def test_run_py_as_a_user_starts_it(family, tmp_path):

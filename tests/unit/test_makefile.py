@@ -12,7 +12,9 @@ LISTED = re.findall(r"^([a-z-]+):.*## \S", TEXT, re.M)
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    # As from a terminal: `make test` would have it say which directory it enters.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS")}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_modules_and_scripts_exist():

@@ -8,6 +8,8 @@ from prepared import CHAT, WHOLE, other_chat
 from tiny import make_rows
 
 from slmake.data.chat import ChatTemplate, bounded
+from slmake.data.conversation import read_conversation
+from slmake.errors import UserError
 
 PLAIN = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 # Writes an empty think block before the last answer, as Qwen3 does; `enable_thinking: false` puts it into the generation prompt.
@@ -67,6 +69,31 @@ def test_reasoning_of_the_data_stays_in_the_answer(chat):
     head, answer = chat(THINKING).split([question, {"role": "assistant", "content": "<think>so</think>joy"}])
     assert head == "<|start|>user\n?<|end|>\n<|start|>assistant\n"
     assert answer == "<think>\nso\n</think>\n\njoy<|end|>"
+
+
+# As DeepSeek-R1-Distill's template does: what the model thought is left out of every answer.
+DROPPING = PLAIN.replace("m.content", "m.content.split('</think>')[-1]")
+
+
+def test_an_answer_of_which_the_template_drops_a_part_is_refused(chat):
+    """A model that learned it could never give the expected answer."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>so</think>joy"}]
+    with pytest.raises(UserError, match="does not show all of the answer"):
+        chat(DROPPING).split(turns)
+    turns[1]["content"] = "joy"
+    assert chat(DROPPING).split(turns)[1] == "joy<|end|>"
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_field_of_its_own_is_refused(refused, tmp_path, tokenizer_folder, field):
+    """It would belong to the prompt of the test, and to nobody's prompt later."""
+    base = other_chat(tokenizer_folder, tmp_path / "base", THINKING)
+    rows = turns_column(make_rows(24))
+    rows[3]["turns"][1][field] = "because"
+    message = refused(rows, base=base, messages="turns", **CHAT)
+    assert f"has {field} in turn 2" in message
+    rows[3]["turns"][1][field] = None
+    assert field not in json.dumps(read_conversation(rows[3]["turns"]).turns)
 
 
 def test_white_space_before_the_answer_belongs_to_the_prompt(chat):

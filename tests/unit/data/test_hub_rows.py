@@ -12,6 +12,8 @@ from tiny import ROOT, make_rows, write_params
 
 from scripts import prepare
 from slmake import params
+from slmake.data import hub_rows
+from slmake.data.rows import read_rows
 from slmake.errors import UserError
 from slmake.sources import hub
 from slmake.sources.download import digest_of
@@ -203,3 +205,14 @@ def test_a_number_of_rows_for_eval_that_leaves_none_to_train_on(read, capsys):
 def test_the_pipeline_of_the_shipped_file_names_every_field():
     section = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["prepare"]
     assert {"config": None, "split": None, "where": {}, "eval_samples": None}.items() <= section.items()
+
+
+def test_fields_that_arrow_adds_are_no_fields(tmp_path):
+    """Arrow gives every object the fields of all; the file reader and the hub's leave out what a row does not have."""
+    rows = [{"call": {"city": "Oslo"}}, {"call": {"day": "May"}}]
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
+    section = params.Prepare(source=f"hf:org/rows@{COMMIT}", text_template="Call: {call}")
+    assert list(hub_rows.read_hub_rows(folder, "rows", section, "train", tmp_path / "scratch")) == rows
+    assert list(read_rows(folder / "train.parquet", "train.parquet")) == rows

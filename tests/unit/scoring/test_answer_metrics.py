@@ -105,6 +105,14 @@ def test_means_intervals_and_drops():
     assert lost["own_high"] == pytest.approx(0.16, abs=0.011)
 
 
+def test_resamples_without_any_of_its_rows_do_not_count():
+    """Three rows of 316, all right: no interval down to 0."""
+    numbers = np.full(316, np.nan)
+    numbers[:3] = 1.0
+    figures = answer_metrics.score({"tool_name": numbers}, metrics.resamples(316, 2000, 1))
+    assert (figures["tool_name"], figures["tool_name_low"], figures["tool_name_high"]) == (1.0, 1.0, 1.0)
+
+
 def write_function(folder: Path, body: str) -> str:
     file = folder / "mine.py"
     file.write_text(f"def polite(prompt, expected, answer):\n    {body}\n", encoding="utf-8")
@@ -154,6 +162,7 @@ def test_files_are_checked_before_any_model_is_asked(tmp_path):
         (["rougeL"], "unknown metric `rougeL`; known: contains, json_valid"),
         ([{"json_valid": "x"}], "json_valid takes no argument"),
         (["regex"], "regex needs a pattern"),
+        ([{"regex": 42}], "regex needs a pattern as text: put 42.0 in quotes"),
         ([{"regex": "("}], "`(` is no regular expression"),
         ([{"numeric": -1}], "a tolerance of at least 0"),
         ([{"regex": "a", "contains": "b"}], "one metric per entry"),

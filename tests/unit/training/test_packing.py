@@ -97,6 +97,22 @@ def test_every_row_is_there_once_and_whole(datasets, split):
     assert len(sequences) <= np.ceil(tokens / 128) + 1
 
 
+def test_every_row_of_a_sequence_is_a_question(datasets):
+    """evaluate and the quantization search ask the same rows as line by line, by the same tokens."""
+    asked = {name: Questions(folder, None, ("train",)) for name, folder in datasets.items()}
+    known = {
+        row: (prompt.tolist(), answer, expected)
+        for row, prompt, answer, expected in zip(
+            *(getattr(asked["line-by-line"], name) for name in ("rows", "prompts", "answers", "expected")), strict=True
+        )
+    }
+    packed = asked["packing"]
+    assert sorted(packed.rows) == sorted(known)
+    for i, row in enumerate(packed.rows):
+        assert (packed.prompts[i].tolist(), packed.answers[i], packed.expected[i]) == known[row]
+    assert len(Questions(datasets["packing"], 7, ("eval", "train")).rows) == 7
+
+
 def test_packing_is_the_same_every_time(datasets, base, tmp_path):
     again = prepared(tmp_path / "again", base, "packing")
     assert (again / "train.parquet").read_bytes() == (datasets["packing"] / "train.parquet").read_bytes()
