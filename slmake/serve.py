@@ -12,7 +12,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
@@ -37,13 +36,17 @@ FILES = {
 
 
 def _use_files_beside() -> None:
-    """In a package, the modules of slmake are the files beside this one."""
+    """In a package, the modules of slmake are the files beside this one.
+
+    An import would write bytecode into the package, or run bytecode that somebody put there: SHA256SUMS covers the source alone.
+    """
     package = sys.modules["slmake"] = types.ModuleType("slmake")
     for name, file in FILES.items():
-        spec = importlib.util.spec_from_file_location(f"slmake.{name}", Path(__file__).resolve().with_name(file))
-        module = sys.modules[f"slmake.{name}"] = importlib.util.module_from_spec(spec)
+        path = Path(__file__).resolve().with_name(file)
+        module = sys.modules[f"slmake.{name}"] = types.ModuleType(f"slmake.{name}")
+        module.__file__ = str(path)
         setattr(package, name, module)
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
 
 
 if not __package__:
