@@ -1,0 +1,58 @@
+"""Requests that would cost a server too much, or are not of the API's form: each is refused, and the server goes on."""
+
+import asyncio
+from collections import Counter
+
+import httpx2
+import pytest
+from served import CHAT, export
+
+from slmake import generation, serve
+
+HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, base) -> generation.Exported:
+    return generation.Exported(export(base, tmp_path_factory.mktemp("limits") / "onnx"), CHAT)
+
+
+def post(server: serve.Server, *requests: dict) -> list[httpx2.Response]:
+    """The answers to requests that come at once."""
+
+    async def send() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(serve.app(server, ["*"]), raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await asyncio.gather(
+                *(client.post("/v1/chat/completions", json=request, timeout=60) for request in requests)
+            )
+
+    return asyncio.run(send())
+
+
+def state(server: serve.Server) -> tuple[int, int]:
+    return server.state()["active"], server.state()["waiting"]
+
+
+def test_no_more_requests_wait_than_may(model):
+    server = serve.Server(model, "tiny", slots=1, waiting=2)
+    answers = post(server, *[HI] * 8)
+    assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 5}
+    assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 429} == {"5"}
+    assert state(server) == (0, 0)
+    refused = HI | {"messages": [{"role": "user", "content": "word " * 600}]}  # after it was counted
+    assert [answer.status_code for answer in post(server, refused, refused, refused)] == [400] * 3
+    assert state(server) == (0, 0)
+    assert [answer.status_code for answer in post(server, HI, HI, HI)] == [200] * 3
+
+
+def test_health_counts_the_requests_in_work_and_those_that_wait(model):
+    server = serve.Server(model, "tiny", slots=1, waiting=2)
+
+    async def count() -> tuple[int, int]:
+        async with server.slots:
+            return state(server)
+
+    with server.admitted(), server.admitted():
+        assert state(server) == (0, 2)
+        assert asyncio.run(count()) == (1, 1)
