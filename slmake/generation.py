@@ -325,7 +325,8 @@ class Stream:
             self.finish, whole = "stop", whole[: min(stopped)]
         elif not self.finish:
             whole = whole.rstrip(INCOMPLETE)
-            begun = [size for text in self.stop for size in range(1, len(text)) if whole.endswith(text[:size])]
+            longest = len(whole) + 1
+            begun = [n for text in self.stop for n in range(1, min(len(text), longest)) if whole.endswith(text[:n])]
             whole = whole[: len(whole) - max(begun, default=0)]
         whole = whole.rstrip()
         if not whole.startswith(self.text):  # shorter than before: more was held back

@@ -10,11 +10,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field
 
 from slmake import tool_calls
+
+# Every token of an answer is compared with these while other requests wait; four is OpenAI's limit, too.
+Stop = Annotated[str, Field(max_length=256)]
 
 
 class Options(BaseModel):
@@ -25,7 +28,7 @@ class Options(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**31)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     n: Literal[1] | None = 1

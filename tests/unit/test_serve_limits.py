@@ -56,3 +56,32 @@ def test_health_counts_the_requests_in_work_and_those_that_wait(model):
     with server.admitted(), server.admitted():
         assert state(server) == (0, 2)
         assert asyncio.run(count()) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [
+        ("x" * 256, 200),
+        (["x" * 256] * 4, 200),
+        ("x" * 257, 400),
+        (["x", "x" * 257], 400),
+        (["x"] * 5, 400),
+    ],
+)
+def test_stop_texts_are_few_and_short(model, stop, status):
+    (answer,) = post(serve.Server(model, "tiny"), HI | {"stop": stop})
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["message"].startswith("stop.")
+
+
+def test_a_stop_text_longer_than_the_answer_is_compared_as_far_as_the_answer_goes(model):
+    sizes = []
+
+    class Text(str):
+        def __getitem__(self, part: slice) -> str:
+            sizes.append(part.stop)
+            return super().__getitem__(part)
+
+    stream = generation.Stream(model, model.encode("Hi"), 8, stop=[Text("\0" * 100_000)])
+    assert "".join(stream) == stream.text
+    assert max(sizes) <= len(model.text(stream.tokens))
