@@ -5,9 +5,9 @@ from collections import Counter
 
 import httpx2
 import pytest
-from served import CHAT, export
+from served import CHAT, WEATHER, export
 
-from slmake import generation, serve
+from slmake import generation, serve, tool_calls
 
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
@@ -85,3 +85,60 @@ def test_a_stop_text_longer_than_the_answer_is_compared_as_far_as_the_answer_goe
     stream = generation.Stream(model, model.encode("Hi"), 8, stop=[Text("\0" * 100_000)])
     assert "".join(stream) == stream.text
     assert max(sizes) <= len(model.text(stream.tokens))
+
+
+def called(arguments: str) -> dict:
+    """A request whose messages have the call of a function."""
+    call = {"id": "call1", "function": {"name": "weather", "arguments": arguments}}
+    turns = [*HI["messages"], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "12"}]
+    return HI | {"messages": turns}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": "weather"}}, "tool_choice."),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice."),
+        (called("[" * 100_000), "messages: the arguments of weather are not JSON that can be read."),
+        (called("[" * 100_000 + "]" * 100_000), "messages: the arguments of weather are not JSON that can be read."),
+        (called('{"a":' * 900 + "1" + "}" * 900), "the arguments of a call are nested too deeply."),
+        ({"max_completion_tokens": 0}, "max_completion_tokens: "),
+        ({"response_format": "text"}, "response_format: "),
+    ],
+    ids=range(7),
+)
+def test_fields_of_another_form_are_refused(model, fields, reason):
+    (answer,) = post(serve.Server(model, "tiny"), HI | fields)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"max_completion_tokens": None, "max_tokens": 10}, 10),
+        ({"max_completion_tokens": 3, "max_tokens": 10}, 3),
+        ({"max_completion_tokens": None, "max_tokens": None}, 12),
+        ({"response_format": None}, 2),
+        (called('{"a": ' * 20 + "1" + "}" * 20), 2),
+    ],
+    ids=range(5),
+)
+def test_fields_that_are_null_have_their_default(model, fields, tokens):
+    (answer,) = post(serve.Server(model, "tiny"), HI | fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == tokens
+
+
+def test_an_answer_of_nested_braces_is_text():
+    form = tool_calls.CallForm("<tool_call>", "</tool_call>", "name", "arguments")
+    text = "<tool_call>" + '{"name":' * 100_000
+    assert form.read(text, ["weather"]) == (text, [])
+
+
+def test_the_six_characters_of_an_escape_are_no_nul(model):
+    assert r"say \u0000" in model.chat_prompt([{"role": "user", "content": r"say \u0000"}])
+    call = {"function": {"name": "weather", "arguments": {"a\0": 1}}}
+    for turn in ({"role": "user", "content": "a\0"}, {"role": "assistant", "content": "", "tool_calls": [call]}):
+        with pytest.raises(ValueError, match="NUL character"):
+            model.chat_prompt([turn])
