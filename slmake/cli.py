@@ -155,10 +155,7 @@ def end_with(starter: str) -> None:
     def wait() -> None:
         try:
             select.select([os.pidfd_open(int(pid))], [], [])
-        except (
-            OSError,
-            AttributeError,
-        ):  # it has ended already, or the kernel is older than 5.3, or Python was built for such a one
+        except (OSError, AttributeError):  # it has ended, or the kernel (before 5.3) or Python lacks the call
             while _running(pid):
                 time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Requests that would cost a server too much, or are not of the API's form: each is refused, and the server goes on."""
+"""Requests that would cost a server too much, or are not of the API's form: each is refused, and the next one is answered."""
 
 import asyncio
 from collections import Counter

@@ -23,13 +23,13 @@ def fetch(tmp_path, monkeypatch):
         for name, text in files.items():
             (snapshot / name).write_text(text, encoding="utf-8")
 
-    def run(cached: dict[str, str], there: dict[str, str], pin: str) -> tuple[str, int]:
+    def run(cached: dict[str, str], remote: dict[str, str], pin: str) -> tuple[str, int]:
         asked = []
 
         def download(local_files_only: bool = False, **_: object) -> str:
             if not local_files_only:
                 asked.append(1)
-                write(there)
+                write(remote)
             return str(snapshot)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
