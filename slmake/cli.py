@@ -155,12 +155,20 @@ def end_with(starter: str) -> None:
     def wait() -> None:
         try:
             select.select([os.pidfd_open(int(pid))], [], [])
-        except OSError:  # it has ended already, or the kernel is older than 5.3
-            while Path("/proc", pid).exists():
+        except (OSError, AttributeError):  # it has ended, or the kernel (before 5.3) or Python lacks the call
+            while _running(pid):
                 time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _running(pid: str) -> bool:
+    """Whether a process has not ended. One that has stays in state Z until its parent takes its exit code."""
+    try:
+        return Path("/proc", pid, "stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

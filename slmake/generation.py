@@ -135,9 +135,13 @@ class Exported:
         Raises:
             ValueError: the template does not take these turns.
         """
-        chat, text = self.form.get("chat", {}), json.dumps(messages)
-        if "\\u0000" in text:
-            raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
+        try:
+            if _holds_nul(messages):
+                raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
+            text = json.dumps(messages)
+        except RecursionError:
+            raise ValueError("the arguments of a call are nested too deeply.") from None
+        chat = self.form.get("chat", {})
         template = self._template(chat, tools)
         try:
             prompt = self.tokenizer.apply_chat_template(text, template_str=template, add_generation_prompt=not answered)
@@ -325,7 +329,8 @@ class Stream:
             self.finish, whole = "stop", whole[: min(stopped)]
         elif not self.finish:
             whole = whole.rstrip(INCOMPLETE)
-            begun = [size for text in self.stop for size in range(1, len(text)) if whole.endswith(text[:size])]
+            longest = len(whole) + 1
+            begun = [n for text in self.stop for n in range(1, min(len(text), longest)) if whole.endswith(text[:n])]
             whole = whole[: len(whole) - max(begun, default=0)]
         whole = whole.rstrip()
         if not whole.startswith(self.text):  # shorter than before: more was held back
@@ -340,6 +345,15 @@ def truncate(ids: Sequence[int], limit: int, kept: int | None) -> Sequence[int]:
         return ids
     first = ids[:1] if ids[0] == kept else ids[:0]
     return [*first, *ids[len(ids) - limit + len(first) :]]
+
+
+def _holds_nul(value: object) -> bool:
+    """Whether a text in a JSON value has a NUL character."""
+    if isinstance(value, dict):
+        return any(_holds_nul(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_holds_nul, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _messages(text: str) -> list[dict]:

@@ -10,22 +10,26 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from slmake import tool_calls
+
+# Every token of an answer is compared with these while other requests wait; four is OpenAI's limit, too.
+Stop = Annotated[str, Field(max_length=256)]
 
 
 class Options(BaseModel):
     """What both kinds of requests may ask for."""
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)  # the same, by its newer name
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**31)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     n: Literal[1] | None = 1
@@ -88,8 +92,9 @@ class Message(BaseModel):
             for call in turn["tool_calls"]:
                 try:
                     call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-                except ValueError:
-                    raise ValueError(f"messages: the arguments of {call['function']['name']} are not JSON.") from None
+                except (ValueError, RecursionError):  # no JSON, or nested too deeply
+                    name = call["function"]["name"]
+                    raise ValueError(f"messages: the arguments of {name} are not JSON that can be read.") from None
         return turn
 
 
@@ -100,6 +105,14 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: Described
+
+
+class ToolChoice(BaseModel):
+    class Named(BaseModel):
+        name: str
+
+    type: Literal["function"]
+    function: Named
 
 
 class ResponseFormat(BaseModel):
@@ -122,8 +135,8 @@ class Chat(Options):
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    response_format: ResponseFormat = ResponseFormat()
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    response_format: ResponseFormat | None = None
 
 
 @dataclass
@@ -156,21 +169,20 @@ def chat_job(model, asked: Chat) -> Job:
         calls = tool_calls.CallForm.of(model) if tools else None
         prompt = model.chat_prompt([message.turn() for message in asked.messages], tools)
     guidance = model.sampling.guidance
-    if (schema := asked.response_format.schema()) is not None:
+    if asked.response_format and (schema := asked.response_format.schema()) is not None:
         guidance = tool_calls.json_guidance(schema)
     if tools and asked.tool_choice not in (None, "auto"):
         guidance = calls.guidance(model, _chosen(tools, asked.tool_choice))
     return Job(prompt, *_limits(model, asked, guidance), asked.stops, calls, tools)
 
 
-def _chosen(tools: list[dict], choice: str | dict) -> list[dict]:
+def _chosen(tools: list[dict], choice: str | ToolChoice) -> list[dict]:
     """The tools of which one must be called."""
-    if choice == "required":
+    if isinstance(choice, str):  # required
         return tools
-    name = (choice.get("function") or {}).get("name")
-    chosen = [tool for tool in tools if tool["function"]["name"] == name]
+    chosen = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
     if not chosen:
-        raise ValueError(f"tool_choice: no tool is called {name!r}.")
+        raise ValueError(f"tool_choice: no tool is called {choice.function.name!r}.")
     return chosen
 
 
@@ -190,7 +202,7 @@ def _limits(model, asked: Options, guidance: tuple[str, str] | None) -> tuple[in
         seed=asked.seed,
         guidance=guidance,
     )
-    return asked.max_tokens or model.form["longest_answer_tokens"], sampling
+    return asked.max_completion_tokens or asked.max_tokens or model.form["longest_answer_tokens"], sampling
 
 
 class Form:

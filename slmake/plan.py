@@ -179,7 +179,12 @@ class Plan:
 
     def digest(self, rule: str) -> str:
         """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, byte for byte."""
-        named = {
+        files = [*self.materials(), *self.signing_key] if rule == "package" else []
+        return digest([*code(rule), *LOCKS]) + digest([*files, *self.named(rule)], exact=True)
+
+    def named(self, rule: str) -> list[str]:
+        """Files that params.yaml names and that are inputs of a rule."""
+        files = {
             "fetch_model": self.model_source,
             "adapter": self.adapter_source,
             "prepare": self.data,
@@ -187,9 +192,9 @@ class Plan:
             "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
             "report": self.published_metrics,
-            "package": [*self.materials(), *self.params.package.license_files, *self.signing_key, *self.constraint],
+            "package": [*self.params.package.license_files, *self.constraint],
         }
-        return digest([*code(rule), *LOCKS]) + digest(named.get(rule, []), exact=True)
+        return files.get(rule, [])
 
     def built_from(self, rule: str, output: str) -> set[str]:
         """The params by which Snakemake knows that an output is of these parameters and files, as the Snakefile gives them to it."""

@@ -12,7 +12,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
@@ -26,24 +25,24 @@ from pydantic import ValidationError
 LOOPBACK = ["127.0.0.1", "localhost"]
 KEY = "SLMAKE_API_KEY"  # environment variable: the key that clients must send
 BODY_SECONDS = 60  # to send a request in
-KEEP_ALIVE = (
-    75  # seconds; many clients keep a connection for 5: if the server closed it first, a request could meet the closing
-)
-FILES = {
-    "generation": "run.py",
-    "tool_calls": "tool_calls.py",
-    "openai_api": "openai_api.py",
-}  # in a package, by module
+# Seconds. Many clients keep a connection for 5: if the server closed it first, a request could meet the closing.
+KEEP_ALIVE = 75
+# The modules' files in a package.
+FILES = {"generation": "run.py", "tool_calls": "tool_calls.py", "openai_api": "openai_api.py"}
 
 
 def _use_files_beside() -> None:
-    """In a package, the modules of slmake are the files beside this one."""
+    """In a package, the modules of slmake are the files beside this one.
+
+    An import would write bytecode into the package, or run bytecode that somebody put there: SHA256SUMS covers the source alone.
+    """
     package = sys.modules["slmake"] = types.ModuleType("slmake")
     for name, file in FILES.items():
-        spec = importlib.util.spec_from_file_location(f"slmake.{name}", Path(__file__).resolve().with_name(file))
-        module = sys.modules[f"slmake.{name}"] = importlib.util.module_from_spec(spec)
+        path = Path(__file__).resolve().with_name(file)
+        module = sys.modules[f"slmake.{name}"] = types.ModuleType(f"slmake.{name}")
+        module.__file__ = str(path)
         setattr(package, name, module)
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
 
 
 if not __package__:
@@ -83,6 +82,7 @@ class Server:
         self.model, self.name, self.key, self.waiting, self.body = model, name, key, waiting, body
         self.slots = anyio.CapacityLimiter(slots)
         self.turns = anyio.CapacityLimiter(1)  # first come, first served: each answer's next token waits its turn
+        self.requests = 0  # in work or waiting
 
     async def run(self, work: Callable, *arguments):
         """Run what keeps the processor busy in a thread, when it is its turn."""
@@ -90,13 +90,28 @@ class Server:
 
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self.turns)
 
-    def admit(self, request) -> None:
-        """Refuse a client without the key, and one too many."""
+    def check_key(self, request) -> None:
+        """Refuse a client without the key."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key and not secrets.compare_digest(given.encode(), self.key.encode()):
             raise ApiError(
                 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`.", "authentication_error"
             )
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a request until it is answered, and refuse it if too many are counted already.
+
+        The limiters' own counts come too late: a request waits for its turn before it waits for a slot.
+        """
+        if self.requests >= self.slots.total_tokens + self.waiting:
+            message = "too many requests wait already; try again later."
+            raise ApiError(429, message, "rate_limit_error", **{"Retry-After": "5"})
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
 
     async def read(self, request) -> bytes:
         """The body of a request.
@@ -148,13 +163,12 @@ class Server:
         return generation.Stream(self.model, ids, job.new_tokens, job.sampling, job.stops)
 
     def state(self) -> dict:
-        statistics = self.slots.statistics()
         return {
             "status": "ok",
             "model": self.name,
             "chat": self.model.form["prompt"] is None,
-            "active": statistics.borrowed_tokens,
-            "waiting": statistics.tasks_waiting,
+            "active": self.slots.borrowed_tokens,
+            "waiting": self.requests - self.slots.borrowed_tokens,
         }
 
 
@@ -176,18 +190,12 @@ class Endpoint:
         request, server = Request(scope, receive), self.server
         with contextlib.suppress(ClientDisconnect):
             try:
-                server.admit(request)
+                server.check_key(request)
                 asked = server.parse(await server.read(request), self.kind)
-                if server.slots.statistics().tasks_waiting >= server.waiting:
-                    raise ApiError(
-                        429,
-                        "too many requests wait already; try again later.",
-                        "rate_limit_error",
-                        **{"Retry-After": "5"},
-                    )
-                job = await server.run(self.make, server.model, asked)
-                async with server.slots:
-                    await self.answer(request, asked, job, send)
+                with server.admitted():
+                    job = await server.run(self.make, server.model, asked)
+                    async with server.slots:
+                        await self.answer(request, asked, job, send)
             except ValueError as error:
                 await ApiError(400, str(error)).response()(scope, receive, send)
             except ApiError as error:
@@ -248,11 +256,11 @@ def app(server: Server, hosts: list[str]):
         return JSONResponse(server.state())
 
     async def models(request):
-        server.admit(request)
+        server.check_key(request)
         return JSONResponse({"object": "list", "data": [described]})
 
     async def model(request):
-        server.admit(request)
+        server.check_key(request)
         if request.path_params["name"] != server.name:
             raise ApiError(404, f"there is no model {request.path_params['name']!r} here, only {server.name!r}.")
         return JSONResponse(described)

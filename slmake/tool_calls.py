@@ -77,7 +77,7 @@ class CallForm:
         before, after = re.escape(self.before.strip()), re.escape(self.after.strip())
         outside, calls, position = [], [], 0
         for start in re.finditer(rf"{before or chr(92) + 'A'}\s*(?={{)", text):
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
                 written, end = json.JSONDecoder().raw_decode(text, start.end())
                 if start.start() >= position and written[self.name] in names:
                     calls.append((written[self.name], written.get(self.arguments) or {}))

@@ -232,13 +232,19 @@ def calibrate(
     return rounded
 
 
-def _batches(rows: Data, count: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and mask (false for padding) of some rows, int64 and bool [rows, time], the longest rows first."""
+def row_groups(rows: Data, count: int) -> Iterator[np.ndarray]:
+    """The numbers of some rows, chosen by a fixed seed, batch by batch and the longest rows first: int64 [rows]."""
     chosen = np.random.default_rng(0).permutation(len(rows))[:count]
     chosen = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
     while len(chosen):
         size = min(BATCH, max(1, TOKENS // int(rows.lengths[chosen[0]])))
-        part, chosen = chosen[:size], chosen[size:]
+        yield chosen[:size]
+        chosen = chosen[size:]
+
+
+def _batches(rows: Data, count: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and mask (false for padding) of some rows, int64 and bool [rows, time], as `row_groups` chooses them."""
+    for part in row_groups(rows, count):
         ids = rows.batch(part, device)["input_ids"]
         yield ids, torch.arange(ids.shape[1], device=device) < torch.from_numpy(rows.real[part]).to(device)[:, None]
 

@@ -55,7 +55,7 @@ def refuse_other_sources(plan: Plan) -> None:
         return
     stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     watched = {path for stage in stages.values() for path in stage.get("deps", [])}
-    for file in [*plan.data, *plan.model_source, *plan.adapter_source]:
+    for file in (file for rule in plan.rules for file in plan.named(rule)):
         if file not in watched:
             raise UserError(
                 f"dvc.yaml does not watch {file}, which params.yaml names. `make docs` writes dvc.yaml anew (`make` does it by itself)."

@@ -77,7 +77,8 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
         needs["merge"] = Need(BESIDES, disk=weights)
     if measured["quantize"]:
         size = _line(counts, [result["size"] for result in measured["quantize"]], depth)
-        needs["quantize"] = _quantizing(everything, measured["quantize"], calibrated, counts, depth, size, parameters)
+        scratch = _calibration_files(everything, dataset, parameters, config.hidden_size) if calibrated else 0
+        needs["quantize"] = _quantizing(everything, measured["quantize"], calibrated, counts, depth, size, scratch)
         if "package" in everything.all.stages:
             needs["package"] = Need(BESIDES, disk=size)
     if "evaluate" in everything.stages:
@@ -106,17 +107,32 @@ def _quantizing(
     counts: list[int],
     depth: int,
     size: float,
-    parameters: int,
+    scratch: int,
 ) -> Need:
-    """The export grows with the layers. Calibration takes each layer by itself, so one probe of it has the real model's memory."""
+    """The export grows with the layers. Calibration takes each layer by itself, so one probe of it has the real model's memory.
+
+    Args:
+        size: bytes of the export.
+        scratch: bytes of calibration's files.
+    """
     memory, seconds = (_line(counts, [result[name] for result in results], depth) for name in ("memory", "seconds"))
     candidates = count(everything.quantize) if everything.quantize.search else 0
     disk = size * (1 + candidates)
     if calibrated:
         memory = max(memory, calibrated["memory"])
         seconds += max(0.0, calibrated["seconds"] - results[0]["seconds"]) * depth / counts[0]
-        disk += parameters  # a byte for each rounded weight, while it runs
+        disk += scratch
     return Need(memory, seconds, disk)
+
+
+def _calibration_files(everything: params.Params, dataset: Path, parameters: int, width: int) -> int:
+    """Bytes on disk while calibration runs: one for each rounded weight, and the padded rows' states between two layers in float32."""
+    from slmake.export.gptq import row_groups
+    from slmake.training.data import Data
+
+    rows = Data(dataset / "train.parquet")
+    groups = row_groups(rows, everything.quantize.calibration_rows)
+    return parameters + sum(4 * width * len(group) * int(rows.lengths[group].max()) for group in groups)
 
 
 def _training(everything: params.Params, results: list[dict], counts: list[int], depth: int, dataset: Path) -> Need:

@@ -12,7 +12,8 @@ from typing import Self
 from slmake import cli
 from slmake.errors import UserError
 from slmake.sources.base import Source, check_plain, not_of_form
-from slmake.sources.fetching import ENDINGS, ROWS
+from slmake.sources.download import digest_of
+from slmake.sources.fetching import ENDINGS, ROWS, sums_of
 from slmake.sources.secrets import masked
 
 
@@ -91,8 +92,7 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         if re.fullmatch("[0-9a-f]{40}", source.revision):  # a commit never changes: the hub need not be asked
             try:
                 path = Path(fetch(local_files_only=True))
-                # A dataset's snapshot may lack files unnoticed, unless its sum is known.
-                if path.is_dir() and not (source.sha256 if repo_type == "dataset" else _complete(path)):
+                if path.is_dir() and not _complete(path, source, repo_type):
                     path = None
             except errors.LocalEntryNotFoundError:
                 path = None
@@ -117,10 +117,12 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
     return path, parts[parts.index("snapshots") + 1]
 
 
-def _complete(snapshot: Path) -> bool:
-    """Whether a cached snapshot holds weights, so that nothing has to be asked of the hub."""
+def _complete(snapshot: Path, source: HubRepository, repo_type: str) -> bool:
+    """Whether a cached snapshot holds a model's weights, or all of a dataset by its sum, so that nothing has to be asked of the hub."""
     import json
 
+    if repo_type == "dataset":  # it may lack files unnoticed
+        return bool(source.sha256) and digest_of(sums_of(snapshot, repo_type)) == source.sha256
     index = snapshot / "model.safetensors.index.json"
     if index.exists():
         return all((snapshot / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
