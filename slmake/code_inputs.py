@@ -74,15 +74,16 @@ def _file(name: str, root: Path) -> Path | None:
     return None
 
 
-def digest(files: Iterable[str | Path], exact: bool = False) -> str:
+def digest(files: Iterable[str | Path], exact: bool = False, root: Path | None = None) -> str:
     """SHA-256 over names and content of files, 64 hex digits; of a folder, of the files in it. A missing file counts as empty.
 
     Args:
         exact: over the very bytes; otherwise comments, docstrings and layout of Python files do not count.
+        root: the folder that the names are relative to; the present one by default. The digest does not depend on it.
     """
     whole = hashlib.sha256()
     for name in files:
-        path = Path(name)
+        path = Path(name) if root is None else root / name
         inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in inside:
             facts = _facts(file) if file.is_file() else {"bytes": ""}

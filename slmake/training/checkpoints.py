@@ -24,7 +24,7 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, worl
         "params": params.as_json(section),
         "base": outputs.folder_digest(base),
         "dataset": outputs.folder_digest(dataset),
-        "code": digest([ROOT / file for file in code("finetune")]),
+        "code": digest(code("finetune"), root=ROOT),
         "dtype": str(dtype),
         "world": world,
         "versions": [torch.__version__, transformers.__version__, peft.__version__],

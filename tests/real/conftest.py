@@ -101,6 +101,7 @@ def pushed(built, blob_server, tmp_path_factory):
         container = blob_server.container()
         done = remote(project, "add", f"azure://{container}/tones")
         assert done.returncode == 0, done.stdout
+        assert run(project, "python", "-m", "slmake.platforms.dvc_yaml", "--digests").returncode == 0
         assert run(project, "dvc", "commit", "--force", "--quiet").returncode == 0
         git(project, "add", "-A")
         git(project, "commit", "-q", "-m", "build")

@@ -255,3 +255,14 @@ def test_where_nothing_can_be_kept_nothing_fails(tmp_path, facts, monkeypatch):
     now(tmp_path / "module.py")
     now.save()
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_digest_does_not_depend_on_where_the_project_lies(tmp_path):
+    """Or a checkpoint could not be resumed on another machine."""
+    for name in ("one", "two"):
+        (tmp_path / name / "scripts").mkdir(parents=True)
+        (tmp_path / name / "scripts" / "x.py").write_text("a = 1\n", encoding="utf-8")
+    first, second = (digest(["scripts/x.py"], root=tmp_path / name) for name in ("one", "two"))
+    assert first == second
+    (tmp_path / "two" / "scripts" / "x.py").write_text("a = 2\n", encoding="utf-8")
+    assert digest(["scripts/x.py"], root=tmp_path / "two") != first

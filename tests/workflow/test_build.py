@@ -64,7 +64,7 @@ def test_a_build_shows_each_rule_its_result_and_what_comes_next(project):
     assert done.returncode == 0, done.stdout
     assert plain(done.stdout) == (
         "[1/1] report → build/report (wrong_answers changed)\n"
-        "report: 9 figures and tables in build/report (N s). One page of them: make report\n"
+        "report: 10 figures and tables in build/report (N s). One page of them: make report\n"
         f"\n{SCORES}\nreport:  build/report.html\npackage: build/package\n{NEXT}"
     )
     assert (project / "build" / "report.html").stat().st_mtime_ns > page
