@@ -77,7 +77,12 @@ class Questions:
         import pyarrow.parquet
 
         file = self.dataset / f"{split}.parquet"
-        known = pyarrow.parquet.read_schema(file).names
+        try:
+            known = pyarrow.parquet.read_schema(file).names
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(
+                f"{file} is damaged: {error} Remove {self.dataset} and run snakemake: it is built again."
+            ) from None
         columns = [name for name in COLUMNS if name in known]
         table = pyarrow.parquet.read_table(file, columns=columns).slice(0, limit)
         rows = (row for sequence in table.to_pylist() for row in separate(sequence))

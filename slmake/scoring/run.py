@@ -95,5 +95,5 @@ def readable(folder: Path) -> Iterator[None]:
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{folder} cannot be loaded: {type(error).__name__}: {reason[0] if reason else 'no message'} "
-            "Remove the folder and run snakemake to build it again."
+            "Remove the folder and run snakemake: it is built again."
         ) from error
