@@ -70,7 +70,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("built", "asked", "text"), WRONG, ids=[f"{one[0]}-{one[1]}" for one in WRONG])
+@pytest.mark.parametrize(("built", "asked", "text"), WRONG, ids=[f"{built}-{asked}" for built, asked, _ in WRONG])
 def test_graph_that_is_not_what_was_asked_for(graphs, built, asked, text):
     with pytest.raises(UserError) as caught:
         graph_checks.check_graph(section(**asked), graphs[built])

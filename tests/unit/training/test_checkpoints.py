@@ -85,7 +85,7 @@ def test_killed_run_goes_on_and_gives_the_bytes_of_an_undisturbed_one(tmp_path, 
     ids=["cut", "empty", "empty-state", "state-lacks"],
 )
 def test_damaged_checkpoint_is_discarded(tmp_path, base, dataset, killed, capsys, file, content, told):
-    """The run goes on from an older one, or from the beginning."""
+    """The run resumes from an older one, or starts from the beginning."""
     undisturbed = tune(tmp_path / "undisturbed", base, dataset, **{**KILLED, "save_steps": 1000})
     folder = Path(shutil.copytree(killed, tmp_path / "killed"))
     (run,) = (folder / "checkpoints").iterdir()
