@@ -13,7 +13,7 @@ def test_the_winner_is_exported_packed_and_shown(searched):
     for path in winner.iterdir():
         assert (searched / "build" / "onnx-int4" / path.name).read_bytes() == path.read_bytes()
     card = (searched / "build" / "package" / "README.md").read_text(encoding="utf-8")
-    assert "| `block_size` | 32 |" in card
+    assert "| `block_size` | `32` |" in card
     assert "Candidate 1 of 2: of those that passed the gates on 24 tuning rows the smallest." in card
     page = (searched / "build" / "report" / "candidates.html").read_text(encoding="utf-8")
     assert "block_size 16" in page
