@@ -4,7 +4,6 @@ from slmake.olive import data, fields, goals, quantizers
 from slmake.olive.fields import OFF, Drop
 
 DTYPES = ("float32", "bfloat16")
-FOREVER = 1000  # evaluations without a better loss: training never stops for them, and the best adapter is kept
 BUILDS = "ModelBuilder writes the graph, optimized and quantized"
 NEAREST = {  # passes that cannot be had: what is nearest
     **dict.fromkeys(("dora", "loha", "lokr", "loftq"), "LoRA, or QLoRA"),
@@ -166,15 +165,10 @@ def targets(reader, field: str, value: object) -> None:
 
 def best_model(reader, field: str, value: object) -> None:
     """Keep the adapter with the lowest eval loss, without an early stop."""
-    if value:
-        reader.params["finetune"]["early_stopping_patience"] = FOREVER
-        reader.row(
-            "renamed",
-            field,
-            f"finetune.early_stopping_patience: {FOREVER}, which keeps the best adapter and never stops",
-        )
-    else:
+    if value in OFF:
         reader.row("dropped", field, "the last adapter is kept")
+    else:
+        reader.put(field, "finetune.keep_best", value)
 
 
 def training(reader, field: str, value: dict | None) -> None:
