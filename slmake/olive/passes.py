@@ -196,8 +196,8 @@ def algorithm(reader, field: str, value: str) -> None:
     """The builder's algorithm, whose name may say what keeps 8 bits."""
     if value is None:
         reader.row("dropped", field, "quantize.algo_config has its default")
-    elif isinstance(value, list) and all(name in ("default", "rtn", "k_quant") for name in value):
-        goals.several(reader, field, "algo_config", value)
+    elif isinstance(value, list):
+        goals.algorithms(reader, field, value)
     elif not isinstance(value, str) or value not in fields.ALGORITHMS:
         reader.unknown(field, f"{value!r} is none of {', '.join(fields.ALGORITHMS)}")
     else:
@@ -207,7 +207,9 @@ def algorithm(reader, field: str, value: str) -> None:
 
 def precision(reader, field: str, value: object) -> None:
     """The precision; a template may leave it open."""
-    if not isinstance(value, str) or not reader.blank(field, value):
+    if isinstance(value, list):
+        goals.several(reader, field, "precision", value)
+    elif not isinstance(value, str) or not reader.blank(field, value):
         reader.put(field, "quantize.precision", value)
 
 
