@@ -22,8 +22,9 @@ NEAREST = {  # passes that cannot be had: what is nearest
 
 def passes(reader, field: str, value: dict) -> None:
     """Rules for `passes`, by their types, in the order in which they run."""
-    if not isinstance(value, dict):
-        reader.unknown(field, f"expected a mapping, found {type(value).__name__}")
+    if not isinstance(value, dict) or not value:
+        why = f"expected a mapping, found {type(value).__name__}" if value != {} else "empty: nothing to do"
+        reader.unknown(field, why)
         return
     for name in chosen(reader, field, value):
         entry = value[name]
