@@ -138,10 +138,10 @@ class Exported:
         try:
             if _holds_nul(messages):
                 raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
-            text = json.dumps(messages)
+            chat = self.form.get("chat", {})
+            text = json.dumps([_trimmed(turn, chat.get("trimmed_roles", [])) for turn in messages])
         except RecursionError:
             raise ValueError("the arguments of a call are nested too deeply.") from None
-        chat = self.form.get("chat", {})
         template = self._template(chat, tools)
         try:
             prompt = self.tokenizer.apply_chat_template(text, template_str=template, add_generation_prompt=not answered)
@@ -354,6 +354,12 @@ def _holds_nul(value: object) -> bool:
     if isinstance(value, list):
         return any(map(_holds_nul, value))
     return isinstance(value, str) and "\0" in value
+
+
+def _trimmed(turn: dict, roles: list[str]) -> dict:
+    """A turn without outer white space where the chat template strips it: the runtime's engine leaves what is not ASCII."""
+    content = turn.get("content")
+    return {**turn, "content": content.strip()} if isinstance(content, str) and turn.get("role") in roles else turn
 
 
 def _messages(text: str) -> list[dict]:
