@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
+        context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)
         free = estimate.free_disk(Path())
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             with outputs.written(files=[args.output, args.estimate]) as (checks_file, estimate_file):
                 checks = rehearse(everything, args.base, args.dataset, scratch, job)
                 outputs.write_json(checks_file, {"passed": list(checks)})
-                needs = estimate.estimate(everything, args.base, args.dataset, scratch, job)
+                needs = estimate.estimate(everything, args.base, args.dataset, scratch, job, context)
                 section = everything.rehearse
                 room = (section.memory_gb or 0) * 1e9 or memory.available()
                 disk = (section.disk_gb or 0) * 1e9 or free
