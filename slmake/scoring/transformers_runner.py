@@ -2,8 +2,8 @@
 
 import copy
 import math
-import os
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +99,10 @@ class TransformersRunner:
         import torch
 
         room = max(map(len, questions.prompts)) + max(map(len, questions.answers))
-        prefix = os.path.commonprefix([prompt.tolist() for prompt in questions.prompts])
-        prefix = prefix[: min(map(len, questions.prompts)) - 1]  # a prompt's last token gives the logits of its answer
+        columns = zip(
+            *(prompt[:-1].tolist() for prompt in questions.prompts), strict=False
+        )  # the last gives an answer's logits
+        prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
         if len(prefix) >= SHARED and room < self.croppable:
             ids = torch.tensor([prefix], device=self.device)
             self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
