@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from slmake import outputs
 from slmake.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -107,12 +108,11 @@ class _Facts:
                 self.known = dict(saved["files"])
 
     def __call__(self, file: Path) -> dict:
-        status = os.stat(file)  # noqa: PTH116 (faster than Path.stat; every parse of the Snakefile asks for hundreds)
-        mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        mark = outputs.mark(file)
         key = os.path.abspath(file)  # noqa: PTH100
         entry = self.known.get(key)
         if not entry or entry["mark"] != mark:
-            settled = time.time() - status.st_ctime > SETTLED
+            settled = time.time() - mark[2] / 1e9 > SETTLED
             entry = {"mark": mark if settled else None, **_read(file)}
             self.known[key], self.changed = entry, self.changed or settled
         return entry

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dvc import rwlock
 from dvc.cli import main
+from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.utils.serialize import _common
 
 from slmake import cli, outputs
