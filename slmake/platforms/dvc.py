@@ -160,7 +160,9 @@ def refuse_damaged(wanted: list[str]) -> None:
     found = json.loads(status.stdout or "{}")
     changes = [(stage, change) for stage in found for change in found[stage] if isinstance(change, dict)]
     damaged = [(path, how, stage) for stage, change in changes for path, how in change.get("changed outs", {}).items()]
-    damaged = [entry for entry in damaged if entry[1] != "not in cache"]  # it is what it was; `dvc commit` caches it again
+    damaged = [
+        entry for entry in damaged if entry[1] != "not in cache"
+    ]  # it is what it was; `dvc commit` caches it again
     if damaged:
         path, how, stage = damaged[0]
         raise UserError(
