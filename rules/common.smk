@@ -72,9 +72,9 @@ def built_from(rule):
     return {"section": section, "sources": PLAN.digest(rule)}
 
 
-def optional(name):
-    """The option `--name FILE` for an input that a rule has under a condition only, and no text without that input."""
-    return lambda wildcards, input: f"--{name} {input[name]}" if input[name] else ""
+def optional(*names):
+    """The options `--name FILE` for inputs that a rule has under a condition only, and no text for those that it has not."""
+    return lambda wildcards, input: " ".join(f"--{name} {input[name]}" for name in names if input[name])
 
 
 report: "../report/workflow.rst"
