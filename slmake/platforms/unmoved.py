@@ -34,6 +34,7 @@ def unmoved() -> bool:
 def remember(wanted: list[str]) -> None:
     """Note the files of these stages, if DVC finds by content that they are what the receipts say, and none moves meanwhile."""
     import yaml
+    from dvc.exceptions import DvcException
 
     from slmake.platforms.atomic_dvc import Repo
 
@@ -42,8 +43,11 @@ def remember(wanted: list[str]) -> None:
     entries = [entry for name in names for entry in (*named[name]["deps"], *named[name]["outs"])]
     paths = [*SETTINGS, *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)})]
     seen = marks(paths)
-    with Repo() as repo:
-        changed = repo.status(targets=names)
+    try:
+        with Repo() as repo:
+            changed = repo.status(targets=names)
+    except DvcException:  # another DVC is at work: the next record compares again
+        return
     if not changed and marks(paths) == seen:
         objects = [str(dvc.cached(md5)) for md5 in dvc.recorded()]
         outputs.replace(SEEN, json.dumps({"paths": paths, "marks": seen, "objects": objects}).encode())
