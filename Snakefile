@@ -349,11 +349,12 @@ rule package:
     input:
         code=code_of("package"),
         materials=ancient(PLAN.materials()),
-        licences=ancient(PLAN.params.package.license_files + PLAN.constraint),
+        named=ancient(PLAN.named("package")),  # licences, a schema, the signing key
         model=PLAN.onnx,
         dataset="build/dataset",
         base_report="results/base.json",
         dataset_report="results/dataset.json",
+        adapter=when(PLAN.fetched_adapter, "results/adapter.json"),
         metrics="results/metrics.json",
         gates="results/gates.json",
         search=when(PLAN.search, "results/search.json"),
@@ -369,7 +370,7 @@ rule package:
         runtime=30,
     params:
         **built_from("package"),
-        search=optional("search"),
+        reports=optional("adapter", "search"),
     shell:
         "python -m scripts.package"
         " --params params.yaml"
@@ -379,7 +380,7 @@ rule package:
         " --dataset-report {input.dataset_report}"
         " --metrics {input.metrics}"
         " --gates {input.gates}"
-        " {params.search}"
+        " {params.reports}"
         " --lock {input.lock}"
         " --materials {input.materials:q}"
         " --output {output.package}"
