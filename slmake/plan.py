@@ -171,7 +171,8 @@ class Plan:
         """A rule's sections of params.yaml as text: it runs again when they differ."""
         texts = [as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule])]
         if rule == "rehearse":
-            texts.append(json.dumps({"stages": self.stages}))
+            constraints = [getattr(self.params, stage).constrain for stage in ("evaluate", "package")]
+            texts.append(json.dumps({"stages": self.stages, "constrain": constraints}))
         return "".join(texts) + self._image()
 
     def _image(self) -> str:
