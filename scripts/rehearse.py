@@ -20,7 +20,7 @@ from slmake.rehearsal.checks import rehearse
 def refuse_constraints(everything: params.Params, form: dict) -> None:
     """Raise UserError where a constraint asks for labels or tools that the dataset does not have."""
     for stage in ("evaluate", "package"):
-        if stage in everything.stages:
+        if stage in everything.all.stages:
             constraints.check(getattr(everything, stage).constrain, form, f"{stage}.constrain")
 
 
