@@ -1,5 +1,4 @@
 # slmake: from a dataset and a base model to a checked int4 ONNX model.
-#
 #     snakemake --cores all                  build what params.yaml asks for
 #     snakemake --cores all build/adapter    build one thing and what it needs
 #     snakemake -n                           say what would run, and why
@@ -78,7 +77,7 @@ rule prepare:
         " --log {log}"
 
 
-# Runs before all other rules that are ready, and alone. It is nobody's input: behind an input that has to be made again, even an
+# Runs before all other rules that are ready, here alone. It is nobody's input: behind an input that has to be made again, even an
 # `ancient` one, Snakemake looks for no other changes, so that a changed learning rate would not train again.
 rule rehearse:
     input:
@@ -97,6 +96,7 @@ rule rehearse:
     resources:
         mem_mb=memory(4000, 2),
         runtime=60,
+        turns=1,  # profiles/slurm has one turn: finetune, which takes one too, waits
     params:
         **built_from("rehearse"),
     shell:
@@ -126,6 +126,7 @@ rule finetune:
     resources:
         mem_mb=memory(6000, 4),
         runtime=720,
+        turns=1,
         nproc_per_node="auto",  # processes that train together: one per GPU; a profile's set-resources may say a number
     params:
         **built_from("finetune"),
@@ -348,11 +349,12 @@ rule package:
     input:
         code=code_of("package"),
         materials=ancient(PLAN.materials()),
-        licences=ancient(PLAN.params.package.license_files + PLAN.constraint),
+        named=ancient(PLAN.named("package")),  # licences, a schema, the signing key
         model=PLAN.onnx,
         dataset="build/dataset",
         base_report="results/base.json",
         dataset_report="results/dataset.json",
+        adapter=when(PLAN.fetched_adapter, "results/adapter.json"),
         metrics="results/metrics.json",
         gates="results/gates.json",
         search=when(PLAN.search, "results/search.json"),
@@ -368,7 +370,7 @@ rule package:
         runtime=30,
     params:
         **built_from("package"),
-        search=optional("search"),
+        reports=optional("adapter", "search"),
     shell:
         "python -m scripts.package"
         " --params params.yaml"
@@ -378,7 +380,7 @@ rule package:
         " --dataset-report {input.dataset_report}"
         " --metrics {input.metrics}"
         " --gates {input.gates}"
-        " {params.search}"
+        " {params.reports}"
         " --lock {input.lock}"
         " --materials {input.materials:q}"
         " --output {output.package}"

@@ -12,7 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 from slmake import cli, params
 from slmake.code_inputs import code, remember
 from slmake.errors import UserError
-from slmake.outputs import break_readonly_hardlink
+from slmake.outputs import break_readonly_hardlinks
 from slmake.plan import LOCKS, Plan, when
 from slmake.platforms import container as containers
 from slmake.platforms import dvc, slurm
@@ -26,9 +26,8 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 
 # DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
 # (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
-for folder in () if "SLMAKE_PULL" in os.environ else ("results", "build/report"):
-    for result in Path(folder).glob("*"):
-        break_readonly_hardlink(result)
+if "SLMAKE_PULL" not in os.environ:
+    break_readonly_hardlinks()
 
 # A rule ends when Snakemake is killed (slmake/cli.py). Its `python` takes the place of the shell, and gets the signals for it.
 os.environ[cli.ENGINE] = cli.engine()
@@ -73,9 +72,9 @@ def built_from(rule):
     return {"section": section, "sources": PLAN.digest(rule)}
 
 
-def optional(name):
-    """The option `--name FILE` for an input that a rule has under a condition only, and no text without that input."""
-    return lambda wildcards, input: f"--{name} {input[name]}" if input[name] else ""
+def optional(*names):
+    """The options `--name FILE` for inputs that a rule has under a condition only, and no text for those that it has not."""
+    return lambda wildcards, input: " ".join(f"--{name} {input[name]}" for name in names if input[name])
 
 
 report: "../report/workflow.rst"

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
             write_curve(train_loss, ["step", "epoch", "loss", "learning_rate"], trainer.train_curve)
             write_curve(eval_loss, ["step", "epoch", "loss"], trainer.eval_curve)
         trainer.checkpoints.remove()
-        end = f", eval loss {trainer.eval_curve[-1][2]:.3f}" if trainer.eval_curve else ""
+        kept = trainer.best if trainer.best is not None else trainer.eval_curve[-1][2] if trainer.eval_curve else None
+        end = "" if kept is None else f", eval loss {kept:.3f}"
         early = " (stopped early)" if done["stopped"] else ""
         speed = done["tokens"] / done["seconds"] if done["seconds"] else 0
         job.say(

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
         refuse_constraints(everything, load_prompt(args.dataset))
+        context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)
         free = estimate.free_disk(Path())
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             with outputs.written(files=[args.output, args.estimate]) as (checks_file, estimate_file):
                 checks = rehearse(everything, args.base, args.dataset, scratch, job)
                 outputs.write_json(checks_file, {"passed": list(checks)})
-                needs = estimate.estimate(everything, args.base, args.dataset, scratch, job)
+                needs = estimate.estimate(everything, args.base, args.dataset, scratch, job, context)
                 section = everything.rehearse
                 room = (section.memory_gb or 0) * 1e9 or memory.available()
                 disk = (section.disk_gb or 0) * 1e9 or free

@@ -210,7 +210,7 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
         except Exception as error:
             full = _is_full(error)
-            if log_path or not full:
+            if log_path or not (full or _is_path(error)):
                 traceback.print_exc()
             if full or isinstance(error, OSError):
                 _fail(current, _explain_os_error(error))
@@ -261,6 +261,12 @@ def _is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or FULL in str(error) or "disk is full" in str(error)
 
 
+def _is_path(error: Exception) -> bool:
+    """Whether a path that the user named cannot be what it is to be, such as a folder in the place of a file."""
+    numbers = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, OSError) and error.errno in numbers and error.filename is not None
+
+
 def _explain_os_error(error: Exception) -> str:
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
     if _is_full(error):
@@ -271,6 +277,8 @@ def _explain_os_error(error: Exception) -> str:
         return f"cannot write here{where}: {error.strerror}. Check the folder's owner and permissions."
     if error.errno == errno.ENOMEM:
         return "out of memory. Use smaller batches or a machine with more memory."
+    if _is_path(error):
+        return f"{error.filename}: {error.strerror}. Name another path."
     return f"{type(error).__name__}: {error}"
 
 

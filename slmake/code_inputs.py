@@ -9,6 +9,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from slmake import outputs
 from slmake.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -106,12 +108,11 @@ class _Facts:
                 self.known = dict(saved["files"])
 
     def __call__(self, file: Path) -> dict:
-        status = os.stat(file)  # noqa: PTH116 (faster than Path.stat; every parse of the Snakefile asks for hundreds)
-        mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        mark = outputs.mark(file)
         key = os.path.abspath(file)  # noqa: PTH100
         entry = self.known.get(key)
         if not entry or entry["mark"] != mark:
-            settled = time.time() - status.st_ctime > SETTLED
+            settled = time.time() - mark[2] / 1e9 > SETTLED
             entry = {"mark": mark if settled else None, **_read(file)}
             self.known[key], self.changed = entry, self.changed or settled
         return entry
@@ -134,6 +135,7 @@ def _read(file: Path) -> dict:
         return content
     try:
         tree = ast.parse(file.read_bytes())
+        meaning = hashlib.sha256(_canonical(tree).encode()).hexdigest()
     except (SyntaxError, ValueError, RecursionError):
         return content  # a file in a user's folder; `modules` refuses the project's own
     imports = set()
@@ -142,13 +144,27 @@ def _read(file: Path) -> dict:
             imports |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
-            body[0] = ast.Pass()
     return content | {
-        "meaning": hashlib.sha256(ast.dump(tree).encode()).hexdigest(),
+        "meaning": meaning,
         "imports": sorted(name for name in imports if name.split(".")[0] in PACKAGES),
     }
+
+
+def _canonical(node: object) -> str:
+    """A syntax tree without docstrings as text, the same for every Python: newer ones add fields, which are empty for older code."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)  # not `repr`, which depends on the version of Unicode
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 cuts texts in two, and adds empty ones
+        runs = [(text, list(run)) for text, run in itertools.groupby(node.values, _is_text)]
+        parts = ["".join(part.value for part in run) if text else run for text, run in runs]
+        return f"JoinedStr({','.join(_canonical(part) for part in parts if part)})"
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    body = fields.get("body")
+    if isinstance(body, list) and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+        fields["body"] = [ast.Pass(), *body[1:]]
+    return f"{type(node).__name__}({','.join(f'{name}={_canonical(fields[name])}' for name in sorted(fields))})"
 
 
 def _is_text(node: ast.AST) -> bool:

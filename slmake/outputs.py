@@ -141,6 +141,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def mark(path: Path | str) -> list[int]:
+    """Size, times (ns: of the content, of the inode) and number of a file's inode: while they are the same, so is its content."""
+    status = os.stat(path)  # noqa: PTH116 (faster than Path.stat; every parse of the Snakefile asks for hundreds)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def folder_digest(path: Path) -> str:
     """SHA-256 over the names and contents of a folder's files (Snakemake's and DVC's own markers left out)."""
     digest = hashlib.sha256()
@@ -154,10 +160,11 @@ def folder_size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake"))
 
 
-def break_readonly_hardlink(path: Path) -> None:
-    """Replace a file that may not be written (a read-only link into DVC's cache) by a copy of its own; its time stays."""
-    if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o200:
-        temporary = path.with_name(f".{path.name}.partial")
-        shutil.copy2(path, temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+def break_readonly_hardlinks() -> None:
+    """Replace single results that may not be written (read-only links into DVC's cache) by copies of their own; their times stay."""
+    for path in (path for folder in ("results", "build/report") for path in Path(folder).glob("*")):
+        if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o200:
+            temporary = path.with_name(f".{path.name}.partial")
+            shutil.copy2(path, temporary)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)

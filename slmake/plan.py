@@ -182,7 +182,7 @@ class Plan:
 
     def digest(self, rule: str) -> str:
         """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, byte for byte."""
-        files = [*self.materials(), *self.signing_key] if rule == "package" else []
+        files = self.materials() if rule == "package" else []
         return digest([*code(rule), *LOCKS]) + digest([*files, *self.named(rule)], exact=True)
 
     def named(self, rule: str) -> list[str]:
@@ -195,7 +195,7 @@ class Plan:
             "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
             "report": self.published_metrics,
-            "package": [*self.params.package.license_files, *self.constraint],
+            "package": [*self.params.package.license_files, *self.constraint, *self.signing_key],
         }
         return files.get(rule, [])
 

@@ -39,7 +39,8 @@ def read(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        hint = " JSON has no comments and no comma before a closing bracket." * isinstance(error, json.JSONDecodeError)
+        hint = " JSON has no comments and no comma before a closing bracket; a YAML file's name ends in .yaml or .yml."
+        hint *= isinstance(error, json.JSONDecodeError)
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}.{hint}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping with `input_model` and `passes`, found {type(data).__name__}.")

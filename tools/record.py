@@ -3,7 +3,7 @@
     python -m tools.record
 
 Only the stages that params.yaml asks for are recorded. What changed although its rule did not run since the last record is damaged:
-it is named, and no receipt is touched.
+it is named, and no receipt is touched. Where no file has moved since the last record, nothing is hashed.
 
 `dvc commit` puts a file of its cache in the place of one that was built. Where the same content was built before, that is the
 old file with its old time, and Snakemake would take it for older than what it was made from, and build again at every call.
@@ -16,7 +16,8 @@ from pathlib import Path
 from slmake import cli, outputs
 from slmake.code_inputs import remember
 from slmake.errors import UserError
-from slmake.platforms import dvc_yaml
+from slmake.outputs import break_readonly_hardlinks
+from slmake.platforms import dvc_yaml, unmoved
 from slmake.platforms.dvc import LOCK, dvc, note, reason, refuse_damaged, refuse_unbuilt, repair_lock, stages
 
 
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
     with cli.job("record") as job:
+        if unmoved.unmoved():
+            return
         if repaired := repair_lock():
             job.say(repaired)
         dvc_yaml.update()
@@ -48,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
             LOCK.unlink() if before is None else outputs.replace(LOCK, before)
             raise
         note()
+        break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now
         remember()
+        unmoved.remember(wanted)
 
 
 if __name__ == "__main__":

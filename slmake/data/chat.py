@@ -164,6 +164,21 @@ class ChatTemplate:
         head, _ = self.split([*question, {"role": "assistant", "content": MARK}])
         return head[len(self._render(question, True)[0]) :]
 
+    def trimmed_roles(self) -> list[str]:
+        """Roles whose content the template strips. Python strips white space of all kinds, the runtime's template engine ASCII only."""
+        padded, question = f"\u00a0{MARK}\u00a0", {"role": "user", "content": "?"}
+        trimmed = []
+        for role, before, behind in (
+            ("system", [], [question]),
+            ("user", [], []),
+            ("assistant", [question], [question]),
+        ):
+            with contextlib.suppress(ValueError):  # a template without a system turn
+                text, _ = self._render([*before, {"role": role, "content": padded}, *behind], True)
+                if MARK in text and padded not in text:
+                    trimmed.append(role)
+        return trimmed
+
     def settings(self) -> dict:
         """What inference needs to write the same prompts."""
         return {"template_kwargs": self.options, "date": self.date.isoformat()}

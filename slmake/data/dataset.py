@@ -12,6 +12,7 @@ from slmake import cli, outputs, params
 from slmake.data.formats import prompt_template
 from slmake.data.hub_rows import read_hub_rows
 from slmake.data.preview import Sequence, example_of
+from slmake.data.repeated_answers import repeated_answers, without_answers
 from slmake.data.rows import decompressed, read_rows
 from slmake.data.splits import (
     FEW_ANSWERS,
@@ -67,6 +68,8 @@ class Preparation:
         with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
             split, before, labels = self._split(store, self._read(store, files, template))
             within = store.exact_duplicates(split == 0)
+            chats = isinstance(template, Conversations)
+            self.repeated = self._leave_out_repeated(store, split) if chats else {}
             tokenize = Tokenize(self.section, self.tokenizer, template)
             writers = self._write(store, split, tokenize)
             self.apart = tokenize.apart > 0
@@ -93,6 +96,7 @@ class Preparation:
                 "removed_from_train": int(((before == 0) & (split < 0)).sum()),
                 "removed_from_eval": int(((before == 1) & (split < 0)).sum()),
                 "within_train": within,
+                **({"answers_not_scored": sum(map(len, self.repeated.values()))} if self.repeated else {}),
             },
         }
 
@@ -129,6 +133,31 @@ class Preparation:
             self.job.say(f"warning: {warning}")
         return split, before, labels
 
+    def _leave_out_repeated(self, store: Store, split: np.ndarray) -> dict[int, list[int]]:
+        """Answers of test conversations that are not scored (see `repeated_answers`); a row without any other leaves `split`."""
+        repeated = repeated_answers(store, split)
+        count = sum(map(len, repeated.values()))
+        if repeated and self.section.duplicates == "refuse":
+            number = min(repeated)
+            row = store.row(number)
+            raise UserError(
+                f"prepare.duplicates: {count} answers of test conversations are in training rows, too, behind the same turns; the first is "
+                f"{row.file}: row {row.line}, turn {repeated[number][0] + 1}. Remove them, or set duplicates: remove."
+            )
+        for number, turns in repeated.items():
+            if len(turns) == store.row(number).answers:
+                split[number] = -1
+        if repeated and self.scored and not (split == SPLITS.index("test")).any():
+            raise UserError(
+                f"prepare: all {count} answers of the test conversations are in training rows, too, behind the same turns, so nothing is "
+                "left to score. Add other conversations."
+            )
+        if repeated:
+            self.job.say(
+                f"{count} answers of test conversations are not scored: training has them, too, behind the same turns"
+            )
+        return repeated
+
     def _write(self, store: Store, split: np.ndarray, tokenize: Tokenize) -> dict[str, Writer]:
         """Tokenize the rows of every split into its Parquet file."""
         tokenizer, strategy = self.tokenizer, self.section.strategy
@@ -150,7 +179,11 @@ class Preparation:
             bar = stack.enter_context(self.job.progress(int((split >= 0).sum()), "rows"))
             for numbers, batch in store.batches(CHATS if chats else BATCH):
                 for index, (name, writer) in enumerate(writers.items()):
-                    chosen = [row for row, own in zip(batch, split[numbers] == index, strict=True) if own]
+                    chosen = [
+                        without_answers(row, self.repeated[number]) if number in self.repeated else row
+                        for number, row in zip(numbers, batch, strict=True)
+                        if split[number] == index
+                    ]
                     if chosen:
                         examples = tokenize(chosen, one_answer=name == "test")
                         writer.write(examples)

@@ -214,7 +214,11 @@ class Conversations(PromptTemplate):
             "answer": None,
             "fields": [],
             "add_special_tokens": False,
-            "chat": {**self.chat.settings(), "answer_prefix": self.chat.answer_prefix()},
+            "chat": {
+                **self.chat.settings(),
+                "answer_prefix": self.chat.answer_prefix(),
+                "trimmed_roles": self.chat.trimmed_roles(),
+            },
         }
 
 

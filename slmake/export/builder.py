@@ -2,16 +2,20 @@
 
 import contextlib
 import fnmatch
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.export.builder_fixes import fixed
+from slmake.export.builder_fixes import replaced as replaced_name
 from slmake.export.streaming import streamed
 
 
@@ -86,6 +90,17 @@ def no_git() -> Iterator[None]:
             os.environ["GIT_DIR"] = before
 
 
+@contextlib.contextmanager
+def one_tokenizer(builder) -> Iterator[None]:
+    """Load the tokenizer once: the builder asks for it three times, and one with a large vocabulary takes a second or more."""
+    once = SimpleNamespace(from_pretrained=functools.cache(builder.AutoTokenizer.from_pretrained))
+    with (
+        replaced_name(builder, "AutoTokenizer", once),
+        replaced_name(sys.modules[builder.Model.__module__], "AutoTokenizer", once),
+    ):
+        yield
+
+
 def export(
     section: params.Quantize,
     model: Path,
@@ -114,7 +129,7 @@ def export(
     while True:
         structured = structured_options(section, model, parts)
         try:
-            with no_git(), streamed(builder, weights or {}), fixed(builder) as needed:
+            with no_git(), one_tokenizer(builder), streamed(builder, weights or {}), fixed(builder) as needed:
                 builder.create_model(*arguments, **builder.parse_extra_options(*arguments, extra, **structured))
             return sorted(needed)
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:

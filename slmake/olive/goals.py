@@ -1,6 +1,6 @@
 """What an Olive search asks for: goals of metrics as gates, and options with several values as candidates (quantize.search)."""
 
-from slmake.olive.fields import OFF
+from slmake.olive.fields import ALGORITHMS, OFF, Drop
 
 # Olive's metrics and their sub-types by name here, and whether more is better.
 METRICS = {
@@ -16,8 +16,9 @@ METRICS = {
     ("size_on_disk", "bytes"): ("size_bytes", False),
 }
 OF_ROWS = ("accuracy", "macro_f1", "answer_perplexity")
+OBJECTIVES = {"latency": "latency", "throughput": "latency", "size_on_disk": "size"}  # quantize.search.objective
 SEARCHED = ("algo_config", "block_size", "is_symmetric", "accuracy_level")  # what may have several values
-BUDGET = ("num_samples", "max_samples", "max_iter")
+SAMPLER = Drop("all combinations are tried if the budget allows, else Optuna's TPE sampler chooses them")
 
 
 def evaluators(reader, field: str, value: object) -> None:
@@ -28,7 +29,9 @@ def evaluators(reader, field: str, value: object) -> None:
         for i, metric in enumerate(metrics if isinstance(metrics, list) else []):
             kinds = metric.get("sub_types") if isinstance(metric, dict) else None
             for k, kind in enumerate(kinds if isinstance(kinds, list) else []):
-                goal = kind.get("goal") if isinstance(kind, dict) else None
+                goal, priority = (kind.get("goal"), kind.get("priority")) if isinstance(kind, dict) else (None, None)
+                if isinstance(priority, int) and priority > 0 and str(metric.get("type")).lower() in OBJECTIVES:
+                    reader.priorities.append((priority, OBJECTIVES[metric["type"].lower()]))
                 if goal not in OFF:
                     where = f"{field}.{name}.metrics.{i}.sub_types.{k}.goal"
                     reader.goals.append((where, (metric.get("type"), kind.get("name")), goal))
@@ -79,12 +82,76 @@ def strategy(reader, field: str, value: object) -> None:
     elif not isinstance(value, dict):
         reader.unknown(field, f"expected a mapping, found {type(value).__name__}; it becomes quantize.search")
     else:
-        reader.strategy = (field, value)
+        reader.strategy = (field, {})
+        reader.walk(field, value, STRATEGY)
+
+
+def setting(name: str):
+    """A rule for a setting of the search: kept for `finish_strategy`, when it is known whether anything is searched."""
+
+    def keep(reader, field, value):
+        least = 0 if name == "seed" else 1
+        if value is None:
+            reader.row("dropped", field, f"quantize.search.{name} has its default")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < least:
+            reader.unknown(field, f"{value!r}: a whole number from {least} is expected")
+        else:
+            reader.strategy[1][name] = (field, value)
+
+    return keep
+
+
+def sampler(reader, field: str, value: object) -> None:
+    """Settings of the sampler, in a mapping of their own before 0.8."""
+    reader.walk(field, value or {}, STRATEGY)
+
+
+def instead(why: str):
+    """A rule for what the search does otherwise."""
+
+    def rule(reader, field, value):
+        reader.row("dropped" if value in OFF else "nearest", field, why)
+
+    return rule
+
+
+STRATEGY = {
+    **dict.fromkeys(("num_samples", "max_samples", "max_iter"), setting("budget")),
+    "seed": setting("seed"),
+    **dict.fromkeys(("search_algorithm_config", "sampler_config"), sampler),
+    **dict.fromkeys(("search_algorithm", "sampler", "multivariate", "group", "with_replacement"), SAMPLER),
+    "execution_order": Drop(
+        "only options of the export have several values: one search", (*OFF, "joint", "pass-by-pass")
+    ),
+    "include_pass_params": Drop("options with a list of values are searched", (*OFF, True)),
+    "output_model_num": instead("one model, the winner, is exported; all candidates are in the report"),
+    "max_time": instead("the search ends by quantize.search.budget: results must not depend on a machine's speed"),
+    "stop_when_goals_met": instead("the whole budget is tried, and the best that passes the gates is taken"),
+}
+
+
+def algorithms(reader, field: str, values: list) -> None:
+    """Several algorithms, whose names may say what keeps 8 bits: one of both is searched."""
+    known = [ALGORITHMS.get(name) if isinstance(name, str) else None for name in values]
+    if not values or None in known:
+        reader.unknown(field, f"{values!r}: algorithms are {', '.join(ALGORITHMS)}")
+        return
+    names, kept = (list(dict.fromkeys(part)) for part in zip(*known, strict=True))
+    if kept == [None]:
+        reader.params["quantize"]["matmul_mixed_precision"] = None
+        several(reader, field, "algo_config", names)
+    elif len(names) == 1:
+        reader.params["quantize"]["algo_config"] = names[0]
+        several(reader, field, "matmul_mixed_precision", kept)
+    else:
+        reader.unknown(
+            field, f"{values!r}: several algorithms, or what one of them keeps in 8 bits, can be searched, not both"
+        )
 
 
 def several(reader, field: str, name: str, values: list) -> None:
     """An option with several values."""
-    if name not in SEARCHED or not values:
+    if name not in (*SEARCHED, "matmul_mixed_precision") or not values:
         reader.unknown(field, f"{values!r}: one value is expected; several can be searched of {', '.join(SEARCHED)}")
         return
     reader.params["quantize"].setdefault("search", {})[name] = values
@@ -99,8 +166,14 @@ def finish_strategy(reader) -> None:
         reader.unknown(field, "candidates are compared on a dataset's rows, and no pass names one: give one value each")
     elif reader.strategy and not search:
         reader.row("nearest", field, f"no option has several values; those that may: {', '.join(SEARCHED)}")
-    elif reader.strategy:
-        budget = next((given[name] for name in BUDGET if isinstance(given.get(name), int) and given[name]), None)
-        search |= {"budget": budget} if budget else {}
-        search |= {"seed": given["seed"]} if isinstance(given.get("seed"), int) else {}
-        reader.row("renamed", field, f"quantize.search: {search}")
+        for where, _ in given.values():
+            reader.row("dropped", where, "nothing is searched")
+    elif search:
+        for name, (where, value) in given.items():
+            search[name] = value
+            reader.row("renamed", where, f"quantize.search.{name}: {value}")
+        if reader.priorities:
+            search["objective"] = min(reader.priorities)[1]
+            reader.row(
+                "renamed", "evaluators", f"quantize.search.objective: {search['objective']!r}, the first by priority"
+            )

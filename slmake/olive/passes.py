@@ -4,7 +4,6 @@ from slmake.olive import data, fields, goals, quantizers
 from slmake.olive.fields import OFF, Drop
 
 DTYPES = ("float32", "bfloat16")
-FOREVER = 1000  # evaluations without a better loss: training never stops for them, and the best adapter is kept
 BUILDS = "ModelBuilder writes the graph, optimized and quantized"
 NEAREST = {  # passes that cannot be had: what is nearest
     **dict.fromkeys(("dora", "loha", "lokr", "loftq"), "LoRA, or QLoRA"),
@@ -23,8 +22,9 @@ NEAREST = {  # passes that cannot be had: what is nearest
 
 def passes(reader, field: str, value: dict) -> None:
     """Rules for `passes`, by their types, in the order in which they run."""
-    if not isinstance(value, dict):
-        reader.unknown(field, f"expected a mapping, found {type(value).__name__}")
+    if not isinstance(value, dict) or not value:
+        why = f"expected a mapping, found {type(value).__name__}" if value != {} else "empty: nothing to do"
+        reader.unknown(field, why)
         return
     for name in chosen(reader, field, value):
         entry = value[name]
@@ -166,15 +166,10 @@ def targets(reader, field: str, value: object) -> None:
 
 def best_model(reader, field: str, value: object) -> None:
     """Keep the adapter with the lowest eval loss, without an early stop."""
-    if value:
-        reader.params["finetune"]["early_stopping_patience"] = FOREVER
-        reader.row(
-            "renamed",
-            field,
-            f"finetune.early_stopping_patience: {FOREVER}, which keeps the best adapter and never stops",
-        )
-    else:
+    if value in OFF:
         reader.row("dropped", field, "the last adapter is kept")
+    else:
+        reader.put(field, "finetune.keep_best", value)
 
 
 def training(reader, field: str, value: dict | None) -> None:
@@ -202,8 +197,8 @@ def algorithm(reader, field: str, value: str) -> None:
     """The builder's algorithm, whose name may say what keeps 8 bits."""
     if value is None:
         reader.row("dropped", field, "quantize.algo_config has its default")
-    elif isinstance(value, list) and all(name in ("default", "rtn", "k_quant") for name in value):
-        goals.several(reader, field, "algo_config", value)
+    elif isinstance(value, list):
+        goals.algorithms(reader, field, value)
     elif not isinstance(value, str) or value not in fields.ALGORITHMS:
         reader.unknown(field, f"{value!r} is none of {', '.join(fields.ALGORITHMS)}")
     else:
@@ -213,7 +208,9 @@ def algorithm(reader, field: str, value: str) -> None:
 
 def precision(reader, field: str, value: object) -> None:
     """The precision; a template may leave it open."""
-    if not isinstance(value, str) or not reader.blank(field, value):
+    if isinstance(value, list):
+        goals.several(reader, field, "precision", value)
+    elif not isinstance(value, str) or not reader.blank(field, value):
         reader.put(field, "quantize.precision", value)
 
 

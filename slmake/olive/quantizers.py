@@ -6,6 +6,7 @@ first, and become one section quantize when all passes are read.
 
 from slmake.olive import fields
 from slmake.olive.data import calibration_data
+from slmake.olive.goals import several
 
 TYPES = {  # what becomes of each kind of pass
     "gptq": "quantize.calibration: 'gptq'",
@@ -85,7 +86,9 @@ def block(reader, options: dict, section: dict) -> None:
     if "group_size" not in options:
         return
     field, value = options.pop("group_size")
-    if value not in BLOCKS or isinstance(value, bool):
+    if isinstance(value, list) and all(size in BLOCKS for size in value):
+        several(reader, field, "block_size", value)
+    elif value not in BLOCKS or isinstance(value, bool):
         reader.unknown(field, f"{value!r} is none of {', '.join(map(str, BLOCKS))}")
     elif section.get("block_size", value) != value:
         reader.row("nearest", field, f"one block size for all weights: quantize.block_size: {section['block_size']}")

@@ -46,7 +46,10 @@ class Reader:
         self.systems: dict[str, dict] = {}
         self.weights: dict[str, dict] = {}  # passes over PyTorch weights, by kind: their options
         self.goals: list[tuple] = []  # of evaluators: field, metric and sub-type, goal
-        self.strategy: tuple[str, dict] | None = None  # search_strategy: field and content
+        self.priorities: list[
+            tuple[int, str]
+        ] = []  # of evaluators' metrics that a search may aim at: priority and objective
+        self.strategy: tuple[str, dict] | None = None  # search_strategy: field, and settings with theirs
         self.provider: tuple[str, str] | None = None  # field and name of the engine's execution provider
         self.data: dict[str, tuple[object, object]] = {}  # data configurations by name: key and content
         given = config.get("data_configs")

@@ -153,7 +153,7 @@ def ingredients(facts: dict) -> list[str]:
     rows = facts["dataset"]["rows"]
     lines = ["## What it was made from", "", f"- Base model: {origin(facts['base'])}"]
     if facts["adapter"]:
-        lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter'])}.")
+        lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter']['source'])}.")
     lines += [f"- Data ({split}): {origin(source)}" for split, source in facts["dataset"]["source"].items()]
     return [
         *lines,

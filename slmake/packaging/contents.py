@@ -44,6 +44,13 @@ def sections(everything: params.Params) -> dict[str, str]:
     }
 
 
+def providers(quantize: dict, metrics: dict) -> dict:
+    """The execution providers that the exported model was made for, and that its figures were taken on; empty if it was not scored."""
+    name, provider = quantize["precision"], quantize["execution_provider"]
+    same = {"exported_for": provider, "scored_on": provider}
+    return {name: metrics.get("providers", {}).get(name, same)} if name in metrics else {}
+
+
 def pack(everything: params.Params, args, folder: Path) -> dict:
     """Fill `folder`; returns the facts that card and bill of materials tell."""
     section = everything.package
@@ -65,7 +72,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     tuned = "finetune" in everything.all.stages
     facts = {
         "base": read_json(args.base_report, "source"),
-        "adapter": everything.adapter.source if "merge" in everything.all.stages else None,
+        "adapter": read_json(args.adapter, "source") if args.adapter else None,
         "dataset": read_json(args.dataset_report, "source", "rows"),
         "metrics": metrics,
         "models": models,
@@ -87,6 +94,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
 
     inside = "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
     container = everything.all.container if inside else None
+    facts["providers"] = providers(facts["quantize"], metrics)
     statement = provenance.provenance(
         checksums.digests(folder, ()), args.materials, sections(everything), facts, container
     )

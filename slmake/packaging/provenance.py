@@ -40,7 +40,8 @@ def provenance(
         files: SHA-256 of the package's files: the statement's subjects.
         materials: what the build read: data, scripts, locks, container recipes.
         sections: params.yaml's sections as canonical JSON.
-        recorded: what fetch_model and prepare wrote of the sources they read.
+        recorded: what was read and measured: `base`, `adapter` (None if it was trained here) and `dataset`, as their rules wrote it, and the
+            execution `providers` of the exported model.
         container: the image that rules ran in, as NAME@sha256:DIGEST; None outside of containers.
     """
     dependencies = [
@@ -51,7 +52,8 @@ def provenance(
         for name, text in sorted(sections.items())
     ]
     known = {dependency["name"]: dependency["digest"]["sha256"] for dependency in dependencies}
-    for source in (recorded["base"], *recorded["dataset"]["source"].values()):
+    fetched = {name: recorded[name] for name in ("base", "adapter") if recorded.get(name)}
+    for source in (*fetched.values(), *recorded["dataset"]["source"].values()):
         if known.get(source["source"], source.get("sha256")) != source.get("sha256"):
             raise UserError(
                 f"{source['source']}: its content was another one while it was read. `snakemake --cores all --force build/dataset` "
@@ -73,7 +75,8 @@ def provenance(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {name: json.loads(text) for name, text in sorted(sections.items())},
-                "internalParameters": {"base": recorded["base"], "dataset": recorded["dataset"]["source"]},
+                "internalParameters": fetched
+                | {"dataset": recorded["dataset"]["source"], "providers": recorded.get("providers", {})},
                 "resolvedDependencies": dependencies,
             },
             "runDetails": details,

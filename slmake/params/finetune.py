@@ -71,6 +71,10 @@ class Finetune(Section):
         description="Stop after this many evaluations without a better eval loss and keep the best adapter; 0 turns it off.",
     )
     early_stopping_threshold: float = Field(0.0, ge=0, description="What counts as better, in eval loss.")
+    keep_best: bool = Field(
+        False,
+        description="Keep the adapter with the lowest eval loss instead of the last one, without an early stop.",
+    )
     qat: Literal["none", "int4"] = Field(
         "none",
         description="Quantization-aware training: `int4` trains through the weights as symmetric round-to-nearest will leave "
@@ -91,9 +95,11 @@ class Finetune(Section):
     data_seed: int = Field(42, ge=0, lt=2**32, description="Seed of the order of the rows.")
 
     @model_validator(mode="after")
-    def _early_stopping_can_see(self):
+    def _options_fit_together(self):
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early stopping needs eval_steps of 1 or more")
+        if self.keep_best and not self.eval_steps:
+            raise ValueError("keep_best needs eval_steps of 1 or more")
         if self.qat != "none" and (self.method != "lora" or self.lora_dropout):
             raise ValueError("qat goes with method lora and lora_dropout 0")
         if self.sharding != "none" and (self.method != "lora" or self.qat != "none"):

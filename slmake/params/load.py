@@ -75,11 +75,15 @@ def between_sections(data: dict) -> list[str]:
     source = value("prepare", "source")
     named = [part for part in (source, value("prepare", "split")) if isinstance(part, dict) and part.get("eval")]
     eval_rows = named or value("prepare", "eval_fraction") != 0 or value("prepare", "eval_samples")
-    if value("finetune", "early_stopping_patience") and not eval_rows:
-        mistakes.append(
-            "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, "
-            "name a file in prepare.source.eval, or set early_stopping_patience to 0."
-        )
+    for field, use, off in (
+        ("early_stopping_patience", "when to stop", "0"),
+        ("keep_best", "which adapter is the best", "false"),
+    ):
+        if value("finetune", field) and not eval_rows:
+            mistakes.append(
+                f"finetune.{field}: without eval rows nothing says {use}. Raise prepare.eval_fraction, "
+                f"name a file in prepare.source.eval, or set {field} to {off}."
+            )
     stages = value("all", "stages")
     if isinstance(stages, list):
         mistakes += adapter_mistakes(stages, value("adapter", "source"))

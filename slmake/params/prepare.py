@@ -168,7 +168,7 @@ class Prepare(Section):
     duplicates: Literal["remove", "refuse"] = Field(
         "remove",
         description="What to do with training rows that are exact or near copies of an eval or test row: leave them out of "
-        "train, or stop with an error that names them.",
+        "train, or stop with an error that names them. Of test conversations, answers that training has behind the same turns are not scored.",
     )
     near_duplicate_threshold: float = Field(
         0.8,

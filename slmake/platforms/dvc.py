@@ -160,6 +160,9 @@ def refuse_damaged(wanted: list[str]) -> None:
     found = json.loads(status.stdout or "{}")
     changes = [(stage, change) for stage in found for change in found[stage] if isinstance(change, dict)]
     damaged = [(path, how, stage) for stage, change in changes for path, how in change.get("changed outs", {}).items()]
+    damaged = [
+        entry for entry in damaged if entry[1] != "not in cache"
+    ]  # it is what it was; `dvc commit` caches it again
     if damaged:
         path, how, stage = damaged[0]
         raise UserError(
@@ -201,7 +204,14 @@ def lost() -> list[str]:
 @functools.cache
 def cache() -> Path:
     """The folder of DVC's cache that holds objects by their MD5."""
-    return Path(dvc("cache", "dir", capture=True).stdout.strip()) / "files" / "md5"
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            return Path(repo.cache.local.path)
+    except NotDvcRepoError:
+        return Path(".dvc/cache/files/md5")
 
 
 def cached(md5: str) -> Path:

@@ -33,7 +33,13 @@ def finetune(
     from slmake.training.trainer import Trainer
 
     short = section.model_copy(
-        update={"max_steps": steps, "eval_steps": 0, "save_steps": steps + 1, "early_stopping_patience": 0}
+        update={
+            "max_steps": steps,
+            "eval_steps": 0,
+            "save_steps": steps + 1,
+            "early_stopping_patience": 0,
+            "keep_best": False,
+        }
     )
     trainer = Trainer(short, base, dataset, target.with_name("checkpoints"), job, Group(), parameters)
     lengths = trainer.train.sequence_lengths

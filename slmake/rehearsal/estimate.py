@@ -6,6 +6,7 @@ A straight line through both gives the whole model: a stage's memory and time ar
 
 import math
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from slmake.errors import UserError
 from slmake.export.proposals import count
 from slmake.model_folder import tensor_shapes, weight_files
 from slmake.rehearsal import chain, twin
+from slmake.training.trainer import KERNEL_CACHES
 
 LIBRARIES = ["torch", "transformers", "peft"]  # imported once, before the probes' processes are forked
 STEPS = 3  # training steps of a probe
@@ -40,8 +42,25 @@ class Need(NamedTuple):
     disk: float = 0  # bytes that it leaves on disk
 
 
-def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path, job: cli.Job) -> dict[str, Need]:
+def probe_context():
+    """The multiprocessing context of the probes. Its server imports the libraries in the background, so call it early."""
+    from multiprocessing import forkserver
+
+    for name, capacity in KERNEL_CACHES.items():  # read when torch is imported
+        os.environ.setdefault(name, capacity)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    forkserver.ensure_running()
+    return context
+
+
+def estimate(
+    everything: params.Params, base: Path, dataset: Path, scratch: Path, job: cli.Job, context
+) -> dict[str, Need]:
     """Needs of the stages that params.yaml asks for, by stage.
+
+    Args:
+        context: from `probe_context`.
 
     Raises:
         UserError: a probe fails; the message says at which stage.
@@ -51,8 +70,6 @@ def estimate(everything: params.Params, base: Path, dataset: Path, scratch: Path
     config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     parameters, depth = _parameters(base), config.num_hidden_layers
     counts = probe_layers(config)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
     measured: dict[str, list[dict]] = {"finetune": [], "quantize": []}
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     for layers in counts:

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from slmake.scoring.run import WARM_UP, Run, empty_run, peak_bytes, percentiles,
 
 CHUNK = 2**26  # largest number of logits (rows x tokens x vocabulary) in memory
 LABELS_AT_ONCE = 3  # labels of a row that one pass scores
+SHARED = 16  # tokens; to copy the cache of a shorter prefix takes longer than to compute it
 
 
 class TransformersRunner:
@@ -42,6 +44,8 @@ class TransformersRunner:
         self.vocabulary = config.vocab_size
         # Tokens that can be removed from its cache again: those of a sliding window that is not full, none of a recurrent state.
         self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
+        self.prefix: list[int] = []
+        self.prefix_cache = None
         self.load_s = time.monotonic() - began
 
     def add_adapter(self, folder: Path, quantized: params.Finetune | None = None) -> None:
@@ -79,14 +83,30 @@ class TransformersRunner:
         seconds = {"prefill": 0.0, "decode": 0.0}
         tokens = {"prefill": 0, "decode": 0}
         with job.progress(len(order), f"rows of {name}") as bar, torch.inference_mode():
+            self._share_prefix(questions)
             for start in range(0, len(order), self.batch_size):
                 self._batch(questions, order[start : start + self.batch_size], new_tokens, run, seconds, tokens)
                 bar.update(min(self.batch_size, len(order) - start))
             run.timings = {"load_s": self.load_s, "score_s": time.monotonic() - began}
             run.timings |= {f"{key}_tokens_per_s": tokens[key] / max(seconds[key], 1e-9) for key in seconds}
+            self.prefix, self.prefix_cache = [], None
             run.timings |= self._latency(questions, new_tokens)
         run.timings["peak_memory_bytes"] = peak_bytes()
         return run
+
+    def _share_prefix(self, questions: Questions) -> None:
+        """Compute what all prompts begin with (an instruction, a system prompt) once: each batch begins with its cache."""
+        import torch
+
+        room = max(map(len, questions.prompts)) + max(map(len, questions.answers))
+        columns = zip(
+            *(prompt[:-1].tolist() for prompt in questions.prompts), strict=False
+        )  # the last gives an answer's logits
+        prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        if len(prefix) >= SHARED and room < self.croppable:
+            ids = torch.tensor([prefix], device=self.device)
+            self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            self.prefix = prefix
 
     def _latency(self, questions: Questions, new_tokens: int) -> dict:
         """Percentiles of the time that rows take one by one; empty without `latency_rows`."""
@@ -113,18 +133,29 @@ class TransformersRunner:
         import torch
 
         longest, more = max(len(row) for row in rows), max(len(answer) for answer in answers)
+        common = len(self.prefix)
         ids = torch.zeros((len(rows), longest + more), dtype=torch.long)
         mask = torch.zeros_like(ids)
+        mask[:, :common] = 1
         for k, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            # Prompts are padded on the left, so that generation continues at their right end. Padding on the right is not read.
-            ids[k, longest - len(row) : longest] = torch.from_numpy(row)
+            # Prompts are padded on the left (behind the shared prefix), so that generation continues at their right end.
+            # Padding on the right is not read.
+            begin = longest - len(row) + common
+            ids[k, begin:longest] = torch.from_numpy(row[common:])
             ids[k, longest : longest + len(answer)] = torch.tensor(answer, dtype=torch.long)
-            mask[k, longest - len(row) :] = 1
+            mask[k, begin:] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         start = time.perf_counter()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        shared = copy.deepcopy(self.prefix_cache)
+        if shared is not None:
+            shared.batch_repeat_interleave(len(rows))
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cached, logits_to_keep=1 + more
+            input_ids=ids[:, common:],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, common:],
+            past_key_values=shared,
+            use_cache=cached or shared is not None,
+            logits_to_keep=1 + more,
         )
         cache = out.past_key_values
         if more and cached:

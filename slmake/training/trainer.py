@@ -62,6 +62,11 @@ class Trainer:
                 "finetune.early_stopping_patience: the eval split is empty, so there is no loss to stop by. Raise "
                 "prepare.eval_fraction, or set early_stopping_patience to 0."
             )
+        if section.keep_best and not len(self.eval):
+            raise UserError(
+                "finetune.keep_best: the eval split is empty, so there is no loss to choose by. Raise prepare.eval_fraction, or set "
+                "keep_best to false."
+            )
         self.schedule = Schedule(section, self.train.sequence_lengths)
         key = None
         if self.group.is_main_process:
@@ -256,19 +261,20 @@ class Trainer:
         return total / count
 
     def _evaluate_and_decide(self) -> None:
-        """Add a point to the eval curve; with early stopping, keep the best adapter and decide whether to stop."""
+        """Add a point to the eval curve; with keep_best or early stopping, keep the best adapter and decide whether to stop."""
         loss = self.evaluate()
         if loss is None:
             return
         self.eval_curve.append([self.step, round(self.schedule.epoch(self.step), 4), round(loss, 6)])
-        if not self.section.early_stopping_patience:
+        patience = self.section.early_stopping_patience
+        if not (patience or self.section.keep_best):
             return
         if self.best is None or loss < self.best - self.section.early_stopping_threshold:
             self.best, self.bad_evaluations = loss, 0
             self.best_tensors = {name: value.detach().clone() for name, value in self.trained.items()}
         else:
             self.bad_evaluations += 1
-            self.stopped = self.bad_evaluations >= self.section.early_stopping_patience
+            self.stopped = 0 < patience <= self.bad_evaluations
 
     def _add_train_point(self, rate: float) -> None:
         """Add the mean loss since the last point to the training curve."""

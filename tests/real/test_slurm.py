@@ -44,6 +44,9 @@ def test_every_rule_is_a_job_and_the_bytes_are_the_same(built, clustered):
     assert len(set(jobs(printed))) == len(RULES)
     assert elsewhere(digests(clustered)) == elsewhere(digests(built))
     assert planned(clustered, *SLURM) == set()
+    assert printed.index("(Rule: rehearse)") < printed.index("rule finetune:"), (
+        "training did not wait for the rehearsal"
+    )
     for name in RULES:
         asked = re.search(rf"rule {name}:.*?resources: (.*?)\n", printed, re.S).group(1)
         assert re.search(r"mem_mb=\d+, ", asked), asked

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import real_tokenizers
 from tiny import write_params
 
 from scripts import evaluate, prepare
 from slmake import generation, prompts
+from slmake.data.tokenize import load_tokenizer
 
 KINDS = ("llama2", "llama3_1", "qwen3", "gemma3")
 TONES = ("sadness", "joy", "fear")
+# White space that templates strip or keep, other forms of a character, and text that looks like the template's own tokens.
+HARD = ["  two ", "line\nbreak\n", "<start_of_turn>user\n", "<bos>", "a\u00a0", "\u3000wide\u3000", "cafe\u0301", "{{ bos_token }}", "中文", "👩\u200d👧"]  # fmt: skip
 pytestmark = pytest.mark.real
 
 
@@ -112,6 +116,41 @@ def test_chat_is_answered_as_it_was_scored(family, tmp_path):
             assert model.answer(turns[0]["content"]) == answer
     assert {len(turns["turns"]) for turns in data} == {2, 4}
     assert {row["turn"] for row in predictions} == {"2", "4"}
+
+
+def chat(number: int) -> list[dict]:
+    """A conversation with a hard text at both ends of the user's turn; every other one has earlier turns, every third a system turn."""
+    hard = HARD[number % len(HARD)]
+    turns = [{"role": "user", "content": f"{hard}{number}{hard}"}, {"role": "assistant", "content": TONES[number % 3]}]
+    if number % 2:
+        turns[:0] = [{"role": "user", "content": "Hello "}, {"role": "assistant", "content": "Yes?"}]
+    if number % 3 == 0:
+        turns[:0] = [{"role": "system", "content": " Be brief.\n"}]
+    return turns
+
+
+@pytest.mark.parametrize("family", ["gemma3"], indirect=True)
+def test_hard_chats_are_answered_as_they_were_scored(family, tmp_path):
+    """Gemma folds a system turn into the user's, and strips all turns but that one."""
+    base, onnx = family
+    data = [{"turns": chat(number)} for number in range(60)]
+    form = {"text_template": None, "answer": None, "messages": "turns", "max_seq_len": 256}
+    agreement, predictions = score(tmp_path / "run", base, onnx, data, **form)
+    assert (agreement["encode_differ"], agreement["decode_differ"]) == (0, 0)
+    model = packaged(tmp_path / "run", onnx)
+    assert model.form["chat"]["trimmed_roles"] == ["user", "assistant"]
+    for row in predictions:
+        turns = data[int(row["row"]) - 1]["turns"][: int(row["turn"]) - 1]
+        assert model.prompt(json.dumps(turns)) == row["prompt"]
+        answer = model.answer(json.dumps(turns))
+        assert (prompts.first_answer(answer) if model.form["labels"] else answer) == row["fp32"]
+    tokenizer = load_tokenizer(base)
+    for example in pyarrow.parquet.read_table(tmp_path / "run" / "dataset" / "train.parquet").to_pylist():
+        assert example["input_ids"][:2] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<start_of_turn>")]
+        assert example["input_ids"][2] != tokenizer.bos_token_id
+        said = tokenizer.decode([label for label in example["labels"] if label != -100])
+        answers = [turn["content"] for turn in data[example["row"] - 1]["turns"] if turn["role"] == "assistant"]
+        assert said == "".join(f"{answer}<end_of_turn>" for answer in answers)
 
 
 def test_run_py_as_a_user_starts_it(family, tmp_path):

@@ -36,6 +36,10 @@ def test_it_is_merged_exported_scored_and_packaged(project, base):
     assert "- Adapter, made elsewhere: `data/adapter`." in (project / "build" / "package" / "README.md").read_text()
     assert "data/adapter" in (project / "build" / "report" / "overview.html").read_text()
     assert json.loads((project / "results" / "adapter.json").read_text())["source"] == "data/adapter"
+    statement = json.loads((project / "build" / "package" / "provenance.intoto.json").read_text())
+    assert "data/adapter" in {
+        entry["name"] for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    }
     # It is an input like the data: by content.
     assert planned(project) == set()
     make_adapter(project / "data" / "base", project / "data" / "adapter", std=0.2, use_rslora=True)

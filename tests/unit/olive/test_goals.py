@@ -62,14 +62,23 @@ def searched(strategy: object, **options: object) -> dict:
     return content
 
 
-def test_options_with_several_values_are_searched(tmp_path):
-    strategy = {"execution_order": "joint", "search_algorithm": "tpe", "num_samples": 5, "seed": 7}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_samples": 5, "seed": 7},
+        {"search_algorithm_config": {"num_samples": 5, "seed": 7, "multivariate": True}},
+        {"sampler": "tpe", "max_samples": 5, "seed": 7, "max_iter": None, "include_pass_params": True},
+    ],
+)
+def test_options_with_several_values_are_searched(tmp_path, settings):
+    strategy = {"execution_order": "joint", "search_algorithm": "tpe"} | settings
     content = searched(
         strategy, int4_block_size=[16, 32], int4_accuracy_level=[1, 4], int4_algo_config=["rtn", "k_quant"]
     )
     search = loaded(read(content), tmp_path).quantize.search
     assert (search.block_size, search.accuracy_level, search.algo_config) == ([16, 32], [1, 4], ["rtn", "k_quant"])
     assert (search.budget, search.seed) == (5, 7)
+    assert loaded(read(content), tmp_path).quantize.matmul_mixed_precision is None  # both names say 4 bits throughout
     plain = loaded(read(searched(False, int4_block_size=[16, 32])), tmp_path).quantize.search
     assert (plain.block_size, plain.budget) == ([16, 32], 12)
 

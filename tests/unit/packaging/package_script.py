@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,8 @@ FILES = {
 }
 
 
-def pack(parts: Path, folder: Path, **section: object) -> Path:
-    """Run the script in this process; returns the package's folder."""
+def pack(parts: Path, folder: Path, options: Sequence[object] = (), **section: object) -> Path:
+    """Run the script in this process, with further `options`; returns the package's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"license_files": [str(ROOT / "LICENSE")], **section}
     file = write_params(
@@ -81,7 +82,7 @@ def pack(parts: Path, folder: Path, **section: object) -> Path:
         ROOT / "envs" / "cpu.lock",
     ]
     arguments += ["--materials", parts / "rows.json", ROOT / "Snakefile", "--output", folder / "package"]
-    package.main([str(argument) for argument in arguments])
+    package.main([str(argument) for argument in (*arguments, *options)])
     return folder / "package"
 
 

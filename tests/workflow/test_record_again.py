@@ -1,0 +1,88 @@
+"""A record where nothing moved since the last one hashes nothing; in all other cases content decides."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from project import change, run
+
+from slmake.errors import UserError
+from slmake.platforms import atomic_dvc, dvc, unmoved
+from tools import record
+
+
+@pytest.fixture
+def recorded(repository, monkeypatch) -> Path:
+    """A recorded project, the present folder; DVC may not be called again."""
+    monkeypatch.chdir(repository)
+    dvc.cache.cache_clear()
+    record.main([])
+    assert unmoved.unmoved()
+
+    def refuse(*arguments, **options) -> None:
+        raise UserError(f"dvc was called: {arguments}")
+
+    monkeypatch.setattr(record, "dvc", refuse)
+    monkeypatch.setattr(dvc, "dvc", refuse)
+    yield repository
+    dvc.cache.cache_clear()
+
+
+def test_nothing_moved(recorded):
+    before = Path("dvc.lock").stat()
+    record.main([])
+    assert run(recorded, "snakemake", "--cores", "all").returncode == 0
+    record.main([])
+    assert Path("dvc.lock").stat() == before
+    assert not [path for path in Path("results").iterdir() if not path.stat().st_mode & 0o200]
+
+
+def test_what_moved_is_compared_and_what_is_right_is_noted_again(recorded, monkeypatch, refused):
+    shutil.copy2("build/adapter/adapter_config.json", "copy")
+    Path("copy").replace("build/adapter/adapter_config.json")
+    assert "dvc was called: ('status'" in refused(record.main, [])
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    record.main([])
+    assert unmoved.unmoved()
+
+
+def test_an_object_that_the_cache_lost_is_kept_again(recorded, monkeypatch):
+    """As in a fresh clone that was built: the receipts are right, but nothing could be shared."""
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    shutil.rmtree(".dvc/cache/files")
+    record.main([])
+    assert json.loads(run(recorded, "dvc", "status", "--json").stdout) == {}
+    assert all(Path(name).exists() for name in json.loads(unmoved.SEEN.read_text())["objects"])
+    assert len(dvc.recorded()) > 20
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_moves_while_it_is_compared_is_not_noted(recorded, monkeypatch, moment):
+    """An edit between the record and the comparison is found by its content; one after it by its time."""
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    status = atomic_dvc.Repo.status
+
+    def edited(repo, **options):
+        found = status(repo, **options) if moment == "after" else None
+        Path("build/adapter/adapter_config.json").write_text("{}", encoding="utf-8")
+        return status(repo, **options) if found is None else found
+
+    Path("params.yaml").touch()
+    monkeypatch.setattr(atomic_dvc.Repo, "status", edited)
+    record.main([])
+    assert not unmoved.unmoved()
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    with pytest.raises(SystemExit):
+        record.main([])
+
+
+def test_another_parameter_is_refused_as_before(recorded, monkeypatch, refused):
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    change(recorded, "finetune", learning_rate=0.5)
+    assert "was built from other parameters" in refused(record.main, [])
