@@ -27,7 +27,7 @@ rule all:
 rule fetch_model:
     input:
         code=code_of("fetch_model"),
-        source=ancient(PLAN.model_source),
+        source=ancient(PLAN.model_source + PLAN.chat_template),
     output:
         model=directory("build/base"),
         report="results/base.json",

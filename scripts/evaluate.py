@@ -14,8 +14,7 @@ and predictions.csv (every model's answer to every row, and to every trained tur
 import csv
 from pathlib import Path
 
-from slmake import cli, outputs, params
-from slmake.constraints import guidance
+from slmake import cli, constraints, outputs, params
 from slmake.errors import UserError
 from slmake.scoring import constrained, harness
 from slmake.scoring import metrics as metrics_module
@@ -76,7 +75,7 @@ def say_results(job: cli.Job, metrics: dict, models: list[str], provider: dict |
 
 def refuse_early(section: params.Evaluate, form: dict) -> None:
     """Refuse metrics, tasks and constraints that are not there before any model is asked."""
-    guidance(section.constrain, form, "evaluate.constrain")
+    constraints.check(section.constrain, form, "evaluate.constrain")
     for metric in section.answer_metrics:
         function_of(metric)
     if section.lm_eval:
@@ -89,7 +88,7 @@ def add_facts(
     """Add to `metrics`, and to the answers, what `ask_all` found out about the exported model."""
     if "constrained" in facts:
         answers[f"{onnx}_constrained"], scores = constrained.measure(
-            questions, facts["constrained"], answers[onnx], section.constrain, weights
+            questions, facts["constrained"], answers[onnx], weights, section.answer_metrics
         )
         metrics[onnx] |= scores
     if "tokenizer" in facts:

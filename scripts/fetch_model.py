@@ -23,6 +23,7 @@ from slmake.model_folder import (
     weight_files,
 )
 from slmake.sources import mlflow
+from slmake.sources.chat_template import replace_chat_template
 from slmake.sources.fetching import downloading
 from slmake.sources.fetching import fetch as fetch_source
 from slmake.sources.gguf import convert_gguf
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         with outputs.written(args.output, [args.report]) as (folder, report):
             with downloading(args.downloads, folder.parent) as downloads:
                 read = fetch(section, folder, downloads, job)
+            if section.chat_template:
+                read |= replace_chat_template(folder, Path(section.chat_template))
             weight_files(folder)
             check_loadable(folder)
             refuse_not_finite(weight_files(folder), section.source)

@@ -11,9 +11,17 @@ figures, and the estimate of memory, time and disk. What fails here would fail a
 
 from pathlib import Path
 
-from slmake import cli, memory, outputs, params
+from slmake import cli, constraints, memory, outputs, params
+from slmake.prompts import load_prompt
 from slmake.rehearsal import estimate
 from slmake.rehearsal.checks import rehearse
+
+
+def refuse_constraints(everything: params.Params, form: dict) -> None:
+    """Raise UserError where a constraint asks for labels or tools that the dataset does not have."""
+    for stage in ("evaluate", "package"):
+        if stage in everything.all.stages:
+            constraints.check(getattr(everything, stage).constrain, form, f"{stage}.constrain")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
+        refuse_constraints(everything, load_prompt(args.dataset))
         context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)

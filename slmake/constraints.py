@@ -5,31 +5,62 @@ import re
 from pathlib import Path
 
 from slmake.errors import UserError
-from slmake.tool_calls import json_guidance
+from slmake.generation import Exported
+from slmake.tool_calls import CallForm, json_guidance
+
+MISSING = {
+    "labels": "the dataset has no labels. Use none, tools, a regex or a json_schema",
+    "tools": "the dataset's rows have no tools. Use none, labels, a regex or a json_schema",
+}
 
 
-def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[str, str] | None:
-    """Kind and text of the guidance that a constraint asks for; None for `none`.
+def check(constraint: str | dict[str, str], form: dict, where: str) -> None:
+    """Refuse a constraint that asks for what is not there.
 
     Args:
-        constraint: `none`, `labels`, `{regex: PATTERN}` or `{json_schema: FILE}`.
-        form: prompt.json, for the labels.
+        constraint: `none`, `labels`, `tools`, `{regex: PATTERN}` or `{json_schema: FILE}`.
+        form: prompt.json, for labels and tools.
         where: the parameter, for errors.
 
     Raises:
-        UserError: there are no labels, or the file is not there or no JSON object.
+        UserError: there are no labels or no tools, or the file is not there or no JSON object.
     """
-    if constraint == "none":
+    if constraint in MISSING and form.get(constraint) is None:
+        raise UserError(f"{where}: {constraint}: {MISSING[constraint]}.")
+    if "json_schema" in constraint:
+        _schema(constraint, where)
+
+
+def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[str, str] | None:
+    """Kind and text of the guidance that a constraint asks for; None for `none`, and for `tools` (see `tool_guidance`).
+
+    Args:
+        constraint, form, where: see `check`, which raises the same errors.
+    """
+    check(constraint, form, where)
+    if constraint in ("none", "tools"):
         return None
     if constraint == "labels":
-        if not form["labels"]:
-            raise UserError(f"{where}: labels: the dataset has no labels. Use none, a regex or a json_schema.")
-        return (
-            "regex",
-            f" ?(?:{'|'.join(map(re.escape, form['labels']))})",
-        )  # a template may leave the space to the answer
-    if "regex" in constraint:
-        return "regex", constraint["regex"]
+        # A template may leave the space to the answer.
+        return "regex", f" ?(?:{'|'.join(map(re.escape, form['labels']))})"
+    return ("regex", constraint["regex"]) if "regex" in constraint else json_guidance(_schema(constraint, where))
+
+
+def tool_guidance(model: Exported, tools: list[dict] | None, where: str) -> tuple[str, str] | None:
+    """What holds an answer to text or calls of some tools; None without tools.
+
+    Raises:
+        UserError: the model's chat template writes no calls.
+    """
+    if not tools:
+        return None
+    try:
+        return CallForm.of(model).guidance(model, tools, optional=True)
+    except ValueError as error:
+        raise UserError(f"{where}: tools: {error}") from None
+
+
+def _schema(constraint: dict[str, str], where: str) -> dict:
     file = Path(constraint["json_schema"])
     try:
         schema = json.loads(file.read_text(encoding="utf-8"))
@@ -39,7 +70,7 @@ def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[
         raise UserError(f"{where}: {file}: not JSON: {error}. Correct the file.") from None
     if not isinstance(schema, dict):
         raise UserError(f"{where}: {file}: not a JSON Schema: an object is expected. Correct the file.")
-    return json_guidance(schema)
+    return schema
 
 
 def tokens_needed(constraint: str | dict[str, str], form: dict) -> int:
@@ -49,9 +80,20 @@ def tokens_needed(constraint: str | dict[str, str], form: dict) -> int:
     return max(longest, *(len(label.encode()) + 2 for label in form["labels"])) if constraint == "labels" else longest
 
 
-def constrained(form: dict, constraint: str | dict[str, str], where: str = "package.constrain") -> dict:
-    """prompt.json with the guidance that a constraint asks for, as `generation.Exported` reads it."""
+def constrained(
+    form: dict, constraint: str | dict[str, str], folder: Path | None = None, where: str = "package.constrain"
+) -> dict:
+    """prompt.json with the guidance that a constraint asks for, as `generation.Exported` reads it.
+
+    With `constrain: tools` the server holds answers to the tools of each request; the guidance is for those that all rows have.
+
+    Args:
+        folder: the exported model, for `tools`.
+    """
     chosen = guidance(constraint, form, where)
+    if constraint == "tools":
+        form = form | {"constrain": "tools"}
+        chosen = tool_guidance(Exported(folder, form), form["tools"], where)
     if not chosen:
         return form
     tokens = tokens_needed(constraint, form)

@@ -21,7 +21,7 @@ def load(args: argparse.Namespace) -> Exported:
         UserError: it is not there, or ONNX Runtime cannot load it.
     """
     form = prompts.load_prompt(args.dataset)
-    if Path(args.params).is_file():
-        form = constrained(form, params.section(args.params, "package").constrain)
     model = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
+    if Path(args.params).is_file():
+        form = constrained(form, params.section(args.params, "package").constrain, model)
     return onnx_runner.load(model, form)

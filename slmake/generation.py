@@ -109,7 +109,7 @@ class Exported:
             raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
-        return self.chat_prompt(_messages(arguments[0]))
+        return self.chat_prompt(_messages(arguments[0]), self.form.get("tools"))
 
     def arguments(self, text: str) -> list[str]:
         """The text for each field of the template: for several fields, the values of a JSON object.

@@ -168,7 +168,10 @@ def chat_job(model, asked: Chat) -> Job:
         tools = [tool.model_dump(exclude_none=True) for tool in offered]
         calls = tool_calls.CallForm.of(model) if tools else None
         prompt = model.chat_prompt([message.turn() for message in asked.messages], tools)
-    guidance = model.sampling.guidance
+    to_tools = model.form.get("constrain") == "tools"  # to those of each request
+    guidance = None if to_tools else model.sampling.guidance
+    if tools and to_tools:
+        guidance = calls.guidance(model, tools, optional=True)
     if asked.response_format and (schema := asked.response_format.schema()) is not None:
         guidance = tool_calls.json_guidance(schema)
     if tools and asked.tool_choice not in (None, "auto"):

@@ -61,6 +61,7 @@ class Plan:
         self.onnx = f"build/onnx-{params.quantize.precision}"
         self.shipped = "build/package" if "package" in self.stages else self.onnx  # what publish uploads
         self.model_source = _local(params.fetch_model.source)
+        self.chat_template = when(params.fetch_model.chat_template, str(params.fetch_model.chat_template))
         self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
         self.sources = [parse(text) for text in params.prepare.files.values()] if params.prepare else []
         self.data = [name for source in self.sources if not source.remote for name in row_files(source.path)]
@@ -129,7 +130,7 @@ class Plan:
         """Files and folders that params.yaml names; a container must see them."""
         package = self.params.package
         return [
-            *(*self.data, *self.model_source, *self.adapter_source, *self.published_metrics),
+            *(*self.data, *self.model_source, *self.chat_template, *self.adapter_source, *self.published_metrics),
             *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files, *self.constraint),
         ]
 
@@ -145,6 +146,7 @@ class Plan:
         """
         needed = {
             "params.yaml: fetch_model.source": self.model_source,
+            "params.yaml: fetch_model.chat_template": self.chat_template,
             "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: evaluate.metrics": self.metric_files,
@@ -169,7 +171,8 @@ class Plan:
         """A rule's sections of params.yaml as text: it runs again when they differ."""
         texts = [as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule])]
         if rule == "rehearse":
-            texts.append(json.dumps({"stages": self.stages}))
+            constraints = [getattr(self.params, stage).constrain for stage in ("evaluate", "package")]
+            texts.append(json.dumps({"stages": self.stages, "constrain": constraints}))
         return "".join(texts) + self._image()
 
     def _image(self) -> str:
@@ -185,7 +188,7 @@ class Plan:
     def named(self, rule: str) -> list[str]:
         """Files that params.yaml names and that are inputs of a rule."""
         files = {
-            "fetch_model": self.model_source,
+            "fetch_model": [*self.model_source, *self.chat_template],
             "adapter": self.adapter_source,
             "prepare": self.data,
             "candidate": self.metric_files,
@@ -213,6 +216,7 @@ class Plan:
         files = {file for rule in self.rules if rule not in WITHOUT_PACKAGE for file in code(rule)}
         return [
             *self.data,
+            *self.chat_template,
             *self.metric_files,
             *self.task_files,
             *self.constraint,

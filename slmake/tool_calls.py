@@ -54,10 +54,19 @@ class CallForm:
                 return cls(text[: brace.start()], text[end:], keys['"its_name"'], keys[json.dumps(given)])
         raise ValueError("this model takes no tools: its chat template writes their calls in a form that is not known.")
 
-    def guidance(self, model, tools: list[dict]) -> tuple[str, str]:
-        """What holds an answer to the call of one of some tools, with arguments that fit its schema."""
+    @property
+    def mark(self) -> str:
+        """The first tag or word of a call; empty where calls begin with their object."""
+        return re.match(r"\s*(<[^<>\s]+>|\S*)", self.before)[1]
+
+    def guidance(self, model, tools: list[dict], optional: bool = False) -> tuple[str, str]:
+        """What holds an answer to the call of one of some tools, with arguments that fit its schema.
+
+        Args:
+            optional: an answer may also be text without a call, and text may stand before calls.
+        """
         calls = []
-        for function in (tool["function"] for tool in tools):
+        for function in map(function_of, tools):
             schema = function.get("parameters") or {"type": "object"}
             properties = {self.name: {"const": function["name"]}, self.arguments: schema}
             calls.append(
@@ -69,8 +78,28 @@ class CallForm:
                 }
             )
         schema = {"anyOf": calls, "x-guidance": COMPACT}
-        parts = [_literal(model, self.before), f"%json {json.dumps(schema)}", _literal(model, self.after.rstrip())]
-        return "lark_grammar", "start: " + " ".join(filter(None, parts))
+        before = self.before.lstrip().removeprefix(self.mark) if optional else self.before
+        parts = [_literal(model, before), f"%json {json.dumps(schema)}", _literal(model, self.after.rstrip())]
+        call = " ".join(filter(None, parts))
+        return "lark_grammar", self._optional(model, call) if optional else f"start: {call}"
+
+    def _optional(self, model, call: str) -> str:
+        """The grammar of a text, or of calls.
+
+        A call's first mark is no part of a text; from there the answer is a call. Where the mark is ordinary text, `suffix` ends the text
+        before it (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+
+        Args:
+            call: what stands behind the mark.
+        """
+        if not self.mark:
+            return f"start: TEXT | {call}\nTEXT: /\\s*[^{{\\s](?s:.*)/"
+        mark, written = _literal(model, self.mark), re.escape(self.mark).replace("/", r"\/")
+        single = mark.startswith("<[")
+        opening = f"TEXT? {mark}" if single else "opening"
+        rules = [f"start: TEXT | call+\ncall: {opening} {call}"]
+        rules += [] if single else [f"opening[suffix={mark}]: /(?s:.*)/"]
+        return "\n".join([*rules, f"TEXT: /(?s:.+)/ & ~/(?s:.*){written}(?s:.*)/"])
 
     def read(self, text: str, names: Sequence[str]) -> tuple[str, list[tuple[str, dict]]]:
         """The calls of known functions in an answer, as names and arguments, and the text outside of them."""
@@ -84,6 +113,11 @@ class CallForm:
                     outside.append(text[position : start.start()])
                     position = re.compile(rf"\s*(?:{after})?").match(text, end).end()
         return "".join([*outside, text[position:]]).strip(), calls
+
+
+def function_of(tool: dict) -> dict:
+    """The function of a tool in OpenAI's form, or given as it is."""
+    return tool.get("function", tool)
 
 
 def _literal(model, text: str) -> str:

@@ -48,7 +48,8 @@ class Chat:
             ValueError: the text does not fit the template, or the conversation the model.
         """
         if self.remembers:
-            prompt = self.model.chat_prompt([*self.turns, {"role": "user", "content": text}])
+            turns = [*self.turns, {"role": "user", "content": text}]
+            prompt = self.model.chat_prompt(turns, self.model.form.get("tools"))
         else:
             prompt = self.model.prompt(*self.model.arguments(text))
         return Stream(self.model, self.model.fitting(self.model.encode(prompt), self.new_tokens), self.new_tokens)

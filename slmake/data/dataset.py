@@ -90,7 +90,7 @@ class Preparation:
             "truncated": tokenize.truncated,
             "dropped_turns": {"conversations": tokenize.shortened, "turns": tokenize.dropped},
             "examples": [
-                example_of(Sequence("train", *example[:1], *example[3:]), self.tokenizer) for example in self.examples
+                example_of(Sequence("train", *example[:1], *example[3:8]), self.tokenizer) for example in self.examples
             ],
             "duplicates": {
                 "removed_from_train": int(((before == 0) & (split < 0)).sum()),

@@ -42,6 +42,7 @@ class Example(NamedTuple):
     turns: list[int]  # numbers of a conversation's trained turns
     dropped: int  # turns at the conversation's beginning that are left out
     cut: int  # tokens at the prompt's start that are left out
+    tools: str | None = None  # of a conversation, as JSON
 
 
 class Tokenize:
@@ -51,6 +52,7 @@ class Tokenize:
         truncated: prompts that lost tokens at their start.
         shortened: conversations that lost turns at their beginning, and `dropped`, the number of these turns.
         apart: answers that became a sequence of their own, because the chat template changes what stands before them.
+        tools: the different lists of tools of the conversations, as JSON; no more than two.
     """
 
     def __init__(self, section: params.Prepare, tokenizer, template: PromptTemplate):
@@ -58,6 +60,7 @@ class Tokenize:
         self.special_tokens = template.special_tokens
         self.truncated = self.shortened = self.dropped = self.apart = 0
         self.longest_answer = 0
+        self.tools: set[str | None] = set()
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
@@ -129,6 +132,10 @@ class Tokenize:
     ) -> list[Example]:
         """One row's sequences."""
         examples: list[Example] = []
+        tools = json.loads(row.chat)[1] if row.chat else None
+        tools = json.dumps(tools, ensure_ascii=False) if tools else None
+        if len(self.tools) < 2:
+            self.tools.add(tools)
         for answer, (head, tail) in zip(answers, tokens, strict=True):
             kept = truncate(head, tail, self.section.max_seq_len, self.tokenizer.bos_token_id)
             self.truncated += len(kept) < len(head)
@@ -143,16 +150,20 @@ class Tokenize:
                 else:
                     self.apart += 1
             cut = len(head) - len(kept)
-            examples.append(Example(row.number, answer.prompt, answer.answer, kept + tail, labels, turns, dropped, cut))
+            ids = kept + tail
+            examples.append(Example(row.number, answer.prompt, answer.answer, ids, labels, turns, dropped, cut, tools))
         return examples
 
     def inference(self) -> dict:
         """What the runtime must do to a prompt to read the tokens of training, for prompt.json: only what this tokenizer does.
 
         `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; a prompt keeps its last
-        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts.
+        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. `tools` are
+        those that all conversations have; an empty list where they differ.
         """
         rules: dict = {}
+        if any(self.tools):
+            rules["tools"] = json.loads(*self.tools) if len(self.tools) == 1 else []
         ids, plain = self._encode(["a"], self.special_tokens)[0], self._encode(["a"], False)[0]
         if len(ids) > len(plain) and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]

@@ -10,7 +10,7 @@ from slmake.data.tokenize import IGNORED, Example
 class Writer:
     """One split's Parquet file, written a batch at a time.
 
-    The columns `turns` and `dropped_turns` are those of conversations. `rows`, `row_answers`, `row_lengths` and `cut_tokens`, of a file
+    The columns `turns`, `dropped_turns` and `tools` (as JSON) are those of conversations. `rows`, `row_answers`, `row_lengths` and `cut_tokens`, of a file
     whose sequences hold several rows, have the number of each, its last answer, its tokens and those that its prompt lost; the schema's
     metadata name the strategy, since rows of `packing` do not attend to each other and those of `join` do.
     """
@@ -31,7 +31,7 @@ class Writer:
         if section.use_attention_mask:
             fields.append(("attention_mask", pyarrow.list_(pyarrow.int8())))
         if chats:
-            fields += [("turns", ids), ("dropped_turns", pyarrow.int32())]
+            fields += [("turns", ids), ("dropped_turns", pyarrow.int32()), ("tools", pyarrow.string())]
         several = strategy != "line-by-line"
         if several:
             fields += [("rows", pyarrow.list_(pyarrow.int64())), ("row_answers", pyarrow.list_(pyarrow.string()))]
@@ -103,6 +103,7 @@ class Writer:
                 "attention_mask": [1] * len(ids) + [0] * padding,
                 "turns": last.turns,
                 "dropped_turns": sum(example.dropped for example in sequence),
+                "tools": last.tools,
                 "rows": [example.row for example in sequence],
                 "row_answers": [example.answer for example in sequence],
                 "row_lengths": [len(example.ids) for example in sequence],

@@ -58,7 +58,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     form = load_prompt(args.dataset)
-    write_json(folder / "prompt.json", constrained(form, section.constrain))
+    write_json(folder / "prompt.json", constrained(form, section.constrain, args.model))
     for module, name in (*serve.FILES.items(), ("serve", "serve.py")):
         shutil.copyfile(Path(serve.__file__).with_name(f"{module}.py"), folder / name)
     local_runtimes.write(folder, section.name, form)

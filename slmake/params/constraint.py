@@ -12,7 +12,7 @@ def _known(value: str | dict[str, str]) -> str | dict[str, str]:
     if isinstance(value, str):
         return value
     if len(value) != 1 or next(iter(value)) not in KINDS:
-        raise ValueError("write `none`, `labels`, `{regex: PATTERN}` or `{json_schema: FILE}`")
+        raise ValueError("write `none`, `labels`, `tools`, `{regex: PATTERN}` or `{json_schema: FILE}`")
     if "regex" in value:
         try:
             re.compile(value["regex"])
@@ -23,7 +23,7 @@ def _known(value: str | dict[str, str]) -> str | dict[str, str]:
     return value
 
 
-Constraint = Annotated[Literal["none", "labels"] | dict[str, str], AfterValidator(_known)]
+Constraint = Annotated[Literal["none", "labels", "tools"] | dict[str, str], AfterValidator(_known)]
 
 
 def file_of(constraint: str | dict[str, str]) -> list[str]:

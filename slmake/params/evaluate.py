@@ -31,8 +31,9 @@ class Evaluate(Section):
     lm_eval_limit: int | None = Field(None, ge=1, description="Only the first this many rows of each of these tasks.")
     constrain: Constraint = Field(
         "none",
-        description="Ask the exported model a second time, and hold its answers to `labels`, `{regex: PATTERN}` or `{json_schema: FILE}` with "
-        "the runtime's guidance: `constrained_accuracy`, the shares of valid answers with and without, and the latency.",
+        description="Ask the exported model a second time, and hold its answers to `labels`, `tools` (text, or calls that fit the schemas of "
+        "the row's tools), `{regex: PATTERN}` or `{json_schema: FILE}` with the runtime's guidance: `constrained_accuracy`, the metrics "
+        "under such names, the shares of valid answers with and without, and the latency.",
     )
     max_new_tokens: int | None = Field(
         None,

@@ -31,6 +31,13 @@ class FetchModel(Section):
         description="Data type of the weights in build/base. `auto` keeps what the source has (float32 for GGUF).",
     )
 
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="A Jinja file that takes the place of the model's own chat template, such as `data/chatml_tools.jinja`, which has tools. "
+        "Training, evaluate, run.py, `make chat` and the server use it.",
+    )
+
     @model_validator(mode="after")
     def _pinned(self):
         source = parse(self.source)

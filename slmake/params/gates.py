@@ -90,7 +90,9 @@ class Gate(Section):
         parts = self.metric.split(".")
         of_class = parts[0] == "per_class" and parts[-1] in PER_CLASS and any(parts[1:-1])
         asked_for = tuple((info.context or {}).get("metrics", ()))  # evaluate.metrics of the same file
-        own = self.metric in asked_for or ("lm_eval" in asked_for and self.metric.startswith("lm_eval."))
+        own = self.metric.removeprefix("constrained_") in asked_for or (
+            "lm_eval" in asked_for and self.metric.startswith("lm_eval.")
+        )
         if self.metric not in METRICS and not of_class and not own:
             near = difflib.get_close_matches(self.metric, METRICS + asked_for, n=1)
             known = ", ".join(METRICS + asked_for)

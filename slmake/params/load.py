@@ -156,6 +156,10 @@ def unmeasured(checked: Params) -> list[str]:
         mistakes.append(
             "evaluate.constrain: it holds answers to a dataset's rows. Add the section prepare, or set it to none."
         )
+    if checked.prepare is None and "package" in checked.stages and checked.package.constrain in ("labels", "tools"):
+        mistakes.append(
+            f"package.constrain: without a dataset there are no {checked.package.constrain}. Add the section prepare, or set it to none."
+        )
     return mistakes
 
 

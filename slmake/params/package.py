@@ -26,8 +26,8 @@ class Package(Section):
     )
     constrain: Constraint = Field(
         "none",
-        description="Hold every answer of run.py, the server, `make ask` and `make chat` to `labels`, `{regex: PATTERN}` or "
-        "`{json_schema: FILE}`.",
+        description="Hold every answer of run.py, the server, `make ask` and `make chat` to `labels`, `tools` (text, or calls that fit the "
+        "schemas of the tools), `{regex: PATTERN}` or `{json_schema: FILE}`.",
     )
     signing_key: str | None = Field(
         None,

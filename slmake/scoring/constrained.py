@@ -1,74 +1,113 @@
 """The exported model's answers when guidance holds them to a constraint, beside its free ones."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from slmake import cli
-from slmake.constraints import guidance, tokens_needed
+from slmake.constraints import guidance, tokens_needed, tool_guidance
 from slmake.errors import UserError
 from slmake.generation import Exported
+from slmake.params.metrics import AnswerMetric
 from slmake.scoring import answer_metrics, metrics
 from slmake.scoring.onnx_runner import OnnxRow
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, percentiles
+from slmake.tool_calls import CallForm, function_of
 
 WHERE = "evaluate.constrain"
 FIGURES = ("accuracy", "macro_f1", "rouge_l")
 
 
+class Constrained(NamedTuple):
+    """The answers to the scored rows with a constraint."""
+
+    texts: list[str]
+    timings: dict[str, float]  # milliseconds, measured as those of the free answers
+    valid: Callable[[str, int], bool]  # whether an answer to a row meets the constraint, judged without the runtime
+
+
 def ask(
     model: Exported, constraint: str | dict[str, str], questions: Questions, new_tokens: int, job: cli.Job, name: str
-) -> tuple[list[str], dict]:
-    """Texts of the scored rows' answers, and the latency in milliseconds, measured as that of the free answers.
+) -> Constrained:
+    """Ask the scored rows.
 
     Raises:
         UserError: the constraint cannot be made into guidance, or the tokenizer cannot write what it asks for.
     """
-    sampling = replace(model.sampling, guidance=guidance(constraint, questions.form, WHERE))
+    plain, by_tools = guidance(constraint, questions.form, WHERE), {}
     new_tokens = max(new_tokens, tokens_needed(constraint, questions.form))
     texts, waits = [], []
     try:
         with job.progress(questions.scored, f"rows of {name}, constrained") as bar:
             for i in [*range(min(WARM_UP, questions.scored)), *range(questions.scored)]:
+                chosen = plain
+                if constraint == "tools":
+                    tools = json.dumps(questions.tools[i])
+                    if tools not in by_tools:
+                        by_tools[tools] = tool_guidance(model, questions.tools[i], WHERE)
+                    chosen = by_tools[tools]
                 prompt = questions.runtime_prompt(model, i)
-                row = OnnxRow(len(prompt))
+                row, sampling = OnnxRow(len(prompt)), replace(model.sampling, guidance=chosen)
                 texts.append(model.decode(model.generate(prompt, new_tokens, row.look, sampling=sampling)))
                 waits.append(1000 * row.elapsed())
                 bar.update(1)
     except ValueError as error:
         raise UserError(f"{WHERE}: {error}") from None
     timings = percentiles(waits[-questions.scored :])
-    return texts[-questions.scored :], {f"constrained_{key}": value for key, value in timings.items()}
+    calls = CallForm.of(model) if constraint == "tools" else None
+    valid = _validity(constraint, questions, calls)
+    return Constrained(
+        texts[-questions.scored :], {f"constrained_{key}": value for key, value in timings.items()}, valid
+    )
 
 
 def measure(
-    questions: Questions, texts: list[str], free: list[str], constraint: str | dict[str, str], weights: np.ndarray
+    questions: Questions,
+    asked: Constrained,
+    free: list[str],
+    weights: np.ndarray,
+    more: list[AnswerMetric] | None = None,
 ) -> tuple[list[str], dict]:
     """The constrained answers, their figures under names that begin with `constrained_`, and the share of valid answers of both kinds.
 
     Args:
-        texts: generated with the constraint.
-        free: answers without it.
+        free: answers without the constraint.
+        more: what `evaluate.metrics` asks for.
     """
     labels, count = questions.form["labels"], questions.scored
-    expected = questions.expected[:count]
-    answers = [questions.read(text, i) for i, text in enumerate(texts)]
-    scores = metrics.score(expected, answers, labels, weights)
-    kept = {
-        f"constrained_{key}": value
-        for key, value in scores.items()
-        if key.removesuffix("_low").removesuffix("_high") in FIGURES
+    answers = [questions.read(text, i) for i, text in enumerate(asked.texts)]
+    scores = metrics.score(questions.expected[:count], answers, labels, weights)
+    kept = {key: value for key, value in scores.items() if key.removesuffix("_low").removesuffix("_high") in FIGURES}
+    kept |= answer_metrics.score(answer_metrics.values_of(more or [], questions, answers), weights)
+    shares = {
+        name: round(sum(asked.valid(text, i) for i, text in enumerate(texts)) / count, 6)
+        for name, texts in (("valid", free), ("constrained_valid", asked.texts))
     }
-    valid = _validity(constraint, labels)
-    shares = {"valid": [valid(answer) for answer in free], "constrained_valid": [valid(text) for text in texts]}
-    return answers, kept | {name: round(sum(flags) / count, 6) for name, flags in shares.items()}
+    return answers, {f"constrained_{key}": value for key, value in kept.items()} | shares
 
 
-def _validity(constraint: str | dict[str, str], labels: list[str] | None):
-    """Whether an answer meets a constraint, judged without the runtime."""
+def _validity(
+    constraint: str | dict[str, str], questions: Questions, calls: CallForm | None
+) -> Callable[[str, int], bool]:
+    """`Constrained.valid`."""
     if constraint == "labels":
-        return lambda answer: answer in labels
+        return lambda answer, i: answer in questions.form["labels"]
+    if calls:
+        return lambda answer, i: calls_fit(calls, questions.tools[i] or [], answer)
     (kind, argument) = next(iter(constraint.items()))
     score = getattr(answer_metrics, kind)(argument)
-    return lambda answer: bool(score("", "", answer))
+    return lambda answer, i: bool(score("", "", answer))
+
+
+def calls_fit(form: CallForm, tools: list[dict], answer: str) -> bool:
+    """Whether an answer is text, or calls tools with arguments that fit their schemas."""
+    from jsonschema.validators import validator_for
+
+    schemas = {tool["name"]: tool.get("parameters") or {"type": "object"} for tool in map(function_of, tools)}
+    text, calls = form.read(answer, list(schemas))
+    broken = form.mark in text if form.mark else text.startswith("{")
+    return not broken and all(validator_for(schemas[name])(schemas[name]).is_valid(given) for name, given in calls)

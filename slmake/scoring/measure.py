@@ -102,8 +102,8 @@ def ask_all(
         exported = OnnxRunner(folders[onnx])
         runs[onnx] = exported.ask(questions, new_tokens, job, onnx)
         if section.constrain != "none":
-            texts, timings = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
-            facts["constrained"], runs[onnx].timings = texts, runs[onnx].timings | timings
+            facts["constrained"] = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
+            runs[onnx].timings |= facts["constrained"].timings
         facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
         if exported.model.runs_on != exported.model.provider:
             facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}

@@ -1,5 +1,6 @@
 """The rows that models are asked: prompt tokens of training, expected answers, labels."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ COLUMNS = (
     "answer",
     "input_ids",
     "labels",
-    *("turns", "rows", "row_answers", "row_lengths"),  # not in every dataset
+    *("turns", "tools", "rows", "row_answers", "row_lengths"),  # not in every dataset
 )
 COMPARED = 512  # largest number of prompts whose logits parity compares, so that a large test split fits into memory
 
@@ -41,6 +42,7 @@ class Questions:
     Attributes:
         rows: number of every row in its file; an answer of a conversation counts as a row here.
         turns: number of every answer's turn in its conversation; empty without conversations.
+        tools: what the assistant may call in every row; None without tools.
         texts: the prompt of every row as text; None for one of several rows in a sequence (strategies join and packing).
         prompts: one int64 array of token ids per row, of training; cut as a user's prompt is, for whose answer there must be room.
         answers: one list of token ids per row, the end token included.
@@ -58,6 +60,7 @@ class Questions:
         self.dataset, self.end = dataset, self.form["end_token_id"]
         self.rows: list[int] = []
         self.turns: list[int] = []
+        self.tools: list[list[dict] | None] = []
         self.texts: list[str | None] = []
         self.prompts: list[np.ndarray] = []
         self.answers: list[list[int]] = []
@@ -96,6 +99,7 @@ class Questions:
         while start and row["labels"][start - 1] != IGNORED:
             start -= 1
         self.turns += row.get("turns", [])[-1:]
+        self.tools.append(json.loads(row["tools"]) if row.get("tools") else None)
         self.rows.append(row["row"])
         self.texts.append(row["prompt"])
         prompt = row["input_ids"][:start]
@@ -135,6 +139,7 @@ class Questions:
                     form=self.form,
                     rows=[],
                     turns=[],
+                    tools=[],
                     texts=[],
                     prompts=[],
                     answers=[],

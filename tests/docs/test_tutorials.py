@@ -33,7 +33,7 @@ def edit(project: Path, block: str) -> None:
 def project(tmp_path, base) -> Path:
     """A fresh copy of the project: the shipped parameters and data, the tiny base model in data/base."""
     folder = new_project(tmp_path / "project", base)
-    for name in ("params.yaml", "Makefile", "data/dataset.json"):
+    for name in ("params.yaml", "Makefile", "data/dataset.json", "data/workshop.jsonl", "data/chatml_tools.jinja"):
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     type_block(folder, "git init -q")

@@ -45,6 +45,7 @@ def test_gates_that_can_never_be_judged(tmp_path, evaluate, gate, message):
     ("evaluate", "gate"),
     [
         ({"constrain": "labels"}, {"metric": "constrained_accuracy", "minimum": 0.5}),
+        ({"constrain": "tools", "metrics": ["tool_name"]}, {"metric": "constrained_tool_name", "minimum": 0.5}),
         ({"lm_eval": ["hellaswag"]}, {"metric": "lm_eval.hellaswag.acc", "maximum_drop": 0.1}),
         ({"lm_eval": ["wikitext"]}, {"metric": "lm_eval.wikitext.word_perplexity", "maximum_ratio": 1.1}),
     ],
