@@ -77,8 +77,7 @@ rule prepare:
         " --log {log}"
 
 
-# Runs before all other rules that are ready, here alone. It is nobody's input: behind an input that has to be made again, even an
-# `ancient` one, Snakemake looks for no other changes, so that a changed learning rate would not train again.
+# Runs first, here alone. It is nobody's input: behind one that is made again, Snakemake would miss a changed learning rate.
 rule rehearse:
     input:
         code=code_of("rehearse"),
