@@ -1,4 +1,4 @@
-"""An exported model answers prompts greedily with onnxruntime-genai, one by one: milliseconds of each.
+"""An exported model answers prompts greedily with onnxruntime-genai, loaded as run.py loads it, one by one: milliseconds of each.
 
 python -m bench.latency_runner --model build/onnx-int4 --prompts prompts.json --tokens 4
 """
@@ -19,8 +19,10 @@ def main() -> None:
     args = parser.parse_args()
     import onnxruntime_genai as og
 
+    from slmake.generation import Exported
+
     began = time.monotonic()
-    model = og.Model(str(args.model))
+    model = Exported(args.model).model
     load = time.monotonic() - began
     prompts = json.loads(args.prompts.read_text(encoding="utf-8"))
     waits = []
