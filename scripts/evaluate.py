@@ -73,9 +73,11 @@ def say_results(job: cli.Job, metrics: dict, models: list[str], provider: dict |
         )
 
 
-def refuse_early(section: params.Evaluate, form: dict) -> None:
+def refuse_early(section: params.Evaluate, questions: Questions) -> None:
     """Refuse metrics, tasks and constraints that are not there before any model is asked."""
-    constraints.check(section.constrain, form, "evaluate.constrain")
+    constraints.check(section.constrain, questions.form, "evaluate.constrain")
+    if section.constrain == "tools":
+        constrained.refuse_uncheckable(questions)
     for metric in section.answer_metrics:
         function_of(metric)
     if section.lm_eval:
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             predictions_file,
         ):
             questions = Questions(args.dataset, section.max_samples)
-            refuse_early(section, questions.form)
+            refuse_early(section, questions)
             questions.extend_for_parity(section.parity_prompts)
             new_tokens = section.max_new_tokens or questions.form["longest_answer_tokens"]
             weights = metrics_module.resamples(

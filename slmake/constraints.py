@@ -25,7 +25,7 @@ def check(constraint: str | dict[str, str], form: dict, where: str) -> None:
     Raises:
         UserError: there are no labels or no tools, or the file is not there or no JSON object.
     """
-    if constraint in MISSING and form.get(constraint) is None:
+    if isinstance(constraint, str) and constraint in MISSING and form.get(constraint) is None:
         raise UserError(f"{where}: {constraint}: {MISSING[constraint]}.")
     if "json_schema" in constraint:
         _schema(constraint, where)
@@ -92,8 +92,10 @@ def constrained(
     """
     chosen = guidance(constraint, form, where)
     if constraint == "tools":
+        from slmake.scoring.onnx_runner import load
+
         form = form | {"constrain": "tools"}
-        chosen = tool_guidance(Exported(folder, form), form["tools"], where)
+        chosen = tool_guidance(load(folder, form), form["tools"], where) if form["tools"] else None
     if not chosen:
         return form
     tokens = tokens_needed(constraint, form)

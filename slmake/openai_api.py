@@ -193,7 +193,8 @@ def completion_job(model, asked: Completion) -> Job:
     """What a completion request asks of a model: its text is read as it is, without a template."""
     if "\0" in asked.prompt or not asked.prompt:
         raise ValueError("prompt: it is empty or holds a NUL character.")
-    return Job(asked.prompt, *_limits(model, asked, model.sampling.guidance), asked.stops)
+    guidance = None if model.form.get("constrain") == "tools" else model.sampling.guidance  # a text comes without tools
+    return Job(asked.prompt, *_limits(model, asked, guidance), asked.stops)
 
 
 def _limits(model, asked: Options, guidance: tuple[str, str] | None) -> tuple[int, Any]:

@@ -166,7 +166,7 @@ class ChatTemplate:
 
     def trimmed_roles(self) -> list[str]:
         """Roles whose content the template strips. Python strips white space of all kinds, the runtime's template engine ASCII only."""
-        padded, question = f"\u00a0{MARK}\u00a0", {"role": "user", "content": "?"}
+        space, question = "\u00a0", {"role": "user", "content": "?"}
         trimmed = []
         for role, before, behind in (
             ("system", [], [question]),
@@ -174,8 +174,8 @@ class ChatTemplate:
             ("assistant", [question], [question]),
         ):
             with contextlib.suppress(ValueError):  # a template without a system turn
-                text, _ = self._render([*before, {"role": role, "content": padded}, *behind], True)
-                if MARK in text and padded not in text:
+                text, _ = self._render([*before, {"role": role, "content": f"{space}{MARK}{space}"}, *behind], True)
+                if MARK in text and space + MARK not in text and MARK + space not in text:
                     trimmed.append(role)
         return trimmed
 

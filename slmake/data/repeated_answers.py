@@ -19,7 +19,10 @@ def answer_keys(conversation: Conversation) -> dict[int, int]:
     """By index of each trained turn, a hash of it and of all turns and tools before it, with case and white space folded."""
     digest, keys = xxhash.xxh3_64(json.dumps(conversation.tools).encode()), {}
     for number, turn in enumerate(conversation.turns):
-        digest.update(json.dumps({**turn, "content": normalized(turn["content"])}, sort_keys=True).encode())
+        # An id only links a call to its result, and exports of real services have a new one for each.
+        calls = [{**call, "id": None} for call in turn.get("tool_calls") or []]
+        same = {**turn, "content": normalized(turn["content"]), "tool_calls": calls, "tool_call_id": None}
+        digest.update(json.dumps(same, sort_keys=True).encode())
         if number in conversation.trained:
             keys[number] = digest.intdigest()
     return keys
@@ -44,7 +47,8 @@ def repeated_answers(store: Store, split: np.ndarray) -> dict[int, list[int]]:
         for number, row in zip(numbers, rows, strict=True):
             if split[number] == 2 and row.chat:
                 keys = answer_keys(_read(row))
-                same = np.isin(np.array(list(keys.values()), dtype=np.uint64), known)
+                own = np.array(list(keys.values()), dtype=np.uint64)
+                same = known[np.searchsorted(known[:-1], own)] == own if len(known) else np.zeros(len(own), bool)
                 if same.any():
                     repeated[int(number)] = [turn for turn, learned_too in zip(keys, same, strict=True) if learned_too]
     return repeated

@@ -95,6 +95,10 @@ def setting(name: str):
             reader.row("dropped", field, f"quantize.search.{name} has its default")
         elif isinstance(value, bool) or not isinstance(value, int) or value < least:
             reader.unknown(field, f"{value!r}: a whole number from {least} is expected")
+        elif name in (settings := reader.strategy[1]):
+            smaller, larger = sorted([settings[name], (field, value)], key=lambda kept: kept[1])
+            settings[name] = smaller
+            reader.row("dropped", larger[0], f"{smaller[0]} is smaller")
         else:
             reader.strategy[1][name] = (field, value)
 

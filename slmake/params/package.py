@@ -27,7 +27,7 @@ class Package(Section):
     constrain: Constraint = Field(
         "none",
         description="Hold every answer of run.py, the server, `make ask` and `make chat` to `labels`, `tools` (text, or calls that fit the "
-        "schemas of the tools), `{regex: PATTERN}` or `{json_schema: FILE}`.",
+        "schemas of a request's tools, or of those that all conversations have), `{regex: PATTERN}` or `{json_schema: FILE}`.",
     )
     signing_key: str | None = Field(
         None,

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -160,15 +161,31 @@ def refuse_damaged(wanted: list[str]) -> None:
     found = json.loads(status.stdout or "{}")
     changes = [(stage, change) for stage in found for change in found[stage] if isinstance(change, dict)]
     damaged = [(path, how, stage) for stage, change in changes for path, how in change.get("changed outs", {}).items()]
-    damaged = [
-        entry for entry in damaged if entry[1] != "not in cache"
-    ]  # it is what it was; `dvc commit` caches it again
+    if any(how == "not in cache" for _, how, _ in damaged):
+        damaged = list(_compared(damaged))
     if damaged:
         path, how, stage = damaged[0]
         raise UserError(
             f"{path} was {how} since {stage} built it; nothing was recorded. `make restore` brings back what was built, or remove {path} "
             "and run make: it is built again."
         )
+
+
+def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """The damaged ones of some outputs: those that are "not in cache" (DVC did not look at them) are compared with their receipts.
+
+    `dvc commit` puts an output that is what it was into the cache again.
+    """
+    from slmake.platforms.atomic_dvc import Repo
+
+    with Repo() as repo:
+        for path, how, stage in damaged:
+            if how != "not in cache":
+                yield path, how, stage
+                continue
+            for out in repo.find_outs_by_path(path):
+                for changed in out.workspace_status().values():
+                    yield path, changed, stage
 
 
 def receipts() -> list[dict]:

@@ -65,6 +65,28 @@ def ask(
     )
 
 
+def refuse_uncheckable(questions: Questions) -> None:
+    """Refuse tools whose schemas cannot be checked here: the share of valid answers is not judged by the runtime's guidance.
+
+    Raises:
+        UserError: a schema is none, or has a pattern that Python does not read.
+    """
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    for tools in {json.dumps(tools): tools for tools in questions.tools[: questions.scored]}.values():
+        for function in map(function_of, tools or []):
+            schema = function.get("parameters") or {"type": "object"}
+            checker = validator_for(schema)
+            try:
+                checker.check_schema(schema, format_checker=checker.FORMAT_CHECKER)
+            except SchemaError as error:
+                raise UserError(
+                    f"{WHERE}: tools: the parameters of {function['name']!r} are no JSON Schema that can be checked: {error.message}. "
+                    "Correct them in the dataset."
+                ) from None
+
+
 def measure(
     questions: Questions,
     asked: Constrained,

@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,7 @@ class TransformersRunner:
         seconds = {"prefill": 0.0, "decode": 0.0}
         tokens = {"prefill": 0, "decode": 0}
         with job.progress(len(order), f"rows of {name}") as bar, torch.inference_mode():
-            self._share_prefix(questions)
+            self._share_prefix(questions, seconds, tokens)
             for start in range(0, len(order), self.batch_size):
                 self._batch(questions, order[start : start + self.batch_size], new_tokens, run, seconds, tokens)
                 bar.update(min(self.batch_size, len(order) - start))
@@ -94,19 +93,22 @@ class TransformersRunner:
         run.timings["peak_memory_bytes"] = peak_bytes()
         return run
 
-    def _share_prefix(self, questions: Questions) -> None:
+    def _share_prefix(self, questions: Questions, seconds: dict, tokens: dict) -> None:
         """Compute what all prompts begin with (an instruction, a system prompt) once: each batch begins with its cache."""
         import torch
 
         room = max(map(len, questions.prompts)) + max(map(len, questions.answers))
-        columns = zip(
-            *(prompt[:-1].tolist() for prompt in questions.prompts), strict=False
-        )  # the last gives an answer's logits
-        prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        prefix = questions.prompts[0][:-1]
+        for prompt in questions.prompts:
+            shortest = min(len(prefix), len(prompt) - 1)  # a prompt's last token gives the logits of its answer
+            differ = np.flatnonzero(prefix[:shortest] != prompt[:shortest])
+            prefix = prefix[: differ[0] if len(differ) else shortest]
         if len(prefix) >= SHARED and room < self.croppable:
-            ids = torch.tensor([prefix], device=self.device)
+            ids, start = torch.from_numpy(prefix)[None].to(self.device), time.perf_counter()
             self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            self.prefix = prefix
+            self.prefix = prefix.tolist()
+            seconds["prefill"] += time.perf_counter() - start
+            tokens["prefill"] += len(prefix)
 
     def _latency(self, questions: Questions, new_tokens: int) -> dict:
         """Percentiles of the time that rows take one by one; empty without `latency_rows`."""
@@ -175,7 +177,7 @@ class TransformersRunner:
         behind = [answer[:-1] if one_pass else [] for answer in answers]
         logits, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen], behind)
         seconds["prefill"] += taken
-        tokens["prefill"] += int(mask.sum()) + sum(map(len, behind))
+        tokens["prefill"] += int(mask[:, len(self.prefix) :].sum()) + sum(map(len, behind))
         first = logits[:, 0]
         log_first = first.log_softmax(-1)
         if one_pass:

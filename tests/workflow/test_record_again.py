@@ -59,6 +59,18 @@ def test_an_object_that_the_cache_lost_is_kept_again(recorded, monkeypatch):
     assert len(dvc.recorded()) > 20
 
 
+def test_damage_that_the_cache_lost_too_is_not_recorded(recorded, monkeypatch, refused):
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    shutil.rmtree(".dvc/cache/files")
+    before = Path("dvc.lock").read_bytes()
+    damaged = Path("build/adapter/adapter_config.json")
+    damaged.unlink()
+    damaged.write_text("{}", encoding="utf-8")
+    assert "build/adapter was modified since finetune built it; nothing was recorded." in refused(record.main, [])
+    assert Path("dvc.lock").read_bytes() == before
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_what_moves_while_it_is_compared_is_not_noted(recorded, monkeypatch, moment):
     """An edit between the record and the comparison is found by its content; one after it by its time."""

@@ -99,3 +99,21 @@ def test_nothing_left_to_score(prepared, tmp_path, capsys):  # noqa: F811
     with pytest.raises(SystemExit):
         prepared(source, stages=("finetune", "evaluate"), **OWN)
     assert "all 2 answers of the test conversations are in training rows" in capsys.readouterr().err
+
+
+def test_the_id_of_a_call_makes_no_other_answer(prepared, tmp_path):  # noqa: F811
+    """Exports of real services have a new id in each call; a template does not write it."""
+
+    def asked(ident: str, question: str) -> dict:
+        made = call()
+        made = {**made, "tool_calls": [{**made["tool_calls"][0], "id": ident}]}
+        turns = [user("How many lamps?"), made, {**tool("3"), "tool_call_id": ident}, assistant("Three.")]
+        return {"messages": [*turns, user(question), assistant("No.")]}
+
+    rows = {
+        "train": [asked("call_1", "And a bell, in red or blue?")],
+        "test": [asked("call_2", "Is the shop open on a Sunday?")],
+    }
+    built = prepared(files(tmp_path, **rows), **OWN)
+    assert [answer for _, answer in scored(built)] == ["No."]
+    assert built.report["duplicates"]["answers_not_scored"] == 2
