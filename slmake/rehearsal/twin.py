@@ -102,5 +102,6 @@ def make_model(base: Path, target: Path, change: Callable, dtype: str = "float32
         ) from None
     model.save_pretrained(target)
     for path in sorted(base.iterdir()):
-        if path.suffix in KEPT and path.name != "config.json" and not (target / path.name).exists():
+        of_the_base = path.name in ("config.json", "model.safetensors.index.json")  # its shards are not here
+        if path.suffix in KEPT and not of_the_base and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)

@@ -1,12 +1,13 @@
 """rehearse: the twin has the model's features, the chain runs on it, and what will not fit is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from tiny import make_model, write_params
 
-from slmake import params
+from slmake import model_folder, params
 from slmake.errors import UserError
 from slmake.rehearsal import chain, estimate, twin
 from slmake.rehearsal.estimate import Need
@@ -35,6 +36,22 @@ def test_a_twin_keeps_heads_vocabulary_and_windows():
     assert (small.head_dim, small.vocab_size, small.sliding_window) == (256, 262208, 4096)
     assert (small.num_attention_heads, small.num_key_value_heads) == (2, 1)
     assert small.hidden_size == 512
+
+
+def test_the_twin_of_a_sharded_model_has_its_own_weights(tmp_path, base):
+    """Models of several gigabytes come in shards, with an index that names them."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, tmp_path / "sharded")
+    weights = load_file(tmp_path / "sharded" / "model.safetensors")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    names = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    save_file(weights, tmp_path / "sharded" / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    twin.make_model(tmp_path / "sharded", tmp_path / "twin", twin.shrink)
+    files = model_folder.weight_files(tmp_path / "twin")
+    assert [file.name for file in files] == ["model.safetensors"]
 
 
 def test_a_twin_keeps_grouped_heads_and_a_few_experts():
