@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from slmake.errors import UserError
@@ -81,21 +82,22 @@ def tokens_needed(constraint: str | dict[str, str], form: dict) -> int:
 
 
 def constrained(
-    form: dict, constraint: str | dict[str, str], folder: Path | None = None, where: str = "package.constrain"
+    form: dict,
+    constraint: str | dict[str, str],
+    load: Callable[[dict], Exported] | None = None,
+    where: str = "package.constrain",
 ) -> dict:
     """prompt.json with the guidance that a constraint asks for, as `generation.Exported` reads it.
 
     With `constrain: tools` the server holds answers to the tools of each request; the guidance is for those that all rows have.
 
     Args:
-        folder: the exported model, for `tools`.
+        load: gives the exported model, with prompt.json as its `form`; called for `tools` that all rows have.
     """
     chosen = guidance(constraint, form, where)
     if constraint == "tools":
-        from slmake.scoring.onnx_runner import load
-
         form = form | {"constrain": "tools"}
-        chosen = tool_guidance(load(folder, form), form["tools"], where) if form["tools"] else None
+        chosen = tool_guidance(load(form), form["tools"], where) if form["tools"] else None
     if not chosen:
         return form
     tokens = tokens_needed(constraint, form)

@@ -21,7 +21,8 @@ def load(args: argparse.Namespace) -> Exported:
         UserError: it is not there, or ONNX Runtime cannot load it.
     """
     form = prompts.load_prompt(args.dataset)
-    model = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
+    folder = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
+    model = onnx_runner.load(folder, form)
     if Path(args.params).is_file():
-        form = constrained(form, params.section(args.params, "package").constrain, model)
-    return onnx_runner.load(model, form)
+        model.form = constrained(form, params.section(args.params, "package").constrain, lambda _: model)
+    return model

@@ -57,7 +57,6 @@ class Exported:
     Attributes:
         provider: the execution provider it was exported for.
         runs_on: the execution provider it runs on here.
-        sampling: how answers are chosen by default: the most likely one, that fits what `package.constrain` asks for.
         context_length: tokens of prompt and answer together that it can read.
 
     Raises:
@@ -68,8 +67,6 @@ class Exported:
         import onnxruntime_genai as og
 
         self.folder, self.form = folder, form or {}
-        guidance = self.form.get("guidance")
-        self.sampling = Sampling(guidance=(guidance["kind"], guidance["data"]) if guidance else None)
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         # ONNX Runtime GenAI refuses a cache that is smaller than a sliding window.
@@ -88,6 +85,12 @@ class Exported:
             settings.clear_providers()
             self.model, self.runs_on = og.Model(settings), "cpu"
         self.tokenizer = og.Tokenizer(self.model)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are chosen by default: the most likely one, that fits what `package.constrain` asks for."""
+        guidance = self.form.get("guidance")
+        return Sampling(guidance=(guidance["kind"], guidance["data"]) if guidance else None)
 
     def prompt(self, *arguments: str) -> str:
         """The text that the model continues.

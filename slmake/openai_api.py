@@ -168,9 +168,8 @@ def chat_job(model, asked: Chat) -> Job:
         tools = [tool.model_dump(exclude_none=True) for tool in offered]
         calls = tool_calls.CallForm.of(model) if tools else None
         prompt = model.chat_prompt([message.turn() for message in asked.messages], tools)
-    to_tools = model.form.get("constrain") == "tools"  # to those of each request
-    guidance = None if to_tools else model.sampling.guidance
-    if tools and to_tools:
+    guidance = _package_guidance(model)
+    if tools and _to_tools(model):
         guidance = calls.guidance(model, tools, optional=True)
     if asked.response_format and (schema := asked.response_format.schema()) is not None:
         guidance = tool_calls.json_guidance(schema)
@@ -193,8 +192,17 @@ def completion_job(model, asked: Completion) -> Job:
     """What a completion request asks of a model: its text is read as it is, without a template."""
     if "\0" in asked.prompt or not asked.prompt:
         raise ValueError("prompt: it is empty or holds a NUL character.")
-    guidance = None if model.form.get("constrain") == "tools" else model.sampling.guidance  # a text comes without tools
-    return Job(asked.prompt, *_limits(model, asked, guidance), asked.stops)
+    return Job(asked.prompt, *_limits(model, asked, _package_guidance(model)), asked.stops)
+
+
+def _to_tools(model) -> bool:
+    """Whether `package.constrain` holds answers to the tools of each request."""
+    return model.form.get("constrain") == "tools"
+
+
+def _package_guidance(model) -> tuple[str, str] | None:
+    """What `package.constrain` holds every answer to, with tools in the request or without."""
+    return None if _to_tools(model) else model.sampling.guidance
 
 
 def _limits(model, asked: Options, guidance: tuple[str, str] | None) -> tuple[int, Any]:

@@ -67,8 +67,7 @@ class CallForm:
         """
         calls = []
         for function in map(function_of, tools):
-            schema = function.get("parameters") or {"type": "object"}
-            properties = {self.name: {"const": function["name"]}, self.arguments: schema}
+            properties = {self.name: {"const": function["name"]}, self.arguments: schema_of(function)}
             calls.append(
                 {
                     "type": "object",
@@ -118,6 +117,11 @@ class CallForm:
 def function_of(tool: dict) -> dict:
     """The function of a tool in OpenAI's form, or given as it is."""
     return tool.get("function", tool)
+
+
+def schema_of(function: dict) -> dict:
+    """The JSON Schema of a function's arguments: any object where it has none."""
+    return function.get("parameters") or {"type": "object"}
 
 
 def _literal(model, text: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from slmake import params, serve
@@ -11,6 +12,7 @@ from slmake.outputs import read_json, write_json
 from slmake.packaging import card, checksums, local_runtimes, provenance, sbom
 from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
+from slmake.scoring import onnx_runner
 from slmake.scoring.gates import MODELS, table
 
 
@@ -58,7 +60,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     form = load_prompt(args.dataset)
-    write_json(folder / "prompt.json", constrained(form, section.constrain, args.model))
+    write_json(folder / "prompt.json", constrained(form, section.constrain, partial(onnx_runner.load, args.model)))
     for module, name in (*serve.FILES.items(), ("serve", "serve.py")):
         shutil.copyfile(Path(serve.__file__).with_name(f"{module}.py"), folder / name)
     local_runtimes.write(folder, section.name, form)

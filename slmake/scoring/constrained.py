@@ -16,7 +16,7 @@ from slmake.scoring import answer_metrics, metrics
 from slmake.scoring.onnx_runner import OnnxRow
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, percentiles
-from slmake.tool_calls import CallForm, function_of
+from slmake.tool_calls import CallForm, function_of, schema_of
 
 WHERE = "evaluate.constrain"
 FIGURES = ("accuracy", "macro_f1", "rouge_l")
@@ -76,7 +76,7 @@ def refuse_uncheckable(questions: Questions) -> None:
 
     for tools in {json.dumps(tools): tools for tools in questions.tools[: questions.scored]}.values():
         for function in map(function_of, tools or []):
-            schema = function.get("parameters") or {"type": "object"}
+            schema = schema_of(function)
             checker = validator_for(schema)
             try:
                 checker.check_schema(schema, format_checker=checker.FORMAT_CHECKER)
@@ -129,7 +129,7 @@ def calls_fit(form: CallForm, tools: list[dict], answer: str) -> bool:
     """Whether an answer is text, or calls tools with arguments that fit their schemas."""
     from jsonschema.validators import validator_for
 
-    schemas = {tool["name"]: tool.get("parameters") or {"type": "object"} for tool in map(function_of, tools)}
+    schemas = {function["name"]: schema_of(function) for function in map(function_of, tools)}
     text, calls = form.read(answer, list(schemas))
     broken = form.mark in text if form.mark else text.startswith("{")
     return not broken and all(validator_for(schemas[name])(schemas[name]).is_valid(given) for name, given in calls)

@@ -43,8 +43,7 @@ class TransformersRunner:
         self.vocabulary = config.vocab_size
         # Tokens that can be removed from its cache again: those of a sliding window that is not full, none of a recurrent state.
         self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
-        self.prefix: list[int] = []
-        self.prefix_cache = None
+        self.prefix_tokens, self.prefix_cache = 0, None  # what all prompts begin with, while they are asked
         self.load_s = time.monotonic() - began
 
     def add_adapter(self, folder: Path, quantized: params.Finetune | None = None) -> None:
@@ -88,7 +87,7 @@ class TransformersRunner:
                 bar.update(min(self.batch_size, len(order) - start))
             run.timings = {"load_s": self.load_s, "score_s": time.monotonic() - began}
             run.timings |= {f"{key}_tokens_per_s": tokens[key] / max(seconds[key], 1e-9) for key in seconds}
-            self.prefix, self.prefix_cache = [], None
+            self.prefix_tokens, self.prefix_cache = 0, None
             run.timings |= self._latency(questions, new_tokens)
         run.timings["peak_memory_bytes"] = peak_bytes()
         return run
@@ -97,18 +96,16 @@ class TransformersRunner:
         """Compute what all prompts begin with (an instruction, a system prompt) once: each batch begins with its cache."""
         import torch
 
+        from slmake.training.shared_prefix import common_length
+
         room = max(map(len, questions.prompts)) + max(map(len, questions.answers))
-        prefix = questions.prompts[0][:-1]
-        for prompt in questions.prompts:
-            shortest = min(len(prefix), len(prompt) - 1)  # a prompt's last token gives the logits of its answer
-            differ = np.flatnonzero(prefix[:shortest] != prompt[:shortest])
-            prefix = prefix[: differ[0] if len(differ) else shortest]
-        if len(prefix) >= SHARED and room < self.croppable:
-            ids, start = torch.from_numpy(prefix)[None].to(self.device), time.perf_counter()
+        common = common_length(prompt[:-1] for prompt in questions.prompts)  # the last token gives the answer's logits
+        if common >= SHARED and room < self.croppable:
+            ids, start = torch.from_numpy(questions.prompts[0][:common])[None].to(self.device), time.perf_counter()
             self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            self.prefix = prefix.tolist()
+            self.prefix_tokens = common
             seconds["prefill"] += time.perf_counter() - start
-            tokens["prefill"] += len(prefix)
+            tokens["prefill"] += common
 
     def _latency(self, questions: Questions, new_tokens: int) -> dict:
         """Percentiles of the time that rows take one by one; empty without `latency_rows`."""
@@ -135,7 +132,7 @@ class TransformersRunner:
         import torch
 
         longest, more = max(len(row) for row in rows), max(len(answer) for answer in answers)
-        common = len(self.prefix)
+        common = self.prefix_tokens
         ids = torch.zeros((len(rows), longest + more), dtype=torch.long)
         mask = torch.zeros_like(ids)
         mask[:, :common] = 1
@@ -177,7 +174,7 @@ class TransformersRunner:
         behind = [answer[:-1] if one_pass else [] for answer in answers]
         logits, cache, mask, taken = self._prefill([questions.prompts[i] for i in chosen], behind)
         seconds["prefill"] += taken
-        tokens["prefill"] += int(mask[:, len(self.prefix) :].sum()) + sum(map(len, behind))
+        tokens["prefill"] += int(mask[:, self.prefix_tokens :].sum()) + sum(map(len, behind))
         first = logits[:, 0]
         log_first = first.log_softmax(-1)
         if one_pass:

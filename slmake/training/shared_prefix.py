@@ -8,6 +8,7 @@ row, and its results by token.
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -17,6 +18,17 @@ from slmake.training.probe import close
 
 # Layers whose result for a token depends only on the tokens that it attends to; not convolutions or recurrent states.
 ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def common_length(rows: Iterable[np.ndarray]) -> int:
+    """Tokens that all rows begin with."""
+    rows = iter(rows)
+    prefix = next(rows)
+    for row in rows:
+        shortest = min(len(prefix), len(row))
+        differ = np.flatnonzero(prefix[:shortest] != row[:shortest])
+        prefix = prefix[: differ[0] if len(differ) else shortest]
+    return len(prefix)
 
 
 class Layout:
@@ -34,9 +46,8 @@ class Layout:
 
     def __init__(self, rows: list[np.ndarray], device):
         lengths = np.array([len(row) for row in rows])
-        shortest, time = lengths.min(), lengths.max()
-        differ = np.any(np.stack([row[:shortest] for row in rows]) != rows[0][:shortest], axis=0)
-        self.common = common = int(np.argmax(differ)) if differ.any() else int(shortest)
+        time = lengths.max()
+        self.common = common = common_length(rows)
         steps = np.arange(time)
         own = (steps >= common) & (steps < lengths[:, None])
         computed = own.copy()

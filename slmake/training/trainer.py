@@ -57,16 +57,12 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
         self.train, self.eval = Data(dataset / "train.parquet"), Data(dataset / "eval.parquet")
-        if section.early_stopping_patience and not len(self.eval):
-            raise UserError(
-                "finetune.early_stopping_patience: the eval split is empty, so there is no loss to stop by. Raise "
-                "prepare.eval_fraction, or set early_stopping_patience to 0."
-            )
-        if section.keep_best and not len(self.eval):
-            raise UserError(
-                "finetune.keep_best: the eval split is empty, so there is no loss to choose by. Raise prepare.eval_fraction, or set "
-                "keep_best to false."
-            )
+        for field, use, off in (("early_stopping_patience", "stop", "0"), ("keep_best", "choose", "false")):
+            if getattr(section, field) and not len(self.eval):
+                raise UserError(
+                    f"finetune.{field}: the eval split is empty, so there is no loss to {use} by. Raise prepare.eval_fraction, or set "
+                    f"{field} to {off}."
+                )
         self.schedule = Schedule(section, self.train.sequence_lengths)
         key = None
         if self.group.is_main_process:

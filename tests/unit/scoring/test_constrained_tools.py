@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ def test_rows_are_held_to_their_own_tools(tmp_path, chat_base, onnx):
 def test_a_package_has_the_tools_that_all_rows_have(same_tools, onnx):
     form = json.loads((same_tools / "prompt.json").read_text(encoding="utf-8"))
     assert form["tools"] == [WEATHER, CLOCK]
-    held = constrained(form, "tools", onnx)
+    held = constrained(form, "tools", partial(generation.Exported, onnx))
     assert (held["constrain"], held["guidance"]["kind"]) == ("tools", "lark_grammar")
     model = generation.Exported(onnx, held)
     assert '"name": "clock"' in model.prompt("Hi")
@@ -169,7 +170,7 @@ def test_the_server_holds_answers_to_the_tools_of_the_request(same_tools, onnx):
     import openai
 
     form = json.loads((same_tools / "prompt.json").read_text(encoding="utf-8"))
-    model = generation.Exported(onnx, constrained(form, "tools", onnx))
+    model = generation.Exported(onnx, constrained(form, "tools", partial(generation.Exported, onnx)))
     seen, make = [], model.generator
     model.generator = lambda *arguments: seen.append(arguments[2].guidance) or make(*arguments)
     with serving(model) as (url, _):
