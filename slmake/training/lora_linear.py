@@ -55,6 +55,26 @@ def packable(weight: torch.Tensor) -> bool:
     return narrow and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+class FourBit:
+    """A frozen weight [out, in] in bitsandbytes' 4 bits with its two products, each over the dequantized weight."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight.data, self.weight.quant_state).to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W': [rows, in] to [rows, out]."""
+        return x @ self._whole(x).t()
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad W: [rows, out] to [rows, in]."""
+        return grad @ self._whole(grad)
+
+
 class Gathered:
     """The frozen weights of several layers, concatenated for each product: sharded weights are gathered only while in use."""
 
@@ -194,23 +214,33 @@ def lora_layers(peft) -> dict[str, torch.nn.Module]:
     }
 
 
+def four_bit_layers(peft) -> list[torch.nn.Module]:
+    """PEFT's LoRA layers over bitsandbytes' 4-bit linear ones."""
+    return [module for module in peft.modules() if hasattr(module, "lora_A") and _quantized(module.get_base_layer())]
+
+
+def _quantized(base) -> bool:
+    return getattr(base.weight, "quant_state", None) is not None
+
+
 @torch.no_grad()
-def _computes(module) -> bool:
+def _computes(module, frozen: Frozen | FourBit) -> bool:
     """Whether `LoraLinear` gives the result of PEFT's own forward, with random values in all parameters of the adapter.
 
     DoRA's magnitude, a bias of B and the like would have no effect with the values that they are initialized to.
     """
     base, generator = module.get_base_layer(), torch.Generator().manual_seed(0)
-    frozen = {id(value) for value in base.parameters()}
-    parameters = [value for value in module.parameters() if id(value) not in frozen]
+    of_base = {id(value) for value in base.parameters()}
+    parameters = [value for value in module.parameters() if id(value) not in of_base]
     before = [value.clone() for value in parameters]
-    x = torch.randn(4, base.in_features, generator=generator).to(base.weight)
+    dtype = base.weight.quant_state.dtype if _quantized(base) else base.weight.dtype
+    x = torch.randn(4, base.in_features, generator=generator).to(base.weight.device, dtype)
     try:
         for value in parameters:
             random = torch.randn(value.shape, generator=generator)
             value.copy_(random / value.shape[-1] ** 0.5)
         scaling = module.scaling[module.active_adapters[0]]
-        fused = LoraLinear.apply(x, Frozen(base.weight), base.bias, scaling, True, *_adapter(module))[0]
+        fused = LoraLinear.apply(x, frozen, base.bias, scaling, True, *_adapter(module))[0]
         return close(fused, module(x), 0.02)
     finally:
         for value, original in zip(parameters, before, strict=True):
@@ -227,10 +257,13 @@ def fuse(peft, join: bool = False, weights_fixed: bool = False, pack: bool = Fal
     """
     plain = {}
     for name, module in lora_layers(peft).items():
-        if isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity) and _computes(module):
-            plain[name] = module
-            module.fake_quantized = module.frozen = None
-            module.forward = types.MethodType(_forward, module)
+        plain |= {name: module} if _replace(module, Frozen(module.get_base_layer().weight)) else {}
+    four_bit = 0
+    for module in four_bit_layers(peft):
+        frozen = FourBit(module.get_base_layer().weight)
+        if _replace(module, frozen):
+            module.frozen = frozen
+            four_bit += 1
     alone = dict(plain)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if join else ():
         for names in PROJECTIONS:
@@ -242,4 +275,15 @@ def fuse(peft, join: bool = False, weights_fixed: bool = False, pack: bool = Fal
     if weights_fixed:
         for module in alone.values():
             module.frozen = Frozen(module.get_base_layer().weight, pack)
-    return len(plain)
+    return len(plain) + four_bit
+
+
+def _replace(module, frozen: Frozen | FourBit) -> bool:
+    """Give a layer the one operation, if it has no dropout and a probe agrees."""
+    if not isinstance(module.lora_dropout[module.active_adapters[0]], torch.nn.Identity):
+        return False
+    if not _computes(module, frozen):
+        return False
+    module.fake_quantized = module.frozen = None
+    module.forward = types.MethodType(_forward, module)
+    return True

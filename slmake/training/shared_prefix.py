@@ -106,6 +106,9 @@ class ByRow(torch.autograd.Function):
         ctx.layout = layout
         _, heads, _, width = x.shape
         swapped = x.transpose(1, 2)
+        if x.is_cuda:  # whole tokens: long reads, and attention takes any strides there
+            gathered = swapped.reshape(layout.tokens, -1).index_select(0, layout.token.reshape(-1))
+            return gathered.view(layout.rows, layout.time, heads, width).transpose(1, 2)
         token_first = swapped.is_contiguous()
         flat = (swapped if token_first else x).reshape(-1, width)
         gathered = flat.index_select(0, layout.by_row(heads, token_first))
@@ -114,7 +117,12 @@ class ByRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         layout, (_, heads, _, width) = ctx.layout, grad.shape
-        by_token = grad.reshape(-1, width).index_select(0, layout.by_token(heads)).view(1, heads, layout.tokens, width)
+        if grad.is_cuda:
+            flat = grad.transpose(1, 2).reshape(layout.rows * layout.time, -1).index_select(0, layout.flat)
+            by_token = flat.view(1, layout.tokens, heads, width).transpose(1, 2)
+        else:
+            by_token = grad.reshape(-1, width).index_select(0, layout.by_token(heads))
+            by_token = by_token.view(1, heads, layout.tokens, width)
         if layout.common and layout.rows > 1:
             by_token[0, :, : layout.common] = grad[:, :, : layout.common].sum(0)
         return by_token, None
@@ -156,6 +164,10 @@ def share(model) -> float:
         sizes = [part.tokens for part in layout.parts]
         outputs = []
         for part, *states in zip(layout.parts, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+            if part.rows == 1:
+                output, weights = inner(module, *states, None, **kwargs)
+                outputs.append(output)
+                continue
             output, weights = inner(module, *(ByRow.apply(x, part) for x in states), None, **kwargs)
             outputs.append(ByToken.apply(output, part))
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], weights

@@ -101,7 +101,7 @@ class Trainer:
 
     def _load_fused(self, base: Path, load_on=None) -> None:
         """The model with its fused operations."""
-        from slmake.training import fused_ops, lora_linear, qat
+        from slmake.training import fused_ops, gpu_ops, lora_linear, qat
 
         section = self.section
         self.peft = load_model(section, base, self.device, load_on)
@@ -110,8 +110,8 @@ class Trainer:
         weights_fixed = join and section.sharding == "none"
         pack = weights_fixed and self._pack()
         replaced = {"lora": lora_linear.fuse(self.peft, join, weights_fixed, pack)}
-        if self.device.type == "cpu":
-            replaced |= fused_ops.fuse(self.peft.get_base_model())
+        operations = fused_ops if self.device.type == "cpu" else gpu_ops
+        replaced |= operations.fuse(self.peft.get_base_model())
         self.qat = None
         if section.qat != "none":
             targets, rate = section.qat_target_modules, section.qat_rate
