@@ -222,26 +222,34 @@ def contender_runs(make: Callable, rows: dict[Workload, object], steps: int, dev
     return speeds, {longest.name: measured(device, contender.trace, longest, rows[longest])}
 
 
-def training(base: Path, work: Path, loads: list[Workload], steps: int, job: cli.Job) -> dict:
-    """Every contender on every workload, by method, contender and workload; a contender loads its model once."""
-    vocabulary, device = gpu_models.config_of(base)["vocab_size"], pick_device()
-    rows, datasets = {}, {}
-    for number, load in enumerate(loads):
-        count = load.batch * (WARM_UP + steps)
-        rows[load] = gpu_models.draw_rows(count, load.length, load.instruction, vocabulary)
-        datasets[load] = gpu_models.write_dataset(work / f"rows-{number}", rows[load])
-    attentions = ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]
-    results = {}
-    for method in ["lora", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])]:
+class Training:
+    """Every contender on every workload; a contender loads its model once."""
+
+    def __init__(self, base: Path, work: Path, loads: list[Workload], steps: int, job: cli.Job):
+        self.base, self.work, self.steps, self.job = base, work, steps, job
+        self.device, vocabulary = pick_device(), gpu_models.config_of(base)["vocab_size"]
+        self.rows, self.datasets = {}, {}
+        for number, load in enumerate(loads):
+            count = load.batch * (WARM_UP + steps)
+            self.rows[load] = gpu_models.draw_rows(count, load.length, load.instruction, vocabulary)
+            self.datasets[load] = gpu_models.write_dataset(work / f"rows-{number}", self.rows[load])
+
+    @staticmethod
+    def methods() -> list[str]:
+        return ["lora", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])]
+
+    def run(self, method: str) -> dict:
+        """A method's figures by contender and workload."""
         measure.say(f"train: {method}")
-        ours = partial(OurTraining, base, datasets[loads[0]], work / method, job, method=method)
-        speeds, trace = contender_runs(ours, datasets, steps, device)
-        results[method] = {"ours": speeds, "trace": trace}
-        for attention in attentions:
+        first = next(iter(self.datasets.values()))
+        ours = partial(OurTraining, self.base, first, self.work / method, self.job, method=method)
+        speeds, trace = contender_runs(ours, self.datasets, self.steps, self.device)
+        results = {"ours": speeds, "trace": trace}
+        for attention in ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]:
             measure.say(f"train: {method} with transformers' Trainer, {attention}")
-            peer = partial(PeerTraining, base, work / method, method, attention)
-            results[method][f"Trainer, {attention}"], _ = contender_runs(peer, rows, steps, device)
-    return results
+            peer = partial(PeerTraining, self.base, self.work / method, method, attention)
+            results[f"Trainer, {attention}"], _ = contender_runs(peer, self.rows, self.steps, self.device)
+        return results
 
 
 def scoring(base: Path, work: Path, count: int, length: int, instruction: int, job: cli.Job) -> dict:

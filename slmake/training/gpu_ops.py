@@ -5,6 +5,7 @@ their launches. A kernel of Liger (Hsu et al. 2024, arXiv:2410.10989) is one lau
 where the replacement gives the same result on a probe; without Liger or a compiler for Triton, nothing is.
 """
 
+import subprocess
 import sys
 import types
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from slmake.training.probe import close
 
 # What is added to a norm's weight, and in which type the norm is taken: Llama's way and Gemma's.
 NORMS = ((0.0, "llama"), (1.0, "gemma"))
+# What a kernel ends with where Triton has no compiler, or where it does not take the arguments.
+CANNOT = (TypeError, RuntimeError, OSError, subprocess.SubprocessError)
 
 
 def fuse(model) -> dict[str, int]:
@@ -56,7 +59,7 @@ def _fuse_norm(module) -> int:
             if torch.allclose(norm(module, probe), expected, rtol=0.01, atol=1e-5):
                 module.forward = types.MethodType(norm, module)
                 return 1
-        except RuntimeError:  # no compiler for Triton
+        except CANNOT:
             return 0
     return 0
 
@@ -80,7 +83,7 @@ def _fuse_mlp(module, device, dtype) -> int:
     try:
         if not close(_gated(module, probe), module(probe), 0.02):
             return 0
-    except RuntimeError:
+    except CANNOT:
         return 0
     module.forward = types.MethodType(_gated, module)
     return 1
@@ -106,7 +109,7 @@ def _fuse_rotary(source, device) -> int:
         expected = original(q, k, angles.cos(), angles.sin())
         # Liger writes its result into contiguous inputs.
         given = rotary(q.clone(), k.clone(), angles.cos(), angles.sin())
-    except (TypeError, RuntimeError):
+    except CANNOT:
         return 0
     if not all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(expected, given, strict=True)):
         return 0

@@ -264,3 +264,27 @@ def test_rank_stabilized_lora_is_fused():
     assert lora_linear.fuse(peft) == 1
     for name, value in gradients(peft, x).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_layers_over_four_bits_are_one_operation_too():
+    """bitsandbytes' own layers: the same output and gradients as PEFT's, float32 values of a dequantized base."""
+    import bitsandbytes
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(8)
+    model = torch.nn.Sequential(
+        bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    ).to("cpu")
+    model[0].support_avx512bf16_for_cpu = False
+    model.is_loaded_in_4bit = True
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
+    for name, value in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value.data, std=0.3)
+    x = torch.randn(3, 7, 64, requires_grad=True)
+    expected = gradients(peft, x)
+    assert lora_linear.fuse(peft) == 1
+    found = gradients(peft, x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
