@@ -43,7 +43,9 @@ def liger(monkeypatch):
 
 
 def mlp(activation: str = "silu"):
-    config = modeling_llama.LlamaConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, hidden_act=activation)
+    config = modeling_llama.LlamaConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, hidden_act=activation
+    )
     return modeling_llama.LlamaMLP(config)
 
 
