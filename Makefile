@@ -23,7 +23,7 @@ export DO_NOT_TRACK = 1
 export TEXT URL
 
 .DEFAULT_GOAL := build
-.PHONY: build report rehearse preview ask chat serve verify reproduce restore clean help setup azureml lm-eval azurite peers image sif \
+.PHONY: build report rehearse preview ask chat serve verify seeds reproduce restore clean help setup azureml lm-eval azurite peers image sif \
         remote push pull test test-fast tokenizers faults attack lint format docs models screenshots lock bench
 
 ##@ Build
@@ -51,6 +51,9 @@ serve: $(SERVE_READY) ## serve it as OpenAI's API, on this machine only: make se
 
 verify: $(READY) ## check build/package: checksums, signature, provenance, and that it generates
 	@$(BIN)/python -m tools.verify
+
+seeds: setup ## train with N=5 seeds: mean and spread of every score; SEEDS="--splits 42 7" passes options
+	@$(BIN)/python -m tools.seeds --runs $(or $(N),5) $(SEEDS)
 
 reproduce: setup ## build again in another folder and compare the bytes
 	@$(BIN)/python -m tools.reproduce

@@ -1,0 +1,63 @@
+"""tools.seeds: several builds of a tiny project, their spread, and what is kept between calls."""
+
+import json
+import statistics
+
+import pytest
+from project import change, run
+
+from tools import seeds
+
+
+def call(project, *options):
+    return run(project, "python", "-m", "tools.seeds", *options)
+
+
+def test_runs_differ_in_their_seeds_alone_and_are_kept(repository):
+    done = call(repository, "--runs", "2", "--splits", "42", "7")
+    assert done.returncode == 0, done.stdout
+    result = json.loads((repository / seeds.RESULT).read_text())
+    changes = [made["changes"] for made in result["runs"]]
+    assert [(made["prepare"]["seed"], made["finetune"]["seed"]) for made in changes] == [
+        (split, seed) for split in (42, 7) for seed in (42, 43)
+    ]
+    scores = [made["scores"] for made in result["runs"]]
+    # The first run is the build that stands in the project, so its scores are those of that build.
+    own = json.loads((repository / "results/metrics.json").read_text())
+    assert scores[0]["merged"]["accuracy"] == own["merged"]["accuracy"]
+    assert scores[0]["adapter"] != scores[1]["adapter"]
+    line = next(line for line in result["summary"] if (line["model"], line["score"]) == ("merged", "accuracy"))
+    values = [score["merged"]["accuracy"] for score in scores]
+    assert line["mean"] == pytest.approx(statistics.fmean(values))
+    assert line["sd"] == pytest.approx(statistics.stdev(values))
+    assert (line["least"], line["greatest"]) == (min(values), max(values))
+    assert "<svg" in (repository / seeds.PICTURE).read_text()
+    assert [path.suffix for path in (repository / seeds.KEPT).iterdir()] == [".json"] * 4  # no model is left
+
+    again = call(repository, "--runs", "2")
+    assert again.returncode == 0, again.stdout
+    assert "steps" not in again.stdout  # nothing was trained
+    change(repository, "finetune", learning_rate=0.02)
+    other = call(repository, "--runs", "1")
+    assert other.returncode == 0, other.stdout
+    assert len(list((repository / seeds.KEPT).iterdir())) == 5
+
+
+def test_a_project_without_training_is_refused(repository):
+    change(repository, "all", stages=["quantize", "evaluate"])
+    done = call(repository)
+    assert done.returncode == 1
+    assert "leaves out finetune" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (repository / seeds.RESULT).exists()
+
+
+def test_a_failed_build_keeps_what_was_measured(repository):
+    assert call(repository, "--runs", "1").returncode == 0
+    change(repository, "finetune", target_modules=["no_such_proj"])
+    before = (repository / seeds.RESULT).read_text()
+    done = call(repository, "--runs", "1")
+    assert done.returncode == 1
+    assert "Finished runs are kept" in done.stdout
+    assert (repository / seeds.RESULT).read_text() == before
+    assert [path.suffix for path in (repository / seeds.KEPT).iterdir()] == [".json"]

@@ -1,0 +1,226 @@
+"""Build with several seeds and show how far the scores move: mean, standard deviation and range of every score.
+
+    python -m tools.seeds --runs 5                              the seeds of params.yaml, and the four after them
+    python -m tools.seeds --runs 5 --splits 42 7 8              the same on three splits of the data: 15 builds
+    python -m tools.seeds --runs 5 --dtypes float32 bfloat16    and in two data types: 10 builds
+
+A run changes finetune.seed and finetune.data_seed, a split prepare.seed, a data type finetune.compute_dtype; all else is
+as params.yaml says. Each run is a build up to the scores in a copy of the project below build/seeds, from the base model that is
+built here. Its models are removed when it is scored. Its scores stay, so a call that was interrupted goes on where it was;
+with another parameter, other code or other data, they are measured again.
+
+Writes results/seeds.json (parameters and scores of every run) and results/seeds.svg.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from slmake import cli, outputs, params
+from slmake.errors import UserError
+from slmake.plan import Plan
+from slmake.reporting.figures import colour, plain_plots, save
+from slmake.reporting.pages import models_of
+from tools.reproduce import copy_tracked
+
+KEPT = Path("build/seeds")
+RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
+METRICS = "results/metrics.json"
+BASE = ["build/base", "results/base.json"]
+OTHER = ("docs", "tests", "bench", "README.md", "CHANGELOG.md", "dvc.lock")  # tracked, but no run reads them
+
+
+def variants(own: params.Params, runs: int, splits: list[int] | None, dtypes: list[str] | None) -> list[dict]:
+    """What every run changes, by section: each split in each data type with each seed."""
+    tune = own.finetune
+    return [
+        {
+            "prepare": {"seed": split},
+            "finetune": {
+                "seed": tune.seed + number,
+                "data_seed": tune.data_seed + number,
+                "compute_dtype": dtype,
+            },
+        }
+        for split, dtype, number in product(splits or [own.prepare.seed], dtypes or [tune.compute_dtype], range(runs))
+    ]
+
+
+def copy_project(here: Path, target: Path, change: dict) -> None:
+    """Copy the project with other parameters, and what params.yaml names though Git does not track it; link the base model."""
+    copy_tracked(here, target)
+    for name in OTHER:
+        outputs.remove(target / name)
+    for name in Plan(params.load(here / "params.yaml")).files:
+        if not Path(name).is_absolute() and not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to((here / name).resolve())
+    settings = yaml.safe_load((here / "params.yaml").read_text(encoding="utf-8"))
+    for section, fields in change.items():
+        settings[section] = {**(settings.get(section) or {}), **fields}
+    (target / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def key(project: Path, base: Path) -> str:
+    """16 hex digits: the content of a copy's files before anything is built in it, and of the base model's description."""
+    files = sorted(path for path in project.rglob("*") if path.is_file())
+    sums = {path.relative_to(project).as_posix(): outputs.sha256(path) for path in files}
+    return hashlib.sha256(json.dumps([sums, outputs.sha256(base)]).encode()).hexdigest()[:16]
+
+
+def link_base(here: Path, target: Path) -> None:
+    for name in BASE:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (here / name).is_dir():
+            shutil.copytree(here / name, target / name, copy_function=os.link)
+        else:
+            shutil.copy2(here / name, target / name)
+
+
+def snakemake(folder: Path, *targets: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *targets, "--cores", "all", "--quiet", "progress"], cwd=folder
+    )
+    if done.returncode:
+        sys.exit(f"the build of {' '.join(targets)} failed; the message is above. Finished runs are kept in {KEPT}.")
+
+
+def measured(here: Path, change: dict) -> dict:
+    """The scores of one run: those that were kept, or a build's."""
+    with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
+        project = Path(scratch)
+        copy_project(here, project, change)
+        kept = here / KEPT / f"{key(project, here / BASE[1])}.json"
+        if kept.exists():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        link_base(here, project)
+        began = time.monotonic()
+        snakemake(project, METRICS)
+        metrics = json.loads((project / METRICS).read_text(encoding="utf-8"))
+        scores = {name: numbers(metrics[name]) for name in models_of(metrics)}
+        run = {"changes": change, "seconds": round(time.monotonic() - began, 1), "scores": scores}
+        replace_json(kept, run)
+        return run
+
+
+def replace_json(path: Path, value: dict) -> None:
+    outputs.replace(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def numbers(scores: dict) -> dict[str, float]:
+    """A model's scores without their intervals and parts."""
+    return {
+        name: value
+        for name, value in scores.items()
+        if isinstance(value, float) and not name.endswith(("_low", "_high"))
+    }
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """For every model and score that all runs have: mean, standard deviation (of a sample), least and greatest value."""
+    lines = []
+    for model, scores in runs[0]["scores"].items():
+        for score in scores:
+            values = [run["scores"].get(model, {}).get(score) for run in runs]
+            if None not in values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                lines.append(
+                    {
+                        "model": model,
+                        "score": score,
+                        "mean": statistics.fmean(values),
+                        "sd": spread,
+                        "least": min(values),
+                        "greatest": max(values),
+                    }
+                )
+    return lines
+
+
+def table(lines: list[dict]) -> str:
+    """The summary as text, in columns."""
+    rows = [["model", "score", "mean", "sd", "least", "greatest"]]
+    for line in lines:
+        figures = [line[name] for name in ("mean", "sd", "least", "greatest")]
+        rows.append([line["model"], line["score"], *("" if value is None else f"{value:.4f}" for value in figures)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Accuracy of every run, a row of dots a model, with the mean and one standard deviation to each side."""
+    plt = plain_plots()
+    models = list(runs[0]["scores"])
+    figure, axes = plt.subplots(figsize=(8, 0.7 * len(models) + 1.6))
+    for position, name in enumerate(models):
+        values = [run["scores"][name]["accuracy"] for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(
+            statistics.fmean(values), position, xerr=spread, color="#1f2328", marker="|", markersize=18, capsize=4
+        )
+        axes.scatter(values, [position] * len(values), color=colour(name), s=30, zorder=3)
+    axes.set(xlabel="accuracy (line: mean and standard deviation)", title=f"Accuracy of {len(runs)} runs")
+    axes.set_yticks(range(len(models)), models)
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    save(plt, figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="seeds (default: 5)")
+    parser.add_argument(
+        "--splits", type=int, nargs="+", metavar="SEED", help="values of prepare.seed (default: its own)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", metavar="TYPE", help="values of finetune.compute_dtype (default: its own)"
+    )
+    args = parser.parse_args(argv)
+    if args.runs < 1:
+        parser.error("--runs is 1 or more.")
+    with cli.job("seeds") as job:
+        repeat(Path.cwd(), args, job)
+
+
+def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
+    """All runs, and what they say together.
+
+    Raises:
+        UserError: params.yaml has a mistake, nothing is trained or scored, or a build failed.
+    """
+    own = params.load(here / "params.yaml")
+    missing = sorted({"finetune", "evaluate"} - set(own.stages)) + ["prepare"] * (own.prepare is None)
+    if missing:
+        raise UserError(
+            f"params.yaml leaves out {', '.join(missing)}, so nothing is trained and scored. Add the stages to all.stages, and a "
+            "dataset to prepare."
+        )
+    (here / KEPT).mkdir(parents=True, exist_ok=True)
+    snakemake(here, *BASE)
+    changes = variants(own, args.runs, args.splits, args.dtypes)
+    runs: list[dict] = []
+    for number, change in enumerate(changes, 1):
+        values = ", ".join(f"{section}.{name} {value}" for section, of in change.items() for name, value in of.items())
+        job.say(f"run {number} of {len(changes)}: {values}")
+        runs.append(measured(here, change))
+        shown = ", ".join(f"{name} {scores['accuracy']:.1%}" for name, scores in runs[-1]["scores"].items())
+        job.say(f"run {number} of {len(changes)}: accuracy {shown} ({runs[-1]['seconds']:.0f} s)")
+    lines = summary(runs)
+    replace_json(here / RESULT, {"summary": lines, "runs": runs})
+    draw(runs, here / PICTURE)
+    print(table(lines))
+    job.say(f"{len(runs)} runs in {RESULT}, drawn in {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()
