@@ -52,7 +52,7 @@ serve: $(SERVE_READY) ## serve it as OpenAI's API, on this machine only: make se
 verify: $(READY) ## check build/package: checksums, signature, provenance, and that it generates
 	@$(BIN)/python -m tools.verify
 
-seeds: setup ## train with N=5 seeds: mean and spread of every score; SEEDS="--splits 42 7" passes options
+seeds: setup ## train with N=5 seeds, show mean and spread; SEEDS="--splits 42 7"
 	@$(BIN)/python -m tools.seeds --runs $(or $(N),5) $(SEEDS)
 
 reproduce: setup ## build again in another folder and compare the bytes
