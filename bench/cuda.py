@@ -149,8 +149,9 @@ def run(device: str, tiny: bool, work: Path, output: Path) -> dict:
         figures[name] = part()
         results.save(output, head | report(figures, loads, wanted))
     for method in train.methods():
-        figures["training"][method] = train.run(method)
-        results.save(output, head | report(figures, loads, wanted))
+        for runs in train.run(method):
+            figures["training"][method] = runs
+            results.save(output, head | report(figures, loads, wanted))
     return head | report(figures, loads, wanted)
 
 

@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -238,18 +238,19 @@ class Training:
     def methods() -> list[str]:
         return ["lora", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])]
 
-    def run(self, method: str) -> dict:
-        """A method's figures by contender and workload."""
+    def run(self, method: str) -> Iterator[dict]:
+        """A method's figures by contender and workload, again after each contender."""
         measure.say(f"train: {method}")
         first = next(iter(self.datasets.values()))
         ours = partial(OurTraining, self.base, first, self.work / method, self.job, method=method)
         speeds, trace = contender_runs(ours, self.datasets, self.steps, self.device)
         results = {"ours": speeds, "trace": trace}
+        yield results
         for attention in ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]:
             measure.say(f"train: {method} with transformers' Trainer, {attention}")
             peer = partial(PeerTraining, self.base, self.work / method, method, attention)
             results[f"Trainer, {attention}"], _ = contender_runs(peer, self.rows, self.steps, self.device)
-        return results
+            yield results
 
 
 def scoring(base: Path, work: Path, count: int, length: int, instruction: int, job: cli.Job) -> dict:
