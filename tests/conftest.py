@@ -50,12 +50,17 @@ def wheel(tmp_path_factory, gguf_file) -> Path:
     return write_wheel(gguf_file, tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.fixture(autouse=True)
+def handlers_of_earlier_tests(monkeypatch):
+    """Libraries' log handlers keep an earlier test's stderr, closed now: their complaint is no output of the code under test."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+
 @pytest.fixture
-def refused(capsys, monkeypatch):
+def refused(capsys):
     """The one message that a script's `main` (or what calls it) ends with, on the terminal, with exit code 1 and without traceback."""
 
     def run(call, *arguments, **options) -> str:
-        monkeypatch.setattr(logging, "raiseExceptions", False)  # libraries keep an earlier test's stderr, closed now
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             call(*arguments, **options)
