@@ -15,8 +15,9 @@ them is missing and there is no network, bring wheels for that machine's Python,
 
 bitsandbytes (QLoRA) and flash-attn are used where they are installed; the result lists what was left out. Every figure of
 training is from one run of each contender in the same process, over the same rows: ours with deterministic kernels, the
-Trainer without. Steps have about 9,000 tokens (what the Trainer can hold in 80 GB), the length of a row varies by a quarter, and the loss is on a quarter of a
-row's own tokens, at most 32. "Behind 500 shared" means that all rows begin with the same 500 tokens.
+Trainer without. Steps have about 9,000 tokens (what the Trainer can hold in 80 GB), the length of a row varies by a quarter,
+and the loss is on a quarter of a row's own tokens, at most 32. "Behind 500 shared" means that all rows begin with the same
+500 tokens.
 """
 
 import argparse
@@ -128,21 +129,17 @@ def run(device: str, tiny: bool, work: Path, output: Path) -> dict:
     head = {"bench": "cuda", "machine": measure.machine(), "versions": measure.versions(), "tiny": tiny}
     figures = {"dtype": str(dtype).removeprefix("torch."), "left_out": left_out(device)}
     figures["checks"] = gpu_checks.run(gpu_checks.Setup(measure.fresh(work / "checks"), job), chosen)
-
-    def base() -> Path:
-        shape = gpu_models.ARCHITECTURES["phi3"] if tiny else gpu_models.PHI3_MINI
-        return gpu_models.write_model(work / "base", "phi3", shape, dtype, chosen)
-
     results.save(output, head | report(figures, loads, wanted))
     questions = (sizes["questions"], sizes["lengths"][0], sizes["instruction"])
     measured = partial(gpu_speed.measured, chosen)
-    base()
-    train = gpu_speed.Training(work / "base", work / "training", loads, sizes["steps"], job)
+    shape = gpu_models.ARCHITECTURES["phi3"] if tiny else gpu_models.PHI3_MINI
+    base = gpu_models.write_model(work / "base", "phi3", shape, dtype, chosen)
+    train = gpu_speed.Training(base, work / "training", loads, sizes["steps"], job)
     figures["training"] = {}
     parts = {
         "product_flop_per_s": lambda: measure.matmul_rate(dtype, sizes["product"]),
-        "scoring": lambda: measured(gpu_speed.scoring, work / "base", work, *questions, job),
-        "gptq": lambda: measured(gpu_speed.rounding, work / "base"),
+        "scoring": lambda: measured(gpu_speed.scoring, base, work, *questions, job),
+        "gptq": lambda: measured(gpu_speed.rounding, base),
     }
     for name, part in parts.items():
         measure.say(name)

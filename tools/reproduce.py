@@ -35,23 +35,28 @@ def built_files(root: Path) -> dict[str, str]:
     return digests
 
 
-def copy_tracked(source: Path, target: Path) -> None:
-    """Copy what Git tracks (as it is in the working tree), without anything built."""
+def copy_tracked(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Copy what Git tracks (as it is in the working tree), without anything built, and without names that begin with `leave_out`."""
     names = subprocess.run(
         ["git", "ls-files", "-z"], cwd=source, check=True, capture_output=True, text=True
     ).stdout.split("\0")
     for name in filter(None, names):
-        if not name.startswith("results/") and (source / name).is_file():
+        if not name.startswith(("results/", *leave_out)) and (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
+
+
+def snakemake(folder: Path, *targets: str) -> bool:
+    """Build targets, or everything, in a copy of the project; returns whether it ended well."""
+    command = [sys.executable, "-m", "snakemake", *targets, "--cores", "all", "--quiet", "progress"]
+    return subprocess.run(command, cwd=folder).returncode == 0
 
 
 def build_again(here: Path) -> dict[str, str]:
     """`built_files` of a build from nothing in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="slmake-again-") as other:
         copy_tracked(here, Path(other))
-        done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "progress"], cwd=other)
-        if done.returncode:
+        if not snakemake(Path(other)):
             sys.exit("reproduce: the second build failed.")
         return built_files(Path(other))
 

@@ -13,13 +13,10 @@ Writes results/seeds.json (parameters and scores of every run) and results/seeds
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import product
@@ -28,17 +25,18 @@ from pathlib import Path
 import yaml
 
 from slmake import cli, outputs, params
+from slmake.code_inputs import digest
 from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.reporting.figures import colour, plain_plots, save
 from slmake.reporting.pages import models_of
-from tools.reproduce import copy_tracked
+from tools.reproduce import copy_tracked, snakemake
 
 KEPT = Path("build/seeds")
 RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
 METRICS = "results/metrics.json"
 BASE = ["build/base", "results/base.json"]
-OTHER = ("docs", "tests", "bench", "README.md", "CHANGELOG.md", "dvc.lock")  # tracked, but no run reads them
+OTHER = ("docs/", "tests/", "bench/", "README.md", "CHANGELOG.md", "dvc.lock")  # tracked, but no run reads them
 
 
 def variants(own: params.Params, runs: int, splits: list[int] | None, dtypes: list[str] | None) -> list[dict]:
@@ -57,11 +55,13 @@ def variants(own: params.Params, runs: int, splits: list[int] | None, dtypes: li
     ]
 
 
-def copy_project(here: Path, target: Path, change: dict) -> None:
-    """Copy the project with other parameters, and what params.yaml names though Git does not track it; link the base model."""
-    copy_tracked(here, target)
-    for name in OTHER:
-        outputs.remove(target / name)
+def copy_project(here: Path, target: Path, change: dict) -> str:
+    """Copy the project with other parameters, and what params.yaml names though Git does not track it; link the base model.
+
+    Returns:
+        The copy's content, as 64 hex digits: two copies with the same give the same scores.
+    """
+    copy_tracked(here, target, OTHER)
     for name in Plan(params.load(here / "params.yaml")).files:
         if not Path(name).is_absolute() and not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -70,43 +70,30 @@ def copy_project(here: Path, target: Path, change: dict) -> None:
     for section, fields in change.items():
         settings[section] = {**(settings.get(section) or {}), **fields}
     (target / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    model, report = BASE
+    (target / report).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(here / report, target / report)
+    files = sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
+    shutil.copytree(here / model, target / model, copy_function=os.link)
+    return digest(files, root=target)
 
 
-def key(project: Path, base: Path) -> str:
-    """16 hex digits: the content of a copy's files before anything is built in it, and of the base model's description."""
-    files = sorted(path for path in project.rglob("*") if path.is_file())
-    sums = {path.relative_to(project).as_posix(): outputs.sha256(path) for path in files}
-    return hashlib.sha256(json.dumps([sums, outputs.sha256(base)]).encode()).hexdigest()[:16]
-
-
-def link_base(here: Path, target: Path) -> None:
-    for name in BASE:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if (here / name).is_dir():
-            shutil.copytree(here / name, target / name, copy_function=os.link)
-        else:
-            shutil.copy2(here / name, target / name)
-
-
-def snakemake(folder: Path, *targets: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *targets, "--cores", "all", "--quiet", "progress"], cwd=folder
-    )
-    if done.returncode:
-        sys.exit(f"the build of {' '.join(targets)} failed; the message is above. Finished runs are kept in {KEPT}.")
+def build(folder: Path, *targets: str) -> None:
+    if not snakemake(folder, *targets):
+        raise UserError(
+            f"the build of {' '.join(targets)} failed; the message is above. Finished runs are kept in {KEPT}."
+        )
 
 
 def measured(here: Path, change: dict) -> dict:
     """The scores of one run: those that were kept, or a build's."""
     with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
         project = Path(scratch)
-        copy_project(here, project, change)
-        kept = here / KEPT / f"{key(project, here / BASE[1])}.json"
+        kept = here / KEPT / f"{copy_project(here, project, change)[:16]}.json"
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf-8"))
-        link_base(here, project)
         began = time.monotonic()
-        snakemake(project, METRICS)
+        build(project, METRICS)
         metrics = json.loads((project / METRICS).read_text(encoding="utf-8"))
         scores = {name: numbers(metrics[name]) for name in models_of(metrics)}
         run = {"changes": change, "seconds": round(time.monotonic() - began, 1), "scores": scores}
@@ -206,7 +193,7 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
             "dataset to prepare."
         )
     (here / KEPT).mkdir(parents=True, exist_ok=True)
-    snakemake(here, *BASE)
+    build(here, *BASE)
     changes = variants(own, args.runs, args.splits, args.dtypes)
     runs: list[dict] = []
     for number, change in enumerate(changes, 1):
