@@ -7,6 +7,7 @@ is replaced only where the replacement gives the same result on a probe.
 
 import sys
 import types
+from functools import partial
 
 import torch
 
@@ -130,9 +131,9 @@ def fuse(model) -> dict[str, int]:
         return count
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            count["norm"] += _fuse_norm(module)
+            count["norm"] += hasattr(module, "variance_epsilon") and replace_norm(module, _norm_forward)
     for source in {type(module).__module__ for module in model.modules() if hasattr(module, "q_proj")}:
-        count["rotary"] += _fuse_rotary(sys.modules[source])
+        count["rotary"] += replace_rotary(sys.modules[source], torch.device("cpu"), _rotary)
     count["attention"] = _fuse_attention(model)
     return count
 
@@ -176,36 +177,56 @@ def _norm_forward(self, x):
 
 
 @torch.no_grad()
-def _fuse_norm(module) -> int:
-    if not (hasattr(module, "weight") and hasattr(module, "variance_epsilon")) or module.weight.requires_grad:
+def replace_norm(module, forward) -> int:
+    """Make `forward(self, x)` the forward of a norm whose weight is frozen, if a probe agrees; returns 0 or 1."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.requires_grad:
         return 0
-    probe = torch.linspace(-2, 3, 4 * len(module.weight)).view(4, -1).to(module.weight.dtype)
-    if not torch.allclose(module(probe), _norm_forward(module, probe), rtol=0.01, atol=1e-5):
+    probe = torch.linspace(-2, 3, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
+    if not torch.allclose(module(probe), forward(module, probe), rtol=0.01, atol=1e-5):
         return 0
-    module.forward = types.MethodType(_norm_forward, module)
+    module.forward = types.MethodType(forward, module)
     return 1
 
 
+def _rotary(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+
+
 @torch.no_grad()
-def _fuse_rotary(source) -> int:
+def replace_rotary(source, device, rotate, cannot=(TypeError, RuntimeError), rtol=1e-5, atol=1e-8) -> int:
+    """Make `rotate(q, k, cos, sin)` the rotary embedding of a module for tensors on this type of device, if a probe agrees.
+
+    Args:
+        source: a transformers module with `apply_rotary_pos_emb`, or without.
+        cannot: what `rotate`, or the library's own function, ends with where it cannot take the probe.
+        rtol, atol: how close the probe's results must be, as `torch.allclose` has them.
+
+    Returns:
+        1 if it is replaced now or was before, else 0.
+    """
     original = getattr(source, "apply_rotary_pos_emb", None)
-    if original is None or hasattr(original, "original"):
+    devices = getattr(original, "devices", ())
+    if original is None or device.type in devices:
         return int(original is not None)
-    angles = torch.linspace(0, 3, 12).view(1, 3, 4).repeat(1, 1, 2)
-    q, k = torch.linspace(-1, 1, 48).view(1, 2, 3, 8), torch.linspace(2, -1, 24).view(1, 1, 3, 8)
 
     def rotary(q, k, cos, sin, *args, **kwargs):
-        if args or kwargs or cos.shape[-1] != q.shape[-1] or q.device.type != "cpu":
+        if args or kwargs or cos.shape[-1] != q.shape[-1] or q.device.type != device.type:
             return original(q, k, cos, sin, *args, **kwargs)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+        return rotate(q, k, cos, sin)
 
+    angles = torch.linspace(0, 3, 24, device=device).view(1, 3, 8).repeat(1, 1, 2)
+    # As a layer hands them over: tokens first in memory.
+    q = torch.linspace(-1, 1, 96, device=device).view(1, 3, 2, 16).transpose(1, 2)
+    k = torch.linspace(2, -1, 48, device=device).view(1, 3, 1, 16).transpose(1, 2)
     try:
         expected = original(q, k, angles.cos(), angles.sin())
-    except (TypeError, RuntimeError):
+        given = rotary(q.clone(), k.clone(), angles.cos(), angles.sin())  # some kernels write into their inputs
+    except cannot:
         return 0
-    if not all(map(torch.allclose, expected, rotary(q, k, angles.cos(), angles.sin()))):
+    if not all(map(partial(torch.allclose, rtol=rtol, atol=atol), expected, given)):
         return 0
-    rotary.original = original
+    rotary.devices = (*devices, device.type)
     source.apply_rotary_pos_emb = rotary
     return 1

@@ -257,7 +257,8 @@ def fuse(peft, join: bool = False, weights_fixed: bool = False, pack: bool = Fal
     """
     plain = {}
     for name, module in lora_layers(peft).items():
-        plain |= {name: module} if _replace(module, Frozen(module.get_base_layer().weight)) else {}
+        if _replace(module, Frozen(module.get_base_layer().weight)):
+            plain[name] = module
     four_bit = 0
     for module in four_bit_layers(peft):
         frozen = FourBit(module.get_base_layer().weight)

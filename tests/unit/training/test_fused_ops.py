@@ -78,7 +78,7 @@ def test_a_norm_with_another_meaning_is_unchanged():
             wide = x.float()
             return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)) * (1 + self.weight)
 
-    assert fused_ops._fuse_norm(OnePlusRMSNorm()) == 0
+    assert fused_ops.replace_norm(OnePlusRMSNorm(), fused_ops._norm_forward) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")

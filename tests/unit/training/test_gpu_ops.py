@@ -102,7 +102,8 @@ def test_a_rotary_embedding_is_replaced_where_the_kernel_rotates_alike(liger, mo
 
     plain = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *a, device=None: plain(*a).as_subclass(OnGpu))
-    assert gpu_ops._fuse_rotary(source, CPU) == right
+    gpu, rotate = types.SimpleNamespace(type="cuda"), liger["rope"].LigerRopeFunction.apply
+    assert gpu_ops.replace_rotary(source, gpu, rotate, gpu_ops.CANNOT, 1e-4, 1e-5) == right
     assert taken
     assert (source.apply_rotary_pos_emb is original) != right
     if right:  # tensors of the CPU still take the library's own function
