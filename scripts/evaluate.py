@@ -16,7 +16,14 @@ from pathlib import Path
 from slmake import cli, outputs, params
 from slmake.scoring import harness
 from slmake.scoring import metrics as metrics_module
-from slmake.scoring.evaluation import add_facts, model_folders, refuse_early, say_results, write_predictions
+from slmake.scoring.evaluation import (
+    add_facts,
+    model_folders,
+    refuse_early,
+    sampled_answers,
+    say_results,
+    write_predictions,
+)
 from slmake.scoring.measure import ask_all, compare, measure
 from slmake.scoring.questions import Questions
 
@@ -62,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name, figures in harness.run(folders, onnx, section.lm_eval, section.lm_eval_limit, job).items():
                     metrics[name] |= figures
             metrics |= compare(questions, runs, answers, weights, section.answer_metrics)
+            answers |= sampled_answers(questions, runs)
             add_facts(metrics, facts, answers, onnx, section, questions, weights)
             outputs.write_json(metrics_file, metrics)
             timings = {name: {key: round(value, 3) for key, value in run.timings.items()} for name, run in runs.items()}

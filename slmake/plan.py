@@ -10,6 +10,7 @@ from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
+from slmake.user_files import with_what_they_read
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
 WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change a package
@@ -69,9 +70,10 @@ class Plan:
         self.published_metrics = when(params.gates.published, str(params.gates.published))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         scoring = bool({"evaluate", "quantize"} & set(self.stages))
-        self.metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
+        metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
         task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
-        self.task_files = when("evaluate" in self.stages, task_files)
+        self.task_files = when("evaluate" in self.stages, with_what_they_read(task_files))
+        self.metric_files = with_what_they_read(metric_files)
         self.metric_files += file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
         self.constraint = file_of(params.package.constrain) if "package" in self.stages else []
         self.search = params.quantize.search if "quantize" in self.stages else None

@@ -8,6 +8,19 @@ from slmake.params.constraint import Constraint
 from slmake.params.gates import METRICS
 
 
+class AnswerSampling(Section):
+    """Sampled answers: several of every row, with the runtime's sampling."""
+
+    n: int = Field(4, ge=1, le=100, description="Answers of each model to each test row.")
+    temperature: float = Field(0.7, gt=0, le=2, description="Below 1, likely tokens become likelier.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Share of the probability that is sampled from (nucleus sampling)."
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**31 - 2**24, description="The same seed gives the same answers on the same machine."
+    )
+
+
 class Evaluate(Section):
     """Scores on the held-out test split."""
 
@@ -26,7 +39,7 @@ class Evaluate(Section):
     lm_eval: list[str] = Field(
         [],
         description="Tasks of EleutherAI's lm-evaluation-harness, run on base, merged and the export: names (`hellaswag`), or YAML files that "
-        "define one. `make lm-eval` installs it. Figures are called `lm_eval.TASK.METRIC`.",
+        "define one (what they include, name or call is an input, too). `make lm-eval` installs it. Figures are called `lm_eval.TASK.METRIC`.",
     )
     lm_eval_limit: int | None = Field(None, ge=1, description="Only the first this many rows of each of these tasks.")
     constrain: Constraint = Field(
@@ -34,6 +47,10 @@ class Evaluate(Section):
         description="Ask the exported model a second time, and hold its answers to `labels`, `tools` (text, or calls that fit the schemas of "
         "the row's tools), `{regex: PATTERN}` or `{json_schema: FILE}` with the runtime's guidance: `constrained_accuracy`, the metrics "
         "under such names, the shares of valid answers with and without, and the latency.",
+    )
+    sampling: AnswerSampling | None = Field(
+        None,
+        description="Also answer as users of open text do, with sampling: `sampled_accuracy` and so on are means over the answers to a row.",
     )
     max_new_tokens: int | None = Field(
         None,

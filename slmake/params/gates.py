@@ -12,8 +12,9 @@ from slmake.params.base import Model, Section
 SHARES = (
     *("accuracy", "macro_f1", "restricted_accuracy", "restricted_macro_f1", "rouge_l", "top1_agreement"),
     *("valid", "constrained_valid", "constrained_accuracy", "constrained_macro_f1", "constrained_rouge_l"),
+    *("sampled_accuracy", "sampled_rouge_l"),
 )
-WITH_INTERVAL = ("accuracy", "macro_f1")
+WITH_INTERVAL = ("accuracy", "macro_f1", "sampled_accuracy")
 PARITY = ("kl_mean", "kl_max", "top1_agreement", "logit_diff_max")
 TIMINGS = (
     *("latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s"),
@@ -90,7 +91,7 @@ class Gate(Section):
         parts = self.metric.split(".")
         of_class = parts[0] == "per_class" and parts[-1] in PER_CLASS and any(parts[1:-1])
         asked_for = tuple((info.context or {}).get("metrics", ()))  # evaluate.metrics of the same file
-        own = self.metric.removeprefix("constrained_") in asked_for or (
+        own = self.metric.removeprefix("constrained_").removeprefix("sampled_") in asked_for or (
             "lm_eval" in asked_for and self.metric.startswith("lm_eval.")
         )
         if self.metric not in METRICS and not of_class and not own:

@@ -148,6 +148,10 @@ def unmeasured(checked: Params) -> list[str]:
                 mistakes.append(
                     f"gates.{name}: only the exported model has the figure {gate.metric}. Bound it with minimum or maximum, for the model onnx."
                 )
+        if gate.metric.startswith("sampled_") and not checked.evaluate.sampling:
+            mistakes.append(
+                f"gates.{name}: {gate.metric} is measured where evaluate.sampling is set. Set it, or take the gate out."
+            )
         if gate.metric.startswith("lm_eval.") and gate.model == "adapter":
             mistakes.append(
                 f"gates.{name}: the harness does not run the adapter, since merged is the same function. Bound merged."
@@ -155,6 +159,10 @@ def unmeasured(checked: Params) -> list[str]:
     if checked.prepare is None and "evaluate" in checked.stages and checked.evaluate.constrain != "none":
         mistakes.append(
             "evaluate.constrain: it holds answers to a dataset's rows. Add the section prepare, or set it to none."
+        )
+    if checked.prepare is None and "evaluate" in checked.stages and checked.evaluate.sampling:
+        mistakes.append(
+            "evaluate.sampling: it asks for answers to a dataset's rows. Add the section prepare, or set it to null."
         )
     if checked.prepare is None and "package" in checked.stages and checked.package.constrain in ("labels", "tools"):
         mistakes.append(

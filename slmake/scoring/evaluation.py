@@ -5,10 +5,11 @@ from pathlib import Path
 
 from slmake import cli, constraints, params
 from slmake.errors import UserError
-from slmake.scoring import constrained, harness
+from slmake.scoring import constrained, harness, sampled
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.questions import Questions
+from slmake.scoring.run import Run
 from slmake.text import csv_cell
 
 
@@ -45,9 +46,22 @@ def write_predictions(path: Path, questions: Questions, answers: dict[str, list[
         writer.writerows(map(csv_cell, row) for row in rows)
 
 
+def sampled_answers(questions: Questions, runs: dict[str, Run]) -> dict[str, list[str]]:
+    """The sampled answers of every model, by the name of their column in predictions.csv."""
+    return {
+        f"{name}_sample_{number}": answers
+        for name, run in runs.items()
+        for number, answers in enumerate(sampled.answers_of(questions, run.sampled), 1)
+    }
+
+
 def say_results(job: cli.Job, metrics: dict, models: list[str], provider: dict | None, onnx: str) -> None:
     """The scores in a line; without a dataset, what parity is; and where the export was not scored where it will run."""
     job.say(f"{metrics_module.summary(metrics, models)} ({job.seconds():.0f} s)")
+    if shares := [
+        f"{name} {metrics[name]['sampled_accuracy']:.1%}" for name in models if "sampled_accuracy" in metrics[name]
+    ]:
+        job.say(f"accuracy of sampled answers: {', '.join(shares)}")
     for pair, distance in metrics.get("parity", {}).items() if "texts" in metrics else ():
         if pair != "tokenizer":
             job.say(

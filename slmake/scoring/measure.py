@@ -8,7 +8,7 @@ import numpy as np
 
 from slmake import cli, params
 from slmake.params.metrics import AnswerMetric
-from slmake.scoring import answer_metrics, constrained, metrics, tokenizers
+from slmake.scoring import answer_metrics, constrained, metrics, sampled, tokenizers
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run
@@ -36,6 +36,8 @@ def measure(
     scores = metrics.score(expected, answers, labels, weights)
     values = answer_metrics.values_of(more or [], questions, answers)
     scores |= answer_metrics.score(values, weights)
+    if run.sampled:
+        scores |= sampled.score(questions, run.sampled, weights, more or [])
     if labels:
         chosen = [labels[index] for index in run.choices[:count]]
         scores["restricted_accuracy"] = round(metrics.accuracy(expected, chosen), 6)
@@ -65,17 +67,19 @@ def compare(
     more: list[AnswerMetric] | None = None,
 ) -> dict:
     """`parity` and `drop` of every model against the one before it, from which it was made."""
-    names = list(runs)
+    names, more = list(runs), more or []
     compared: dict = {"parity": {}, "drop": {}}
     for before, after in pairwise(names):
-        key = f"{after}_vs_{before}"
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            compared["parity"][key] = metrics.parity(np.vstack(runs[before].logits), np.vstack(runs[after].logits))
-        if not questions.without_dataset:
-            compared["drop"][key] = drop(questions, answers[before], answers[after], weights, more)
-    if "base" in names and len(names) > 2 and not questions.without_dataset:
-        last = names[-1]
-        compared["drop"][f"{last}_vs_base"] = drop(questions, answers["base"], answers[last], weights, more)
+            logits = (np.vstack(runs[name].logits) for name in (before, after))
+            compared["parity"][f"{after}_vs_{before}"] = metrics.parity(*logits)
+    whole = [("base", names[-1])] if "base" in names and len(names) > 2 else []
+    for before, after in [] if questions.without_dataset else [*pairwise(names), *whole]:
+        lost = drop(questions, answers[before], answers[after], weights, more)
+        if runs[before].sampled:
+            values = (sampled.values_of(questions, runs[name].sampled, more) for name in (before, after))
+            lost |= answer_metrics.drop(*values, weights)
+        compared["drop"][f"{after}_vs_{before}"] = lost
     return {key: value for key, value in compared.items() if value}
 
 
@@ -104,6 +108,8 @@ def ask_all(
         if section.constrain != "none":
             facts["constrained"] = constrained.ask(exported.model, section.constrain, questions, new_tokens, job, onnx)
             runs[onnx].timings |= facts["constrained"].timings
+        if section.sampling:
+            runs[onnx].sampled = sampled.ask(exported.model, section.sampling, questions, new_tokens, job, onnx)
         facts["tokenizer"] = tokenizers.compare(exported.model, _tokenizer(folders, onnx), questions)
         if exported.model.runs_on != exported.model.provider:
             facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
@@ -123,6 +129,8 @@ def ask_all(
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
         runs[name] = model.ask(questions, new_tokens, job, name)
+        if section.sampling:
+            runs[name].sampled = model.sample(questions, new_tokens, section.sampling, job, name)
     return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}, facts
 
 

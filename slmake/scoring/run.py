@@ -25,6 +25,7 @@ class Run:
         answer_nll: negative log likelihood in nats of every expected answer (all its tokens).
         logits: one float32 array [positions, vocabulary] per prompt that parity compares (`Questions.positions`).
         timings: seconds, milliseconds, tokens per second and bytes, for benchmark.json.
+        sampled: sampled texts [n][scored rows], where `evaluate.sampling` asks for them.
     """
 
     texts: list[str]
@@ -32,6 +33,7 @@ class Run:
     answer_nll: np.ndarray
     logits: list[np.ndarray]
     timings: dict = field(default_factory=dict)
+    sampled: list[list[str]] = field(default_factory=list)
 
 
 class Runner(Protocol):

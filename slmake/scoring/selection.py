@@ -15,7 +15,9 @@ def tuning_gates(section: params.Gates) -> params.Gates:
         gate
         for gate in section.checks
         if gate.model in ("last", "onnx")
-        and not gate.metric.startswith(("lm_eval.", "constrained_", "valid"))  # candidates are not asked for these
+        and not gate.metric.startswith(
+            ("lm_eval.", "constrained_", "sampled_", "valid")
+        )  # candidates are not asked for these
         and (gate.kind in ("minimum", "maximum") or gate.against in ("previous", "merged"))
     ]
     return section.model_copy(update={"checks": checks, "published": None})

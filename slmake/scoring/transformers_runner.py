@@ -8,12 +8,25 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli, params
+from slmake.params.evaluate import AnswerSampling
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, Run, empty_run, peak_bytes, percentiles, readable, reset_peak
 
 CHUNK = 2**26  # largest number of logits (rows x tokens x vocabulary) in memory
 LABELS_AT_ONCE = 3  # labels of a row that one pass scores
 SHARED = 16  # tokens; to copy the cache of a shorter prefix takes longer than to compute it
+
+
+def _sampler(sampling: AnswerSampling, device):
+    """A function that draws token ids [rows] by logits [rows, vocabulary]."""
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_p < 1:
+        warp.append(TopPLogitsWarper(sampling.top_p))
+    return lambda logits: torch.multinomial(warp(None, logits).softmax(-1), 1, generator=generator)[:, 0]
 
 
 class TransformersRunner:
@@ -92,6 +105,28 @@ class TransformersRunner:
         run.timings["peak_memory_bytes"] = peak_bytes()
         return run
 
+    def sample(
+        self, questions: Questions, new_tokens: int, sampling: AnswerSampling, job: cli.Job, name: str
+    ) -> list[list[str]]:
+        """Sampled texts, [n][scored rows]."""
+        import torch
+
+        texts: list[list[str]] = [[""] * questions.scored for _ in range(sampling.n)]
+        order, step = range(questions.scored), max(1, self.batch_size // sampling.n)
+        pick = _sampler(sampling, self.device)
+        with job.progress(sampling.n * questions.scored, f"answers of {name}, sampled") as bar, torch.inference_mode():
+            for start in order[::step]:
+                chosen = order[start : start + step]
+                logits, cache, mask, _ = self._prefill([questions.prompts[i] for i in chosen], [[]] * len(chosen))
+                cache.batch_repeat_interleave(sampling.n)
+                first, mask = (each.repeat_interleave(sampling.n, 0) for each in (logits[:, 0], mask))
+                answers = self._continue(first, cache, mask, new_tokens, questions.end, pick)
+                for k, answer in enumerate(answers):
+                    row, number = divmod(k, sampling.n)
+                    texts[number][chosen[row]] = self.tokenizer.decode(answer, skip_special_tokens=True)
+                bar.update(len(answers))
+        return texts
+
     def _share_prefix(self, questions: Questions, seconds: dict, tokens: dict) -> None:
         """Compute what all prompts begin with (an instruction, a system prompt) once: each batch begins with its cache."""
         import torch
@@ -115,7 +150,7 @@ class TransformersRunner:
         for i in chosen[:1] * WARM_UP + chosen:
             start = time.perf_counter()
             logits, cache, mask, _ = self._prefill([questions.prompts[i]], [[]])
-            self._greedy(logits[:, 0], cache, mask, new_tokens, questions.end)
+            self._continue(logits[:, 0], cache, mask, new_tokens, questions.end)
             waits.append(1000 * (time.perf_counter() - start))
         return percentiles(waits[WARM_UP:]) if chosen else {}
 
@@ -198,7 +233,7 @@ class TransformersRunner:
             start = time.perf_counter()
             if len(rest) < len(chosen):
                 cache.batch_select_indices(torch.tensor(rest, device=self.device))
-            continuations = self._greedy(first[rest], cache, mask[rest], new_tokens, questions.end)
+            continuations = self._continue(first[rest], cache, mask[rest], new_tokens, questions.end)
             seconds["decode"] += time.perf_counter() - start
             tokens["decode"] += sum(map(len, continuations))
             for k, answer in zip(rest, continuations, strict=True):
@@ -272,14 +307,18 @@ class TransformersRunner:
             )
         return total
 
-    def _greedy(self, logits, cache, mask, new_tokens: int, end: int) -> list[list[int]]:
-        """The most likely tokens of each row, up to its end token (which is left out); the cache grows."""
+    def _continue(self, logits, cache, mask, new_tokens: int, end: int, pick=None) -> list[list[int]]:
+        """The tokens of each row's answer, up to its end token (which is left out); the cache grows.
+
+        Args:
+            pick: token ids [rows] by logits [rows, vocabulary]; the most likely ones by default.
+        """
         import torch
 
         answers: list[list[int]] = [[] for _ in range(len(mask))]
         running = [True] * len(mask)
         for step in range(new_tokens):
-            token = logits.argmax(-1)
+            token = pick(logits) if pick else logits.argmax(-1)
             for k, number in enumerate(token.tolist()):
                 running[k] = running[k] and number != end
                 if running[k]:

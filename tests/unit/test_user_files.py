@@ -1,0 +1,76 @@
+"""What a metric's file and a task's file read is an input, too: modules, included files, functions, rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, write_params
+
+from slmake import params
+from slmake.plan import Plan
+from slmake.user_files import with_what_they_read
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project's folder with a metric that imports, and a task that includes, calls and names files."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "metrics/own.py": "import json\nimport metrics.words\nfrom metrics import lists\nfrom slmake import text\n",
+        "metrics/words.py": "import metrics.own\n",
+        "metrics/lists.py": "from metrics.deep.inner import few\n",
+        "metrics/deep/inner.py": "few = 3\n",
+        "metrics/other.py": "",
+        "slmake/text.py": "",
+        "tasks/mine.yaml": "task: mine\ninclude: common.yaml\nprocess_docs: !function utils.read\nmetric_list: [{metric: acc}]\n",
+        "tasks/common.yaml": "dataset_path: data\ndataset_kwargs: {data_files: {test: [rows/a.jsonl, rows/none.jsonl]}}\n",
+        "tasks/utils.py": "import metrics.lists\n",
+        "tasks/other.yaml": "task: other\n",
+        "data/x.jsonl": "{}",
+        "rows/a.jsonl": "{}",
+    }
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text(text)
+    return tmp_path
+
+
+def test_modules_of_a_metric(project):
+    assert with_what_they_read(["metrics/own.py"]) == [
+        "metrics/own.py", "metrics/lists.py", "metrics/deep/inner.py", "metrics/words.py"
+    ]  # fmt: skip
+
+
+def test_files_of_a_task(project):
+    assert sorted(with_what_they_read(["tasks/mine.yaml"])) == [
+        *("data/x.jsonl", "metrics/deep/inner.py", "metrics/lists.py", "rows/a.jsonl"),
+        *("tasks/common.yaml", "tasks/mine.yaml", "tasks/utils.py"),
+    ]
+
+
+def test_absolute_names_stay(project):
+    outside = project.parent / "outside.jsonl"
+    outside.write_text("{}")
+    Path("tasks/other.yaml").write_text(f"data_files: [{outside}, {project}/rows/a.jsonl]\n")
+    assert with_what_they_read(["tasks/other.yaml"]) == ["tasks/other.yaml", str(outside), "rows/a.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: &a [*a]", "", "\0", "- " * 3000], ids=repr)
+def test_files_that_cannot_be_read_are_left_to_who_uses_them(project, text):
+    Path("tasks/other.yaml").write_text(text)
+    Path("metrics/other.py").write_text("def (")
+    names = ["tasks/other.yaml", "metrics/other.py", "tasks/nowhere.yaml", "tasks"]
+    assert with_what_they_read(names) == names
+
+
+def test_they_are_inputs_of_evaluate(project):
+    section = {
+        "metrics": ["metrics/own.py:polite", {"json_schema": "schema.json"}],
+        "lm_eval": ["tasks/mine.yaml", "hellaswag"],
+    }
+    plan = Plan(params.load(write_params(project / "params.yaml", evaluate=section)))
+    assert {"metrics/deep/inner.py", "tasks/utils.py", "rows/a.jsonl", "schema.json"} <= set(plan.named("evaluate"))
+    assert plan.missing().startswith("params.yaml: ")
+    before = plan.digest("evaluate") if (ROOT / "envs").is_dir() else None
+    Path("rows/a.jsonl").write_text(json.dumps({"a": 1}))
+    assert plan.digest("evaluate") != before
