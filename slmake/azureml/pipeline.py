@@ -103,18 +103,23 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
     for split, text in files.items():
         source = parse(text)
         uri = named.get(split) or (source.text if source.kind == "datastore" else None)
+        name = "data" if len(files) == 1 else f"data_{split}"
         if not source.remote:
             local = source.path
             if row_files(local) != [local]:
-                raise UserError(
-                    f"prepare.source: {local} names several files; on Azure ML name one file for each split."
-                )
+                if uri:
+                    raise UserError(
+                        f"prepare.source: {local} names several files, and data in azureml/settings.yaml one. Name one file, or take it out there."
+                    )
+                several = enumerate(row_files(_inside(local, "prepare.source")))
+                mounts |= {f"{name}_{number}": Mount(file, file, "uri_file") for number, file in several}
+                paths[split] = local
+                continue
         elif uri:
             local = f"data/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
         else:
             paths[split] = text  # the step reads it from where it is
             continue
-        name = "data" if len(files) == 1 else f"data_{split}"
         mounts[name] = Mount(_inside(local, "prepare.source"), uri or local, "uri_file")
         paths[split] = local + _sum(source)
     if files:

@@ -278,6 +278,29 @@ def test_a_mounted_file_keeps_its_sum(tmp_path, monkeypatch):
     assert sections["prepare"]["source"] == f"data/rows.jsonl#sha256={total}"
 
 
+@pytest.mark.parametrize("source", ["data/parts", "data/parts/*.jsonl"])
+def test_every_file_of_a_folder_or_pattern_is_mounted(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "parts").mkdir(parents=True)
+    for name in ("b.jsonl", "a.jsonl", "notes.txt"):
+        (tmp_path / "data" / "parts" / name).write_text("{}")
+    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    sections["prepare"]["source"] = source
+    everything = params.Params.model_validate(sections)
+    files = [f"data/parts/{name}.jsonl" for name in "ab"]
+    assert pipeline._data(everything, loaded(tmp_path), sections) == {
+        f"data_{number}": (file, file, "uri_file") for number, file in enumerate(files)
+    }
+    assert sections["prepare"]["source"] == source  # the step finds them there
+    with pytest.raises(UserError, match=r"names several files, and data in azureml/settings\.yaml one"):
+        pipeline._data(everything, loaded(tmp_path, data="azureml:phrases:3"), sections)
+    sections["prepare"]["source"] = source.replace("data", "../data")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    with pytest.raises(UserError, match="lies outside the project's folder"):
+        pipeline._data(params.Params.model_validate(sections), loaded(tmp_path), sections)
+
+
 def test_a_private_key_is_not_sent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
