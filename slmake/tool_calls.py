@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 # How guidance writes JSON: as json.dumps and templates do. Left free, a weak model may write white space until its tokens end.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+TAG = r"<[^<>\s]+>|\[[A-Z_]+\]"  # as chat templates mark calls: <tool_call>, Mistral's [TOOL_CALLS]
+CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class CallForm:
         after: what stands behind it.
         name: the key of the function's name.
         arguments: the key of its arguments.
+        id: the key of the call's own name, where the template writes it.
+        hidden: tags among these texts that are special tokens, which the runtime leaves out of an answer.
     """
 
     before: str
     after: str
     name: str
     arguments: str
+    id: str | None = None
+    hidden: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model) -> "CallForm":
@@ -40,7 +46,7 @@ class CallForm:
         if model.form["prompt"] is not None or not file.exists() or "tools" not in file.read_text(encoding="utf-8"):
             raise ValueError("this model takes no tools: its chat template does not show them.")
         asked, given = [{"role": "user", "content": "?"}], {"key": "value"}
-        call = {"id": "call00000", "type": "function", "function": {"name": "its_name", "arguments": given}}
+        call = {"id": CALL_ID, "type": "function", "function": {"name": "its_name", "arguments": given}}
         answer = {"role": "assistant", "content": "", "tool_calls": [call]}
         whole = model.chat_prompt([*asked, answer], answered=True)
         text = whole.removeprefix(model.chat_prompt(asked)).split(model.form.get("end_token") or "\0")[0]
@@ -51,13 +57,32 @@ class CallForm:
                 continue
             keys = {json.dumps(value): key for key, value in written.items()}
             if {'"its_name"', json.dumps(given)} <= keys.keys():
-                return cls(text[: brace.start()], text[end:], keys['"its_name"'], keys[json.dumps(given)])
+                before, after = text[: brace.start()], text[end:]
+                tags = re.findall(TAG, before + after)
+                hidden = tuple(tag for tag in tags if tag not in model.tokenizer.decode(model.tokenizer.encode(tag)))
+                names = (keys['"its_name"'], keys[json.dumps(given)], keys.get(json.dumps(CALL_ID)))
+                return cls(before, after, *names, hidden)
         raise ValueError("this model takes no tools: its chat template writes their calls in a form that is not known.")
 
     @property
     def mark(self) -> str:
         """The first tag or word of a call; empty where calls begin with their object."""
-        return re.match(r"\s*(<[^<>\s]+>|\S*)", self.before)[1]
+        return re.match(rf"\s*({TAG}|\S*)", self.before)[1]
+
+    @property
+    def opening(self) -> str:
+        """What an answer's text shows before the first object of a call."""
+        return self._shown(self.before)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the calls of an answer are one JSON list, as Mistral writes them."""
+        return self.before.rstrip().endswith("[") and self.after.lstrip().startswith("]")
+
+    def _shown(self, text: str) -> str:
+        for tag in self.hidden:
+            text = text.replace(tag, "")
+        return text.strip()
 
     def guidance(self, model, tools: list[dict], optional: bool = False) -> tuple[str, str]:
         """What holds an answer to the call of one of some tools, with arguments that fit its schema.
@@ -68,6 +93,7 @@ class CallForm:
         calls = []
         for function in map(function_of, tools):
             properties = {self.name: {"const": function["name"]}, self.arguments: schema_of(function)}
+            properties |= {self.id: {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if self.id else {}
             calls.append(
                 {
                     "type": "object",
@@ -78,7 +104,9 @@ class CallForm:
             )
         schema = {"anyOf": calls, "x-guidance": COMPACT}
         before = self.before.lstrip().removeprefix(self.mark) if optional else self.before
-        parts = [_literal(model, before), f"%json {json.dumps(schema)}", _literal(model, self.after.rstrip())]
+        written = f"%json {json.dumps(schema)}"
+        written += f' (", " {written})*' if self.listed else ""
+        parts = [_literal(model, before), written, _literal(model, self.after.rstrip())]
         call = " ".join(filter(None, parts))
         return "lark_grammar", self._optional(model, call) if optional else f"start: {call}"
 
@@ -102,9 +130,10 @@ class CallForm:
 
     def read(self, text: str, names: Sequence[str]) -> tuple[str, list[tuple[str, dict]]]:
         """The calls of known functions in an answer, as names and arguments, and the text outside of them."""
-        before, after = re.escape(self.before.strip()), re.escape(self.after.strip())
+        before, after = (re.escape(self._shown(part)) for part in (self.before, self.after))
         outside, calls, position = [], [], 0
-        for start in re.finditer(rf"{before or chr(92) + 'A'}\s*(?={{)", text):
+        starts = rf"{before or chr(92) + 'A'}\s*(?={{)" + (r"|(?<=})\s*,\s*(?={)" if self.listed else "")
+        for start in re.finditer(starts, text):
             with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
                 written, end = json.JSONDecoder().raw_decode(text, start.end())
                 if start.start() >= position and written[self.name] in names:
@@ -127,9 +156,9 @@ def schema_of(function: dict) -> dict:
 def _literal(model, text: str) -> str:
     """A text in a grammar for guidance; tags that are one token as that token, because special tokens have no text there."""
     parts = []
-    for part in filter(None, re.split(r"(<[^<>\s]+>)", text)):
+    for part in filter(None, re.split(f"({TAG})", text)):
         ids = model.tokenizer.encode(part)
-        parts.append(f"<[{int(ids[0])}]>" if part.startswith("<") and len(ids) == 1 else json.dumps(part))
+        parts.append(f"<[{int(ids[0])}]>" if re.fullmatch(TAG, part) and len(ids) == 1 else json.dumps(part))
     return " ".join(parts)
 
 

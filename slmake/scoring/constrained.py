@@ -131,5 +131,5 @@ def calls_fit(form: CallForm, tools: list[dict], answer: str) -> bool:
 
     schemas = {function["name"]: schema_of(function) for function in map(function_of, tools)}
     text, calls = form.read(answer, list(schemas))
-    broken = form.mark in text if form.mark else text.startswith("{")
+    broken = form.mark in text if form.mark and form.mark not in form.hidden else text.startswith(f"{form.opening}{{")
     return not broken and all(validator_for(schemas[name])(schemas[name]).is_valid(given) for name, given in calls)

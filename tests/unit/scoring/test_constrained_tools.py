@@ -118,6 +118,38 @@ def test_a_mark_that_is_one_token(model, tmp_path):
     assert calls_fit(FORM, [WEATHER], written(other, "<tool_call>oops", guidance))
 
 
+def test_calls_as_mistral_writes_them(model, tmp_path):
+    """A special token, which no answer's text shows, and a list of calls with names of their own."""
+    folder = Path(shutil.copytree(model.folder, tmp_path / "onnx"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": MARK_ID, "content": "[TOOL_CALLS]", **flags, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    old = """<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>"""
+    new = """{{ '[TOOL_CALLS] [' if loop.first else ', ' }}{"name": "{{ call.function.name }}", "arguments": """
+    new += """{{ call.function.arguments | tojson }}, "id": "{{ call.id }}"}{{ ']' if loop.last }}"""
+    assert old in TEMPLATE
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace(old, new), encoding="utf-8")
+    other = generation.Exported(folder, CHAT)
+    form = CallForm.of(other)
+    assert form == CallForm("[TOOL_CALLS] [", "]", "name", "arguments", "id", ("[TOOL_CALLS]",))
+    guidance = form.guidance(other, [WEATHER, CLOCK], optional=True)
+    assert f"<[{MARK_ID}]>" in guidance[1]
+    weather = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}, "id": "abcdefgh1"}'
+    clock = '{"name": "clock", "arguments": {}, "id": "abcdefgh2"}'
+    for wanted in (f"[{weather}]", f"[{weather}, {clock}]"):
+        text = written(other, f"[TOOL_CALLS] {wanted}", guidance)
+        assert text.lstrip().startswith(wanted)
+        content, calls = form.read(wanted, ["weather", "clock"])
+        assert (content, calls[0]) == ("", ("weather", {"city": "Rome", "days": 2}))
+        assert [name for name, _ in calls] == ["weather", "clock"][: len(calls)]
+        assert len(calls) == wanted.count('"name"')
+        assert calls_fit(form, [WEATHER, CLOCK], wanted)
+    assert written(other, "It is warm", guidance).startswith("It is warm")
+    assert calls_fit(form, [WEATHER], written(other, "[TOOL_CALLS]oops", form.guidance(other, [WEATHER])).strip())
+    assert not calls_fit(form, [WEATHER], '[{"name": "rain", "arguments": {}, "id": "abcdefgh1"}]')
+
+
 def test_calls_without_a_mark(model):
     """As Llama 3.1 writes them: a JSON object is a call."""
     form = CallForm("", "", "name", "parameters")
