@@ -60,6 +60,19 @@ def program(name: str, environment: dict[str, str]) -> str:
     return str(FOLDER / name)
 
 
+def link_environment(target: Path) -> None:
+    """Make `target` this Python's virtual environment, for commands that name it: its programs are the server's clients."""
+    server = Path(program("python", dict(os.environ))).parent
+    (target / "bin").mkdir(parents=True)
+    for folder in (Path(sys.prefix), Path(sys.prefix) / "bin"):
+        for path in folder.iterdir():
+            if path.name != "bin":
+                (target / path.relative_to(sys.prefix)).symlink_to(path)
+    for name in ("python", *PROGRAMS, "socket") if FOLDER else ():
+        (target / "bin" / name).unlink(missing_ok=True)
+        (target / "bin" / name).symlink_to(server / name)
+
+
 def start(folder: Path, owner: int) -> None:
     """Start the server, which ends when the process `owner` does; returns when it accepts clients, which lie in `folder`."""
     folder.mkdir(exist_ok=True)
@@ -79,7 +92,8 @@ def start(folder: Path, owner: int) -> None:
 
 def client(python: str) -> None:
     """Have the server run this program; what it does not know runs as a new process."""
-    path = Path(sys.argv[0])
+    path = Path(sys.argv[0]).absolute()
+    sys.argv[0] = str(path)
     if path.name == "python" and sys.argv[1:2] != ["-m"]:
         os.execv(python, [python, *sys.argv[1:]])
     with socket.socket(socket.AF_UNIX) as server:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from preloaded import link_environment
 from project import new_project, type_block
 from tiny import ROOT
 
@@ -37,7 +38,7 @@ def project(tmp_path, base) -> Path:
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     type_block(folder, "git init -q")
-    (folder / ".venv").symlink_to(ROOT / ".venv")
+    link_environment(folder / ".venv")
     for lock in (folder / "envs").glob("*.lock"):
         os.utime(lock, (0, 0))  # `make setup` has been run
     ((_, substitution),) = blocks("README")

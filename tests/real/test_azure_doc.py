@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+from preloaded import link_environment
 from project import change, environment, planned, run
 from sharing import contents, git, initialise
 from tiny import ROOT, make_rows
@@ -17,7 +18,7 @@ AUTHOR = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITT
 
 def equip(project) -> None:
     """The environment that `make setup` made already, and file times that say so."""
-    (project / ".venv").symlink_to(ROOT / ".venv")
+    link_environment(project / ".venv")
     for lock in (project / "envs").glob("*.lock"):
         subprocess.run(["touch", "-d", "2020-01-01", lock], check=True)
     (project / ".git" / "info" / "exclude").write_text(".venv\nMakefile\n")

@@ -37,7 +37,7 @@ def test_the_tutorial_builds_an_int4_model(tmp_path, base):
     content["passes"]["builder"]["config"]["int4_algo_config"] = "rtn"
     (project / "olive-config.json").write_text(json.dumps(content), encoding="utf-8")
 
-    (project / ".venv").symlink_to(ROOT / ".venv")
+    link_environment(project / ".venv")
     guide = (ROOT / "docs" / "from-olive.md").read_text(encoding="utf-8")
     imported, built = re.findall(r"^```sh\n(.*?)^```", guide, re.M | re.S)
     done = run(project, "bash", "-euc", imported)
