@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from preloaded import link_environment
 from project import new_project, run
 from tiny import ROOT
 
