@@ -5,8 +5,10 @@ file, the terminal gets the few lines meant for a person, and any failure ends i
 """
 
 import argparse
+import atexit
 import contextlib
 import errno
+import gc
 import logging
 import os
 import select
@@ -29,6 +31,8 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# A process that has loaded PyTorch and Transformers spends a second or two at its end looking for garbage among their objects.
+atexit.register(gc.freeze)
 
 
 def parser(module_doc: str) -> argparse.ArgumentParser:
