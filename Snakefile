@@ -20,7 +20,7 @@ rule all:
         when("evaluate" in STAGES, "results/metrics.json"),
         when("gates" in STAGES, "results/gates.json"),
         when("package" in STAGES, "build/package"),
-        when("report" in STAGES, "build/report/overview.html"),
+        when("report" in STAGES, [f"build/report/{name}" for name, *_ in PLAN.figures]),
         when("publish" in STAGES, "results/published.json"),
 
 
@@ -396,6 +396,7 @@ rule report:
         predictions="results/predictions.csv",
         losses=when("finetune" in STAGES, ["results/train_loss.csv", "results/eval_loss.csv"]),
         search=when(PLAN.search, "results/search.json"),
+        seeds=ancient(PLAN.seeds),
         published=ancient(PLAN.published_metrics),
     output:
         REPORT,
@@ -408,7 +409,7 @@ rule report:
         runtime=30,
     params:
         **built_from("report"),
-        search=optional("search"),
+        more=optional("search", "seeds"),
     shell:
         "python -m scripts.report"
         " --params params.yaml"
@@ -417,8 +418,7 @@ rule report:
         " --metrics {input.metrics}"
         " --timings {input.timings}"
         " --predictions {input.predictions}"
-        " --losses {input.losses}"
-        " {params.search}"
+        " --losses {input.losses} {params.more}"
         " --output build/report"
         " --log {log}"
 

@@ -29,6 +29,7 @@ from slmake.reporting.pages import (
     verdict,
     wrong_page,
 )
+from slmake.reporting.seeds import draw_seeds, seeds_page
 from slmake.scoring.gates import read_metrics, read_timings
 
 
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--predictions", type=Path, required=True, help="predictions.csv of evaluate")
     parser.add_argument("--losses", type=Path, nargs="*", default=[], help="loss curves: train, then eval")
     parser.add_argument("--search", type=Path, help="search.json of search")
+    parser.add_argument("--seeds", type=Path, help="seeds.json of make seeds")
     parser.add_argument(
         "--benchmarks", type=Path, default=Path("benchmarks"), help="folder of Snakemake's benchmark files"
     )
@@ -60,10 +62,12 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {asked}: remove both and run snakemake."
             )
         result = read_json(args.search) if args.search else None
+        seeds = read_json(args.seeds, "summary", "params", "runs") if args.seeds else None
         gates, problem = judged(everything.gates, metrics, timings)
         names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
         names += ["gates.html", "cost.html", "wrong_answers.html", "rows.html"]
         names += ["candidates.svg", "candidates.html"] if args.search else []
+        names += ["seeds.svg", "seeds.html"] if args.seeds else []
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
             pages = {
@@ -78,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             if result:
                 pages["candidates.html"] = candidates_page(result, everything.quantize)
+            if seeds:
+                pages["seeds.html"] = seeds_page(seeds, everything)
             for name, text in pages.items():
                 file[name].write_text(text, encoding="utf-8")
             plt = plain_plots()
@@ -87,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
             draw_confusion(plt, metrics, file["confusion.svg"])
             if result:
                 draw_candidates(plt, result, file["candidates.svg"])
+            if seeds:
+                draw_seeds(plt, seeds, file["seeds.svg"])
         job.say(
             f"{len(names)} figures and tables in {args.output} ({job.seconds():.0f} s). One page of them: make report"
         )

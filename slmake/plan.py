@@ -27,6 +27,8 @@ FIGURES = [  # of the report: file, category, title
     ("scores.svg", "2. Quality", "Accuracy"),
     ("scores.html", "2. Quality", "All scores, parity and drops"),
     ("confusion.svg", "2. Quality", "Confusion matrices"),
+    ("seeds.svg", "2. Quality", "Runs with other seeds"),
+    ("seeds.html", "2. Quality", "Runs with other seeds, all scores"),
     ("gates.html", "2. Quality", "Gates"),
     ("wrong_answers.html", "2. Quality", "Wrong answers"),
     ("loss.svg", "3. Training", "Loss"),
@@ -68,6 +70,7 @@ class Plan:
         self.data = [name for source in self.sources if not source.remote for name in row_files(source.path)]
         self.remote_data = any(source.remote for source in self.sources)
         self.published_metrics = when(params.gates.published, str(params.gates.published))
+        self.seeds = when(params.report.seeds, str(params.report.seeds))
         self.signing_key = when(params.package.signing_key, str(params.package.signing_key))
         scoring = bool({"evaluate", "quantize"} & set(self.stages))
         metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
@@ -133,13 +136,15 @@ class Plan:
         package = self.params.package
         return [
             *(*self.data, *self.model_source, *self.chat_template, *self.adapter_source, *self.published_metrics),
+            *self.seeds,
             *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files, *self.constraint),
         ]
 
     @property
     def figures(self) -> list[tuple[str, str, str]]:
         """The report's figures: file, category, title."""
-        return [figure for figure in FIGURES if self.search or not figure[0].startswith("candidates")]
+        shown = {"candidates": self.search, "seeds": self.seeds}
+        return [figure for figure in FIGURES if shown.get(figure[0].partition(".")[0], True)]
 
     def missing(self) -> str | None:
         """The first file that params.yaml names and that cannot be used, as an error message.
@@ -155,6 +160,7 @@ class Plan:
             "params.yaml: evaluate.lm_eval": self.task_files,
             "params.yaml: package.constrain": self.constraint,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
+            "params.yaml: report.seeds": when("report" in self.stages, self.seeds),
             "params.yaml: package.license_files": when("package" in self.stages, self.params.package.license_files),
             "params.yaml: package.signing_key": when("package" in self.stages, self.signing_key),
             "environment": LOCKS,
@@ -196,7 +202,7 @@ class Plan:
             "candidate": self.metric_files,
             "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,
-            "report": self.published_metrics,
+            "report": [*self.published_metrics, *self.seeds],
             "package": [*self.params.package.license_files, *self.constraint, *self.signing_key],
         }
         return files.get(rule, [])

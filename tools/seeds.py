@@ -9,14 +9,13 @@ as params.yaml says. Each run is a build up to the scores in a copy of the proje
 built here. Its models are removed when it is scored. Its scores stay, so a call that was interrupted goes on where it was;
 with another parameter, other code or other data, they are measured again.
 
-Writes results/seeds.json (parameters and scores of every run) and results/seeds.svg.
+Writes results/seeds.json (parameters and scores of every run) and results/seeds.svg; `report.seeds` shows both on the report's page.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from itertools import product
@@ -28,8 +27,9 @@ from slmake import cli, outputs, params
 from slmake.code_inputs import digest
 from slmake.errors import UserError
 from slmake.plan import Plan
-from slmake.reporting.figures import colour, plain_plots, save
+from slmake.reporting.figures import plain_plots
 from slmake.reporting.pages import models_of
+from slmake.reporting.seeds import draw_seeds, summary, table
 from tools.reproduce import copy_tracked, snakemake
 
 KEPT = Path("build/seeds")
@@ -114,55 +114,6 @@ def numbers(scores: dict) -> dict[str, float]:
     }
 
 
-def summary(runs: list[dict]) -> list[dict]:
-    """For every model and score that all runs have: mean, standard deviation (of a sample), least and greatest value."""
-    lines = []
-    for model, scores in runs[0]["scores"].items():
-        for score in scores:
-            values = [run["scores"].get(model, {}).get(score) for run in runs]
-            if None not in values:
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                lines.append(
-                    {
-                        "model": model,
-                        "score": score,
-                        "mean": statistics.fmean(values),
-                        "sd": spread,
-                        "least": min(values),
-                        "greatest": max(values),
-                    }
-                )
-    return lines
-
-
-def table(lines: list[dict]) -> str:
-    """The summary as text, in columns."""
-    rows = [["model", "score", "mean", "sd", "least", "greatest"]]
-    for line in lines:
-        figures = [line[name] for name in ("mean", "sd", "least", "greatest")]
-        rows.append([line["model"], line["score"], *("" if value is None else f"{value:.4f}" for value in figures)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def draw(runs: list[dict], path: Path) -> None:
-    """Accuracy of every run, a row of dots a model, with the mean and one standard deviation to each side."""
-    plt = plain_plots()
-    models = list(runs[0]["scores"])
-    figure, axes = plt.subplots(figsize=(8, 0.7 * len(models) + 1.6))
-    for position, name in enumerate(models):
-        values = [run["scores"][name]["accuracy"] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        axes.errorbar(
-            statistics.fmean(values), position, xerr=spread, color="#1f2328", marker="|", markersize=18, capsize=4
-        )
-        axes.scatter(values, [position] * len(values), color=colour(name), s=30, zorder=3)
-    axes.set(xlabel="accuracy (line: mean and standard deviation)", title=f"Accuracy of {len(runs)} runs")
-    axes.set_yticks(range(len(models)), models)
-    axes.set_ylim(len(models) - 0.5, -0.5)
-    save(plt, figure, path)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="seeds (default: 5)")
@@ -203,8 +154,8 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
         shown = ", ".join(f"{name} {scores['accuracy']:.1%}" for name, scores in runs[-1]["scores"].items())
         job.say(f"run {number} of {len(changes)}: accuracy {shown} ({runs[-1]['seconds']:.0f} s)")
     lines = summary(runs)
-    replace_json(here / RESULT, {"summary": lines, "runs": runs})
-    draw(runs, here / PICTURE)
+    replace_json(here / RESULT, {"summary": lines, "params": params.sums(own), "runs": runs})
+    draw_seeds(plain_plots(), {"runs": runs}, here / PICTURE)
     print(table(lines))
     job.say(f"{len(runs)} runs in {RESULT}, drawn in {PICTURE}")
 

@@ -1,11 +1,14 @@
 """tools.seeds: several builds of a tiny project, their spread, and what is kept between calls."""
 
 import json
+import re
 import statistics
 
 import pytest
-from project import change, run
+from project import change, planned, run, snakemake
 
+from slmake import params
+from slmake.reporting.seeds import seeds_page
 from tools import seeds
 
 
@@ -41,6 +44,27 @@ def test_runs_differ_in_their_seeds_alone_and_are_kept(repository):
     other = call(repository, "--runs", "1")
     assert other.returncode == 0, other.stdout
     assert len(list((repository / seeds.KEPT).iterdir())) == 5
+
+
+def test_the_reports_page_shows_them(repository):
+    assert call(repository, "--runs", "2").returncode == 0
+    change(repository, "report", seeds="results/seeds.json")
+    assert planned(repository) == {"report"}
+    assert snakemake(repository).returncode == 0
+    page = (repository / "build" / "report" / "seeds.html").read_text()
+    lines = json.loads((repository / seeds.RESULT).read_text())["summary"]
+    line = next(line for line in lines if (line["model"], line["score"]) == ("int4", "accuracy"))
+    cells = f"int4 accuracy {line['mean']:.4f} {line['sd']:.4f}"
+    assert cells in " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert "make seeds" not in page
+    assert "<svg" in (repository / "build" / "report" / "seeds.svg").read_text()
+    change(repository, "finetune", learning_rate=0.02)
+    result, everything = json.loads((repository / seeds.RESULT).read_text()), params.load(repository / "params.yaml")
+    assert "had another finetune in params.yaml" in seeds_page(result, everything)
+    change(repository, "report", seeds="results/nowhere.json")
+    done = snakemake(repository, "--dry-run")
+    assert done.returncode == 1
+    assert "params.yaml: report.seeds: results/nowhere.json: no such file" in done.stdout
 
 
 def test_a_project_without_training_is_refused(repository):
