@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all: written to a temporary sibling, renamed at the very end."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -10,7 +11,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from slmake.cli import PLANNED
 from slmake.errors import UserError
+
+BUILT = Path(".snakemake/slmake.built")  # the marks of each output when its rule had built it
 
 
 def refuse_existing(*paths: Path) -> None:
@@ -23,8 +27,11 @@ def refuse_existing(*paths: Path) -> None:
 
 
 @contextlib.contextmanager
-def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[list[Path]]:
+def written(folder: Path | None = None, files: Iterable[Path] = (), noted: bool = True) -> Iterator[list[Path]]:
     """Temporary siblings for a folder (created empty) and files; renamed when the block ends well, removed when it fails.
+
+    Args:
+        noted: they are a rule's outputs (see `note_built`).
 
     Yields the temporary paths in the order given, the folder's first.
 
@@ -51,6 +58,8 @@ def written(folder: Path | None = None, files: Iterable[Path] = ()) -> Iterator[
             if path.is_dir():
                 path.rmdir()
             os.replace(temporary, path)
+        if noted and PLANNED in os.environ:  # Snakemake runs this rule, and records what it was built from
+            note_built(paths)
     except BaseException:
         for temporary in partial:
             with contextlib.suppress(OSError):
@@ -145,6 +154,56 @@ def mark(path: Path | str) -> list[int]:
     """Size, times (ns: of the content, of the inode) and number of a file's inode: while they are the same, so is its content."""
     status = os.stat(path)  # noqa: PTH116 (faster than Path.stat; every parse of the Snakefile asks for hundreds)
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def marks(paths: Iterable[Path | str]) -> dict[str, list[int]]:
+    """`mark` of each file that is here, and of the files in folders (caches and marks of Python and Snakemake left out), by path."""
+    seen = {}
+    for path in map(Path, paths):
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith(".snakemake"):
+                seen[file.as_posix()] = mark(file)
+    return seen
+
+
+def note_built(paths: Iterable[Path | str]) -> None:
+    """Note the marks of outputs that a rule has built, or that were found to be what it built; where that is not possible, nothing."""
+    with contextlib.suppress(OSError):
+        for path in paths if BUILT.parent.is_dir() else ():
+            BUILT.mkdir(exist_ok=True)
+            note = _note_of(path)
+            temporary = note.with_name(f".{note.name}.{secrets.token_hex(4)}.partial")
+            temporary.touch()
+            made = {"inode": temporary.stat().st_ino, "is": _seen(Path(path))}
+            temporary.write_text(json.dumps(made), encoding="utf-8")
+            os.replace(temporary, note)
+
+
+def as_built(path: Path | str) -> bool:
+    """Whether an output is still the one that `note_built` saw: a copy from elsewhere is not, whatever its times say.
+
+    An output that was never noted counts as the one that Snakemake has a record of. Where the whole project was copied, its notes are
+    copies, too: then sizes and times of the content are compared.
+    """
+    note = _note_of(path)
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        copied, _ = note.stat().st_ino != noted["inode"], noted["is"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    now, then = _seen(Path(path)), noted["is"]
+    if copied and isinstance(now, dict) and isinstance(then, dict):
+        now, then = ({file: mark[:2] for file, mark in seen.items()} for seen in (now, then))
+    return now == then
+
+
+def _seen(path: Path) -> dict[str, list[int]] | str | None:
+    """Marks of a folder's files. Of one file the SHA-256, because Snakemake touches it when its rule has ended; None where it is not."""
+    return marks([path]) if path.is_dir() else sha256(path) if path.is_file() else None
+
+
+def _note_of(path: Path | str) -> Path:
+    return BUILT / base64.urlsafe_b64encode(Path(path).as_posix().encode()).decode()
 
 
 def folder_digest(path: Path) -> str:

@@ -19,6 +19,7 @@ SECTIONS = {
     "rehearse": ["rehearse", "finetune", "merge", "quantize"],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
+    "evaluate": ["evaluate", "merge"],  # merge.onto: which base an adapter of QLoRA is scored on
     "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
     "report": ["report", "gates", "finetune", "adapter", "quantize"],
 }

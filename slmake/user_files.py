@@ -1,6 +1,7 @@
 """What the files that params.yaml names read in turn: modules that a metric's file imports, files that a task's YAML names."""
 
 import ast
+import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,16 +12,20 @@ import yaml
 def with_what_they_read(names: Iterable[str]) -> list[str]:
     """The files, and behind each those that it reads, directly and through others; each once, relative to the project's folder.
 
-    Python files are followed through their imports of files of the project, YAML files through every text that names a file: `include`,
-    `data_files`, `!function utils.read`. What is not there, or cannot be read, is left to the one that uses it.
+    Python files are followed through their imports of files of the project, YAML files through every text that names a file or a pattern:
+    `include`, `data_files`, `!function utils.read`, `use_prompt: prompts.yaml:one`. What is not there, or cannot be read, is left to the
+    one that uses it.
     """
     files: dict[str, None] = {}
     waiting = list(names)[::-1]
+    included: set[str] = set()  # YAML, whatever their names: the harness's own end in _yaml
     while waiting:
         name = waiting.pop()
         if name not in files:
             files[name] = None
-            waiting += sorted(map(_as_named, _read_by(Path(name))), reverse=True)
+            read = {_as_named(path): kind for path, kind in _read_by(Path(name), name in included)}
+            included |= {name for name, kind in read.items() if kind == "include"}
+            waiting += sorted(read, reverse=True)
     return list(files)
 
 
@@ -28,10 +33,13 @@ def _as_named(path: Path) -> str:
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
 
 
-def _read_by(file: Path) -> Iterator[Path]:
-    readers = {".py": _imports, ".yaml": _texts, ".yml": _texts}
+def _read_by(file: Path, is_yaml: bool) -> Iterator[tuple[Path, str]]:
+    """The files that a file reads, each with the YAML key that names it."""
     try:
-        yield from readers.get(file.suffix, lambda _: ())(file)
+        if is_yaml or file.suffix in (".yaml", ".yml"):
+            yield from _texts(file)
+        elif file.suffix == ".py":
+            yield from ((path, "") for path in _imports(file))
     except (OSError, ValueError, SyntaxError, RecursionError, yaml.YAMLError):
         return
 
@@ -39,33 +47,47 @@ def _read_by(file: Path) -> Iterator[Path]:
 def _imports(file: Path) -> Iterator[Path]:
     """Files of the project that a Python file imports; the project's folder is where Python looks."""
     names = set()
+    package = list(Path(_as_named(file)).parent.parts)
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
             names |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*above, *filter(None, [node.module])])
+            names |= {start, *(f"{start}.{name.name}" for name in node.names)}
     for name in names:
-        for end in (".py", "/__init__.py"):
-            path = Path(name.replace(".", "/") + end)
-            if path.is_file() and path.parts[0] != "slmake":  # the pipeline's own code is an input already
-                yield path
+        parts = name.split(".")
+        if parts[0] != "slmake":  # the pipeline's own code is an input already
+            ends = [
+                Path(*parts).with_suffix(".py"),
+                *(Path(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)),
+            ]
+            yield from filter(Path.is_file, ends)
 
 
-def _texts(file: Path) -> Iterator[Path]:
+def _texts(file: Path) -> Iterator[tuple[Path, str]]:
     """Files that a task of the lm-evaluation-harness names, from its folder or the project's; of a dataset's folder all files."""
-    waiting, seen = [yaml.compose(file.read_text(encoding="utf-8"))], set()
+    waiting, seen = [(yaml.compose(file.read_text(encoding="utf-8")), "")], set()
     while waiting:
-        node = waiting.pop()
+        node, key = waiting.pop()
         if id(node) in seen:  # an alias, perhaps of what it is in
             continue
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
-            waiting += [value for _, value in node.value]
-            for key, value in node.value:
-                if key.value in ("dataset_path", "data_dir") and isinstance(value, yaml.ScalarNode):
-                    yield from (path for path in Path(value.value).rglob("*") if path.is_file())
+            waiting += [(value, name.value) for name, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
+            waiting += [(value, key) for value in node.value]
         elif node is not None:
-            text = f"{node.value.rpartition('.')[0].replace('.', '/')}.py" if node.tag == "!function" else node.value
-            yield from (path for path in (file.parent / text, Path(text)) if text and path.is_file())
+            yield from ((path, key) for path in _named_by(node, key, file.parent))
+
+
+def _named_by(node: yaml.ScalarNode, key: str, folder: Path) -> Iterator[Path]:
+    text = f"{node.value.rpartition('.')[0].replace('.', '/')}.py" if node.tag == "!function" else node.value
+    for start in filter(None, dict.fromkeys((text, text.rpartition(":")[0]))):
+        for path in (folder / start, Path(start)):
+            if path.is_file():
+                yield path
+            elif key in ("dataset_path", "data_dir"):
+                yield from filter(Path.is_file, path.rglob("*"))
+            elif key and glob.has_magic(start) and "/" in start:
+                yield from filter(Path.is_file, map(Path, glob.glob(str(path))))  # noqa: PTH207

@@ -22,6 +22,9 @@ from slmake.sources.fetching import sums_of
 
 OWN = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)  # what the provenance's subjects do not list
 
+LIBRARIES = (".so", ".dll", ".dylib", ".pyd")
+LIBRARY_OPTION = "custom_ops_library"  # of ONNX Runtime GenAI's session options
+
 
 def changed_files(folder: Path) -> list[str]:
     """One line per file that is changed, missing or extra, by SHA256SUMS and the provenance's subjects."""
@@ -93,6 +96,24 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
     return problems
 
 
+def refuse_code(folder: Path) -> None:
+    """Refuse what would run code of the package when its model is loaded: ONNX Runtime loads the library that genai_config.json names.
+
+    Raises:
+        UserError: the package names a library, or has one.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in LIBRARIES:
+            raise UserError(f"{folder}: {path.name} is a library. A package of slmake has none; do not load this one.")
+    names: list[str] = []
+    text = (folder / "genai_config.json").read_text(encoding="utf-8")
+    json.loads(text, object_pairs_hook=lambda pairs: names.extend(name for name, _ in pairs))
+    if LIBRARY_OPTION in names:
+        raise UserError(
+            f"{folder}: genai_config.json names a library ({LIBRARY_OPTION}), whose code would run. Do not load this package."
+        )
+
+
 def check_signature(folder: Path, key: Path | None) -> str:
     """Check model.sig with a public (or private) key; returns the result as a few words.
 
@@ -114,6 +135,7 @@ def check(folder: Path, key: Path | None) -> tuple[dict, str]:
     wrong = changed_files(folder)
     if wrong:
         raise UserError(f"{folder} is not what was built:\n  " + "\n  ".join(wrong))
+    refuse_code(folder)
     signed = check_signature(folder, key)
     statement = provenance.check_statement((folder / checksums.PROVENANCE).read_text(encoding="utf-8"))
     files = checksums.digests(folder, OWN)

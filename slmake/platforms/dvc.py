@@ -99,10 +99,42 @@ def repair_lock() -> str | None:
     return None
 
 
+def outs(stage: dict) -> list[str]:
+    """Paths of a stage's outputs, by its entry in dvc.yaml."""
+    return [path for out in stage["outs"] for path in ([out] if isinstance(out, str) else out)]
+
+
+def refuse_replaced() -> None:
+    """Refuse to build on outputs that are not those that Snakemake has a record of, as `dvc repro`, `dvc checkout` or a copy leave them.
+
+    Snakemake would take them for built from what is here now, and build a package that claims so.
+
+    Raises:
+        UserError: there is one, and its receipt does not say that it is of what is here now.
+    """
+    import yaml
+
+    if not (LOCK.exists() and outputs.BUILT.is_dir()):
+        return
+    plan = Plan(params.load("params.yaml"))
+    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage in (name for name in plan.rules if name in named):
+        for output in outs(named[stage]):
+            record = metadata(output)
+            if record and Path(output).exists() and not outputs.as_built(output) and _is_of_now(plan, record, output):
+                _refuse_changed({stage: output}, "nothing was built")
+
+
+def _is_of_now(plan: Plan, record: dict, output: str) -> bool:
+    """Whether Snakemake's record of an output has the parameters, code and data that are here now."""
+    return {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"])
+
+
 def refuse_unbuilt(wanted: list[str]) -> None:
     """Compare every output's parameters, code and data, as Snakemake recorded them when it was built, with those of now.
 
-    An output that Snakemake has no record of counts as built from what its receipt says; then its stage must be up to date for DVC.
+    An output that Snakemake has no record of, or that is another file since, counts as built from what its receipt says; then its stage
+    must be up to date for DVC.
 
     Raises:
         UserError: an output is not of what is here now, so a receipt would claim what is not so.
@@ -113,21 +145,27 @@ def refuse_unbuilt(wanted: list[str]) -> None:
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     unknown: dict[str, str] = {}  # the first output without record, by stage
     for stage in wanted:
-        for output in (path for out in named[stage]["outs"] for path in ([out] if isinstance(out, str) else out)):
+        for output in outs(named[stage]):
             record = metadata(output)
-            if record is None:
+            if record is None or not outputs.as_built(output):
                 unknown.setdefault(stage, output)
-            elif not {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"]):
+            elif not _is_of_now(plan, record, output):
                 raise UserError(
                     f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
                     "Run `make`: it builds what changed."
                 )
-    status = dvc("status", "--json", *unknown, capture=True) if unknown else None
-    if status and status.returncode:
-        raise UserError(f"dvc status: {reason(status)} Nothing was recorded.")
-    for stage in json.loads(status.stdout or "{}") if status else ():
+    if unknown:
+        _refuse_changed(unknown, "nothing was recorded")
+
+
+def _refuse_changed(unknown: dict[str, str], undone: str) -> None:
+    """Raise UserError if DVC finds one of some stages changed; `unknown` has an output of each by name."""
+    status = dvc("status", "--json", *unknown, capture=True)
+    if status.returncode:
+        raise UserError(f"dvc status: {reason(status)} {undone[0].upper()}{undone[1:]}.")
+    for stage in json.loads(status.stdout or "{}"):
         raise UserError(
-            f"nothing says what {unknown[stage]} was built from; nothing was recorded. `make restore` brings back what was recorded, "
+            f"nothing says what {unknown[stage]} was built from; {undone}. `make restore` brings back what was recorded, "
             f"and `.venv/bin/snakemake --cores all --force {unknown[stage]}` builds it again; then `make`."
         )
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from slmake import outputs
@@ -12,23 +11,13 @@ SEEN = Path(".dvc/tmp/slmake.seen.json")
 SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local")
 
 
-def marks(paths: Iterable[str]) -> dict[str, list[int]]:
-    """Size, times and inode of each file that is here, and of the files in folders (Python's own cache left out), by path."""
-    seen = {}
-    for path in map(Path, paths):
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            if file.is_file() and "__pycache__" not in file.parts:
-                seen[file.as_posix()] = outputs.mark(file)
-    return seen
-
-
 def unmoved() -> bool:
     """Whether all files are as `remember` saw them, and DVC's cache still has what it had."""
     try:
         seen = json.loads(SEEN.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return marks(seen["paths"]) == seen["marks"] and all(map(os.path.exists, seen["objects"]))
+    return outputs.marks(seen["paths"]) == seen["marks"] and all(map(os.path.exists, seen["objects"]))
 
 
 def remember(wanted: list[str]) -> None:
@@ -42,12 +31,13 @@ def remember(wanted: list[str]) -> None:
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     entries = [entry for name in names for entry in (*named[name]["deps"], *named[name]["outs"])]
     paths = [*SETTINGS, *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)})]
-    seen = marks(paths)
+    seen = outputs.marks(paths)
     try:
         with Repo() as repo:
             changed = repo.status(targets=names)
     except DvcException:  # another DVC is at work: the next record compares again
         return
-    if not changed and marks(paths) == seen:
+    if not changed and outputs.marks(paths) == seen:
+        outputs.note_built(out for name in wanted for out in dvc.outs(named[name]))
         objects = [str(dvc.cached(md5)) for md5 in dvc.recorded()]
         outputs.replace(SEEN, json.dumps({"paths": paths, "marks": seen, "objects": objects}).encode())

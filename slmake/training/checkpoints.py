@@ -45,7 +45,7 @@ class Checkpoints:
         target = self.folder / f"step-{step:08d}"
         if target.exists():
             return
-        with outputs.written(target) as (temporary,):
+        with outputs.written(target, noted=False) as (temporary,):
             save_file(tensors, temporary / "tensors.safetensors")
             outputs.write_json(temporary / "state.json", {"step": step, **state})
         for old in self._steps()[:-1]:

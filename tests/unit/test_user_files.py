@@ -48,6 +48,38 @@ def test_files_of_a_task(project):
     ]
 
 
+def test_includes_without_a_suffix_patterns_and_prompts(project):
+    files = {
+        "tasks/mine.yaml": "task: mine\ninclude: _default_yaml\nuse_prompt: 'prompts.yaml:one'\n",
+        "tasks/_default_yaml": "dataset_kwargs: {data_files: {test: 'many/*.jsonl'}}\ndoc_to_text: !function deep.words.text\n",
+        "tasks/deep/words.py": "",
+        "tasks/prompts.yaml": "prompts: {one: {}}",
+        "many/1.jsonl": "",
+        "many/2.jsonl": "",
+    }
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    assert sorted(with_what_they_read(["tasks/mine.yaml"])) == sorted(files)
+
+
+def test_packages_and_relative_imports(project):
+    files = {
+        "own/metric.py": "from .base import norm\nfrom . import lists\nimport other.deep.words\n",
+        "own/base.py": "from ..top import x\n",
+        "own/lists.py": "",
+        "own/__init__.py": "",
+        "other/__init__.py": "",
+        "other/deep/__init__.py": "",
+        "other/deep/words.py": "",
+        "top.py": "x = 1\n",
+    }
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text(text)
+    assert sorted(with_what_they_read(["own/metric.py"])) == sorted(files)
+
+
 def test_absolute_names_stay(project):
     outside = project.parent / "outside.jsonl"
     outside.write_text("{}")

@@ -135,6 +135,24 @@ def test_forger_without_the_key_is_caught(parts, tmp_path, capsys):
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", key)
 
 
+@pytest.mark.parametrize("name", ["custom_ops_library", "custom\\u005fops_library"])
+def test_a_library_is_never_loaded(parts, tmp_path, name):
+    folder = pack(parts, tmp_path / "package")
+    text = (folder / "genai_config.json").read_text(encoding="utf-8")
+    (folder / "genai_config.json").write_text(text.replace("{", f'{{"{name}": "evil.bin", ', 1), encoding="utf-8")
+    reseal(folder, "bill", "provenance")
+    with pytest.raises(UserError, match=r"genai_config\.json names a library"):
+        verify.check(folder, None)
+
+
+def test_a_library_in_a_package_is_refused(parts, tmp_path):
+    folder = pack(parts, tmp_path / "package")
+    (folder / "evil.so").write_bytes(b"\x7fELF")
+    reseal(folder, "bill", "provenance")
+    with pytest.raises(UserError, match=r"is a library|not part of the package"):
+        verify.check(folder, None)
+
+
 def test_key_given_but_nothing_signed(packed, tmp_path, capsys):
     message = refused(capsys, packed, "--package-only", "--key", make_key(tmp_path / "key.pem"))
     assert "model.sig: missing, but a key is given" in message

@@ -1,0 +1,78 @@
+"""Outputs that were replaced since they were built: no receipt, provenance or package takes them for what Snakemake has a record of."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from project import change, run
+
+
+def build(project: Path):
+    return run(project, "python", "-m", "tools.build")
+
+
+def status(project: Path) -> str:
+    return run(project, "dvc", "status", "finetune").stdout
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_an_old_adapter_is_not_taken_for_the_new_one(repository, tmp_path, how):
+    adapter, old = repository / "build" / "adapter", tmp_path / "old"
+    if how == "copied":
+        subprocess.run(["cp", "-a", adapter, old], check=True)
+    else:
+        adapter.rename(old)  # its files keep their times and inodes
+    change(repository, "finetune", learning_rate=0.02)
+    change(repository, "gates", min_accuracy=1.0)
+    assert build(repository).returncode == 1  # stopped at gates: nothing is recorded
+    package = (repository / "build" / "package").exists()
+    shutil.rmtree(adapter)
+    old.rename(adapter)
+    change(repository, "gates", min_accuracy=0.0)
+    done = build(repository)
+    assert done.returncode == 1
+    assert "build: error: nothing says what build/adapter was built from; nothing was built" in done.stdout
+    assert (repository / "build" / "package").exists() == package
+    done = run(repository, "snakemake", "--cores", "all", "--force", "build/adapter")
+    assert done.returncode == 0, done.stdout
+    done = build(repository)
+    assert done.returncode == 0, done.stdout
+    assert "up to date" in status(repository)
+
+
+def test_what_dvc_restores_of_another_run_is_not_taken_for_this_one(repository):
+    """0.02 by DVC, back to 0.01 from DVC's cache, then 0.02 again by make."""
+    for rate in (0.02, 0.01):
+        change(repository, "finetune", learning_rate=rate)
+        done = run(repository, "dvc", "repro", "finetune")
+        assert done.returncode == 0, done.stdout
+    change(repository, "finetune", learning_rate=0.02)
+    done = build(repository)
+    adapter = repository / "build" / "adapter" / "adapter_model.safetensors"
+    if done.returncode:
+        assert "nothing says what build/adapter was built from" in done.stdout
+        return
+    wrong = adapter.read_bytes()
+    assert run(repository, "snakemake", "--cores", "all", "--force", "build/adapter").returncode == 0
+    assert adapter.read_bytes() == wrong  # it was trained anew
+
+
+@pytest.mark.parametrize("name", ["build/adapter/adapter_model.safetensors", "data/dataset.json"])
+def test_an_edit_that_keeps_size_and_time_is_seen(repository, name):
+    file = repository / name
+    if name.startswith("data"):
+        shutil.rmtree(repository / ".snakemake")
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-8] = content[-8] ^ 1
+    with open(file, "r+b") as handle:
+        handle.write(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = build(repository)
+    assert done.returncode == 1, done.stdout
+    assert "was built from" in done.stdout or "was modified since" in done.stdout
+
+
+def test_a_record_leaves_nothing_in_the_cache_of_runs(repository):
+    assert not (repository / ".dvc" / "cache" / "runs").exists()
