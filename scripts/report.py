@@ -11,7 +11,6 @@ one page. Missed gates are shown here too. The same inputs give the same bytes (
 from pathlib import Path
 
 from slmake import cli, outputs, params
-from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.reporting.figures import draw_candidates, draw_confusion, draw_data, draw_loss, draw_scores, plain_plots
 from slmake.reporting.pages import (
@@ -23,7 +22,7 @@ from slmake.reporting.pages import (
     models_of,
     overview,
     page,
-    read_csv,
+    read_predictions,
     rows_page,
     scores_page,
     verdict,
@@ -55,12 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             read_json(args.base_report, "source"),
             read_json(args.dataset_report, "source", "rows", "examples"),
         )
-        predictions = read_csv(args.predictions, ("row",))
-        asked = metrics["test_rows"] or metrics["texts"]
-        if len(predictions) != asked:
-            raise UserError(
-                f"{args.predictions} has {len(predictions)} rows, {args.metrics} speaks of {asked}: remove both and run snakemake."
-            )
+        predictions = read_predictions(args.predictions, metrics["test_rows"] or metrics["texts"])
         result = read_json(args.search) if args.search else None
         seeds = read_json(args.seeds, "summary", "params", "runs") if args.seeds else None
         gates, problem = judged(everything.gates, metrics, timings)

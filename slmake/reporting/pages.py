@@ -340,6 +340,20 @@ def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
             ) from None
 
 
+def read_predictions(path: Path, asked: int) -> list[dict]:
+    """The rows of predictions.csv.
+
+    Raises:
+        UserError: it is not there or damaged, or has another number of rows than metrics.json speaks of.
+    """
+    rows = read_csv(path, ("row",))
+    if len(rows) != asked:
+        raise UserError(
+            f"{path} has {len(rows)} rows, {path.with_name('metrics.json')} speaks of {asked}: remove both and run snakemake."
+        )
+    return rows
+
+
 def wrong_page(predictions: list[dict], models: list[str], limit: int, task: bool = True) -> str:
     """The first wrong answers of the last model, with every model's answer beside.
 
