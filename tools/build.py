@@ -16,6 +16,7 @@ from pathlib import Path
 from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
+from slmake.plan import Plan
 from slmake.platforms import dvc, dvc_yaml
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
@@ -37,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with contextlib.suppress(UserError):  # the build reports what is wrong
         dvc_yaml.update()
-        params.load("params.yaml")
+        plan = Plan(params.load("params.yaml"))
         with cli.job("build"):
-            dvc.refuse_replaced()
+            dvc.refuse_replaced(plan)
     screen = Screen(sys.stderr, args.verbose)
     if not run(screen, args.targets):
         for line in screen.ending():

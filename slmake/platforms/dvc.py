@@ -104,7 +104,7 @@ def outs(stage: dict) -> list[str]:
     return [path for out in stage["outs"] for path in ([out] if isinstance(out, str) else out)]
 
 
-def refuse_replaced() -> None:
+def refuse_replaced(plan: Plan) -> None:
     """Refuse to build on outputs that are not those that Snakemake has a record of, as `dvc repro`, `dvc checkout` or a copy leave them.
 
     Snakemake would take them for built from what is here now, and build a package that claims so.
@@ -116,7 +116,6 @@ def refuse_replaced() -> None:
 
     if not (LOCK.exists() and outputs.BUILT.is_dir()):
         return
-    plan = Plan(params.load("params.yaml"))
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for stage in (name for name in plan.rules if name in named):
         for output in outs(named[stage]):

@@ -11,6 +11,13 @@ from slmake.plan import Plan
 from slmake.user_files import with_what_they_read
 
 
+def write(files: dict[str, str]) -> None:
+    """Write files by their names in the project's folder."""
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text(text)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project's folder with a metric that imports, and a task that includes, calls and names files."""
@@ -29,9 +36,7 @@ def project(tmp_path, monkeypatch) -> Path:
         "data/x.jsonl": "{}",
         "rows/a.jsonl": "{}",
     }
-    for name, text in files.items():
-        Path(name).parent.mkdir(exist_ok=True, parents=True)
-        Path(name).write_text(text)
+    write(files)
     return tmp_path
 
 
@@ -57,9 +62,7 @@ def test_includes_without_a_suffix_patterns_and_prompts(project):
         "many/1.jsonl": "",
         "many/2.jsonl": "",
     }
-    for name, text in files.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(text)
+    write(files)
     assert sorted(with_what_they_read(["tasks/mine.yaml"])) == sorted(files)
 
 
@@ -74,9 +77,7 @@ def test_packages_and_relative_imports(project):
         "other/deep/words.py": "",
         "top.py": "x = 1\n",
     }
-    for name, text in files.items():
-        Path(name).parent.mkdir(exist_ok=True, parents=True)
-        Path(name).write_text(text)
+    write(files)
     assert sorted(with_what_they_read(["own/metric.py"])) == sorted(files)
 
 
