@@ -198,12 +198,9 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
     with _redirected(name, log_path) as terminal:
         if not interactive:
             _close_stdin()
-        logging.basicConfig(
-            stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING, force=True
-        )
         current = Job(name, terminal, log_path)
         try:
-            with terminable():
+            with terminable(), _warnings_shown():
                 yield current
         except UserError as error:
             _fail(current, str(error))
@@ -221,6 +218,22 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             text = str(error).strip().splitlines()
             where = f" Details: {log_path}" if log_path else ""
             _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Show libraries' warnings on standard error until the block ends, and then what was shown before: Snakemake, say, has handlers of its own."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, [handler]
+    level = root.level
+    root.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from slmake import outputs
@@ -138,16 +138,25 @@ def _read(file: Path) -> dict:
         meaning = hashlib.sha256(_canonical(tree).encode()).hexdigest()
     except (SyntaxError, ValueError, RecursionError):
         return content  # a file in a user's folder; `modules` refuses the project's own
-    imports = set()
+    own = sorted(name for name in imports(tree) if name.split(".")[0] in PACKAGES)
+    return content | {"meaning": meaning, "imports": own}
+
+
+def imports(tree: ast.AST, package: Sequence[str] = ()) -> set[str]:
+    """Dotted names of the modules that code imports, anywhere in it, and of what it takes from them, which may be modules.
+
+    Args:
+        package: names of the packages that the module is in, outermost first, for relative imports.
+    """
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imports |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-    return content | {
-        "meaning": meaning,
-        "imports": sorted(name for name in imports if name.split(".")[0] in PACKAGES),
-    }
+            names |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            start = ".".join([*above, *filter(None, [node.module])])
+            names |= {start, *(f"{start}.{name.name}" for name in node.names)}
+    return names
 
 
 def _canonical(node: object) -> str:

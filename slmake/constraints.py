@@ -1,10 +1,10 @@
 """What the exported model's answers are held to, as guidance for onnxruntime-genai (https://github.com/guidance-ai/llguidance)."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from slmake import json_schemas
 from slmake.errors import UserError
 from slmake.generation import Exported
 from slmake.tool_calls import CallForm, json_guidance
@@ -24,12 +24,12 @@ def check(constraint: str | dict[str, str], form: dict, where: str) -> None:
         where: the parameter, for errors.
 
     Raises:
-        UserError: there are no labels or no tools, or the file is not there or no JSON object.
+        UserError: there are no labels or no tools, or the file is not there or no JSON Schema.
     """
     if isinstance(constraint, str) and constraint in MISSING and form.get(constraint) is None:
         raise UserError(f"{where}: {constraint}: {MISSING[constraint]}.")
     if "json_schema" in constraint:
-        _schema(constraint, where)
+        json_schemas.read(Path(constraint["json_schema"]), where)
 
 
 def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[str, str] | None:
@@ -44,7 +44,9 @@ def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[
     if constraint == "labels":
         # A template may leave the space to the answer.
         return "regex", f" ?(?:{'|'.join(map(re.escape, form['labels']))})"
-    return ("regex", constraint["regex"]) if "regex" in constraint else json_guidance(_schema(constraint, where))
+    if "regex" in constraint:
+        return "regex", constraint["regex"]
+    return json_guidance(json_schemas.read(Path(constraint["json_schema"]), where)[0])
 
 
 def tool_guidance(model: Exported, tools: list[dict] | None, where: str) -> tuple[str, str] | None:
@@ -59,19 +61,6 @@ def tool_guidance(model: Exported, tools: list[dict] | None, where: str) -> tupl
         return CallForm.of(model).guidance(model, tools, optional=True)
     except ValueError as error:
         raise UserError(f"{where}: tools: {error}") from None
-
-
-def _schema(constraint: dict[str, str], where: str) -> dict:
-    file = Path(constraint["json_schema"])
-    try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{where}: {file}: no such file. Correct the name of the JSON Schema.") from None
-    except ValueError as error:
-        raise UserError(f"{where}: {file}: not JSON: {error}. Correct the file.") from None
-    if not isinstance(schema, dict):
-        raise UserError(f"{where}: {file}: not a JSON Schema: an object is expected. Correct the file.")
-    return schema
 
 
 def tokens_needed(constraint: str | dict[str, str], form: dict) -> int:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from operator import attrgetter
 from pathlib import Path
 
 from slmake.code_inputs import code, digest
@@ -14,9 +15,9 @@ from slmake.user_files import with_what_they_read
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
 WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change a package
-# Sections that a rule reads or names in what it writes, where it is not its own alone.
+# Sections, or parameters of others, that a rule reads or names in what it writes, where it is not its own section alone.
 SECTIONS = {
-    "rehearse": ["rehearse", "finetune", "merge", "quantize"],
+    "rehearse": ["rehearse", "finetune", "merge", "quantize", "all.stages", "evaluate.constrain", "package.constrain"],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
     "evaluate": ["evaluate", "merge"],  # merge.onto: which base an adapter of QLoRA is scored on
@@ -178,11 +179,7 @@ class Plan:
 
     def section(self, rule: str) -> str:
         """A rule's sections of params.yaml as text: it runs again when they differ."""
-        texts = [as_json(getattr(self.params, name)) for name in SECTIONS.get(rule, [rule])]
-        if rule == "rehearse":
-            constraints = [getattr(self.params, stage).constrain for stage in ("evaluate", "package")]
-            texts.append(json.dumps({"stages": self.stages, "constrain": constraints}))
-        return "".join(texts) + self._image()
+        return "".join(as_json(attrgetter(name)(self.params)) for name in SECTIONS.get(rule, [rule])) + self._image()
 
     def _image(self) -> str:
         """The container image as text; another one is another environment."""

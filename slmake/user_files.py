@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from slmake.code_inputs import imports
+
 
 def with_what_they_read(names: Iterable[str]) -> list[str]:
     """The files, and behind each those that it reads, directly and through others; each once, relative to the project's folder.
@@ -46,16 +48,7 @@ def _read_by(file: Path, is_yaml: bool) -> Iterator[tuple[Path, str]]:
 
 def _imports(file: Path) -> Iterator[Path]:
     """Files of the project that a Python file imports; the project's folder is where Python looks."""
-    names = set()
-    package = list(Path(_as_named(file)).parent.parts)
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            names |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            start = ".".join([*above, *filter(None, [node.module])])
-            names |= {start, *(f"{start}.{name.name}" for name in node.names)}
-    for name in names:
+    for name in imports(ast.parse(file.read_bytes()), Path(_as_named(file)).parent.parts):
         parts = name.split(".")
         if parts[0] != "slmake":  # the pipeline's own code is an input already
             ends = [

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slmake import cli, params
+from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.plan import Plan
@@ -68,18 +68,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_page() -> None:
-    """Put the report's figures on one page, unless the page is newer than all of them.
+    """Put the report's figures on one page, unless the page is newer than all of them and nobody changed it.
 
     Raises:
         UserError: Snakemake cannot.
     """
     newest = max(path.stat().st_mtime for path in OVERVIEW.parent.iterdir())
-    if PAGE.exists() and PAGE.stat().st_mtime >= newest:
+    if PAGE.exists() and PAGE.stat().st_mtime >= newest and outputs.as_built(PAGE):
         return
     command = [sys.executable, "-m", "snakemake", "--nocolor", "--report", str(PAGE)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"{PAGE} could not be written. Snakemake's reason:\n{done.stdout.strip()}")
+    outputs.note_built([PAGE])
 
 
 def scores_line(judged: bool) -> str:

@@ -13,12 +13,12 @@ import argparse
 import os
 from pathlib import Path
 
-from slmake import cli, outputs
+from slmake import cli
 from slmake.code_inputs import remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
 from slmake.platforms import dvc_yaml, unmoved
-from slmake.platforms.dvc import LOCK, dvc, note, reason, refuse_damaged, refuse_unbuilt, repair_lock, stages
+from slmake.platforms.dvc import LOCK, PENDING, dvc, note, reason, refuse_damaged, refuse_unbuilt, repair_lock, stages
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> None:
         dvc_yaml.write_digests()
         refuse_damaged(wanted)
         refuse_unbuilt(wanted)
-        before = LOCK.read_bytes() if LOCK.exists() else None
         files = [path for folder in ("results", "build") for path in Path(folder).rglob("*") if path.is_file()]
         times = {path: path.stat().st_mtime_ns for path in files}
         done = dvc("commit", "--force", dvc_yaml.CODE, *wanted, capture=True)
@@ -45,11 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"everything was built, but DVC could not record it: {reason(done)} Then `.venv/bin/python -m tools.record`."
             )
-        try:
-            refuse_unbuilt(wanted)  # what was hashed is what was compared before
-        except UserError:
-            LOCK.unlink() if before is None else outputs.replace(LOCK, before)
-            raise
+        refuse_unbuilt(wanted)  # what was hashed is what was compared before
+        os.replace(PENDING, LOCK)
         note()
         break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now
         remember()

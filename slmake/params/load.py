@@ -269,6 +269,6 @@ def section(path: str | Path, name: str) -> Section:
     return getattr(load(path), name)
 
 
-def as_json(value: Section | None) -> str:
-    """One section with its defaults as canonical JSON (null where it is absent): what Snakemake compares to decide whether a rule must run again."""
-    return json.dumps(value.model_dump(mode="json") if value else None, sort_keys=True)
+def as_json(value: object) -> str:
+    """A section with its defaults (null where it is absent) or a parameter as canonical JSON: Snakemake compares it to decide whether a rule must run again."""
+    return json.dumps(value.model_dump(mode="json") if isinstance(value, Section) else value, sort_keys=True)

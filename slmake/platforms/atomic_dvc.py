@@ -3,6 +3,8 @@
     python -m slmake.platforms.atomic_dvc commit --force
 
 DVC writes them in place: a process that is killed meanwhile would leave a part of a file, which DVC then cannot read.
+
+The receipts of `commit` are written to PENDING: who calls it compares again what was hashed, and then puts them into dvc.lock's place.
 """
 
 import contextlib
@@ -18,10 +20,11 @@ from dvc import rwlock
 from dvc.cli import main
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
-from dvc.utils.serialize import _common
+from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import state
 
 from slmake import cli, outputs
+from slmake.platforms.dvc import PENDING
 
 
 def dump(path, data, dumper, fs=None, **options) -> None:
@@ -29,6 +32,17 @@ def dump(path, data, dumper, fs=None, **options) -> None:
     text = io.StringIO()
     dumper(data, text, **options)
     outputs.replace(Path(path), text.getvalue().encode())
+
+
+@contextlib.contextmanager
+def edit_pending(path, parser, dumper, fs=None) -> Iterator[dict]:
+    """Stands in for DVC's own function of the same arguments, which edits a YAML file: of dvc.lock, the one that is pending."""
+    if Path(path).name == "dvc.lock":
+        if not PENDING.exists() and Path(path).exists():
+            outputs.replace(PENDING, Path(path).read_bytes())
+        path, fs = PENDING, None
+    with _common._modify_data(path, parser, dumper, fs) as data:
+        yield data
 
 
 @contextlib.contextmanager
@@ -56,7 +70,9 @@ rwlock._edit_rwlock = edit_rwlock
 if __name__ == "__main__":
     cli.end_with(os.environ.get(cli.ENGINE, ""))
     if sys.argv[1:2] == ["commit"]:
-        # What is committed was not run by DVC. It is compared again behind the commit, and what is found wrong then must not stay in
-        # the cache of runs, from which `dvc repro` takes results.
+        # What is committed was not run by DVC, and may be found wrong: it does not belong into the cache of runs, from which `dvc repro`
+        # takes results.
         StageCache.save = lambda self, stage: None
+        PENDING.unlink(missing_ok=True)
+        _yaml._modify_data = edit_pending
     sys.exit(main(sys.argv[1:]))

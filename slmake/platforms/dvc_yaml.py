@@ -94,7 +94,7 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
     Args:
         graph: rules as `rules` returns them.
         metric_models: columns of the predictions, for the confusion matrices.
-        given: sections that params.yaml has; DVC refuses others.
+        given: sections and parameters (`section.name`) that params.yaml has; DVC refuses others.
     """
     stages: dict[str, dict] = {
         CODE: {
@@ -171,7 +171,9 @@ def scored_models() -> list[str]:
 
 def text() -> str:
     """dvc.yaml as it should be now."""
-    document = dvc_yaml(rules(), scored_models(), load("params.yaml").model_fields_set)
+    sections = {name: section for name, section in load("params.yaml") if section is not None}
+    parameters = {f"{name}.{field}" for name, section in sections.items() for field in section.model_fields_set}
+    document = dvc_yaml(rules(), scored_models(), load("params.yaml").model_fields_set | parameters)
     body = yaml.safe_dump(document, sort_keys=False, width=1000, allow_unicode=True)
     return HEADER + body
 

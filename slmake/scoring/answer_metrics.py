@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from slmake import json_schemas
 from slmake.errors import UserError
 from slmake.params.metrics import AnswerMetric
 from slmake.scoring.metrics import interval
@@ -37,18 +38,7 @@ def json_schema(file: str) -> Score:
     Raises:
         UserError: the file is not there or is no JSON Schema.
     """
-    import jsonschema
-
-    try:
-        schema = json.loads(Path(file).read_text(encoding="utf-8"))
-        validator = jsonschema.validators.validator_for(schema)
-        validator.check_schema(schema)
-    except OSError:
-        raise UserError(f"evaluate.metrics: {file}: no such file. Correct the name of the JSON Schema.") from None
-    except (ValueError, TypeError, AttributeError, RecursionError, jsonschema.SchemaError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"evaluate.metrics: {file}: not a JSON Schema: {reason}. Correct the file.") from None
-    accepted = validator(schema)
+    _, accepted = json_schemas.read(Path(file), "evaluate.metrics")
 
     def score(prompt: str, expected: str, answer: str) -> float:
         document = read_json(answer)

@@ -11,6 +11,7 @@ from slmake import cli
 from slmake.constraints import guidance, tokens_needed, tool_guidance
 from slmake.errors import UserError
 from slmake.generation import Exported
+from slmake.json_schemas import validator
 from slmake.params.metrics import AnswerMetric
 from slmake.scoring import answer_metrics, metrics
 from slmake.scoring.onnx_runner import OnnxRow
@@ -71,18 +72,13 @@ def refuse_uncheckable(questions: Questions) -> None:
     Raises:
         UserError: a schema is none, or has a pattern that Python does not read.
     """
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
     for tools in {json.dumps(tools): tools for tools in questions.tools[: questions.scored]}.values():
         for function in map(function_of, tools or []):
-            schema = schema_of(function)
-            checker = validator_for(schema)
             try:
-                checker.check_schema(schema, format_checker=checker.FORMAT_CHECKER)
-            except SchemaError as error:
+                validator(schema_of(function))
+            except ValueError as error:
                 raise UserError(
-                    f"{WHERE}: tools: the parameters of {function['name']!r} are no JSON Schema that can be checked: {error.message}. "
+                    f"{WHERE}: tools: the parameters of {function['name']!r} are no JSON Schema that can be checked: {error}. "
                     "Correct them in the dataset."
                 ) from None
 
@@ -127,9 +123,7 @@ def _validity(
 
 def calls_fit(form: CallForm, tools: list[dict], answer: str) -> bool:
     """Whether an answer is text, or calls tools with arguments that fit their schemas."""
-    from jsonschema.validators import validator_for
-
     schemas = {function["name"]: schema_of(function) for function in map(function_of, tools)}
     text, calls = form.read(answer, list(schemas))
     broken = form.mark in text if form.mark and form.mark not in form.hidden else text.startswith(f"{form.opening}{{")
-    return not broken and all(validator_for(schemas[name])(schemas[name]).is_valid(given) for name, given in calls)
+    return not broken and all(validator(schemas[name]).is_valid(given) for name, given in calls)

@@ -1,6 +1,7 @@
 """What every script's command line shares: arguments, the log, the terminal, and the way errors are reported."""
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -282,6 +283,18 @@ def test_sigterm_is_handled_inside_the_job_only():
 
 
 # In this process
+
+
+def test_what_logs_are_shown_is_as_before_afterwards():
+    """Snakemake, in the same process, has handlers of its own."""
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level)
+    with cli.job("build"):
+        assert root.handlers != before[0]
+    assert (list(root.handlers), root.level) == before
+    with pytest.raises(SystemExit), cli.job("build"):
+        raise UserError("no")
+    assert (list(root.handlers), root.level) == before
 
 
 def test_exit_code_and_message(capsys):

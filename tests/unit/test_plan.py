@@ -165,7 +165,26 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         "candidate": {"quantize", "evaluate"},  # Plan.candidate_section
         "evaluate": {"quantize", "merge", "finetune"},  # how the models that it reads were made
     }
-    assert names - {"all"} <= {*SECTIONS.get(rule, [rule]), *beside.get(rule, ())}
+    given = {name.partition(".")[0] for name in SECTIONS.get(rule, [rule])}
+    assert names - {"all"} <= {*given, *beside.get(rule, ())}
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "rerun"),
+    [
+        ("merge", {"onto": "dequantized"}, {"rehearse", "merge", "evaluate", "package"}),
+        ("evaluate", {"constrain": "labels"}, {"rehearse", "evaluate", "package"}),
+        ("package", {"constrain": "labels"}, {"rehearse", "package"}),
+        ("evaluate", {"seed": 7}, {"evaluate", "package"}),
+        ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
+        ("all", {"stages": ["rehearse", "finetune", "merge"]}, {"rehearse"}),
+    ],
+    ids=["onto", "answers", "packaged answers", "seed", "gate", "stages"],
+)
+def test_a_parameter_reruns_the_rules_that_read_it(plan, section, changes, rerun):
+    method = {"finetune": {"method": "qlora"}}
+    before, after = plan(**method), plan(**method, **{section: changes})
+    assert {rule for rule in rules(before) if before.section(rule) != after.section(rule)} == rerun
 
 
 def test_a_package_is_of_every_section_that_its_provenance_names(plan):

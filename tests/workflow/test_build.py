@@ -57,6 +57,14 @@ def test_nothing_to_do_is_two_lines(project):
     assert (done.returncode, done.stdout) == (0, "build: build/adapter: nothing to do\n")
 
 
+def test_a_page_that_was_changed_is_written_again(project):
+    page = project / "build" / "report.html"
+    page.write_text("edited", encoding="utf-8")
+    assert run(project, *BUILD).returncode == 0
+    assert "edited" not in page.read_text(encoding="utf-8")[:100]
+    assert page.stat().st_size > 10000
+
+
 def test_a_build_shows_each_rule_its_result_and_what_comes_next(project):
     page = (project / "build" / "report.html").stat().st_mtime_ns
     change(project, "report", wrong_answers=3)

@@ -105,6 +105,7 @@ def test_dvc_yaml_agrees_with_the_snakefile():
     assert tuple(stages) == ("code", *RULES)
     assert stages.pop("code")["outs"] == ["build/code"]
     given = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    given |= {f"{name}.{field}": value for name, section in given.items() for field, value in section.items()}
     for name, stage in stages.items():
         sections = [part for part in SECTIONS.get(name, [name]) if part in given]
         assert stage["params"] == [*sections, "all.container"]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from project import change, run
+from project import TINY, change, run
 
 from slmake.errors import UserError
 from slmake.platforms import atomic_dvc, dvc, unmoved
@@ -36,6 +36,35 @@ def test_nothing_moved(recorded):
     record.main([])
     assert Path("dvc.lock").stat() == before
     assert not [path for path in Path("results").iterdir() if not path.stat().st_mode & 0o200]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_edit_while_receipts_are_written_is_in_no_receipt(recorded, monkeypatch, refused, killed):
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    monkeypatch.setattr(unmoved, "unmoved", bool)
+    before = Path("dvc.lock").read_bytes()
+
+    def commit_an_edit(*arguments, **options):
+        change(recorded, "finetune", learning_rate=0.5)
+        done = dvc.dvc(*arguments, **options)
+        assert "learning_rate: 0.5" in dvc.PENDING.read_text()
+        if killed:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(record, "dvc", commit_an_edit)
+    if killed:
+        with pytest.raises(SystemExit):
+            record.main([])
+    else:
+        assert "was built from other parameters, code or data" in refused(record.main, [])
+    assert Path("dvc.lock").read_bytes() == before
+    monkeypatch.setattr(record, "dvc", dvc.dvc)
+    assert "was built from other parameters, code or data" in refused(record.main, [])
+    change(recorded, "finetune", learning_rate=TINY["finetune"]["learning_rate"])
+    record.main([])
+    assert Path("dvc.lock").read_bytes() == before
 
 
 def test_what_moved_is_compared_and_what_is_right_is_noted_again(recorded, monkeypatch, refused):

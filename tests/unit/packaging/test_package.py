@@ -63,7 +63,18 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert imported == {
-        *("json", "re", "sys", "unicodedata", "collections", "dataclasses", "datetime", "pathlib", "onnxruntime_genai")
+        *(
+            "json",
+            "os",
+            "re",
+            "sys",
+            "unicodedata",
+            "collections",
+            "dataclasses",
+            "datetime",
+            "pathlib",
+            "onnxruntime_genai",
+        )
     }
 
 

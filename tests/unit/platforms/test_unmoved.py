@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from slmake import outputs
 from slmake.platforms import unmoved
 
 SETTLED = time.time_ns() - 10**12
@@ -22,7 +23,7 @@ def seen(tmp_path, monkeypatch) -> None:
         Path(name).write_text(name, encoding="utf-8")
         os.utime(name, ns=(SETTLED, SETTLED))
     paths = ["params.yaml", "build/adapter", "no/such/file"]
-    content = {"paths": paths, "marks": unmoved.marks(paths), "objects": ["cache/object"]}
+    content = {"paths": paths, "marks": outputs.marks(paths), "objects": ["cache/object"]}
     unmoved.SEEN.write_text(json.dumps(content), encoding="utf-8")
 
 
