@@ -4,7 +4,7 @@
 
 DVC writes them in place: a process that is killed meanwhile would leave a part of a file, which DVC then cannot read.
 
-The receipts of `commit` are written to PENDING: who calls it compares again what was hashed, and then puts them into dvc.lock's place.
+The receipts of `commit` are written once, to PENDING: who calls it compares again what was hashed, and then puts them into dvc.lock's place.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import state
 
 from slmake import cli, outputs
-from slmake.platforms.dvc import PENDING
+from slmake.platforms.dvc import LOCK, PENDING
 
 
 def dump(path, data, dumper, fs=None, **options) -> None:
@@ -34,15 +34,25 @@ def dump(path, data, dumper, fs=None, **options) -> None:
     outputs.replace(Path(path), text.getvalue().encode())
 
 
-@contextlib.contextmanager
-def edit_pending(path, parser, dumper, fs=None) -> Iterator[dict]:
-    """Stands in for DVC's own function of the same arguments, which edits a YAML file: of dvc.lock, the one that is pending."""
-    if Path(path).name == "dvc.lock":
-        if not PENDING.exists() and Path(path).exists():
-            outputs.replace(PENDING, Path(path).read_bytes())
-        path, fs = PENDING, None
-    with _common._modify_data(path, parser, dumper, fs) as data:
-        yield data
+class Pending:
+    """The receipts, edited in memory: DVC itself reads and writes dvc.lock once per stage, half a second each."""
+
+    def __init__(self):
+        self.receipts: dict = {}
+
+    @contextlib.contextmanager
+    def edit(self, path, parser, dumper, fs=None) -> Iterator[dict]:
+        """Stands in for DVC's own function of the same arguments, which edits a YAML file."""
+        if Path(path).name != LOCK.name:
+            with _common._modify_data(path, parser, dumper, fs) as data:
+                yield data
+            return
+        if not self.receipts and LOCK.exists():
+            self.receipts = _yaml.load_yaml(LOCK)
+        yield self.receipts
+
+    def write(self) -> None:
+        dump(PENDING, self.receipts, _yaml._dump)
 
 
 @contextlib.contextmanager
@@ -73,6 +83,9 @@ if __name__ == "__main__":
         # What is committed was not run by DVC, and may be found wrong: it does not belong into the cache of runs, from which `dvc repro`
         # takes results.
         StageCache.save = lambda self, stage: None
-        PENDING.unlink(missing_ok=True)
-        _yaml._modify_data = edit_pending
+        pending = Pending()
+        _yaml._modify_data = pending.edit
+        code = main(sys.argv[1:])
+        pending.write()
+        sys.exit(code)
     sys.exit(main(sys.argv[1:]))
