@@ -166,15 +166,19 @@ def marks(paths: Iterable[Path | str]) -> dict[str, list[int]]:
     return seen
 
 
-def note_built(paths: Iterable[Path | str]) -> None:
-    """Note the marks of outputs that a rule has built, or that were found to be what it built; where that is not possible, nothing."""
+def note_built(paths: Iterable[Path | str], to_be_linked: bool = False) -> None:
+    """Note the marks of outputs that a rule has built, or that were found to be what it built; where that is not possible, nothing.
+
+    Args:
+        to_be_linked: DVC will link the files into its cache, which changes the inode's time; that is not compared until they are noted again.
+    """
     with contextlib.suppress(OSError):
         for path in paths if BUILT.parent.is_dir() else ():
             BUILT.mkdir(exist_ok=True)
             note = _note_of(path)
             temporary = note.with_name(f".{note.name}.{secrets.token_hex(4)}.partial")
             temporary.touch()
-            made = {"inode": temporary.stat().st_ino, "is": _seen(Path(path))}
+            made = {"inode": temporary.stat().st_ino, "is": _seen(Path(path)), "to_be_linked": to_be_linked}
             temporary.write_text(json.dumps(made), encoding="utf-8")
             os.replace(temporary, note)
 
@@ -188,12 +192,13 @@ def as_built(path: Path | str) -> bool:
     note = _note_of(path)
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
-        copied, _ = note.stat().st_ino != noted["inode"], noted["is"]
+        copied, then = note.stat().st_ino != noted["inode"], noted["is"]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    now, then = _seen(Path(path)), noted["is"]
-    if copied and isinstance(now, dict) and isinstance(then, dict):
-        now, then = ({file: mark[:2] for file, mark in seen.items()} for seen in (now, then))
+    now = _seen(Path(path))
+    if isinstance(now, dict) and isinstance(then, dict) and (copied or noted.get("to_be_linked")):
+        compared = (0, 1) if copied else (0, 1, 3)
+        now, then = ({file: [mark[i] for i in compared] for file, mark in seen.items()} for seen in (now, then))
     return now == then
 
 

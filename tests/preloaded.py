@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import logging
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -182,11 +183,31 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
         stream = open(number, mode, lines, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    multiprocessing.util.spawnv_passfds = _fork_server
     Path("/proc/self/comm").write_text(f"{NAME}{Path(command[0]).name}")
     sys.executable = str(Path(command[0]).with_name("python"))
     sys.argv = command
     outside = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:1] = [folder, *outside] if Path(command[0]).name == "python" else outside
+
+
+def _fork_server(path: bytes, args: list[str], passed: list[int], spawn=multiprocessing.util.spawnv_passfds) -> int:
+    """Stands in for multiprocessing's way to start its fork server, which imports the libraries itself: here it is a fork, too."""
+    if "multiprocessing.forkserver" not in args[-1]:
+        return spawn(path, args, passed)
+    if child := os.fork():
+        return child
+    try:
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+            if int(name) > 2 and int(name) not in passed:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
+        torch = importlib.import_module("torch")
+        threads = torch.get_num_threads()
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(threads))  # its pool of threads is not copied
+        exec(args[-1], {})
+    finally:
+        os._exit(1)
 
 
 def _work() -> None:

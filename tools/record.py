@@ -18,7 +18,18 @@ from slmake.code_inputs import remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
 from slmake.platforms import dvc_yaml, unmoved
-from slmake.platforms.dvc import LOCK, PENDING, dvc, note, reason, refuse_damaged, refuse_unbuilt, repair_lock, stages
+from slmake.platforms.dvc import (
+    LOCK,
+    PENDING,
+    dvc,
+    note,
+    reason,
+    refuse_damaged,
+    refuse_other_origin,
+    refuse_unbuilt,
+    repair_lock,
+    stages,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted = stages()
         dvc_yaml.write_digests()
         refuse_damaged(wanted)
-        refuse_unbuilt(wanted)
+        known = refuse_unbuilt(wanted)
         files = [path for folder in ("results", "build") for path in Path(folder).rglob("*") if path.is_file()]
         times = {path: path.stat().st_mtime_ns for path in files}
         done = dvc("commit", "--force", dvc_yaml.CODE, *wanted, capture=True)
@@ -44,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"everything was built, but DVC could not record it: {reason(done)} Then `.venv/bin/python -m tools.record`."
             )
-        refuse_unbuilt(wanted)  # what was hashed is what was compared before
+        refuse_other_origin(known)  # what was hashed is of what was compared before
         os.replace(PENDING, LOCK)
         note()
         break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now

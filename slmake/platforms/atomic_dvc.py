@@ -18,13 +18,14 @@ from pathlib import Path
 
 from dvc import rwlock
 from dvc.cli import main
+from dvc.exceptions import DvcException
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import state
 
 from slmake import cli, outputs
-from slmake.platforms.dvc import LOCK, PENDING
+from slmake.platforms.dvc import LOCK, PENDING, receipts
 
 
 def dump(path, data, dumper, fs=None, **options) -> None:
@@ -73,6 +74,20 @@ def checksum(info: dict) -> str:
     return str(int(state.tokenize([info["ino"], info["mtime"], info["size"], info.get("created")]), 16))
 
 
+def refuse_replaced(cache: StageCache, stage) -> None:
+    """Stands in for DVC's own, which puts a stage that was hashed into its cache of runs: what is committed was not run by DVC.
+
+    Raises:
+        DvcException: an output is neither what its rule has built nor what the receipts say.
+    """
+    recorded = {out["path"]: out["md5"] for out in receipts()}
+    for out in stage.outs:
+        if outputs.as_built(out.def_path):
+            outputs.note_built([out.def_path], to_be_linked=True)
+        elif out.hash_info.value != recorded.get(out.def_path):
+            raise DvcException(f"{out.def_path} was replaced while it was recorded")
+
+
 _common._dump_data = dump
 state._checksum = checksum
 rwlock._edit_rwlock = edit_rwlock
@@ -80,9 +95,7 @@ rwlock._edit_rwlock = edit_rwlock
 if __name__ == "__main__":
     cli.end_with(os.environ.get(cli.ENGINE, ""))
     if sys.argv[1:2] == ["commit"]:
-        # What is committed was not run by DVC, and may be found wrong: it does not belong into the cache of runs, from which `dvc repro`
-        # takes results.
-        StageCache.save = lambda self, stage: None
+        StageCache.save = refuse_replaced
         pending = Pending()
         _yaml._modify_data = pending.edit
         code = main(sys.argv[1:])

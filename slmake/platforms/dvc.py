@@ -132,32 +132,49 @@ def _is_of_now(plan: Plan, record: dict, output: str) -> bool:
     return {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"])
 
 
-def refuse_unbuilt(wanted: list[str]) -> None:
+def refuse_unbuilt(wanted: list[str]) -> list[str]:
     """Compare every output's parameters, code and data, as Snakemake recorded them when it was built, with those of now.
 
     An output that Snakemake has no record of, or that is another file since, counts as built from what its receipt says; then its stage
     must be up to date for DVC.
+
+    Returns:
+        The outputs that Snakemake has a record of.
 
     Raises:
         UserError: an output is not of what is here now, so a receipt would claim what is not so.
     """
     import yaml
 
-    plan = Plan(params.load("params.yaml"))
     named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    known: list[str] = []
     unknown: dict[str, str] = {}  # the first output without record, by stage
     for stage in wanted:
         for output in outs(named[stage]):
-            record = metadata(output)
-            if record is None or not outputs.as_built(output):
+            if metadata(output) and outputs.as_built(output):
+                known.append(output)
+            else:
                 unknown.setdefault(stage, output)
-            elif not _is_of_now(plan, record, output):
-                raise UserError(
-                    f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
-                    "Run `make`: it builds what changed."
-                )
+    refuse_other_origin(known)
     if unknown:
         _refuse_changed(unknown, "nothing was recorded")
+    return known
+
+
+def refuse_other_origin(known: list[str]) -> None:
+    """Raise UserError if Snakemake's record of one of these outputs has other parameters, code or data than those that are here now."""
+    current = of_now(known)
+    for output in (output for output in known if output not in current):
+        raise UserError(
+            f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
+            "Run `make`: it builds what changed."
+        )
+
+
+def of_now(paths: list[str]) -> list[str]:
+    """Those of some outputs whose parameters, code and data, by Snakemake's record of them, are those that are here now."""
+    plan = Plan(params.load("params.yaml"))
+    return [path for path in paths if (record := metadata(path)) and _is_of_now(plan, record, path)]
 
 
 def _refuse_changed(unknown: dict[str, str], undone: str) -> None:

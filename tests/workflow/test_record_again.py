@@ -38,6 +38,23 @@ def test_nothing_moved(recorded):
     assert not [path for path in Path("results").iterdir() if not path.stat().st_mode & 0o200]
 
 
+def test_an_output_that_is_replaced_while_it_is_recorded_is_in_no_receipt(recorded, monkeypatch, refused):
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    monkeypatch.setattr(unmoved, "unmoved", bool)
+    before = Path("dvc.lock").read_bytes()
+
+    def commit_another(*arguments, **options):
+        shutil.copy2("build/adapter/adapter_config.json", "copy")
+        Path("copy").write_text(Path("copy").read_text().replace("{", "{ ", 1))
+        Path("copy").replace("build/adapter/adapter_config.json")
+        return dvc.dvc(*arguments, **options)
+
+    monkeypatch.setattr(record, "dvc", commit_another)
+    assert "build/adapter was replaced while it was recorded" in refused(record.main, [])
+    assert Path("dvc.lock").read_bytes() == before
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_an_edit_while_receipts_are_written_is_in_no_receipt(recorded, monkeypatch, refused, killed):
     monkeypatch.undo()

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from project import change, run
 
+from slmake.platforms import dvc
+from tools import record
+
 
 def build(project: Path):
     return run(project, "python", "-m", "tools.build")
@@ -57,6 +60,50 @@ def test_what_dvc_restores_of_another_run_is_not_taken_for_this_one(repository):
     wrong = adapter.read_bytes()
     assert run(repository, "snakemake", "--cores", "all", "--force", "build/adapter").returncode == 0
     assert adapter.read_bytes() == wrong  # it was trained anew
+
+
+def test_what_was_checked_out_and_recorded_is_not_taken_for_what_was_built_last(repository):
+    """Another split by make, then receipts and files of the first again, recorded; Snakemake's own record is still of the other."""
+    change(repository, "all", stages=["finetune"])  # all that DVC keeps: of times and scores it has the receipts only
+    assert build(repository).returncode == 0
+    lock = repository / "dvc.lock"
+    first = lock.read_bytes()
+    change(repository, "prepare", seed=7)
+    assert build(repository).returncode == 0
+    change(repository, "prepare", seed=42)
+    lock.write_bytes(first)
+    for command in (("dvc", "checkout", "--force", "--quiet"), ("python", "-m", "tools.record")):
+        done = run(repository, *command)
+        assert done.returncode == 0, done.stdout
+    assert lock.read_bytes() == first
+    change(repository, "prepare", seed=7)
+    done = build(repository)
+    assert done.returncode == 1
+    assert "nothing says what build/dataset was built from" in done.stdout
+    assert lock.read_bytes() == first
+
+
+def test_a_record_that_is_killed_when_outputs_are_linked_works_again(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    dvc.cache.cache_clear()
+    change(repository, "finetune", learning_rate=0.02)
+    assert run(repository, "snakemake", "--cores", "all").returncode == 0
+
+    def commit_and_die(*arguments, **options):
+        done = dvc.dvc(*arguments, **options)
+        assert done.returncode == 0, done.stderr
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "dvc", commit_and_die)
+    before = Path("dvc.lock").read_bytes()
+    with pytest.raises(SystemExit):
+        record.main([])
+    assert Path("build/adapter/adapter_model.safetensors").stat().st_nlink > 1
+    assert Path("dvc.lock").read_bytes() == before
+    monkeypatch.setattr(record, "dvc", dvc.dvc)
+    record.main([])
+    assert "up to date" in status(repository)
+    dvc.cache.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["build/adapter/adapter_model.safetensors", "data/dataset.json"])
