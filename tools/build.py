@@ -4,7 +4,8 @@
     python -m tools.build build/adapter    build one thing and what it needs
     python -m tools.build --verbose        show all that Snakemake prints (`make VERBOSE=1`)
 
-Snakemake decides what to build and builds it, as `snakemake --cores all` does. Exit code 0 means that all of it is up to date.
+Snakemake decides what to build and builds it, as `snakemake --cores all` does; where no file has moved since the last record, it is not
+asked. Exit code 0 means that all of it is up to date.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.plan import Plan
-from slmake.platforms import dvc, dvc_yaml
+from slmake.platforms import dvc, dvc_yaml, unmoved
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
 from tools import record
@@ -36,16 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("targets", nargs="*", help="what to build (default: all that params.yaml asks for)")
     parser.add_argument("--verbose", action="store_true", help="show all that Snakemake prints")
     args = parser.parse_args(argv)
-    with contextlib.suppress(UserError):  # the build reports what is wrong
-        dvc_yaml.update()
-        plan = Plan(params.load("params.yaml"))
-        with cli.job("build"):
-            dvc.refuse_replaced(plan)
     screen = Screen(sys.stderr, args.verbose)
-    if not run(screen, args.targets):
-        for line in screen.ending():
-            screen.write(line)
-        return 130 if screen.interrupted else 1
+    if (
+        args.targets or args.verbose or not unmoved.unmoved()
+    ):  # where no file has moved since the last record, Snakemake need not look
+        with contextlib.suppress(UserError):  # the build reports what is wrong
+            dvc_yaml.update()
+            plan = Plan(params.load("params.yaml"))
+            with cli.job("build"):
+                dvc.refuse_replaced(plan)
+        if not run(screen, args.targets):
+            for line in screen.ending():
+                screen.write(line)
+            return 130 if screen.interrupted else 1
     with cli.job("build") as job:
         if OVERVIEW.exists():
             write_page()

@@ -8,7 +8,10 @@ from slmake import outputs
 from slmake.platforms import dvc, dvc_yaml
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
-SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local")
+SETTINGS = (
+    *("params.yaml", "Snakefile", "rules/common.smk"),
+    *("dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local"),
+)
 
 
 def unmoved() -> bool:

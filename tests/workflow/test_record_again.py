@@ -1,6 +1,7 @@
 """A record where nothing moved since the last one hashes nothing; in all other cases content decides."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from project import TINY, change, run
 
 from slmake.errors import UserError
 from slmake.platforms import atomic_dvc, dvc, unmoved
-from tools import record
+from tools import build, record
 
 
 @pytest.fixture
@@ -82,6 +83,17 @@ def test_an_edit_while_receipts_are_written_is_in_no_receipt(recorded, monkeypat
     change(recorded, "finetune", learning_rate=TINY["finetune"]["learning_rate"])
     record.main([])
     assert Path("dvc.lock").read_bytes() == before
+
+
+@pytest.mark.parametrize("moved", [None, "Snakefile", "scripts/merge.py", "params.yaml", "results/metrics.json"])
+def test_make_asks_snakemake_only_if_a_file_moved(recorded, monkeypatch, capsys, moved):
+    asked = []
+    monkeypatch.setattr(build, "run", lambda screen, targets: asked.append(targets))
+    if moved:
+        os.utime(moved)
+    assert build.main([]) == (1 if moved else 0)
+    assert len(asked) == (1 if moved else 0)
+    assert ("build: nothing to do: " in capsys.readouterr().out) == (not moved)
 
 
 def test_what_moved_is_compared_and_what_is_right_is_noted_again(recorded, monkeypatch, refused):
