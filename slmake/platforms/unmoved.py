@@ -4,7 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from slmake import outputs
+from slmake import outputs, params
+from slmake.errors import UserError
+from slmake.plan import Plan
 from slmake.platforms import dvc, dvc_yaml
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
@@ -15,12 +17,18 @@ SETTINGS = (
 
 
 def unmoved() -> bool:
-    """Whether all files are as `remember` saw them, and DVC's cache still has what it had."""
+    """Whether all files are as `remember` saw them, DVC's cache still has what it had, and params.yaml names no other file.
+
+    Of a folder or a pattern there may be more files than there were, and of what a user's file imports, too.
+    """
     try:
         seen = json.loads(SEEN.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if outputs.marks(seen["paths"]) != seen["marks"] or not all(map(os.path.exists, seen["objects"])):
+            return False
+        plan = Plan(params.load("params.yaml"))
+    except (OSError, ValueError, UserError):
         return False
-    return outputs.marks(seen["paths"]) == seen["marks"] and all(map(os.path.exists, seen["objects"]))
+    return {file for rule in plan.rules for file in plan.named(rule)} <= set(seen["paths"])
 
 
 def remember(wanted: list[str]) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import write_params
 
 from slmake import outputs
 from slmake.platforms import unmoved
@@ -22,9 +23,34 @@ def seen(tmp_path, monkeypatch) -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(name, encoding="utf-8")
         os.utime(name, ns=(SETTLED, SETTLED))
-    paths = ["params.yaml", "build/adapter", "no/such/file"]
+    write_params(Path("params.yaml"), prepare={"source": "data/*.json"})
+    for name in ("params.yaml", *more_rows("first.json")):
+        os.utime(name, ns=(SETTLED, SETTLED))
+    paths = ["params.yaml", "build/adapter", "no/such/file", "data/base", "data/first.json", "LICENSE"]
     content = {"paths": paths, "marks": outputs.marks(paths), "objects": ["cache/object"]}
     unmoved.SEEN.write_text(json.dumps(content), encoding="utf-8")
+
+
+def more_rows(name: str) -> list[str]:
+    path = Path("data", name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[]", encoding="utf-8")
+    return [str(path)]
+
+
+def test_a_pattern_of_data_has_a_file_more():
+    more_rows("rows.txt")
+    assert unmoved.unmoved()
+    more_rows("second.json")
+    assert not unmoved.unmoved()
+
+
+def test_parameters_that_cannot_be_read():
+    content = json.loads(unmoved.SEEN.read_text(encoding="utf-8"))
+    Path("params.yaml").write_text("finetune: [", encoding="utf-8")
+    content["marks"] = outputs.marks(content["paths"])
+    unmoved.SEEN.write_text(json.dumps(content), encoding="utf-8")
+    assert not unmoved.unmoved()
 
 
 def edit_in_place(path: Path) -> None:
