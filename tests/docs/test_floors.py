@@ -10,8 +10,8 @@ FLOORS = (
     *("scoring", "rehearsal", "reporting", "packaging", "platforms", "azureml"),
 )
 GROUND = (
-    *("cli", "code_inputs", "constraints", "errors", "generation", "memory", "openai_api", "outputs", "prompts"),
-    *("serve", "text", "tool_calls", "user_files"),
+    *("cli", "code_inputs", "constraints", "errors", "generation", "json_schemas", "memory", "openai_api", "outputs"),
+    *("prompts", "serve", "text", "tool_calls", "user_files"),
 )  # modules of slmake/ that all floors import
 BESIDE = {
     "exported_model": "scoring",
