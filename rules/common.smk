@@ -28,6 +28,7 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 # (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
 if "SLMAKE_PULL" not in os.environ:
     break_readonly_hardlinks()
+    dvc.date_results()
 
 # A rule ends when Snakemake is killed (slmake/cli.py). Its `python` takes the place of the shell, and gets the signals for it.
 os.environ[cli.ENGINE] = cli.engine()

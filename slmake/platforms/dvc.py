@@ -178,11 +178,19 @@ def of_now(paths: list[str]) -> list[str]:
 
 
 def _refuse_changed(unknown: dict[str, str], undone: str) -> None:
-    """Raise UserError if DVC finds one of some stages changed; `unknown` has an output of each by name."""
+    """Raise UserError if DVC finds one of some stages changed; `unknown` has an output of each by name.
+
+    What its cache has lost is compared with its receipt.
+    """
     status = dvc("status", "--json", *unknown, capture=True)
     if status.returncode:
         raise UserError(f"dvc status: {reason(status)} {undone[0].upper()}{undone[1:]}.")
-    for stage in json.loads(status.stdout or "{}"):
+    found = json.loads(status.stdout or "{}")
+    lost = [(path, how, stage) for stage in found for path, how in _changed_outs(found[stage]).items()]
+    kept = {stage for stage in found if all(map(_is_about_outs, found[stage]))} - {
+        stage for _, _, stage in _compared(lost)
+    }
+    for stage in (stage for stage in found if stage not in kept):
         raise UserError(
             f"nothing says what {unknown[stage]} was built from; {undone}. `make restore` brings back what was recorded, "
             f"and `.venv/bin/snakemake --cores all --force {unknown[stage]}` builds it again; then `make`."
@@ -197,6 +205,17 @@ def metadata(output: str) -> dict | None:
         return record if record["rule"] and record["params"] is not None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def date_results() -> None:
+    """Give single files the time again at which their rule wrote them: Snakemake goes by times.
+
+    DVC puts a file of its cache in the place of one with the same content, and with it the time of an earlier build.
+    """
+    for path in (path for folder in ("results", "build/report") for path in Path(folder).glob("*") if path.is_file()):
+        record = metadata(path.as_posix())
+        if record and path.stat().st_mtime < (record["starttime"] or 0) and outputs.as_built(path):
+            os.utime(path, (record["endtime"], record["endtime"]))
 
 
 def refuse_damaged(wanted: list[str]) -> None:
@@ -216,8 +235,7 @@ def refuse_damaged(wanted: list[str]) -> None:
     if status is None or status.returncode:
         return  # `dvc commit` says what is wrong
     found = json.loads(status.stdout or "{}")
-    changes = [(stage, change) for stage in found for change in found[stage] if isinstance(change, dict)]
-    damaged = [(path, how, stage) for stage, change in changes for path, how in change.get("changed outs", {}).items()]
+    damaged = [(path, how, stage) for stage in found for path, how in _changed_outs(found[stage]).items()]
     if any(how == "not in cache" for _, how, _ in damaged):
         damaged = list(_compared(damaged))
     if damaged:
@@ -226,6 +244,15 @@ def refuse_damaged(wanted: list[str]) -> None:
             f"{path} was {how} since {stage} built it; nothing was recorded. `make restore` brings back what was built, or remove {path} "
             "and run make: it is built again."
         )
+
+
+def _changed_outs(changes: list) -> dict[str, str]:
+    """How the outputs of a stage have changed, by path, of what `dvc status --json` says of it."""
+    return {path: how for change in changes if _is_about_outs(change) for path, how in change["changed outs"].items()}
+
+
+def _is_about_outs(change: str | dict) -> bool:
+    return isinstance(change, dict) and "changed outs" in change
 
 
 def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
