@@ -179,7 +179,9 @@ class Plan:
 
     def section(self, rule: str) -> str:
         """A rule's sections of params.yaml as text: it runs again when they differ."""
-        return "".join(as_json(attrgetter(name)(self.params)) for name in SECTIONS.get(rule, [rule])) + self._image()
+        values = {name: attrgetter(name)(self.params) for name in SECTIONS.get(rule, [rule])}
+        texts = [as_json({name: value} if "." in name else value) for name, value in values.items()]
+        return "".join(texts) + self._image()
 
     def _image(self) -> str:
         """The container image as text; another one is another environment."""

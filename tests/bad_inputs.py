@@ -89,6 +89,7 @@ PARAM_SECTIONS = [
     ({"evaluate": {"models": ["onnx"]}, "gates": {"max_accuracy_drop": 0.03}}, "gates.max_accuracy_drop: it compares onnx with an earlier model, and evaluate.models scores none such. Add merged there, or take the gate out."),
     ({"evaluate": {"models": ["merged", "onnx"]}, "gates": {"checks": [{"metric": "accuracy", "minimum_ratio": 0.9, "against": "base"}]}}, "gates.checks[0]: it compares onnx with an earlier model, and evaluate.models scores none such. Add base there, or take the gate out."),
     ({"all": {"stages": ["quantize", "evaluate", "gates"]}, "evaluate": {"models": ["merged", "onnx"]}, "gates": {"max_accuracy_drop": 0.03}}, "gates.max_accuracy_drop: it compares onnx with an earlier model, and evaluate.models scores none such. Add base there, or take the gate out."),
+    ({"evaluate": {"models": ["base", "merged"]}, "gates": {"max_accuracy_drop": None}}, "evaluate.models: a package shows the scores of its own model, the exported one. Add onnx, or take package out of all.stages."),
     ({"prepare": {"text_template": None, "messages": CHAT, "answer": "tone"}}, "prepare: answer goes with text_template; with messages the assistant's turns are the answers."),
     ({"prepare": {"text_template": None, "messages": CHAT[:1]}}, "prepare: the last of messages must be the assistant's turn: it is the answer."),
     ({"prepare": {"text_template": "{phrase} {"}}, "prepare.text_template: Single '{' encountered in format string. Write {{ and }} for literal braces."),

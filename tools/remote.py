@@ -23,7 +23,8 @@ import time
 
 from slmake import cli
 from slmake.errors import UserError
-from slmake.platforms.dvc import cached, dvc, note, reason, recorded, repair_lock
+from slmake.platforms.dvc import cached, dvc, note, note_outputs, reason, recorded, repair_lock
+from slmake.sources.secrets import holds_secret, masked
 
 NAME = "storage"  # what the remote is called in .dvc/config
 ATTEMPTS = 2  # runs of dvc; within each the Azure SDK tries every request four times, waiting longer each time
@@ -37,7 +38,7 @@ def add(url: str) -> None:
     Raises:
         UserError: not of the form azure://container/path, or with a credential in it.
     """
-    if not re.fullmatch(r"azure://[a-z0-9](-?[a-z0-9]){2,62}(/[^\s?#@]+)?", url):
+    if not re.fullmatch(r"azure://[a-z0-9](-?[a-z0-9]){2,62}(/[^\s?#@;&=]+)?", url) or holds_secret(url):
         raise UserError(
             "the remote is not of the form azure://container/path (lower-case letters, digits and `-` in the container's name; no "
             "account, query or SAS). Example: make remote URL=azure://models/tones"
@@ -99,7 +100,7 @@ def place() -> tuple[str, str, str]:
         raise UserError("no remote is set up. Name one: `make remote URL=azure://container/path`.")
     url = config[section].get("url", "")
     if not url.startswith("azure://"):
-        raise UserError(f"the remote {name} is {url}, not in Azure Blob: use `dvc push` and `dvc pull`.")
+        raise UserError(f"the remote {name} is {masked(url)}, not in Azure Blob: use `dvc push` and `dvc pull`.")
     container, _, path = url.removeprefix("azure://").partition("/")
     return config[section].get("account_name", ""), container, path.strip("/")
 
@@ -253,6 +254,7 @@ def record(job: cli.Job) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLMAKE_PULL": "1"})
     if done.returncode:
         raise UserError(f"snakemake --touch: {(done.stdout + done.stderr).strip()}")
+    note_outputs()
     note()
     job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
 

@@ -8,6 +8,7 @@ that the provenance names (data, a local base model, scripts, locks) are compare
 """
 
 import json
+import re
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,6 +25,10 @@ OWN = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)  # what the pr
 
 LIBRARIES = (".so", ".dll", ".dylib", ".pyd")
 LIBRARY_OPTION = "custom_ops_library"  # of ONNX Runtime GenAI's session options
+SESSION_OPTIONS = (  # that its builder writes
+    *("log_id", "provider_options", "ep.cuda.fpa_intb_gemm", "optimization.disable_specified_optimizers"),
+    *("session.use_device_allocator_for_initializers", "intra_op_num_threads"),
+)
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -97,10 +102,10 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
 
 
 def refuse_code(folder: Path) -> None:
-    """Refuse what would run code of the package when its model is loaded: ONNX Runtime loads the library that genai_config.json names.
+    """Refuse what would run code of the package, or write files, when its model is loaded, as options of ONNX Runtime do.
 
     Raises:
-        UserError: the package names a library, or has one.
+        UserError: the package names a library or has one, or it has options that slmake's packages do not have.
     """
     for path in sorted(folder.rglob("*")):
         if path.suffix in LIBRARIES:
@@ -112,6 +117,26 @@ def refuse_code(folder: Path) -> None:
         raise UserError(
             f"{folder}: genai_config.json names a library ({LIBRARY_OPTION}), whose code would run. Do not load this package."
         )
+    for options in _session_options(json.loads(text)):
+        if foreign := [name for name in options if name not in SESSION_OPTIONS]:
+            raise UserError(
+                f"{folder}: genai_config.json has the session option {foreign[0]}, which slmake's packages do not have: some write files "
+                "wherever they say. Do not load this package."
+            )
+        if re.search(r"[/\\]", json.dumps(options.get("provider_options", []))):
+            raise UserError(
+                f"{folder}: genai_config.json names a path among the provider options. Do not load this package."
+            )
+
+
+def _session_options(config: object) -> list[dict]:
+    """Every object called `session_options`, wherever it stands."""
+    if isinstance(config, list):
+        return [options for value in config for options in _session_options(value)]
+    if not isinstance(config, dict):
+        return []
+    own = [config["session_options"]] if isinstance(config.get("session_options"), dict) else []
+    return own + [options for value in config.values() for options in _session_options(value)]
 
 
 def check_signature(folder: Path, key: Path | None) -> str:

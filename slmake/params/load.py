@@ -156,6 +156,10 @@ def unmeasured(checked: Params) -> list[str]:
             mistakes.append(
                 f"gates.{name}: the harness does not run the adapter, since merged is the same function. Bound merged."
             )
+    if {"package", "evaluate"} <= set(checked.stages) and "onnx" not in checked.evaluate.models:
+        mistakes.append(
+            "evaluate.models: a package shows the scores of its own model, the exported one. Add onnx, or take package out of all.stages."
+        )
     if checked.prepare is None and "evaluate" in checked.stages and checked.evaluate.constrain != "none":
         mistakes.append(
             "evaluate.constrain: it holds answers to a dataset's rows. Add the section prepare, or set it to none."

@@ -187,8 +187,10 @@ def origin() -> str:
         *modules("slmake.plan"),
         *modules("slmake.platforms.dvc_yaml"),
     ]
-    parts = [digest(files, exact=True), *(name for rule in scripts() for name in code(rule))]
-    return hashlib.sha256("\n".join([*parts, json.dumps(sums(load("params.yaml")))]).encode()).hexdigest()
+    plan = Plan(load("params.yaml"))
+    names = [*(name for rule in scripts() for name in code(rule)), *plan.files, *plan.materials()]
+    parts = [digest(files, exact=True), *names, json.dumps(sums(plan.params))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def update() -> None:

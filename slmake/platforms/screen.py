@@ -166,7 +166,7 @@ def fields(texts: list[str]) -> dict[str, object]:
         end = 0
         while end < len(text):
             section, end = decoder.raw_decode(text, end)
-            merged |= section
+            merged |= section if isinstance(section, dict) else {}
     return merged
 
 

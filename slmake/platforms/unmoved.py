@@ -28,7 +28,8 @@ def unmoved() -> bool:
         plan = Plan(params.load("params.yaml"))
     except (OSError, ValueError, UserError):
         return False
-    return {file for rule in plan.rules for file in plan.named(rule)} <= set(seen["paths"])
+    named = {file for rule in plan.rules for file in plan.named(rule)}
+    return {*named, *(plan.materials() if "package" in plan.rules else [])} <= set(seen["paths"])
 
 
 def remember(wanted: list[str]) -> None:

@@ -123,7 +123,19 @@ def test_push_brings_back_what_is_gone_though_dvc_remembers_it(pushed, clone, bl
     assert {blob.name: blob.size for blob in blobs.list_blobs()} == before
 
 
-@pytest.mark.parametrize("url", ["az://data/x", "azure://UPPER/x", "azure://data/x?sig=abc", "https://host/x", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "az://data/x",
+        "azure://UPPER/x",
+        "azure://data/x?sig=abc",
+        "azure://data/x&sig=abc",
+        "azure://data/x;AccountKey=abc",
+        "azure://data/sig=abc",
+        "https://host/x",
+        "",
+    ],
+)
 def test_remote_of_another_form_is_refused(tmp_path, url):
     done = run(ROOT, "python", "-m", "tools.remote", "add", url)
     assert done.returncode == 1

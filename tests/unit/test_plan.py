@@ -8,6 +8,7 @@ from tiny import ROOT, write_params
 
 from slmake import params
 from slmake.plan import LOCKS, SECTIONS, Plan, when
+from slmake.platforms.screen import fields
 
 
 @pytest.fixture
@@ -185,6 +186,13 @@ def test_a_parameter_reruns_the_rules_that_read_it(plan, section, changes, rerun
     method = {"finetune": {"method": "qlora"}}
     before, after = plan(**method), plan(**method, **{section: changes})
     assert {rule for rule in rules(before) if before.section(rule) != after.section(rule)} == rerun
+
+
+def test_the_terminal_can_read_what_a_rule_was_built_from(plan):
+    made = plan()
+    assert {"constrain", "lora_r"} <= {*fields([made.section("package")])}
+    assert "evaluate.constrain" in fields([made.section("rehearse")])
+    assert all(fields([made.section(rule)]) for rule in rules(made))
 
 
 def test_a_package_is_of_every_section_that_its_provenance_names(plan):

@@ -145,6 +145,27 @@ def test_a_library_is_never_loaded(parts, tmp_path, name):
         verify.check(folder, None)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable_profiling": "{out}/prof"}, "has the session option enable_profiling"),
+        ({"optimized_model_filepath": "{out}/model"}, "has the session option optimized_model_filepath"),
+        ({"provider_options": [{"cuda": {"path": "{out}/x"}}]}, "names a path among the provider options"),
+        ({"provider_options": [{"QNN": {"backend_path": "..\\\\evil"}}]}, "names a path among the provider options"),
+    ],
+)
+def test_a_session_option_that_writes_files_is_never_taken(parts, tmp_path, options, reason):
+    folder, out = pack(parts, tmp_path / "package"), tmp_path / "out"
+    out.mkdir()
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"] |= json.loads(json.dumps(options).replace("{out}", str(out)))
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    reseal(folder, "bill", "provenance")
+    with pytest.raises(UserError, match=reason):
+        verify.check(folder, None)
+    assert not list(out.iterdir())
+
+
 def test_a_library_in_a_package_is_refused(parts, tmp_path):
     folder = pack(parts, tmp_path / "package")
     (folder / "evil.so").write_bytes(b"\x7fELF")

@@ -23,7 +23,7 @@ def seen(tmp_path, monkeypatch) -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(name, encoding="utf-8")
         os.utime(name, ns=(SETTLED, SETTLED))
-    write_params(Path("params.yaml"), prepare={"source": "data/*.json"})
+    write_params(Path("params.yaml"), prepare={"source": "data/*.json"}, all={"stages": ["finetune"]})
     for name in ("params.yaml", *more_rows("first.json")):
         os.utime(name, ns=(SETTLED, SETTLED))
     paths = ["params.yaml", "build/adapter", "no/such/file", "data/base", "data/first.json", "LICENSE"]
