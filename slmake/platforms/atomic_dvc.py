@@ -25,7 +25,7 @@ from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import state
 
 from slmake import cli, outputs
-from slmake.platforms.dvc import LOCK, PENDING, receipts
+from slmake.platforms.dvc import LOCK, PENDING, metadata, receipts
 
 
 def dump(path, data, dumper, fs=None, **options) -> None:
@@ -81,7 +81,7 @@ def refuse_replaced(cache: StageCache, stage) -> None:
         DvcException: an output is neither what its rule has built nor what the receipts say.
     """
     recorded = {out["path"]: out["md5"] for out in receipts()}
-    for out in stage.outs:
+    for out in (out for out in stage.outs if metadata(out.def_path)):  # the stage `code` is no rule of Snakemake's
         if outputs.as_built(out.def_path):
             outputs.note_built([out.def_path], to_be_linked=True)
         elif out.hash_info.value != recorded.get(out.def_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from project import TINY, change, run
 
+from slmake import outputs
 from slmake.errors import UserError
 from slmake.platforms import atomic_dvc, dvc, unmoved
 from tools import build, record
@@ -54,6 +55,18 @@ def test_an_output_that_is_replaced_while_it_is_recorded_is_in_no_receipt(record
     monkeypatch.setattr(record, "dvc", commit_another)
     assert "build/adapter was replaced while it was recorded" in refused(record.main, [])
     assert Path("dvc.lock").read_bytes() == before
+
+
+def test_what_is_no_rules_output_may_change(recorded, monkeypatch):
+    """build/code, which a record writes itself; an earlier version noted it as built."""
+    monkeypatch.undo()
+    monkeypatch.chdir(recorded)
+    monkeypatch.setattr(unmoved, "unmoved", bool)
+    Path("build/code/more").touch()
+    outputs.note_built(["build/code"])
+    Path("build/code/more").unlink()
+    assert not outputs.as_built("build/code")
+    record.main([])
 
 
 @pytest.mark.parametrize("killed", [False, True])
