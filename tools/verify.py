@@ -110,33 +110,23 @@ def refuse_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix in LIBRARIES:
             raise UserError(f"{folder}: {path.name} is a library. A package of slmake has none; do not load this one.")
-    names: list[str] = []
+    pairs: list[tuple] = []  # of all objects, a name that stands twice in one included
     text = (folder / "genai_config.json").read_text(encoding="utf-8")
-    json.loads(text, object_pairs_hook=lambda pairs: names.extend(name for name, _ in pairs))
-    if LIBRARY_OPTION in names:
+    json.loads(text, object_pairs_hook=lambda own: pairs.extend(own) or own)
+    if any(name == LIBRARY_OPTION for name, _ in pairs):
         raise UserError(
             f"{folder}: genai_config.json names a library ({LIBRARY_OPTION}), whose code would run. Do not load this package."
         )
-    for options in _session_options(json.loads(text)):
-        if foreign := [name for name in options if name not in SESSION_OPTIONS]:
+    for name, value in (option for name, options in pairs if name == "session_options" for option in options):
+        if name not in SESSION_OPTIONS:
             raise UserError(
-                f"{folder}: genai_config.json has the session option {foreign[0]}, which slmake's packages do not have: some write files "
+                f"{folder}: genai_config.json has the session option {name}, which slmake's packages do not have: some write files "
                 "wherever they say. Do not load this package."
             )
-        if re.search(r"[/\\]", json.dumps(options.get("provider_options", []))):
+        if name == "provider_options" and re.search(r"[/\\]", json.dumps(value)):
             raise UserError(
                 f"{folder}: genai_config.json names a path among the provider options. Do not load this package."
             )
-
-
-def _session_options(config: object) -> list[dict]:
-    """Every object called `session_options`, wherever it stands."""
-    if isinstance(config, list):
-        return [options for value in config for options in _session_options(value)]
-    if not isinstance(config, dict):
-        return []
-    own = [config["session_options"]] if isinstance(config.get("session_options"), dict) else []
-    return own + [options for value in config.values() for options in _session_options(value)]
 
 
 def check_signature(folder: Path, key: Path | None) -> str:

@@ -154,12 +154,16 @@ def test_a_library_is_never_loaded(parts, tmp_path, name):
         ({"provider_options": [{"QNN": {"backend_path": "..\\\\evil"}}]}, "names a path among the provider options"),
     ],
 )
-def test_a_session_option_that_writes_files_is_never_taken(parts, tmp_path, options, reason):
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_session_option_that_writes_files_is_never_taken(parts, tmp_path, options, reason, twice):
     folder, out = pack(parts, tmp_path / "package"), tmp_path / "out"
     out.mkdir()
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    config["model"]["decoder"]["session_options"] |= json.loads(json.dumps(options).replace("{out}", str(out)))
-    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    plain = json.dumps(config["model"]["decoder"]["session_options"])
+    evil = json.dumps(config["model"]["decoder"]["session_options"] | options).replace("{out}", str(out))
+    both = f'{evil}, "session_options": {plain}'  # under one name: a reader may take either
+    text = json.dumps(config).replace(plain, both if twice else evil)
+    (folder / "genai_config.json").write_text(text, encoding="utf-8")
     reseal(folder, "bill", "provenance")
     with pytest.raises(UserError, match=reason):
         verify.check(folder, None)
