@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="show all that Snakemake prints")
     args = parser.parse_args(argv)
     screen = Screen(sys.stderr, args.verbose)
-    if (
-        args.targets or args.verbose or not unmoved.unmoved()
-    ):  # where no file has moved since the last record, Snakemake need not look
+    # Where no file has moved since the last record, neither Snakemake nor DVC need look.
+    asked = bool(args.targets) or args.verbose or not unmoved.unmoved()
+    if asked:
         with contextlib.suppress(UserError):  # the build reports what is wrong
             dvc_yaml.update()
             plan = Plan(params.load("params.yaml"))
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.targets:
             job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
-        record.main([])
+        if asked:
+            record.main([])
         stages = params.load("params.yaml").stages
         made = {"report": PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}

@@ -80,11 +80,10 @@ def refuse_replaced(cache: StageCache, stage) -> None:
     Raises:
         DvcException: an output is neither what its rule has built nor what the receipts say.
     """
-    recorded = {out["path"]: out["md5"] for out in receipts()}
     for out in (out for out in stage.outs if metadata(out.def_path)):  # the stage `code` is no rule of Snakemake's
         if outputs.as_built(out.def_path):
             outputs.note_built([out.def_path], to_be_linked=True)
-        elif out.hash_info.value != recorded.get(out.def_path):
+        elif out.hash_info.value not in [kept["md5"] for kept in receipts() if kept["path"] == out.def_path]:
             raise DvcException(f"{out.def_path} was replaced while it was recorded")
 
 

@@ -43,21 +43,24 @@ def reason(done: subprocess.CompletedProcess) -> str:
     return re.sub(r"^ERROR: |\x1b\[[0-9;]*m", "", said).rstrip(".") + "."
 
 
-def stages() -> list[str]:
-    """The stages of dvc.yaml that params.yaml asks for."""
+def entries() -> dict[str, dict]:
+    """The stages of dvc.yaml by name."""
     import yaml
 
-    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def stages() -> list[str]:
+    """The stages of dvc.yaml that params.yaml asks for."""
+    named = entries()
     return [name for name in named if name in Plan(params.load("params.yaml")).rules]
 
 
 def refuse_other_sources(plan: Plan) -> None:
     """Raise UserError if DVC runs this rule by a dvc.yaml that does not watch the files that params.yaml names."""
-    import yaml
-
     if "DVC_STAGE" not in os.environ:
         return
-    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = entries()
     watched = {path for stage in stages.values() for path in stage.get("deps", [])}
     for file in (file for rule in plan.rules for file in plan.named(rule)):
         if file not in watched:
@@ -115,11 +118,9 @@ def refuse_replaced(plan: Plan) -> None:
     Raises:
         UserError: there is one, and its receipt does not say that it is of what is here now.
     """
-    import yaml
-
     if not (LOCK.exists() and outputs.BUILT.is_dir()):
         return
-    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    named = entries()
     for stage in (name for name in plan.rules if name in named):
         for output in outs(named[stage]):
             record = metadata(output)
@@ -144,9 +145,7 @@ def refuse_unbuilt(wanted: list[str]) -> list[str]:
     Raises:
         UserError: an output is not of what is here now, so a receipt would claim what is not so.
     """
-    import yaml
-
-    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    named = entries()
     known: list[str] = []
     unknown: dict[str, str] = {}  # the first output without record, by stage
     for stage in wanted:
@@ -173,9 +172,7 @@ def refuse_other_origin(known: list[str]) -> None:
 
 def note_outputs() -> None:
     """Note every output as what Snakemake has a record of: it was proved to be what its receipt says."""
-    import yaml
-
-    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    named = entries()
     outputs.note_built(output for stage in stages() for output in outs(named[stage]))
 
 

@@ -34,13 +34,12 @@ def unmoved() -> bool:
 
 def remember(wanted: list[str]) -> None:
     """Note the files of these stages, if DVC finds by content that they are what the receipts say, and none moves meanwhile."""
-    import yaml
     from dvc.exceptions import DvcException
 
     from slmake.platforms.atomic_dvc import Repo
 
     names = [dvc_yaml.CODE, *wanted]
-    named = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    named = dvc.entries()
     entries = [entry for name in names for entry in (*named[name]["deps"], *named[name]["outs"])]
     paths = [*SETTINGS, *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)})]
     seen = outputs.marks(paths)

@@ -31,6 +31,16 @@ def recorded(repository, monkeypatch) -> Path:
     dvc.cache.cache_clear()
 
 
+@pytest.fixture
+def compared(repository, monkeypatch) -> Path:
+    """A recorded project, the present folder, that a record compares by content although nothing has moved."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(unmoved, "unmoved", bool)
+    dvc.cache.cache_clear()
+    yield repository
+    dvc.cache.cache_clear()
+
+
 def test_nothing_moved(recorded):
     before = Path("dvc.lock").stat()
     record.main([])
@@ -40,10 +50,7 @@ def test_nothing_moved(recorded):
     assert not [path for path in Path("results").iterdir() if not path.stat().st_mode & 0o200]
 
 
-def test_an_output_that_is_replaced_while_it_is_recorded_is_in_no_receipt(recorded, monkeypatch, refused):
-    monkeypatch.undo()
-    monkeypatch.chdir(recorded)
-    monkeypatch.setattr(unmoved, "unmoved", bool)
+def test_an_output_that_is_replaced_while_it_is_recorded_is_in_no_receipt(compared, monkeypatch, refused):
     before = Path("dvc.lock").read_bytes()
 
     def commit_another(*arguments, **options):
@@ -57,11 +64,8 @@ def test_an_output_that_is_replaced_while_it_is_recorded_is_in_no_receipt(record
     assert Path("dvc.lock").read_bytes() == before
 
 
-def test_what_is_no_rules_output_may_change(recorded, monkeypatch):
+def test_what_is_no_rules_output_may_change(compared):
     """build/code, which a record writes itself; an earlier version noted it as built."""
-    monkeypatch.undo()
-    monkeypatch.chdir(recorded)
-    monkeypatch.setattr(unmoved, "unmoved", bool)
     Path("build/code/more").touch()
     outputs.note_built(["build/code"])
     Path("build/code/more").unlink()
@@ -70,14 +74,11 @@ def test_what_is_no_rules_output_may_change(recorded, monkeypatch):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_an_edit_while_receipts_are_written_is_in_no_receipt(recorded, monkeypatch, refused, killed):
-    monkeypatch.undo()
-    monkeypatch.chdir(recorded)
-    monkeypatch.setattr(unmoved, "unmoved", bool)
+def test_an_edit_while_receipts_are_written_is_in_no_receipt(compared, monkeypatch, refused, killed):
     before = Path("dvc.lock").read_bytes()
 
     def commit_an_edit(*arguments, **options):
-        change(recorded, "finetune", learning_rate=0.5)
+        change(compared, "finetune", learning_rate=0.5)
         done = dvc.dvc(*arguments, **options)
         assert "learning_rate: 0.5" in dvc.PENDING.read_text()
         if killed:
@@ -93,7 +94,7 @@ def test_an_edit_while_receipts_are_written_is_in_no_receipt(recorded, monkeypat
     assert Path("dvc.lock").read_bytes() == before
     monkeypatch.setattr(record, "dvc", dvc.dvc)
     assert "was built from other parameters, code or data" in refused(record.main, [])
-    change(recorded, "finetune", learning_rate=TINY["finetune"]["learning_rate"])
+    change(compared, "finetune", learning_rate=TINY["finetune"]["learning_rate"])
     record.main([])
     assert Path("dvc.lock").read_bytes() == before
 
