@@ -17,9 +17,7 @@ from slmake.plan import Plan
 LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
 KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
-PENDING = Path(
-    ".dvc/tmp/slmake.pending.lock"
-)  # receipts of `dvc commit`, until what was hashed has been compared again
+PENDING = Path(".dvc/tmp/slmake.pending.lock")  # receipts that `dvc commit` wrote, until they are compared again
 
 
 def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:

@@ -171,9 +171,9 @@ def scored_models() -> list[str]:
 
 def text() -> str:
     """dvc.yaml as it should be now."""
-    sections = {name: section for name, section in load("params.yaml") if section is not None}
-    parameters = {f"{name}.{field}" for name, section in sections.items() for field in section.model_fields_set}
-    document = dvc_yaml(rules(), scored_models(), load("params.yaml").model_fields_set | parameters)
+    checked = load("params.yaml")
+    parameters = {f"{name}.{field}" for name, section in checked if section for field in section.model_fields_set}
+    document = dvc_yaml(rules(), scored_models(), checked.model_fields_set | parameters)
     body = yaml.safe_dump(document, sort_keys=False, width=1000, allow_unicode=True)
     return HEADER + body
 
