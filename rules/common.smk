@@ -9,13 +9,13 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-from slmake import cli, params
+from slmake import cli, params, planned
 from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
 from slmake.plan import LOCKS, Plan, when
 from slmake.platforms import container as containers
-from slmake.platforms import dvc, slurm
+from slmake.platforms import dvc, dvc_yaml, slurm
 from slmake.platforms.slurm import memory
 
 if config:
@@ -26,7 +26,7 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 
 # DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
 # (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
-if "SLMAKE_PULL" not in os.environ:
+if dvc.PULLED not in os.environ:
     break_readonly_hardlinks()
     dvc.date_results()
 
@@ -38,17 +38,22 @@ atexit.register(remember)
 try:
     if workflow.is_main_process:
         os.environ.pop(cli.PLANNED, None)
+        os.environ.pop(cli.SOURCES, None)
     PLAN = Plan(params.load("params.yaml"))
     os.environ[cli.PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container
+    os.environ.setdefault(cli.SOURCES, planned.write({rule: PLAN.given(rule) for rule in PLAN.rules}))
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
     IMAGE = containers.image(CONTAINER)
     IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
     # DVC, Azure ML and Snakemake's own jobs run one rule alone and have the inputs of that rule only.
     if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
         raise UserError(problem)
-    dvc.refuse_other_sources(PLAN)
+    if workflow.is_main_process:
+        dvc.refuse_other_sources(PLAN)
+        dvc_yaml.refuse_stale()
+        dvc.refuse_other_than_pulled(PLAN)
     if CONTAINER and IN_CONTAINERS:
         containers.prepare(CONTAINER, PLAN.files, online=PLAN.online)
     if not workflow.is_main_process:
@@ -102,16 +107,19 @@ onstart:
                 f"cannot write to {folder}/: it is read-only here. Check its owner, its permissions and how it is mounted; "
                 "what was built is untouched."
             )
-    if CONTAINER and IN_CONTAINERS:
-        try:
+    try:
+        # DVC compares for itself, `make pull` has compared, and --touch is the user's own claim.
+        if workflow.is_main_process and not (workflow.touch or "DVC_STAGE" in os.environ):
+            dvc.refuse_replaced(PLAN, {str(path) for job in workflow.dag.needrun_jobs() for path in job.output})
+        if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)
-        except UserError as error:
-            raise WorkflowError(str(error)) from None
-    elif IN_CONTAINERS and workflow.local_exec:
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    if IN_CONTAINERS and not CONTAINER and workflow.local_exec:
         raise WorkflowError(
             "all.container in params.yaml names no image. `make image sif` builds one and prints the line."
         )
-    elif CONTAINER and "SLMAKE_MACHINE" not in os.environ:
+    if CONTAINER and not IN_CONTAINERS and "SLMAKE_MACHINE" not in os.environ:
         print(f"note: not in {IMAGE}: that takes --profile profiles/container.", file=sys.stderr)
 
 

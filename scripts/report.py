@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.outputs import read_json
+from slmake.plan import Plan
 from slmake.reporting.figures import draw_candidates, draw_confusion, draw_data, draw_loss, draw_scores, plain_plots
 from slmake.reporting.pages import (
     candidates_page,
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),
                 "scores.html": scores_page(metrics),
                 "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
-                "cost.html": cost_page(timings, args.benchmarks),
+                "cost.html": cost_page(timings, args.benchmarks, Plan(everything).rules),
                 "wrong_answers.html": wrong_page(
                     predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
                 ),

@@ -24,7 +24,9 @@ from typing import TextIO
 from slmake.errors import UserError
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
+SOURCES = "SLMAKE_SOURCES"  # environment variable: a file with the code and files that it was planned with
 ENGINE = "SLMAKE_ENGINE"  # environment variable: the process that started this one, as `engine` writes it
+STARTED = time.time_ns()  # every script imports this module first
 # Nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
@@ -200,7 +202,7 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             _close_stdin()
         current = Job(name, terminal, log_path)
         try:
-            with terminable(), _warnings_shown():
+            with terminable(), _warnings_shown(), _as_planned(name):
                 yield current
         except UserError as error:
             _fail(current, str(error))
@@ -218,6 +220,15 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             text = str(error).strip().splitlines()
             where = f" Details: {log_path}" if log_path else ""
             _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
+
+
+def _as_planned(rule: str) -> contextlib.AbstractContextManager:
+    """Where Snakemake runs a rule: let it load and read only what the build was planned with."""
+    if SOURCES not in os.environ:
+        return contextlib.nullcontext()
+    from slmake.planned import watched
+
+    return watched(rule, STARTED)
 
 
 @contextlib.contextmanager

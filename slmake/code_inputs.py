@@ -54,7 +54,7 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
         skipped = any(name == module or name.startswith(f"{module}.") for module in WITHOUT_RESULT)
         if name in seen or (skipped and name not in WITH_RESULT):
             continue
-        file = _file(name, root)
+        file = file_of(name, root)
         if file is None:
             if name == start:
                 raise UserError(f"{name}: no such module in {root}.")
@@ -68,7 +68,8 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
     return [own, *sorted(found - {own})]
 
 
-def _file(name: str, root: Path) -> Path | None:
+def file_of(name: str, root: Path = ROOT) -> Path | None:
+    """The project's file of a module, by its dotted name; None where there is none."""
     path = root.joinpath(*name.split("."))
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if file.is_file():

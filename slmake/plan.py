@@ -190,8 +190,11 @@ class Plan:
 
     def digest(self, rule: str) -> str:
         """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, byte for byte."""
-        files = self.materials() if rule == "package" else []
-        return digest([*code(rule), *LOCKS]) + digest([*files, *self.named(rule)], exact=True)
+        return digest([*code(rule), *LOCKS]) + digest(self.given(rule), exact=True)
+
+    def given(self, rule: str) -> list[str]:
+        """Files that a rule reads byte for byte and no rule makes."""
+        return [*(self.materials() if rule == "package" else []), *self.named(rule)]
 
     def named(self, rule: str) -> list[str]:
         """Files that params.yaml names and that are inputs of a rule."""

@@ -14,16 +14,35 @@ by `dvc status`, that every hash matches, and only then it records the outputs i
 import argparse
 import configparser
 import functools
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from slmake import cli
+from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.platforms.dvc import cached, dvc, note, note_outputs, reason, recorded, repair_lock
+from slmake.plan import Plan
+from slmake.platforms.dvc import (
+    PULLED,
+    built_from,
+    cached,
+    dvc,
+    entries,
+    note,
+    note_outputs,
+    outs,
+    reason,
+    receipts,
+    recorded,
+    repair_lock,
+    stages,
+)
+from slmake.platforms.dvc_yaml import METRICS
+from slmake.platforms.screen import without_location
 from slmake.sources.secrets import holds_secret, masked
 
 NAME = "storage"  # what the remote is called in .dvc/config
@@ -217,7 +236,7 @@ def pull(job: cli.Job) -> None:
 
 
 def restore(job: cli.Job) -> None:
-    """Put back what DVC's cache has of the recorded outputs, over what is here, then as `pull`.
+    """Put back what DVC's cache, or Git, has of the recorded outputs, over what is here, then as `pull`.
 
     Raises:
         UserError: the cache lacks something; or the receipts, the parameters and the files here do not agree.
@@ -227,15 +246,32 @@ def restore(job: cli.Job) -> None:
         raise UserError(
             f"dvc checkout: {reason(done)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` builds again."
         )
+    take_from_git()
     prove(job)
+
+
+def take_from_git() -> None:
+    """Put back the results that Git keeps, and not DVC's cache, where the last commit has what was recorded."""
+    for out in (out for out in receipts() if out["path"] in METRICS):
+        path = Path(out["path"])
+        if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() == out["md5"]:
+            continue
+        committed = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True).stdout
+        if hashlib.md5(committed).hexdigest() != out["md5"]:
+            raise UserError(
+                f"{path} is not what was recorded. Git keeps it, not DVC's cache, and the last commit has another. "
+                f"`.venv/bin/snakemake --cores all --force {path}` evaluates again; then `make`."
+            )
+        outputs.replace(path, committed)
 
 
 def prove(job: cli.Job) -> None:
     """Prove by content that everything is what was recorded, then record it as built in Snakemake's books.
 
     Raises:
-        UserError: the receipts, the parameters and the files here do not agree.
+        UserError: the receipts, the parameters and the files here do not agree, or something changed meanwhile.
     """
+    compared, seen = built_from(Plan(params.load("params.yaml"))), files_here()
     status = dvc("status", "--json", capture=True)
     if status.returncode:
         raise UserError(f"dvc status: {reason(status)}")
@@ -245,15 +281,32 @@ def prove(job: cli.Job) -> None:
             f"what was recorded is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "
             "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
         )
-    record(job)
+    record(job, compared, seen)
 
 
-def record(job: cli.Job) -> None:
-    """Let Snakemake note every output as made from the inputs and parameters of now. Only after the hashes were checked."""
-    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", "--quiet", "all"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLMAKE_PULL": "1"})
+def files_here() -> dict[str, list[int]]:
+    """Size and number of the inode of every output's files: `snakemake --touch` sets their times."""
+    named = entries()
+    seen = outputs.marks(path for stage in stages() for path in outs(named[stage]))
+    return {path: [mark[0], mark[3]] for path, mark in seen.items()}
+
+
+def record(job: cli.Job, compared: str, seen: dict[str, list[int]]) -> None:
+    """Let Snakemake note every output as made from the inputs and parameters of now. Only after the hashes were checked.
+
+    Args:
+        compared: what the receipts were compared with, as `built_from` gives it.
+        seen: the outputs that were compared, as `files_here` gives them.
+    """
+    quiet = ["--quiet", "host", "progress", "rules"]  # all of it would hide errors, too
+    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", *quiet, "--", "all"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {PULLED: compared})
     if done.returncode:
-        raise UserError(f"snakemake --touch: {(done.stdout + done.stderr).strip()}")
+        said = done.stdout + done.stderr
+        lines = [line for line in said.splitlines() if not line.startswith("Using workflow specific profile")]
+        raise UserError("\n".join(["snakemake --touch:", without_location("\n".join(lines))]))
+    if files_here() != seen:
+        raise UserError("an output was replaced while it was compared with its receipt: `make restore` compares again.")
     note_outputs()
     note()
     job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
@@ -55,27 +56,33 @@ def variants(own: params.Params, runs: int, splits: list[int] | None, dtypes: li
     ]
 
 
-def copy_project(here: Path, target: Path, change: dict) -> str:
-    """Copy the project with other parameters, and what params.yaml names though Git does not track it; link the base model.
+def copy_project(here: Path, target: Path) -> str:
+    """Copy the project, and what params.yaml names though Git does not track it; link the base model.
 
     Returns:
-        The copy's content, as 64 hex digits: two copies with the same give the same scores.
+        The copy's content, with that of files elsewhere that params.yaml names, as 64 hex digits.
     """
     copy_tracked(here, target, OTHER)
-    for name in Plan(params.load(here / "params.yaml")).files:
+    named = Plan(params.load(here / "params.yaml")).files
+    for name in named:
         if not Path(name).is_absolute() and not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).symlink_to((here / name).resolve())
-    settings = yaml.safe_load((here / "params.yaml").read_text(encoding="utf-8"))
-    for section, fields in change.items():
-        settings[section] = {**(settings.get(section) or {}), **fields}
-    (target / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     model, report = BASE
     (target / report).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(here / report, target / report)
     files = sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
     shutil.copytree(here / model, target / model, copy_function=os.link)
-    return digest(files, root=target)
+    return digest([*files, *sorted(filter(os.path.isabs, named))], root=target)
+
+
+def write_params(project: Path, change: dict) -> None:
+    """Change parameters of a copy, by section."""
+    path = project / "params.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, fields in change.items():
+        settings[section] = {**(settings.get(section) or {}), **fields}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def build(folder: Path, *targets: str) -> None:
@@ -85,20 +92,37 @@ def build(folder: Path, *targets: str) -> None:
         )
 
 
-def measured(here: Path, change: dict) -> dict:
-    """The scores of one run: those that were kept, or a build's."""
+def measured(here: Path, change: dict, planned: str | None) -> tuple[dict, str]:
+    """The scores of one run: those that were kept, or a build's.
+
+    Args:
+        planned: the project's content when the first run began, as `copy_project` gives it; None for the first run.
+
+    Returns:
+        The scores, and the project's content.
+
+    Raises:
+        UserError: the project is another than the first run's, or the build failed.
+    """
     with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
         project = Path(scratch)
-        kept = here / KEPT / f"{copy_project(here, project, change)[:16]}.json"
+        content = copy_project(here, project)
+        if planned not in (None, content):
+            raise UserError(
+                "parameters, code or data changed since the first run, so the runs do not belong together. Run the same command again: "
+                f"those of what is there now are kept in {KEPT}."
+            )
+        write_params(project, change)
+        kept = here / KEPT / f"{sha256(f'{content} {json.dumps(change)}'.encode()).hexdigest()[:16]}.json"
         if kept.exists():
-            return json.loads(kept.read_text(encoding="utf-8"))
+            return json.loads(kept.read_text(encoding="utf-8")), content
         began = time.monotonic()
         build(project, METRICS)
         metrics = json.loads((project / METRICS).read_text(encoding="utf-8"))
         scores = {name: numbers(metrics[name]) for name in models_of(metrics)}
         run = {"changes": change, "seconds": round(time.monotonic() - began, 1), "scores": scores}
         replace_json(kept, run)
-        return run
+        return run, content
 
 
 def replace_json(path: Path, value: dict) -> None:
@@ -147,10 +171,12 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
     build(here, *BASE)
     changes = variants(own, args.runs, args.splits, args.dtypes)
     runs: list[dict] = []
+    content = None
     for number, change in enumerate(changes, 1):
         values = ", ".join(f"{section}.{name} {value}" for section, of in change.items() for name, value in of.items())
         job.say(f"run {number} of {len(changes)}: {values}")
-        runs.append(measured(here, change))
+        run, content = measured(here, change, content)
+        runs.append(run)
         shown = ", ".join(f"{name} {scores['accuracy']:.1%}" for name, scores in runs[-1]["scores"].items())
         job.say(f"run {number} of {len(changes)}: accuracy {shown} ({runs[-1]['seconds']:.0f} s)")
     lines = summary(runs)

@@ -135,8 +135,11 @@ def publish(store: Store, model: Path, manifest: dict, job: cli.Job) -> dict:
             job.log("the manifest is there already")
     for _ in range(RACES):
         now = store.read(POINTER)
-        before = json.loads(now[0])["digest"] if now else None
-        if before == digest:
+        pointer = json.loads(now[0]) if now else {}
+        before = pointer.get("digest")
+        if before == digest:  # published before, perhaps with other scores
+            before = pointer.get("previous")
+        if pointer == manifest | {"previous": before}:
             break
         if store.swap(POINTER, as_bytes(manifest | {"previous": before}), now[1] if now else None):
             break

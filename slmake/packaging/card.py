@@ -188,6 +188,20 @@ def quantization(facts: dict) -> list[str]:
     return lines + settings_table({key: value for key, value in facts["quantize"].items() if key != "search"})
 
 
+def held_answers(package: str | dict, evaluate: str | dict, scores: dict) -> str:
+    """What to know of the scores of free answers where a package's answers are held to a form; empty where they are not.
+
+    Args:
+        package: what the package's answers are held to, and `evaluate` what those were held to that were scored so.
+        scores: those of the package's model.
+    """
+    if package == "none":
+        return ""
+    scored = package == evaluate and "constrained_accuracy" in scores
+    share = f"accuracy is {percent(scores['constrained_accuracy'])}" if scored else "they were not scored"
+    return f"The answers above are free. run.py and serve.py hold theirs to {code_span(json.dumps(package))}; held so, {share}."
+
+
 def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[str]:
     """What was measured on the held-out rows, or on the fixed texts, and the gates that it passed."""
     metrics, last = facts["metrics"], facts["last"]
@@ -199,6 +213,8 @@ def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[st
             "",
         ]
     lines += [*metrics_table(metrics, facts["models"]), ""]
+    if facts["constrained"]:
+        lines += [facts["constrained"], ""]
     if classes:
         accuracy = percent(metrics[last]["restricted_accuracy"])
         lines += [f"This package by label (choosing among the labels only, accuracy is {accuracy}):", ""]
@@ -216,8 +232,8 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
 
     Args:
         section: the section `package` of params.yaml.
-        facts: `base`, `dataset`, `metrics`, `last`, `models`, `adapter`, `licences`, `quantize` (the section as a dictionary, with the
-            options that a search chose), `search` (search.json, or None).
+        facts: `base`, `dataset`, `metrics`, `last`, `models`, `adapter`, `licences`, `constrained` (see `held_answers`), `quantize` (the
+            section as a dictionary, with the options that a search chose), `search` (search.json, or None).
         form: prompt.json.
         training: the section `finetune` as a dictionary; None without fine-tuning.
         gates: the judged gates, and `table` their text.

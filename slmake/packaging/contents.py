@@ -81,6 +81,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         "last": models[-1],
         "quantize": everything.quantize.model_dump(mode="json") | (search["options"] if search else {}),
         "search": search,
+        "constrained": card.held_answers(section.constrain, everything.evaluate.constrain, metrics[models[-1]]),
         "licences": copy_licences(section.license_files, folder / "licenses"),
         "task": "text-classification" if form["labels"] else "text-generation",
         "architecture": read_json(args.model / "genai_config.json", "model", output=args.model)["model"]["type"],

@@ -4,16 +4,31 @@ import json
 import re
 import uuid
 from hashlib import sha256 as hash_of
+from importlib import metadata
 from pathlib import Path
 
 from slmake.errors import UserError
 from slmake.packaging.checksums import BOM, sums_text
 from slmake.packaging.provenance import build_time
 
+RUNTIMES = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 
-def locked(lock: Path) -> list[tuple[str, str]]:
-    """Names and versions of the packages that a lock file pins."""
-    return re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.M)
+
+def locked(lock: Path) -> dict[str, set[str]]:
+    """The versions of each package that a lock file pins, for one Python or platform or another, with "" if it pins it for some only."""
+    pinned: dict[str, set[str]] = {}
+    lines = re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)( ;)?", lock.read_text(encoding="utf-8"), re.M)
+    for package, version, condition in lines:
+        pinned.setdefault(package, set()).update({version, ""} if condition else {version})
+    return pinned
+
+
+def installed(package: str) -> str | None:
+    """The version of a package that is installed here; None where it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def hashes(content: str | None) -> list[dict]:
@@ -55,18 +70,30 @@ def data(sources: dict) -> list[dict]:
 
 
 def libraries(lock: Path) -> list[dict]:
-    """The packages of the environment as components; a user of the package needs the runtime only."""
-    return [
-        {
+    """The packages of the environment as components; a user of the package needs the runtime only.
+
+    The version is the one that is installed; where the lock has another, or the package is for a target that is not here, a
+    property says so.
+    """
+    components = []
+    for package, versions in locked(lock).items():
+        here = installed(package)
+        if not here and "" in versions:
+            continue  # for another platform or Python
+        version = here or max(versions)
+        component: dict = {
             "type": "library",
             "bom-ref": f"pkg:pypi/{package.lower()}@{version}",
             "name": package,
             "version": version,
             "purl": f"pkg:pypi/{package.lower()}@{version}",
-            "scope": "required" if package == "onnxruntime-genai" else "excluded",
+            "scope": "required" if package in RUNTIMES else "excluded",
         }
-        for package, version in locked(lock)
-    ]
+        if here not in versions:
+            names = {"slmake:locked": ", ".join(sorted(versions - {""})), "slmake:installed": here or "no"}
+            component["properties"] = [{"name": name, "value": value} for name, value in names.items()]
+        components.append(component)
+    return components
 
 
 def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dict[str, str], lock: Path) -> dict:

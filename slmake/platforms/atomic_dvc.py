@@ -8,6 +8,7 @@ The receipts of `commit` are written once, to PENDING: who calls it compares aga
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -87,6 +88,16 @@ def refuse_replaced(cache: StageCache, stage) -> None:
             raise DvcException(f"{out.def_path} was replaced while it was recorded")
 
 
+def retry_sooner() -> None:
+    """Let clients of Azure Blob wait about 4, 7 and 13 seconds between their tries, not 15, 18 and 24.
+
+    A file that does not get through is tried eight times: a broken connection is reported after one minute instead of two.
+    """
+    from azure.storage.blob.aio import ExponentialRetry
+
+    ExponentialRetry.__init__ = functools.partialmethod(ExponentialRetry.__init__, initial_backoff=4)
+
+
 _common._dump_data = dump
 state._checksum = checksum
 rwlock._edit_rwlock = edit_rwlock
@@ -100,4 +111,6 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
         pending.write()
         sys.exit(code)
+    if sys.argv[1:2] in (["push"], ["pull"], ["fetch"]):
+        retry_sooner()
     sys.exit(main(sys.argv[1:]))

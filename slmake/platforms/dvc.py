@@ -2,12 +2,14 @@
 
 import base64
 import functools
+import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -17,6 +19,8 @@ from slmake.plan import Plan
 LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
 KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
+PULLED = "SLMAKE_PULL"  # environment variable: what the outputs were compared with before they are noted as built, as `built_from` gives it
+CLOCKS = 1.0  # seconds by which those of two machines may differ
 PENDING = Path(".dvc/tmp/slmake.pending.lock")  # receipts that `dvc commit` wrote, until they are compared again
 
 
@@ -67,6 +71,20 @@ def refuse_other_sources(plan: Plan) -> None:
             )
 
 
+def built_from(plan: Plan) -> str:
+    """Digest of all parameters, code and data of a plan, 64 hex digits."""
+    parts = [text for rule in plan.rules for text in (rule, plan.section(rule), plan.digest(rule))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def refuse_other_than_pulled(plan: Plan) -> None:
+    """Raise UserError if outputs are to be noted as built from what is here now, and were compared with something else."""
+    if os.environ.get(PULLED, "") not in ("", built_from(plan)):
+        raise UserError(
+            "parameters, code or data changed while the outputs were compared; nothing was marked as up to date."
+        )
+
+
 def now() -> dict:
     """The sum of the receipts, and the time of every rule's last run: Snakemake writes its benchmark then."""
     ran = {path.stem: path.stat().st_mtime_ns for path in sorted(Path("benchmarks").glob("*.tsv"))}
@@ -108,10 +126,13 @@ def outs(stage: dict) -> list[str]:
     return [path for out in stage["outs"] for path in ([out] if isinstance(out, str) else out)]
 
 
-def refuse_replaced(plan: Plan) -> None:
+def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
     """Refuse to build on outputs that are not those that Snakemake has a record of, as `dvc repro`, `dvc checkout` or a copy leave them.
 
     Snakemake would take them for built from what is here now, and build a package that claims so.
+
+    Args:
+        rebuilt: outputs that this run builds again.
 
     Raises:
         UserError: there is one, and its receipt does not say that it is of what is here now.
@@ -121,7 +142,7 @@ def refuse_replaced(plan: Plan) -> None:
     named = entries()
     for stage in (name for name in plan.rules if name in named):
         for output in outs(named[stage]):
-            record = metadata(output)
+            record = metadata(output) if output not in rebuilt else None
             if record and Path(output).exists() and not outputs.as_built(output) and _is_of_now(plan, record, output):
                 _refuse_changed({stage: output}, "nothing was built")
 
@@ -153,6 +174,7 @@ def refuse_unbuilt(wanted: list[str]) -> list[str]:
             else:
                 unknown.setdefault(stage, output)
     refuse_other_origin(known)
+    _refuse_older(named, known)
     if unknown:
         _refuse_changed(unknown, "nothing was recorded")
     return known
@@ -166,6 +188,19 @@ def refuse_other_origin(known: list[str]) -> None:
             f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
             "Run `make`: it builds what changed."
         )
+
+
+def _refuse_older(named: dict[str, dict], known: list[str]) -> None:
+    """Raise UserError if, by Snakemake's records, an output was built before one that it is made from."""
+    records = {output: metadata(output) for output in known}
+    for stage in named.values():
+        for output in (output for output in outs(stage) if records.get(output)):
+            began = records[output]["starttime"] or math.inf
+            for dep in (dep for dep in stage.get("deps", []) if records.get(dep)):
+                if (records[dep]["endtime"] or 0) > began + CLOCKS:
+                    raise UserError(
+                        f"{output} was built before {dep}, which it is made from; nothing was recorded. Run `make`: it builds what is older."
+                    )
 
 
 def note_outputs() -> None:

@@ -12,6 +12,7 @@ code into a file (`--digests`), and the other stages depend on these files: afte
 import argparse
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def rules() -> dict[str, dict[str, list[str]]]:
         UserError: Snakemake refuses the Snakefile or params.yaml.
     """
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nocolor", "--printshellcmds"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    variables = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     text = done.stdout + done.stderr
     if done.returncode:
         raise UserError(f"snakemake --dry-run failed:\n{text}")
@@ -206,6 +208,22 @@ def update() -> None:
         NOTE.parent.mkdir(exist_ok=True)
         outputs.replace(NOTE, origin().encode())
     remember()
+
+
+def refuse_stale() -> None:
+    """Raise UserError if DVC runs a rule by a dvc.yaml of other parameters: its receipts would name other inputs and outputs."""
+    if "DVC_STAGE" not in os.environ or (NOTE.is_file() and NOTE.read_text() == origin()):
+        return
+    present, right = (yaml.safe_load(each)["stages"] for each in (Path("dvc.yaml").read_text("utf-8"), text()))
+    ours = {
+        name for name, stage in present.items() if "--allowed-rules" in stage.get("cmd", "")
+    }  # users may add stages of their own
+    if differ := [name for name in right | dict.fromkeys(ours) if present.get(name) != right.get(name)]:
+        raise UserError(
+            f"dvc.yaml is of other parameters than params.yaml (stage {differ[0]}). `make docs` writes it anew (`make` does it by itself); "
+            "for `dvc exp run`, change params.yaml and write dvc.yaml first."
+        )
+    outputs.replace(NOTE, origin().encode())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import html
+from collections.abc import Collection
 from pathlib import Path
 
 from slmake import params
@@ -261,10 +262,16 @@ def candidates_page(result: dict, section: params.Quantize) -> str:
     )
 
 
-def cost_page(timings: dict, benchmarks: Path) -> str:
-    """Seconds and memory of every rule, and what each model costs to run."""
+def cost_page(timings: dict, benchmarks: Path, built: Collection[str]) -> str:
+    """Seconds and memory of every rule, and what each model costs to run.
+
+    Args:
+        benchmarks: the folder of Snakemake's benchmark files, in which rules of earlier builds may have some, too.
+        built: the rules of this build.
+    """
     rules = []
-    for file in sorted(benchmarks.glob("*.tsv"), key=lambda path: path.stat().st_mtime):
+    files = [file for file in benchmarks.glob("*.tsv") if file.stem.partition("-")[0] in built]
+    for file in sorted(files, key=lambda path: path.stat().st_mtime):
         with open(file, encoding="utf-8") as handle:
             runs = list(csv.DictReader(handle, delimiter="\t"))
         if runs:

@@ -66,6 +66,20 @@ def test_published_model_verifies_and_the_same_bytes_upload_nothing(tmp_path, bl
         assert "3 files, 5 MB: every byte is right" in verified.stderr
 
 
+def test_the_same_model_with_other_scores_moves_the_pointer(tmp_path, blob_server, container):
+    """The bytes were published before; what was measured since is said, and the chain stays."""
+    model = make_exported(tmp_path / "model")
+    for number, accuracy in enumerate((0.75, 0.5, 0.5)):
+        command = arguments(tmp_path, container, model, str(number))
+        path = tmp_path / "metrics.json"
+        path.write_text(json.dumps({"int4": {"accuracy": accuracy}}))
+        done = run_script("publish", *command)
+        assert done.returncode == 0, done.stderr
+        latest = pointer(blob_server, container)
+        assert latest["metrics"] == {"int4": {"accuracy": accuracy}}
+        assert latest["previous"] is None
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
 def test_verify_names_a_damaged_blob_and_publishing_again_mends_it(tmp_path, blob_server, container, damage):
     model = make_exported(tmp_path / "model")

@@ -1,9 +1,11 @@
 """What changes before, during and after a build: nothing is built from two versions, and no receipt claims what is not so."""
 
 import os
+import py_compile
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -133,6 +135,23 @@ def test_dvc_yaml_is_written_only_where_it_would_differ(repository, monkeypatch)
     assert (repository / "dvc.yaml").read_text() == "stages: {}\n"
 
 
+@pytest.mark.parametrize(
+    ("section", "fields", "stage"),
+    [("evaluate", {"models": ["merged", "onnx"]}, "evaluate"), ("all", {"stages": ["finetune", "merge"]}, "merge")],
+)
+def test_dvc_builds_nothing_by_a_dvc_yaml_of_other_parameters(repository, section, fields, stage):
+    """Its receipts would name inputs that the rule did not read, or stages that were not asked for."""
+    change(repository, section, **fields)
+    before = (repository / "dvc.lock").read_bytes()
+    done = run(repository, "dvc", "repro", stage, "--single-item", "--force")
+    assert done.returncode != 0
+    assert "dvc.yaml is of other parameters than params.yaml" in done.stdout
+    assert (repository / "dvc.lock").read_bytes() == before
+    assert run(repository, "python", "-m", "slmake.platforms.dvc_yaml").returncode == 0
+    done = run(repository, "dvc", "repro", "merge", "--single-item", "--force")
+    assert done.returncode == 0, done.stdout
+
+
 def test_what_is_wrong_in_params_yaml_is_reported_by_the_build_alone(repository):
     before = (repository / "dvc.yaml").read_bytes()
     change(repository, "prepare", seed=-3)
@@ -187,6 +206,94 @@ def test_a_comment_and_another_layout_of_params_yaml_stop_nothing(repository):
     edit_in(repository, "report", "before", replacing("report:\n", "# of the page\nreport:\n\n"))
     done = snakemake(repository)
     assert done.returncode == 0, done.stdout
+
+
+# what a rule loads and reads
+
+
+def inside_job(project, rule: str, code: str) -> None:
+    """Let a rule's script run Python code of the test when its work begins."""
+    script = project / "scripts" / f"{rule}.py"
+    text = script.read_text(encoding="utf-8")
+    assert " as job:\n" in text
+    lines = "".join(f"        {line}\n" for line in code.splitlines())
+    script.write_text(text.replace(" as job:\n", f" as job:\n{lines}", 1), encoding="utf-8")
+
+
+SWAP = """\
+import shutil, time
+from pathlib import Path as P
+file = P({name!r})
+whole, times = file.read_bytes(), file.stat()
+file.write_bytes(whole + {more!r})
+{meanwhile}
+file.write_bytes(whole)
+import os
+os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+"""
+
+
+def swap(name: str, meanwhile: str = "", more: bytes = b"\nVALUE = 1\n") -> str:
+    return SWAP.format(name=name, meanwhile=meanwhile, more=more)
+
+
+def test_code_that_was_another_while_a_rule_started_stops_it(repository):
+    """Put back with its time: neither Snakemake nor the recording could see it."""
+    code = f"exec({swap('slmake/scoring/gates.py')!r})"
+    edit_in(repository, "gates", "before", code)
+    done = snakemake(repository)
+    assert done.returncode == 1
+    assert "gates: error: slmake/scoring/gates.py changed after this build was planned, so it stops" in done.stdout
+    assert "Run the same command again" in done.stdout
+    assert not (repository / "results" / "gates.json").exists()
+
+
+def test_code_that_is_another_when_a_rule_loads_it_stops_it(repository):
+    """Modules that are imported within a function, long after the rule began."""
+    inside_job(
+        repository,
+        "report",
+        "import sys\nsys.modules.pop('slmake.text')\n" + swap("slmake/text.py", "import slmake.text"),
+    )
+    done = snakemake(repository)
+    assert done.returncode == 1
+    assert "report: error: slmake/text.py changed after this build was planned" in done.stdout
+
+
+def test_a_touch_and_a_comment_of_code_stop_nothing(repository):
+    inside_job(
+        repository,
+        "report",
+        "import sys\nsys.modules.pop('slmake.text')\n" + swap("slmake/text.py", "import slmake.text", b"# a comment\n"),
+    )
+    done = snakemake(repository)
+    assert done.returncode == 0, done.stdout
+
+
+def test_data_that_was_another_while_a_rule_read_it_is_not_kept(repository):
+    inside_job(repository, "prepare", swap("data/dataset.json", "", b"\n"))
+    done = snakemake(repository)
+    assert done.returncode == 1
+    assert (
+        "prepare: error: data/dataset.json was changed while prepare read it; what it made of it is not kept"
+        in done.stdout
+    )
+    assert not (repository / "build" / "dataset").exists()
+    assert "prepare" in planned(repository)
+
+
+def test_compiled_code_of_a_file_that_changed_is_not_run(repository):
+    """Python takes it for the file's where size and time are those of before."""
+    file = repository / "slmake" / "text.py"
+    before = file.stat()
+    compiled = Path(py_compile.compile(str(file)))
+    text = file.read_text()
+    file.write_text(f"{text[:3]}x{text[4:]}", encoding="utf-8")  # of its docstring
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert compiled.exists()
+    assert file.stat().st_size == before.st_size
+    snakemake(repository, "--dry-run")
+    assert not compiled.exists()
 
 
 # after a build

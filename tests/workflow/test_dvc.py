@@ -1,8 +1,10 @@
 """DVC over Snakemake: receipts that match, stages that agree with the Snakefile, metrics, plots and experiments."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +12,8 @@ from project import RULES, change, planned, run, snakemake
 from tiny import ROOT
 
 from slmake.plan import SECTIONS
+from slmake.platforms import dvc
+from tools import remote
 
 
 def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
@@ -43,6 +47,72 @@ def test_what_was_damaged_after_it_was_built_is_no_receipt(repository, damage):
     assert weights.read_bytes() == good
     assert planned(repository) == set()
     assert run(repository, "python", "-m", "tools.record").returncode == 0
+
+
+def test_edited_scores_are_restored_from_git(repository):
+    """Git keeps them, not DVC's cache."""
+    metrics = repository / "results" / "metrics.json"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole.replace(b"0.", b"1.", 1))
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 1
+    assert (
+        "nothing says what results/metrics.json was built from; nothing was built. `make restore` brings" in done.stdout
+    )
+    done = run(repository, "python", "-m", "tools.remote", "restore")
+    assert done.returncode == 0, done.stdout
+    assert metrics.read_bytes() == whole
+    assert planned(repository) == set()
+    run(repository, "git", "rm", "-q", "--cached", "results/metrics.json")
+    run(repository, "git", "commit", "-q", "-m", "lost")
+    metrics.unlink()
+    done = run(repository, "python", "-m", "tools.remote", "restore")
+    assert done.returncode == 1
+    assert "results/metrics.json is not what was recorded. Git keeps it" in done.stdout
+    assert "snakemake --cores all --force results/metrics.json" in done.stdout
+
+
+@pytest.mark.parametrize("what", ["params.yaml", "an output"])
+def test_what_changes_while_a_restored_build_is_compared_is_not_marked_as_built(repository, monkeypatch, refused, what):
+    monkeypatch.chdir(repository)
+    dvc.cache.cache_clear()
+    record = remote.record
+
+    def edit_behind(*arguments):
+        if what == "params.yaml":
+            change(repository, "finetune", learning_rate=0.02)
+        else:
+            file = Path("build/merged/config.json")
+            text = file.read_text()
+            file.unlink()
+            file.write_text(text.replace("{", "{ ", 1))
+        record(*arguments)
+
+    monkeypatch.setattr(remote, "record", edit_behind)
+    message = refused(remote.main, ["restore"])
+    reasons = {
+        "params.yaml": "parameters, code or data changed while the outputs were compared; nothing was marked as up to date",
+        "an output": "an output was replaced while it was compared with its receipt",
+    }
+    assert reasons[what] in message
+    if what == "params.yaml":
+        assert "finetune" in planned(repository)
+    dvc.cache.cache_clear()
+
+
+def test_the_page_is_of_the_figures_that_were_restored(repository):
+    """They come with the times at which they were built, older than the page."""
+    assert run(repository, "python", "-m", "tools.build").returncode == 0
+    page, figure = repository / "build" / "report.html", repository / "build" / "report" / "scores.html"
+    first, times = page.stat().st_mtime_ns, figure.stat()
+    figure.write_text(figure.read_text().replace("<table", "<table class='other'", 1))
+    os.utime(figure, ns=(times.st_atime_ns, times.st_mtime_ns))
+    seen = []
+    for _ in range(2):
+        done = run(repository, "python", "-m", "tools.build", "build/base")
+        assert done.returncode == 0, done.stdout
+        seen.append(page.stat().st_mtime_ns)
+    assert first < seen[0] == seen[1]
 
 
 def test_a_failed_rule_s_former_output_is_restored(repository):

@@ -45,6 +45,34 @@ def test_an_old_adapter_is_not_taken_for_the_new_one(repository, tmp_path, how):
     assert "up to date" in status(repository)
 
 
+def test_snakemake_builds_nothing_on_an_output_that_was_replaced(repository):
+    """Without `make`, too; but it builds that output again."""
+    file = repository / "build" / "merged" / "config.json"
+    file.write_text(file.read_text().replace("{", "{ ", 1))
+    change(repository, "quantize", block_size=16)
+    done = run(repository, "snakemake", "--cores", "all")
+    assert done.returncode == 1
+    assert "nothing says what build/merged was built from; nothing was built" in done.stdout
+    assert (repository / "build" / "onnx-int4").exists()
+    assert run(repository, "snakemake", "--dry-run").returncode == 0
+    done = run(repository, "snakemake", "--cores", "all", "--forcerun", "merge", "--", "build/onnx-int4")
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_output_that_is_older_than_what_it_is_made_from_is_not_recorded(repository):
+    """Without the stage package nothing else would tell: the recording by itself does not ask Snakemake."""
+    change(repository, "all", stages=["finetune", "merge"])
+    change(repository, "finetune", learning_rate=0.02)
+    assert build(repository).returncode == 0
+    done = run(repository, "snakemake", "--cores", "all", "--force", "build/adapter")
+    assert done.returncode == 0, done.stdout
+    done = run(repository, "python", "-m", "tools.record")
+    assert done.returncode == 1
+    assert "build/merged was built before build/adapter, which it is made from; nothing was recorded" in done.stdout
+    done = build(repository)
+    assert done.returncode == 0, done.stdout
+
+
 def test_what_dvc_restores_of_another_run_is_not_taken_for_this_one(repository):
     """0.02 by DVC, back to 0.01 from DVC's cache, then 0.02 again by make."""
     for rate in (0.02, 0.01):

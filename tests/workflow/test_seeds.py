@@ -46,6 +46,25 @@ def test_runs_differ_in_their_seeds_alone_and_are_kept(repository):
     assert len(list((repository / seeds.KEPT).iterdir())) == 5
 
 
+def test_runs_of_other_data_are_not_mixed(repository, monkeypatch, refused):
+    """Data outside of the project's folder, too."""
+    monkeypatch.chdir(repository)
+    rows = repository.parent / "rows.json"
+    (repository / "data" / "dataset.json").rename(rows)
+    change(repository, "prepare", source=str(rows))
+    measured = seeds.measured
+
+    def edit_behind(*arguments):
+        result = measured(*arguments)
+        rows.write_text(rows.read_text() + "\n")
+        return result
+
+    monkeypatch.setattr(seeds, "measured", edit_behind)
+    message = refused(seeds.main, ["--runs", "2"])
+    assert "parameters, code or data changed since the first run" in message
+    assert not (repository / seeds.RESULT).exists()
+
+
 def test_the_reports_page_shows_them(repository):
     assert call(repository, "--runs", "2").returncode == 0
     change(repository, "report", seeds="results/seeds.json")

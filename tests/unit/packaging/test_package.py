@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -148,9 +149,22 @@ def test_bill_of_materials_is_valid_and_complete(packed):
     names = {entry["name"] for entry in bom["components"]}
     assert any(name.endswith("/rows.json") for name in names)
     assert {"hf:org/name@1234", "model.onnx.data", "onnxruntime-genai", "numpy"} <= names
+    versions = [entry["version"] for entry in bom["components"] if entry["name"] == "numpy"]
+    assert versions == [metadata.version("numpy")]
+    assert "pywin32" not in names  # the lock has it for Windows
     for wrong in ({"bomFormat": "SPDX"}, {"components": [{"type": "modle", "name": "x"}]}, {"unknown": 1}):
         with pytest.raises(UserError, match=r"breaks the CycloneDX schema"):
             sbom.check_bom(json.dumps(bom | wrong))
+
+
+def test_a_package_that_is_not_as_locked_is_named_as_it_is(tmp_path):
+    lock = tmp_path / "lock"
+    lock.write_text("numpy==0.1 \\\n    --hash=sha256:0\nonnxruntime-genai-cuda==9.9\n")
+    here, absent = sbom.libraries(lock)
+    assert here["version"] == metadata.version("numpy")
+    assert {"name": "slmake:locked", "value": "0.1"} in here["properties"]
+    assert (absent["version"], absent["scope"]) == ("9.9", "required")
+    assert {"name": "slmake:installed", "value": "no"} in absent["properties"]
 
 
 def test_provenance_names_every_input_and_every_file(packed, parts):

@@ -93,6 +93,14 @@ def test_pages_show_the_texts(tmp_path):
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", page)
 
 
+def test_the_card_says_what_a_package_that_holds_its_answers_was_scored_with():
+    scores = {"accuracy": 0.5, "constrained_accuracy": 0.75}
+    assert card.held_answers("none", "none", scores) == ""
+    assert "held so, accuracy is 75.0%" in card.held_answers("labels", "labels", scores)
+    assert "held so, they were not scored" in card.held_answers("labels", "tools", scores)
+    assert "held so, they were not scored" in card.held_answers("labels", "labels", {"accuracy": 0.5})
+
+
 def test_the_card_shows_labels_and_has_one_head():
     section = params.Package(
         license="mit\n---\nlicense: other",
@@ -109,10 +117,13 @@ def test_the_card_shows_labels_and_has_one_head():
         "quantize": {"int8_nodes": ["*/attn/*", "a|b"]},
         "search": None,
         "licences": ["LICENSE"],
+        "constrained": card.held_answers({"regex": "a|<b>"}, "none", METRICS["merged"]),
         "adapter": None,
     }
     form = {"labels": list(LABELS), "fields": ["phrase"], "prompt": "### Text: {phrase}\r# Not a heading\n<b>{tone}"}
     text = card.write(section, facts, form, None, [], "")
+    assert "The answers above are free. run.py and serve.py hold theirs to" in text
+    assert "held so, they were not scored" in text
     _, head, body = re.split(r"^---$", text, maxsplit=2, flags=re.M)
     loaded = yaml.safe_load(head)
     assert loaded["license"] == "mit --- license: other"

@@ -1,0 +1,123 @@
+"""What a build was planned with: a rule that would read other code or files stops, also where somebody puts them back before it ends.
+
+Snakemake records the digests that it took when it planned. So what a rule loads and reads must be what was there then.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from slmake import outputs
+from slmake.cli import SOURCES
+from slmake.code_inputs import PACKAGES, ROOT, code, digest, file_of, remember
+from slmake.errors import UserError
+
+FOLDER = Path(".snakemake")
+KEPT = 30 * 86400  # seconds that a plan stays: rules of another build may have to read it
+CHANGED = (
+    "{} changed after this build was planned, so it stops: what was built so far is of what was there before. Run the same command "
+    "again: it builds of what is there now."
+)
+
+
+def write(files: Mapping[str, list[str]]) -> str:
+    """Write what each rule was planned with; its path. Two plans of the same are one file.
+
+    Args:
+        files: what a rule reads besides its code and the outputs of other rules, by rule.
+    """
+    sums = {
+        rule: {
+            "code": {name: digest([name]) for name in code(rule)},
+            "files": {name: digest([name], exact=True) for name in names},
+        }
+        for rule, names in files.items()
+    }
+    _drop_stale_bytecode({name for plan in sums.values() for name in plan["code"]})
+    remember()  # rules need not hash again what was hashed here
+    text = json.dumps(sums).encode()
+    path = FOLDER / f"slmake.plan.{hashlib.sha256(text).hexdigest()[:16]}"
+    FOLDER.mkdir(exist_ok=True)
+    for other in FOLDER.glob("slmake.plan.*"):
+        with contextlib.suppress(OSError):  # another build removed it
+            if other != path and time.time() - other.stat().st_mtime > KEPT:
+                other.unlink()
+    outputs.replace(path, text)
+    return path.as_posix()
+
+
+def _drop_stale_bytecode(names: set[str]) -> None:
+    """Remove compiled code that is older than its file's inode: Python takes it for the file's where size and time are the same."""
+    for name in names:
+        compiled = Path(importlib.util.cache_from_source(str(ROOT / name)))
+        with contextlib.suppress(OSError):
+            if compiled.stat().st_mtime_ns < (ROOT / name).stat().st_ctime_ns:
+                compiled.unlink()
+
+
+@contextlib.contextmanager
+def watched(rule: str, started: int) -> Iterator[None]:
+    """Let a block load no other code, and read no other files, than those that the build was planned with.
+
+    Args:
+        rule: its name; where the build has no such rule, nothing is watched.
+        started: when this process began to load code, ns since the epoch.
+
+    Raises:
+        UserError: a file differs, was changed since the process started, or was changed meanwhile.
+    """
+    plan = _plan().get(rule)
+    if plan is None:
+        yield
+        return
+    seen = outputs.marks([*plan["code"], *plan["files"]])  # before they are compared
+    _refuse_other(plan)
+    late = [name for name in plan["code"] if seen.get(name, (0, 0, 0))[2] > started]
+    if late:
+        raise UserError(CHANGED.format(late[0]))
+    finder = _Finder(plan["code"], seen)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+    now = outputs.marks(plan["files"])
+    changed = sorted(name for name in now.keys() | seen.keys() - plan["code"].keys() if now.get(name) != seen.get(name))
+    if changed:
+        raise UserError(
+            f"{changed[0]} was changed while {rule} read it; what it made of it is not kept. Run the same command again."
+        )
+
+
+def _plan() -> dict[str, dict]:
+    try:
+        return json.loads(Path(os.environ[SOURCES]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{os.environ[SOURCES]} of this build is gone. Run the same command again.") from None
+
+
+def _refuse_other(plan: dict[str, dict]) -> None:
+    for kind, exact in (("code", False), ("files", True)):
+        for name, planned in plan[kind].items():
+            if digest([name], exact) != planned:
+                raise UserError(CHANGED.format(name))
+
+
+class _Finder:
+    """Finds no module, but looks at the project's own ones before Python loads them."""
+
+    def __init__(self, planned: dict[str, str], seen: dict[str, list[int]]):
+        self.planned, self.seen = planned, seen
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Raise UserError if this module is another than the planned one; otherwise leave it to Python."""
+        file = file_of(name) if name.split(".")[0] in PACKAGES else None
+        own = file.relative_to(ROOT).as_posix() if file else None
+        if own in self.planned and outputs.mark(file) != self.seen[own] and digest([own]) != self.planned[own]:
+            raise UserError(CHANGED.format(own))
