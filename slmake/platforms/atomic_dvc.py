@@ -91,7 +91,8 @@ def refuse_replaced(cache: StageCache, stage) -> None:
 def retry_sooner() -> None:
     """Let clients of Azure Blob wait about 4, 7 and 13 seconds between their tries, not 15, 18 and 24.
 
-    A file that does not get through is tried eight times: a broken connection is reported after one minute instead of two.
+    A file that does not get through is tried eight times. With files that wait for each other a broken connection is reported after
+    minutes; this halves them (docs/log.md).
     """
     from azure.storage.blob.aio import ExponentialRetry
 
