@@ -365,7 +365,7 @@ rule package:
     benchmark:
         "benchmarks/package.tsv"
     resources:
-        mem_mb=memory(2000),
+        mem_mb=memory(8000 if PLAN.params.package.constrain == "tools" else 2000),  # to see that the model can be held
         runtime=30,
     params:
         **built_from("package"),

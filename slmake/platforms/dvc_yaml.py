@@ -215,14 +215,14 @@ def refuse_stale() -> None:
     if "DVC_STAGE" not in os.environ or (NOTE.is_file() and NOTE.read_text() == origin()):
         return
     present, right = (yaml.safe_load(each)["stages"] for each in (Path("dvc.yaml").read_text("utf-8"), text()))
-    ours = {
-        name for name, stage in present.items() if "--allowed-rules" in stage.get("cmd", "")
-    }  # users may add stages of their own
+    # Users may add stages of their own.
+    ours = {name for name, stage in present.items() if "--allowed-rules" in stage.get("cmd", "")}
     if differ := [name for name in right | dict.fromkeys(ours) if present.get(name) != right.get(name)]:
         raise UserError(
             f"dvc.yaml is of other parameters than params.yaml (stage {differ[0]}). `make docs` writes it anew (`make` does it by itself); "
             "for `dvc exp run`, change params.yaml and write dvc.yaml first."
         )
+    NOTE.parent.mkdir(parents=True, exist_ok=True)
     outputs.replace(NOTE, origin().encode())
 
 
