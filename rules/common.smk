@@ -43,13 +43,13 @@ try:
     os.environ[cli.PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container
-    os.environ.setdefault(cli.SOURCES, planned.write({rule: PLAN.given(rule) for rule in PLAN.rules}))
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
     IMAGE = containers.image(CONTAINER)
     IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
     # DVC, Azure ML and Snakemake's own jobs run one rule alone and have the inputs of that rule only.
     if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
         raise UserError(problem)
+    os.environ.setdefault(cli.SOURCES, planned.write({rule: PLAN.given(rule) for rule in PLAN.rules}))
     if workflow.is_main_process:
         dvc.refuse_other_sources(PLAN)
         dvc_yaml.refuse_stale()
@@ -108,8 +108,8 @@ onstart:
                 "what was built is untouched."
             )
     try:
-        # DVC compares for itself, `make pull` has compared, and --touch is the user's own claim.
-        if workflow.is_main_process and not (workflow.touch or "DVC_STAGE" in os.environ):
+        # DVC and Azure ML run one rule and compare for themselves, `make pull` has compared, and --touch is the user's own claim.
+        if workflow.is_main_process and not (workflow.touch or workflow.dag_settings.allowed_rules):
             dvc.refuse_replaced(PLAN, {str(path) for job in workflow.dag.needrun_jobs() for path in job.output})
         if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)

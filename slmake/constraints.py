@@ -46,7 +46,10 @@ def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[
         return "regex", f" ?(?:{'|'.join(map(re.escape, form['labels']))})"
     if "regex" in constraint:
         return "regex", constraint["regex"]
-    return json_guidance(json_schemas.read(Path(constraint["json_schema"]), where)[0])
+    try:
+        return json_guidance(json_schemas.read(Path(constraint["json_schema"]), where)[0])
+    except ValueError as error:
+        raise UserError(f"{where}: {constraint['json_schema']}: {error}") from None
 
 
 def tool_guidance(model: Exported, tools: list[dict] | None, where: str) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
@@ -165,9 +166,7 @@ class Exported:
             return None
         # Tools are a variable, too: those that the runtime is given it rewrites ("string" becomes "str"), which training did not.
         variables = chat.get("template_kwargs", {}) | ({"tools": tools} if tools else {})
-        options = "".join(
-            f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in variables.items()
-        )
+        options = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in variables.items())
         day, today = date.fromisoformat(chat.get("date", "2024-01-01")), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         template = re.sub(today, lambda call: json.dumps(day.strftime(call[2])), file.read_text(encoding="utf-8"))
         return options + template.replace("strftime_now is defined", "true")
@@ -209,7 +208,7 @@ class Exported:
         except RuntimeError as error:
             if not sampling.guidance:
                 raise
-            reason = str(error).strip().removeprefix("Error creating grammar: ")
+            reason = _first_line(error).removeprefix("Error creating grammar: ")
             raise ValueError(f"answers cannot be held to this {sampling.guidance[0]}: {reason}") from None
         generator.append_tokens(list(prompt))
         return generator
@@ -234,14 +233,18 @@ class Exported:
         Returns:
             The new token ids, without the end token.
         """
-        generator = self.generator(prompt, max(new_tokens, room), sampling or Sampling())
-        return list(self.steps(generator, new_tokens, look))
+        sampling = sampling or Sampling()
+        generator = self.generator(prompt, max(new_tokens, room), sampling)
+        return list(self.steps(generator, new_tokens, look, bool(sampling.guidance)))
 
-    def steps(self, generator, new_tokens: int, look: Callable | None = None) -> Iterator[int]:
+    def steps(self, generator, new_tokens: int, look: Callable | None = None, held: bool = False) -> Iterator[int]:
         """Token ids as they are generated, without an end token (see `generate`).
 
+        Args:
+            held: guidance holds the answer.
+
         Raises:
-            ValueError: guidance asks for a character that the tokenizer has in pieces only, which the runtime cannot follow.
+            ValueError: the runtime cannot follow the guidance; it may ask for a character that the tokenizer has in pieces only.
         """
         length = generator.token_count()
         for made in range(1, new_tokens + 1):
@@ -250,8 +253,10 @@ class Exported:
                     look(generator)
                 generator.generate_next_token()
             except RuntimeError as error:
-                if "satisfy the grammar" not in str(error):
+                if not held:
                     raise
+                if "satisfy the grammar" not in str(error):
+                    raise ValueError(f"answers cannot be held to this: {_first_line(error)}") from None
                 raise ValueError(
                     "answers cannot be held to this: it has a character that the model's tokenizer writes in several tokens, which "
                     "onnxruntime-genai cannot follow. Leave the character out, or write it as ASCII."
@@ -296,6 +301,7 @@ class Stream:
     Args:
         prompt: token ids that fit the model.
         stop: texts that end the answer; they are no part of it.
+        strip: leave out outer white space, as `Exported.decode` does.
 
     Attributes:
         text: the answer so far.
@@ -313,14 +319,16 @@ class Stream:
         new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        strip: bool = True,
     ):
-        self.model, self.prompt, self.new_tokens, self.stop = model, prompt, new_tokens, stop
-        self.generator = model.generator(prompt, new_tokens, sampling or model.sampling)
+        self.model, self.prompt, self.new_tokens, self.stop, self.strip = model, prompt, new_tokens, stop, strip
+        sampling = sampling or model.sampling
+        self.generator, self.held = model.generator(prompt, new_tokens, sampling), bool(sampling.guidance)
         self.text, self.finish = "", None
         self.tokens: list[int] = []
 
     def __iter__(self) -> Iterator[str]:
-        for token in self.model.steps(self.generator, self.new_tokens):
+        for token in self.model.steps(self.generator, self.new_tokens, held=self.held):
             self.tokens.append(token)
             yield self._advance()
             if self.finish:
@@ -332,7 +340,8 @@ class Stream:
 
     def _advance(self) -> str:
         """What is certain now of the text so far, behind what was given before."""
-        whole = self.model.text(self.tokens).lstrip()
+        whole = self.model.text(self.tokens)
+        whole = whole.lstrip() if self.strip else whole
         stopped = [whole.index(text) for text in self.stop if text in whole]
         if stopped:
             self.finish, whole = "stop", whole[: min(stopped)]
@@ -341,7 +350,7 @@ class Stream:
             longest = len(whole) + 1
             begun = [n for text in self.stop for n in range(1, min(len(text), longest)) if whole.endswith(text[:n])]
             whole = whole[: len(whole) - max(begun, default=0)]
-        whole = whole.rstrip()
+        whole = whole.rstrip() if self.strip else whole
         if not whole.startswith(self.text):  # shorter than before: more was held back
             return ""
         piece, self.text = whole[len(self.text) :], whole
@@ -354,6 +363,23 @@ def truncate(ids: Sequence[int], limit: int, kept: int | None) -> Sequence[int]:
         return ids
     first = ids[:1] if ids[0] == kept else ids[:0]
     return [*first, *ids[len(ids) - limit + len(first) :]]
+
+
+def _first_line(error: Exception) -> str:
+    """A reason of the runtime, which may go on with all of its state."""
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _literal(value: object) -> str:
+    """A JSON value for a template: the runtime's reader takes no exponents."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(part)}' for name, part in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, float):
+        text = format(Decimal(repr(value)), "f")
+        return text if "." in text else f"{text}.0"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _holds_nul(value: object) -> bool:

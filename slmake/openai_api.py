@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field
 
 from slmake import tool_calls
 
+# The runtime reads tools in a time that grows with the square of their text, while other requests wait: 16 kB take 2 s.
+TOOLS, TOOLS_BYTES = 128, 2**14
 # Every token of an answer is compared with these while other requests wait; four is OpenAI's limit, too.
 Stop = Annotated[str, Field(max_length=256)]
 
@@ -34,6 +36,8 @@ class Options(BaseModel):
     stream_options: dict[str, Any] | None = None
     n: Literal[1] | None = 1
     logprobs: Literal[False, 0] | None = None
+    top_logprobs: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
@@ -134,7 +138,8 @@ class Chat(Options):
     """A request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=TOOLS)] | None = None
+    functions: Annotated[list, Field(max_length=0)] | None = None  # how tools were given once
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     response_format: ResponseFormat | None = None
 
@@ -147,6 +152,7 @@ class Job:
     new_tokens: int
     sampling: Any
     stops: list[str]
+    strip: bool = True  # leave out outer white space
     calls: Any = None  # the form of calls, where the model may call a function
     tools: list[dict] = field(default_factory=list)
 
@@ -165,7 +171,11 @@ def chat_job(model, asked: Chat) -> Job:
         prompt, calls, tools = model.prompt(*model.arguments(asked.messages[0].text)), None, []
     else:
         offered = asked.tools if asked.tools and asked.tool_choice != "none" else []
+        if not asked.tools and asked.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: the request has no tools.")
         tools = [tool.model_dump(exclude_none=True) for tool in offered]
+        if (size := len(json.dumps(tools))) > TOOLS_BYTES:
+            raise ValueError(f"tools: they have {size:,} bytes of JSON; at most {TOOLS_BYTES:,} are read.")
         calls = tool_calls.CallForm.of(model) if tools else None
         prompt = model.chat_prompt([message.turn() for message in asked.messages], tools)
     guidance = _package_guidance(model)
@@ -175,7 +185,7 @@ def chat_job(model, asked: Chat) -> Job:
         guidance = tool_calls.json_guidance(schema)
     if tools and asked.tool_choice not in (None, "auto"):
         guidance = calls.guidance(model, _chosen(tools, asked.tool_choice))
-    return Job(prompt, *_limits(model, asked, guidance), asked.stops, calls, tools)
+    return Job(prompt, *_limits(model, asked, guidance), asked.stops, calls=calls, tools=tools)
 
 
 def _chosen(tools: list[dict], choice: str | ToolChoice) -> list[dict]:
@@ -192,7 +202,7 @@ def completion_job(model, asked: Completion) -> Job:
     """What a completion request asks of a model: its text is read as it is, without a template."""
     if "\0" in asked.prompt or not asked.prompt:
         raise ValueError("prompt: it is empty or holds a NUL character.")
-    return Job(asked.prompt, *_limits(model, asked, _package_guidance(model)), asked.stops)
+    return Job(asked.prompt, *_limits(model, asked, _package_guidance(model)), asked.stops, strip=False)
 
 
 def _to_tools(model) -> bool:
@@ -257,18 +267,19 @@ class Form:
 
     async def events(self, pieces: AsyncIterator[str], with_usage: bool) -> AsyncIterator[str]:
         """Server-sent events, each with one choice; the usage last, if it is asked for."""
+        usage = {"usage": None} if with_usage else {}
         for choice in self.first():
-            yield self._event([{"index": 0, **choice}])
+            yield self._event([{"index": 0, **choice}], **usage)
         try:
             async with contextlib.aclosing(pieces):
                 async for text in pieces:
                     for choice in self.piece(text):
-                        yield self._event([{"index": 0, **choice}])
+                        yield self._event([{"index": 0, **choice}], **usage)
         except ValueError as error:  # the status was sent before
             yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'invalid_request_error'}})}\n\n"
             return
         for choice in self.last():
-            yield self._event([{"index": 0, **choice}])
+            yield self._event([{"index": 0, **choice}], **usage)
         if with_usage:
             yield self._event([], usage=self.usage())
         yield "data: [DONE]\n\n"

@@ -178,7 +178,7 @@ def note_built(paths: Iterable[Path | str], to_be_linked: bool = False) -> None:
             note = _note_of(path)
             temporary = note.with_name(f".{note.name}.{secrets.token_hex(4)}.partial")
             temporary.touch()
-            made = {"inode": temporary.stat().st_ino, "is": _seen(Path(path)), "to_be_linked": to_be_linked}
+            made = {"inode": temporary.stat().st_ino, "is": seen_of(Path(path)), "to_be_linked": to_be_linked}
             temporary.write_text(json.dumps(made), encoding="utf-8")
             os.replace(temporary, note)
 
@@ -195,14 +195,21 @@ def as_built(path: Path | str) -> bool:
         copied, then = note.stat().st_ino != noted["inode"], noted["is"]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    now = _seen(Path(path))
+    now = seen_of(Path(path))
     if isinstance(now, dict) and isinstance(then, dict) and (copied or noted.get("to_be_linked")):
         compared = (0, 1) if copied else (0, 1, 3)
         now, then = ({file: [mark[i] for i in compared] for file, mark in seen.items()} for seen in (now, then))
     return now == then
 
 
-def _seen(path: Path) -> dict[str, list[int]] | str | None:
+def is_noted(path: Path | str) -> bool:
+    """Whether a rule's output of that name was noted."""
+    with contextlib.suppress(OSError):  # a text that is no path
+        return _note_of(path).is_file()
+    return False
+
+
+def seen_of(path: Path) -> dict[str, list[int]] | str | None:
     """Marks of a folder's files. Of one file the SHA-256, because Snakemake touches it when its rule has ended; None where it is not."""
     return marks([path]) if path.is_dir() else sha256(path) if path.is_file() else None
 

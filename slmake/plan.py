@@ -169,8 +169,8 @@ class Plan:
         }
         for name, files in needed.items():
             for file in files:
-                if "{" in file or "}" in file:
-                    return f"{name}: {file}: Snakemake takes braces for a wildcard. Rename the file."
+                if "{" in file or "}" in file or ", " in file:
+                    return f"{name}: {file}: Snakemake takes braces for a wildcard, and a comma before a space for the end of a name. Rename the file."
                 folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
                 if not (os.path.isfile(file) or (folder and file in [*self.model_source, *self.adapter_source])):  # noqa: PTH113
                     kind = "a folder, not a file" if folder else "no such file"

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from slmake import outputs
@@ -24,6 +24,9 @@ CHANGED = (
     "{} changed after this build was planned, so it stops: what was built so far is of what was there before. Run the same command "
     "again: it builds of what is there now."
 )
+READ = "{} was changed while {} read it; what it made of it is not kept. Run the same command again."
+
+_files: dict[str, dict] | None = None  # those that the running rule may read; None where nothing is watched
 
 
 def write(files: Mapping[str, list[str]]) -> str:
@@ -32,16 +35,16 @@ def write(files: Mapping[str, list[str]]) -> str:
     Args:
         files: what a rule reads besides its code and the outputs of other rules, by rule.
     """
-    sums = {
+    plans = {
         rule: {
-            "code": {name: digest([name]) for name in code(rule)},
-            "files": {name: digest([name], exact=True) for name in names},
+            "code": {name: {"is": digest([name]), "mark": outputs.mark(name)} for name in code(rule)},
+            "files": {name: {"is": digest([name], exact=True)} for name in names},
         }
         for rule, names in files.items()
     }
-    _drop_stale_bytecode({name for plan in sums.values() for name in plan["code"]})
+    _drop_stale_bytecode({name for plan in plans.values() for name in plan["code"]})
     remember()  # rules need not hash again what was hashed here
-    text = json.dumps(sums).encode()
+    text = json.dumps(plans).encode()
     path = FOLDER / f"slmake.plan.{hashlib.sha256(text).hexdigest()[:16]}"
     FOLDER.mkdir(exist_ok=True)
     for other in FOLDER.glob("slmake.plan.*"):
@@ -65,6 +68,8 @@ def _drop_stale_bytecode(names: set[str]) -> None:
 def watched(rule: str, started: int) -> Iterator[None]:
     """Let a block load no other code, and read no other files, than those that the build was planned with.
 
+    Outputs of other rules that its command line names must be what these rules built.
+
     Args:
         rule: its name; where the build has no such rule, nothing is watched.
         started: when this process began to load code, ns since the epoch.
@@ -72,27 +77,39 @@ def watched(rule: str, started: int) -> Iterator[None]:
     Raises:
         UserError: a file differs, was changed since the process started, or was changed meanwhile.
     """
+    global _files
     plan = _plan().get(rule)
     if plan is None:
         yield
         return
-    seen = outputs.marks([*plan["code"], *plan["files"]])  # before they are compared
-    _refuse_other(plan)
-    late = [name for name in plan["code"] if seen.get(name, (0, 0, 0))[2] > started]
-    if late:
-        raise UserError(CHANGED.format(late[0]))
-    finder = _Finder(plan["code"], seen)
+    inputs = [name for name in sys.argv[1:] if outputs.is_noted(name) and os.path.exists(name)]  # noqa: PTH110 (any text)
+    seen, loaded = _seen(plan["files"], inputs), outputs.marks(plan["code"])  # before they are compared
+    _refuse_other(plan, loaded, started)
+    if "DVC_STAGE" not in os.environ:  # DVC links what a stage has built into its cache
+        for name in (name for name in inputs if not outputs.as_built(name)):
+            raise UserError(f"{name} is not what its rule has built. `make` says what to do with it.")
+    finder = _Finder(plan["code"], loaded)
     sys.meta_path.insert(0, finder)
+    _files = plan["files"]
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-    now = outputs.marks(plan["files"])
-    changed = sorted(name for name in now.keys() | seen.keys() - plan["code"].keys() if now.get(name) != seen.get(name))
-    if changed:
-        raise UserError(
-            f"{changed[0]} was changed while {rule} read it; what it made of it is not kept. Run the same command again."
-        )
+        _files = None
+    now = _seen(plan["files"], inputs)
+    for name in (name for name in sorted(now.keys() | seen.keys()) if now.get(name) != seen.get(name)):
+        raise UserError(READ.format(name, rule))
+
+
+def _seen(files: Iterable[str], inputs: list[str]) -> dict[str, object]:
+    """What tells that files, and outputs of other rules, are still the same; single outputs by content, for Snakemake touches them."""
+    return outputs.marks(files) | {name: outputs.seen_of(Path(name)) for name in inputs}
+
+
+def refuse_unplanned(names: Iterable[str]) -> None:
+    """Raise UserError if a rule is about to read a file of a folder or a pattern that was not there when the build was planned."""
+    for name in (name for name in names if _files is not None and name not in _files):
+        raise UserError(CHANGED.format(name))
 
 
 def _plan() -> dict[str, dict]:
@@ -102,22 +119,24 @@ def _plan() -> dict[str, dict]:
         raise UserError(f"{os.environ[SOURCES]} of this build is gone. Run the same command again.") from None
 
 
-def _refuse_other(plan: dict[str, dict]) -> None:
+def _refuse_other(plan: dict[str, dict], loaded: dict[str, list[int]], started: int) -> None:
+    """Raise UserError if a file is another than the planned one, or was one for a moment since this process started."""
     for kind, exact in (("code", False), ("files", True)):
         for name, planned in plan[kind].items():
-            if digest([name], exact) != planned:
+            touched = kind == "code" and loaded.get(name) != planned["mark"] and loaded.get(name, [0] * 4)[2] > started
+            if touched or digest([name], exact) != planned["is"]:
                 raise UserError(CHANGED.format(name))
 
 
 class _Finder:
     """Finds no module, but looks at the project's own ones before Python loads them."""
 
-    def __init__(self, planned: dict[str, str], seen: dict[str, list[int]]):
+    def __init__(self, planned: dict[str, dict], seen: dict[str, list[int]]):
         self.planned, self.seen = planned, seen
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Raise UserError if this module is another than the planned one; otherwise leave it to Python."""
         file = file_of(name) if name.split(".")[0] in PACKAGES else None
         own = file.relative_to(ROOT).as_posix() if file else None
-        if own in self.planned and outputs.mark(file) != self.seen[own] and digest([own]) != self.planned[own]:
+        if own in self.planned and outputs.mark(file) != self.seen[own] and digest([own]) != self.planned[own]["is"]:
             raise UserError(CHANGED.format(own))

@@ -121,7 +121,7 @@ class Server:
         """
         import anyio
 
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the request as Content-Type: application/json.")
         content, size = b"", int(request.headers.get("content-length") or 0)
         try:
@@ -160,7 +160,7 @@ class Server:
             ValueError: it does not fit the model, or no answer can fit its schema.
         """
         ids = self.model.fitting(self.model.encode(job.prompt), job.new_tokens)
-        return generation.Stream(self.model, ids, job.new_tokens, job.sampling, job.stops)
+        return generation.Stream(self.model, ids, job.new_tokens, job.sampling, job.stops, job.strip)
 
     def state(self) -> dict:
         return {

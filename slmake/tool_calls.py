@@ -12,6 +12,7 @@ from dataclasses import dataclass
 # How guidance writes JSON: as json.dumps and templates do. Left free, a weak model may write white space until its tokens end.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 TAG = r"<[^<>\s]+>|\[[A-Z_]+\]"  # as chat templates mark calls: <tool_call>, Mistral's [TOOL_CALLS]
+BOUND = 1000  # items that a schema may count: the runtime makes as many rules of its grammar
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
 
@@ -89,9 +90,13 @@ class CallForm:
 
         Args:
             optional: an answer may also be text without a call, and text may stand before calls.
+
+        Raises:
+            ValueError: see `refuse_endless`.
         """
         calls = []
         for function in map(function_of, tools):
+            refuse_endless(schema_of(function))
             properties = {self.name: {"const": function["name"]}, self.arguments: schema_of(function)}
             properties |= {self.id: {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if self.id else {}
             calls.append(
@@ -140,6 +145,10 @@ class CallForm:
                     calls.append((written[self.name], written.get(self.arguments) or {}))
                     outside.append(text[position : start.start()])
                     position = re.compile(rf"\s*(?:{after})?").match(text, end).end()
+                    if self._shown(self.after).startswith(
+                        text[position:].strip()
+                    ):  # cut within what stands behind a call
+                        position = len(text)
         return "".join([*outside, text[position:]]).strip(), calls
 
 
@@ -162,6 +171,23 @@ def _literal(model, text: str) -> str:
     return " ".join(parts)
 
 
+def refuse_endless(schema: object) -> None:
+    """Raise ValueError if a schema counts more items than BOUND: the grammar would take all memory, and no answer is that long."""
+    parts = schema if isinstance(schema, list) else schema.values() if isinstance(schema, dict) else ()
+    for name in ("minItems", "maxItems", "minProperties", "maxProperties") if isinstance(schema, dict) else ():
+        if isinstance(schema.get(name), int | float) and schema[name] > BOUND:
+            raise ValueError(
+                f"answers cannot be held to this schema: {name} is {schema[name]}; at most {BOUND} can be followed."
+            )
+    for part in parts:
+        refuse_endless(part)
+
+
 def json_guidance(schema: dict) -> tuple[str, str]:
-    """What holds an answer to a JSON Schema."""
+    """What holds an answer to a JSON Schema.
+
+    Raises:
+        ValueError: see `refuse_endless`.
+    """
+    refuse_endless(schema)
     return "json_schema", json.dumps({"x-guidance": COMPACT} | schema)

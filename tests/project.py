@@ -144,3 +144,12 @@ def new_project(folder: Path, base: Path) -> Path:
     shutil.copytree(base, folder / "data" / "base")
     write_params(folder / "params.yaml", fetch_model={"source": "data/base", "sha256": None}, **TINY)
     return folder
+
+
+def edit_in(project, rule: str, when: str, code: str) -> None:
+    """Let a rule's script run Python code of the test before or after its own work."""
+    script = project / "scripts" / f"{rule}.py"
+    text = script.read_text(encoding="utf-8")
+    before, after = (code, "pass") if when == "before" else ("pass", code)
+    text = text.replace('if __name__ == "__main__":\n    main()', f'if __name__ == "__main__":\n    {before}\n    main()\n    {after}')  # fmt: skip
+    script.write_text(text, encoding="utf-8")

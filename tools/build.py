@@ -76,7 +76,8 @@ def write_page() -> None:
         UserError: Snakemake cannot.
     """
     newest = max(path.stat().st_mtime for path in OVERVIEW.parent.iterdir())
-    figures = outputs.folder_digest(OVERVIEW.parent)  # DVC restores older ones with their times
+    # DVC restores older figures with their times.
+    figures = outputs.folder_digest(OVERVIEW.parent) + outputs.folder_digest(Path("report"))
     same = SHOWN.is_file() and SHOWN.read_text(encoding="ascii") == figures
     if PAGE.exists() and PAGE.stat().st_mtime >= newest and same and outputs.as_built(PAGE):
         return

@@ -13,6 +13,7 @@ by `dvc status`, that every hash matches, and only then it records the outputs i
 
 import argparse
 import configparser
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ from pathlib import Path
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.plan import Plan
+from slmake.platforms import dvc_yaml
 from slmake.platforms.dvc import (
     PULLED,
     built_from,
@@ -41,7 +43,6 @@ from slmake.platforms.dvc import (
     repair_lock,
     stages,
 )
-from slmake.platforms.dvc_yaml import METRICS
 from slmake.platforms.screen import without_location
 from slmake.sources.secrets import holds_secret, masked
 
@@ -231,6 +232,7 @@ def pull(job: cli.Job) -> None:
     there = stored()
     if not there:
         raise UserError("nothing is in the remote. Where it was built: `make push`.")
+    refuse_before_overwriting()
     transfer("pull", job)
     prove(job)
 
@@ -241,6 +243,7 @@ def restore(job: cli.Job) -> None:
     Raises:
         UserError: the cache lacks something; or the receipts, the parameters and the files here do not agree.
     """
+    refuse_before_overwriting()
     done = dvc("checkout", "--force", capture=True)
     if done.returncode:
         raise UserError(
@@ -250,9 +253,41 @@ def restore(job: cli.Job) -> None:
     prove(job)
 
 
+def refuse_before_overwriting() -> None:
+    """Bring dvc.yaml up to date; refuse where a build runs, or what was recorded is not of the parameters, code and data here.
+
+    Raises:
+        UserError: outputs would be overwritten, and what takes their place would be refused.
+    """
+    if any(Path(".snakemake/locks").glob("*")):
+        raise UserError("a build is running here. If it was killed: `.venv/bin/snakemake --unlock`, then again.")
+    with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
+        dvc_yaml.update()
+    made = {path for stage in entries().values() for path in outs(stage)} | {out["path"] for out in receipts()}
+    for stage, changes in compared_by_dvc().items():
+        deps = [dep for change in changes if isinstance(change, dict) for dep in change.get("changed deps", {})]
+        if given := [dep for dep in deps if dep not in made]:
+            raise UserError(
+                f"{stage} was recorded with other {', '.join(given)} than are here, so nothing was overwritten. Bring back what was there "
+                "then, or run `make`: it builds of what is here."
+            )
+
+
+def compared_by_dvc() -> dict[str, list]:
+    """What `dvc status` finds changed, by stage.
+
+    Raises:
+        UserError: it fails.
+    """
+    status = dvc("status", "--json", capture=True)
+    if status.returncode:
+        raise UserError(f"dvc status: {reason(status)}")
+    return json.loads(status.stdout or "{}")
+
+
 def take_from_git() -> None:
     """Put back the results that Git keeps, and not DVC's cache, where the last commit has what was recorded."""
-    for out in (out for out in receipts() if out["path"] in METRICS):
+    for out in (out for out in receipts() if out["path"] in dvc_yaml.METRICS):
         path = Path(out["path"])
         if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() == out["md5"]:
             continue
@@ -271,11 +306,9 @@ def prove(job: cli.Job) -> None:
     Raises:
         UserError: the receipts, the parameters and the files here do not agree, or something changed meanwhile.
     """
+    dvc_yaml.update()
     compared, seen = built_from(Plan(params.load("params.yaml"))), files_here()
-    status = dvc("status", "--json", capture=True)
-    if status.returncode:
-        raise UserError(f"dvc status: {reason(status)}")
-    changed = json.loads(status.stdout or "{}")
+    changed = compared_by_dvc()
     if changed:
         raise UserError(
             f"what was recorded is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "

@@ -139,8 +139,11 @@ def _call(number: int, call: object) -> dict:
 
 
 def _parsed(text: str, what: str) -> object:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
 
@@ -164,9 +167,10 @@ def read_tools(tools: object) -> list[dict] | None:
     schemas = _listed(tools, "`tools`")
     for number, schema in enumerate(schemas, 1):
         function = schema.get("function", schema) if isinstance(schema, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        right = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not right or not isinstance(function.get("parameters", {}), dict | None):
             raise ValueError(
-                f"has `tools` whose item {number} is not a function's JSON schema (an object with `name`) but {json.dumps(schema)[:60]}"
+                f"has `tools` whose item {number} is not a function's JSON schema (an object with `name` and `parameters`, an object) but {json.dumps(schema)[:60]}"
             )
     return schemas or None
 

@@ -46,10 +46,17 @@ def reason(done: subprocess.CompletedProcess) -> str:
 
 
 def entries() -> dict[str, dict]:
-    """The stages of dvc.yaml by name."""
+    """The stages of dvc.yaml by name.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
     import yaml
 
-    return yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    try:
+        return dict(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        raise UserError("dvc.yaml cannot be read. `make docs` writes it anew.") from None
 
 
 def stages() -> list[str]:
@@ -73,7 +80,8 @@ def refuse_other_sources(plan: Plan) -> None:
 
 def built_from(plan: Plan) -> str:
     """Digest of all parameters, code and data of a plan, 64 hex digits."""
-    parts = [text for rule in plan.rules for text in (rule, plan.section(rule), plan.digest(rule))]
+    rules = [rule for rule in plan.rules if rule != "candidate"]  # what it depends on, search does, too
+    parts = [text for rule in rules for text in (rule, plan.section(rule), plan.digest(rule))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -108,6 +116,10 @@ def repair_lock() -> str | None:
 
     if not LOCK.exists():
         return None
+    if b"\n<<<<<<< " in LOCK.read_bytes():
+        raise UserError(
+            f"{LOCK} has the marks of a conflict. Take one side, `git checkout --ours {LOCK}` or `--theirs`; then `make restore`, or `make`."
+        )
     try:
         stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
         whole = all(stage["cmd"] for stage in stages.values())
@@ -127,7 +139,7 @@ def outs(stage: dict) -> list[str]:
 
 
 def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
-    """Refuse to build on outputs that are not those that Snakemake has a record of, as `dvc repro`, `dvc checkout` or a copy leave them.
+    """Refuse to build on outputs that Snakemake has no record of, or of others, as `dvc repro`, `dvc checkout` or a copy leave them.
 
     Snakemake would take them for built from what is here now, and build a package that claims so.
 
@@ -137,14 +149,17 @@ def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
     Raises:
         UserError: there is one, and its receipt does not say that it is of what is here now.
     """
-    if not (LOCK.exists() and outputs.BUILT.is_dir()):
+    if not LOCK.exists():
         return
     named = entries()
+    unknown: dict[str, str] = {}  # the first such output, by stage
     for stage in (name for name in plan.rules if name in named):
-        for output in outs(named[stage]):
-            record = metadata(output) if output not in rebuilt else None
-            if record and Path(output).exists() and not outputs.as_built(output) and _is_of_now(plan, record, output):
-                _refuse_changed({stage: output}, "nothing was built")
+        for output in (output for output in outs(named[stage]) if output not in rebuilt and Path(output).exists()):
+            record = metadata(output)
+            if not record or (not outputs.as_built(output) and _is_of_now(plan, record, output)):
+                unknown.setdefault(stage, output)
+    if unknown:
+        _refuse_changed(unknown, "nothing was built")
 
 
 def _is_of_now(plan: Plan, record: dict, output: str) -> bool:
@@ -228,10 +243,11 @@ def _refuse_changed(unknown: dict[str, str], undone: str) -> None:
     kept = {stage for stage in found if all(map(_is_about_outs, found[stage]))} - {
         stage for _, _, stage in _compared(lost)
     }
-    for stage in (stage for stage in found if stage not in kept):
+    changed = [unknown[stage] for stage in found if stage not in kept]
+    if changed:
         raise UserError(
-            f"nothing says what {unknown[stage]} was built from; {undone}. `make restore` brings back what was recorded, "
-            f"and `.venv/bin/snakemake --cores all --force {unknown[stage]}` builds it again; then `make`."
+            f"nothing says what {', '.join(changed)} {'was' if len(changed) == 1 else 'were'} built from; {undone}. `make restore` brings "
+            f"back what was recorded, and `.venv/bin/snakemake --cores all --force {' '.join(changed)}` builds it again; then `make`."
         )
 
 
@@ -311,12 +327,19 @@ def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, s
 
 
 def receipts() -> list[dict]:
-    """What the receipts say of every output that DVC keeps: `path` and `md5` (32 hex digits, `.dir` behind those of folders)."""
+    """What the receipts say of every output that DVC keeps: `path` and `md5` (32 hex digits, `.dir` behind those of folders).
+
+    Raises:
+        UserError: a file of receipts is damaged.
+    """
     import yaml
 
     outs = []
     for path in filter(Path.is_file, [Path("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]):
-        receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        try:
+            receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (ValueError, yaml.YAMLError):
+            raise UserError(f"{path} is damaged. Bring it back with `git checkout {path}`.") from None
         for stage in [receipt, *receipt.get("stages", {}).values()]:  # paths are relative to the file that names them
             outs += [
                 out | {"path": (path.parent / out["path"]).as_posix()} for out in stage.get("outs", []) if "md5" in out
@@ -337,7 +360,11 @@ def recorded() -> dict[str, int]:
 
 def lost() -> list[str]:
     """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
-    return [out["path"] for out in receipts() if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
+    try:
+        recorded = receipts()
+    except UserError:  # the next record says so
+        return []
+    return [out["path"] for out in recorded if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
 
 
 @functools.cache

@@ -24,8 +24,9 @@ import yaml
 from slmake import outputs
 from slmake.code_inputs import code, digest, modules, remember
 from slmake.errors import UserError
-from slmake.params import load, sums
+from slmake.params import Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
+from slmake.platforms.dvc import entries
 
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
@@ -173,11 +174,15 @@ def scored_models() -> list[str]:
 
 def text() -> str:
     """dvc.yaml as it should be now."""
-    checked = load("params.yaml")
-    parameters = {f"{name}.{field}" for name, section in checked if section for field in section.model_fields_set}
-    document = dvc_yaml(rules(), scored_models(), checked.model_fields_set | parameters)
+    document = dvc_yaml(rules(), scored_models(), given(load("params.yaml")))
     body = yaml.safe_dump(document, sort_keys=False, width=1000, allow_unicode=True)
     return HEADER + body
+
+
+def given(checked: Params) -> set[str]:
+    """Sections and parameters (`section.name`) that params.yaml has."""
+    parameters = {f"{name}.{field}" for name, section in checked if section for field in section.model_fields_set}
+    return checked.model_fields_set | parameters
 
 
 def origin() -> str:
@@ -191,7 +196,7 @@ def origin() -> str:
     ]
     plan = Plan(load("params.yaml"))
     names = [*(name for rule in scripts() for name in code(rule)), *plan.files, *plan.materials()]
-    parts = [digest(files, exact=True), *names, json.dumps(sums(plan.params))]
+    parts = [digest(files, exact=True), *names, json.dumps(sums(plan.params)), *sorted(given(plan.params))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -214,7 +219,7 @@ def refuse_stale() -> None:
     """Raise UserError if DVC runs a rule by a dvc.yaml of other parameters: its receipts would name other inputs and outputs."""
     if "DVC_STAGE" not in os.environ or (NOTE.is_file() and NOTE.read_text() == origin()):
         return
-    present, right = (yaml.safe_load(each)["stages"] for each in (Path("dvc.yaml").read_text("utf-8"), text()))
+    present, right = entries(), yaml.safe_load(text())["stages"]
     # Users may add stages of their own.
     ours = {name for name, stage in present.items() if "--allowed-rules" in stage.get("cmd", "")}
     if differ := [name for name in right | dict.fromkeys(ours) if present.get(name) != right.get(name)]:

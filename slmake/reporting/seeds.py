@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from slmake import params
+from slmake.plan import Plan
 from slmake.reporting.figures import colour, save
 from slmake.reporting.pages import escape, html_table, page
 
@@ -76,9 +77,10 @@ def seeds_page(result: dict, everything: params.Params) -> str:
         for line in result["summary"]
     ]
     now = params.sums(everything)
-    changed = [name for name in BUILT_BY if result["params"].get(name) != now[name]]
+    changed = [f"{name} in params.yaml" for name in BUILT_BY if result["params"].get(name) != now[name]]
+    changed += ["dataset, or code that prepares it"] if result.get("data") != Plan(everything).digest("prepare") else []
     warning = (
-        f'<p class="bad">These runs had another {escape(", ".join(changed))} in params.yaml. Run <code>make seeds</code> again.</p>'
+        f'<p class="bad">These runs had another {escape(", another ".join(changed))}. Run <code>make seeds</code> again.</p>'
         if changed
         else ""
     )

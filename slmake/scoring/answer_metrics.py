@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from slmake.scoring.questions import Questions
 
 # Of (prompt, expected, answer) to a number; None where the metric has nothing to say of this row.
 Score = Callable[[str, str, str], float | None]
+LARGEST = 1e100  # a number of a metric, so that sums and squares of many are finite
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?")
 
 
@@ -145,7 +145,7 @@ def own_function(file: str, name: str) -> Score:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where}: the file cannot be run: {type(error).__name__}: {error}. Correct it.") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -178,11 +178,11 @@ def values(metric: AnswerMetric, questions: Questions, answers: list[str]) -> np
             number = function(questions.texts[i] or "", questions.expected[i], answer)
         except UserError as error:
             raise UserError(f"{where}: {error}. Take the metric out, or correct the row.") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{where}: {type(error).__name__}: {error}. Correct the function.") from error
         if number is None:
             continue
-        if not isinstance(number, int | float | np.number | np.bool_) or not math.isfinite(number):
+        if not isinstance(number, int | float | np.number | np.bool_) or not abs(number) <= LARGEST:  # not NaN either
             raise UserError(f"{where}: it returned {number!r}, not a finite number. Correct the function.")
         numbers[i] = float(number)
     if np.isnan(numbers).all():

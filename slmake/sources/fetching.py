@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from slmake import cli, outputs
+from slmake import cli, outputs, planned
 from slmake.errors import UserError
 from slmake.sources.base import Source
 from slmake.sources.download import digest_of
@@ -105,6 +105,7 @@ def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[P
         }
     else:
         names, details = {name: Path(name) for name in row_files(source.path)}, {}
+        planned.refuse_unplanned(names)
         check_one_split(source.path, list(names))
     if not names:
         raise UserError(f"{source.full}: no file matches. Check prepare.source.")

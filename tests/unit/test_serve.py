@@ -82,6 +82,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client):
     assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
     assert events[-1].usage == whole.usage
     assert len({event.id for event in events}) == 1
+    assert not any(event.usage for event in events[:-1])
     assert not any(event.usage for event in chat(client, stream=True))
 
 
@@ -103,7 +104,8 @@ def test_a_stop_string_ends_an_answer(client):
 
 def test_completions_read_the_text_as_it_is(client, model):
     answer = client.completions.create(model="tiny", prompt="### Text: a", max_tokens=5)
-    assert answer.choices[0].text == model.decode(model.generate(model.encode("### Text: a"), 5))
+    tokens = model.generate(model.encode("### Text: a"), 5)
+    assert answer.choices[0].text == model.text(tokens), "white space included: it goes on with the text"
     assert answer.usage.prompt_tokens == len(model.encode("### Text: a"))
     events = client.completions.create(model="tiny", prompt="### Text: a", max_tokens=5, stream=True)
     assert "".join(event.choices[0].text for event in events) == answer.choices[0].text
@@ -171,6 +173,33 @@ def test_the_model_is_listed(client):
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"frequency_penalty": 1}, "frequency_penalty: Input should be 0"),
+        ({"logit_bias": {"5": 10}}, "logit_bias: Dictionary should have at most 0 items"),
+        ({"top_logprobs": 2}, "top_logprobs: Input should be 0"),
+        ({"functions": [{"name": "weather"}]}, "functions: List should have at most 0 items"),
+        ({"tool_choice": "required"}, "tool_choice: the request has no tools"),
+        ({"tools": [WEATHER] * 129}, "tools: List should have at most 128 items"),
+        (
+            {"tools": [{**WEATHER, "function": {"name": "f", "description": "x" * 17000}}]},
+            "bytes of JSON; at most 16,384 are read",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"anyOf": [{"type": "array", "minItems": 10**9}]}},
+                }
+            },
+            "minItems is 1000000000; at most 1000 can be followed",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "^a{100000000}$"}},
+                }
+            },
+            "answers cannot be held to this",
+        ),
         ({"max_tokens": 600}, "tokens with the template, and 600 for the answer; the model reads 512"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, "the text is too long: "),
         ({"response_format": {"type": "json_schema"}}, "json_schema.schema is missing"),
@@ -270,8 +299,8 @@ def slow_steps(monkeypatch, made: list[int]) -> None:
     """Let every token take ten milliseconds more, and collect them."""
     steps = generation.Exported.steps
 
-    def counted(self, *arguments):
-        for token in steps(self, *arguments):
+    def counted(self, *arguments, **options):
+        for token in steps(self, *arguments, **options):
             made.append(token)
             time.sleep(0.01)
             yield token

@@ -1,6 +1,7 @@
 """Calls of functions: the form is the chat template's, guidance holds answers to it, and answers are read in it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,29 @@ def test_a_template_with_other_keys_and_no_frame(model, tmp_path):
     content, [(name, arguments)] = form.read(text, ["weather"])
     assert (content, name, set(arguments)) == ("", "weather", {"city", "days"})
     assert form.read(f"It is {text}", ["weather"]) == (f"It is {text}", [])
+
+
+def test_a_call_that_is_cut_in_its_closing_mark_is_a_call(model):
+    form, call = CallForm.of(model), '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}'
+    for rest in ("", "\n</tool", "\n</tool_call>"):
+        assert form.read(f"It is{call}{rest}", ["weather"]) == ("It is", [("weather", {"city": "Bern"})])
+
+
+@pytest.mark.parametrize("number", [1e-7, 1e22, 0.5, -3.0, 5])
+def test_numbers_of_a_schema_are_what_the_template_reads(model, number):
+    """The runtime's reader knows no exponents."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"minimum": number}}}}}
+    prompt = model.chat_prompt([{"role": "user", "content": "Hi"}], [tool])
+    written = re.search(r'"minimum": ?([^}\s]+)', prompt)[1]
+    assert float(written) == number
+
+
+@pytest.mark.parametrize("name", ["minItems", "maxItems", "minProperties", "maxProperties"])
+def test_schemas_that_count_without_end_are_refused(name):
+    """The runtime would take all memory."""
+    with pytest.raises(ValueError, match=f"{name} is 1000000; at most 1000 can be followed"):
+        json_guidance({"properties": {"a": {"items": [{name: 10**6}]}}})
+    assert json_guidance({name: 10})
 
 
 @pytest.mark.parametrize(

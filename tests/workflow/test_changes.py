@@ -1,15 +1,13 @@
 """What changes before, during and after a build: nothing is built from two versions, and no receipt claims what is not so."""
 
 import os
-import py_compile
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from project import change, environment, new_project, planned, run, snakemake
+from project import change, edit_in, environment, new_project, planned, run, snakemake
 
 SHOWN = {"gates", "package", "report"}  # what follows evaluate
 AFTER_PREPARE = {"prepare", "rehearse", "finetune", "merge", "quantize", "evaluate"} | SHOWN
@@ -17,15 +15,6 @@ AFTER_PREPARE = {"prepare", "rehearse", "finetune", "merge", "quantize", "evalua
 
 def record(project):
     return run(project, "python", "-m", "tools.record")
-
-
-def edit_in(project, rule: str, when: str, code: str) -> None:
-    """Let a rule's script run Python code of the test before or after its own work."""
-    script = project / "scripts" / f"{rule}.py"
-    text = script.read_text(encoding="utf-8")
-    before, after = (code, "pass") if when == "before" else ("pass", code)
-    text = text.replace('if __name__ == "__main__":\n    main()', f'if __name__ == "__main__":\n    {before}\n    main()\n    {after}')  # fmt: skip
-    script.write_text(text, encoding="utf-8")
 
 
 def replacing(old: str, new: str) -> str:
@@ -152,6 +141,37 @@ def test_dvc_builds_nothing_by_a_dvc_yaml_of_other_parameters(repository, sectio
     assert done.returncode == 0, done.stdout
 
 
+def test_a_section_that_equals_its_defaults_is_in_dvc_yaml_where_params_yaml_has_it(repository, monkeypatch):
+    """DVC refuses a stage that watches a section which is not there."""
+    from slmake.platforms import dvc_yaml
+
+    monkeypatch.chdir(repository)
+    path = repository / "params.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump({**settings, "merge": {}}), encoding="utf-8")
+    with_it = dvc_yaml.origin()
+    settings.pop("merge", None)
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert dvc_yaml.origin() != with_it
+
+
+def test_receipts_with_the_marks_of_a_conflict_are_the_users_to_choose(repository):
+    lock = repository / "dvc.lock"
+    conflict = lock.read_text().replace("stages:\n", "<<<<<<< HEAD\nstages:\n", 1)
+    lock.write_text(conflict, encoding="utf-8")
+    done = record(repository)
+    assert done.returncode == 1
+    assert "dvc.lock has the marks of a conflict. Take one side, `git checkout --ours dvc.lock`" in done.stdout
+    assert lock.read_text() == conflict
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 1
+    assert "dvc.lock has the marks of a conflict" in done.stdout
+    (repository / "dvc.yaml").write_text("a: [", encoding="utf-8")
+    done = snakemake(repository, "--forcerun", "gates")
+    assert "Traceback" not in done.stdout
+    assert "dvc.yaml cannot be read. `make docs` writes it anew" in done.stdout
+
+
 def test_what_is_wrong_in_params_yaml_is_reported_by_the_build_alone(repository):
     before = (repository / "dvc.yaml").read_bytes()
     change(repository, "prepare", seed=-3)
@@ -208,94 +228,6 @@ def test_a_comment_and_another_layout_of_params_yaml_stop_nothing(repository):
     assert done.returncode == 0, done.stdout
 
 
-# what a rule loads and reads
-
-
-def inside_job(project, rule: str, code: str) -> None:
-    """Let a rule's script run Python code of the test when its work begins."""
-    script = project / "scripts" / f"{rule}.py"
-    text = script.read_text(encoding="utf-8")
-    assert " as job:\n" in text
-    lines = "".join(f"        {line}\n" for line in code.splitlines())
-    script.write_text(text.replace(" as job:\n", f" as job:\n{lines}", 1), encoding="utf-8")
-
-
-SWAP = """\
-import shutil, time
-from pathlib import Path as P
-file = P({name!r})
-whole, times = file.read_bytes(), file.stat()
-file.write_bytes(whole + {more!r})
-{meanwhile}
-file.write_bytes(whole)
-import os
-os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-"""
-
-
-def swap(name: str, meanwhile: str = "", more: bytes = b"\nVALUE = 1\n") -> str:
-    return SWAP.format(name=name, meanwhile=meanwhile, more=more)
-
-
-def test_code_that_was_another_while_a_rule_started_stops_it(repository):
-    """Put back with its time: neither Snakemake nor the recording could see it."""
-    code = f"exec({swap('slmake/scoring/gates.py')!r})"
-    edit_in(repository, "gates", "before", code)
-    done = snakemake(repository)
-    assert done.returncode == 1
-    assert "gates: error: slmake/scoring/gates.py changed after this build was planned, so it stops" in done.stdout
-    assert "Run the same command again" in done.stdout
-    assert not (repository / "results" / "gates.json").exists()
-
-
-def test_code_that_is_another_when_a_rule_loads_it_stops_it(repository):
-    """Modules that are imported within a function, long after the rule began."""
-    inside_job(
-        repository,
-        "report",
-        "import sys\nsys.modules.pop('slmake.text')\n" + swap("slmake/text.py", "import slmake.text"),
-    )
-    done = snakemake(repository)
-    assert done.returncode == 1
-    assert "report: error: slmake/text.py changed after this build was planned" in done.stdout
-
-
-def test_a_touch_and_a_comment_of_code_stop_nothing(repository):
-    inside_job(
-        repository,
-        "report",
-        "import sys\nsys.modules.pop('slmake.text')\n" + swap("slmake/text.py", "import slmake.text", b"# a comment\n"),
-    )
-    done = snakemake(repository)
-    assert done.returncode == 0, done.stdout
-
-
-def test_data_that_was_another_while_a_rule_read_it_is_not_kept(repository):
-    inside_job(repository, "prepare", swap("data/dataset.json", "", b"\n"))
-    done = snakemake(repository)
-    assert done.returncode == 1
-    assert (
-        "prepare: error: data/dataset.json was changed while prepare read it; what it made of it is not kept"
-        in done.stdout
-    )
-    assert not (repository / "build" / "dataset").exists()
-    assert "prepare" in planned(repository)
-
-
-def test_compiled_code_of_a_file_that_changed_is_not_run(repository):
-    """Python takes it for the file's where size and time are those of before."""
-    file = repository / "slmake" / "text.py"
-    before = file.stat()
-    compiled = Path(py_compile.compile(str(file)))
-    text = file.read_text()
-    file.write_text(f"{text[:3]}x{text[4:]}", encoding="utf-8")  # of its docstring
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert compiled.exists()
-    assert file.stat().st_size == before.st_size
-    snakemake(repository, "--dry-run")
-    assert not compiled.exists()
-
-
 # after a build
 
 
@@ -308,7 +240,7 @@ def test_without_snakemake_s_records_only_the_receipts_count(repository):
     receipts = (repository / "dvc.lock").read_bytes()
     done = record(repository)
     assert done.returncode == 1
-    assert "nothing says what results/metrics.json was built from; nothing was recorded" in done.stdout
+    assert "nothing says what results/metrics.json, build/package were built from; nothing was recorded" in done.stdout
     assert (repository / "dvc.lock").read_bytes() == receipts
     done = snakemake(repository, "--dry-run", "--force", "results/metrics.json")
     assert done.returncode == 0, "the command that the message names"

@@ -72,6 +72,40 @@ def test_edited_scores_are_restored_from_git(repository):
     assert "snakemake --cores all --force results/metrics.json" in done.stdout
 
 
+@pytest.mark.parametrize("what", ["a parameter", "a section", "a file of data"])
+def test_nothing_is_restored_over_outputs_of_what_is_here_now(repository, what):
+    """dvc.yaml is brought up to date first: it might not name what is new."""
+    (repository / "data" / "dataset.json").rename(repository / "data" / "rows-1.json")
+    change(repository, "prepare", source="data/rows-*.json")
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 0, done.stdout
+    if what == "a file of data":
+        (repository / "data" / "rows-2.json").write_text("[]", encoding="utf-8")
+    else:
+        change(
+            repository,
+            *{"a parameter": ["finetune"], "a section": ["merge"]}[what],
+            **({"learning_rate": 0.02} if what == "a parameter" else {"dtype": "bfloat16"}),
+        )
+    changed = repository / "build" / "adapter" / "more"
+    changed.touch()
+    before = (repository / "dvc.lock").read_bytes()
+    done = run(repository, "python", "-m", "tools.remote", "restore")
+    assert done.returncode == 1
+    assert "so nothing was overwritten" in done.stdout
+    assert changed.exists()
+    assert (repository / "dvc.lock").read_bytes() == before
+
+
+def test_nothing_is_restored_while_a_build_runs(repository):
+    lock = repository / ".snakemake" / "locks" / "0.input.lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.touch()
+    done = run(repository, "python", "-m", "tools.remote", "restore")
+    assert done.returncode == 1
+    assert "a build is running here. If it was killed: `.venv/bin/snakemake --unlock`" in done.stdout
+
+
 @pytest.mark.parametrize("what", ["params.yaml", "an output"])
 def test_what_changes_while_a_restored_build_is_compared_is_not_marked_as_built(repository, monkeypatch, refused, what):
     monkeypatch.chdir(repository)

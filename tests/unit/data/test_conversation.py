@@ -283,8 +283,13 @@ def test_bad_turns(refused, turns, reason):
 @pytest.mark.parametrize(
     ("tools", "reason"),
     [
-        (["stock"], 'has `tools` whose item 1 is not a function\'s JSON schema (an object with `name`) but "stock"'),
+        (
+            ["stock"],
+            'has `tools` whose item 1 is not a function\'s JSON schema (an object with `name` and `parameters`, an object) but "stock"',
+        ),
         ([{"type": "function"}], "has `tools` whose item 1 is not a function's JSON schema"),
+        ([{"name": "stock", "parameters": "x"}], "has `tools` whose item 1 is not a function's JSON schema"),
+        ('[{"name": "stock", "parameters": {"x": NaN}}]', "has `tools` as text that is not JSON"),
         ("stock", "has `tools` as text that is not JSON: 'stock'"),
         ({"name": "stock"}, "has `tools` that are not a list"),
         (7, "has `tools` that are not a list"),

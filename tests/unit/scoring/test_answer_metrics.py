@@ -129,6 +129,8 @@ def test_a_function_of_ones_own(tmp_path):
     ("body", "message"),
     [
         ("raise KeyError('tone')", "polite on row 10 (answer 'hello'): KeyError: 'tone'. Correct the function."),
+        ("raise SystemExit(0)", "polite on row 10 (answer 'hello'): SystemExit: 0."),
+        ("return 1e308", "polite on row 10 (answer 'hello'): it returned 1e+308, not a finite number."),
         ("return float('nan')", "polite on row 10 (answer 'hello'): it returned nan, not a finite number."),
         ("return 'good'", "it returned 'good', not a finite number."),
         ("return None", "polite has nothing to score in any row."),
