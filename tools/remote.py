@@ -254,23 +254,32 @@ def restore(job: cli.Job) -> None:
 
 
 def refuse_before_overwriting() -> None:
-    """Bring dvc.yaml up to date; refuse where a build runs, or what was recorded is not of the parameters, code and data here.
+    """Bring dvc.yaml up to date; refuse where a build runs, or where outputs of other parameters, code or data would be overwritten.
 
     Raises:
-        UserError: outputs would be overwritten, and what takes their place would be refused.
+        UserError: what takes the outputs' place would be refused.
     """
     if any(Path(".snakemake/locks").glob("*")):
         raise UserError("a build is running here. If it was killed: `.venv/bin/snakemake --unlock`, then again.")
     with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
         dvc_yaml.update()
+    if Path(dvc_yaml.DIGESTS).is_dir():
+        dvc_yaml.write_digests()
     made = {path for stage in entries().values() for path in outs(stage)} | {out["path"] for out in receipts()}
-    for stage, changes in compared_by_dvc().items():
-        deps = [dep for change in changes if isinstance(change, dict) for dep in change.get("changed deps", {})]
-        if given := [dep for dep in deps if dep not in made]:
+    found = compared_by_dvc()
+    lost = [path for changes in found.values() for path, how in changes_of(changes, "outs") if how == "modified"]
+    for stage, changes in found.items():
+        deps = [dep for dep, _ in changes_of(changes, "deps") if dep not in made]
+        if lost and deps:
             raise UserError(
-                f"{stage} was recorded with other {', '.join(given)} than are here, so nothing was overwritten. Bring back what was there "
-                "then, or run `make`: it builds of what is here."
+                f"{stage} was recorded with other {', '.join(deps)} than are here, and {lost[0]} is not what was recorded, so nothing was "
+                "overwritten. Bring back what was there then, or run `make`: it builds of what is here."
             )
+
+
+def changes_of(changes: list, kind: str) -> list[tuple[str, object]]:
+    """Path, and how it has changed, of a stage's `outs` or `deps`, by what `dvc status --json` says of the stage."""
+    return [pair for one in changes if isinstance(one, dict) for pair in one.get(f"changed {kind}", {}).items()]
 
 
 def compared_by_dvc() -> dict[str, list]:
