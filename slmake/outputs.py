@@ -183,8 +183,12 @@ def note_built(paths: Iterable[Path | str], to_be_linked: bool = False) -> None:
             os.replace(temporary, note)
 
 
-def as_built(path: Path | str) -> bool:
+def as_built(path: Path | str, linked: bool = False) -> bool:
     """Whether an output is still the one that `note_built` saw: a copy from elsewhere is not, whatever its times say.
+
+    Args:
+        linked: links to its files may have come and gone since, which changes the inode's time: DVC's cache keeps the same content of
+            several outputs as one inode.
 
     An output that was never noted counts as the one that Snakemake has a record of. Where the whole project was copied, its notes are
     copies, too: then sizes and times of the content are compared.
@@ -196,7 +200,7 @@ def as_built(path: Path | str) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return True
     now = seen_of(Path(path))
-    if isinstance(now, dict) and isinstance(then, dict) and (copied or noted.get("to_be_linked")):
+    if isinstance(now, dict) and isinstance(then, dict) and (copied or linked or noted.get("to_be_linked")):
         compared = (0, 1) if copied else (0, 1, 3)
         now, then = ({file: [mark[i] for i in compared] for file, mark in seen.items()} for seen in (now, then))
     return now == then

@@ -86,7 +86,7 @@ def watched(rule: str, started: int) -> Iterator[None]:
     seen, loaded = _seen(plan["files"], inputs), outputs.marks(plan["code"])  # before they are compared
     _refuse_other(plan, loaded, started)
     if "DVC_STAGE" not in os.environ:  # DVC links what a stage has built into its cache
-        for name in (name for name in inputs if not outputs.as_built(name)):
+        for name in (name for name in inputs if not outputs.as_built(name, linked=True)):
             raise UserError(f"{name} is not what its rule has built. `make` says what to do with it.")
     finder = _Finder(plan["code"], loaded)
     sys.meta_path.insert(0, finder)
@@ -102,8 +102,15 @@ def watched(rule: str, started: int) -> Iterator[None]:
 
 
 def _seen(files: Iterable[str], inputs: list[str]) -> dict[str, object]:
-    """What tells that files, and outputs of other rules, are still the same; single outputs by content, for Snakemake touches them."""
-    return outputs.marks(files) | {name: outputs.seen_of(Path(name)) for name in inputs}
+    """What tells that files, and outputs of other rules, are still the same.
+
+    A single output by content, for Snakemake touches it; the files of a folder by size, time and inode (see `outputs.as_built`, `linked`).
+    """
+    seen: dict[str, object] = dict(outputs.marks(files))
+    for name in inputs:
+        found = outputs.seen_of(Path(name))
+        seen[name] = {file: [*mark[:2], mark[3]] for file, mark in found.items()} if isinstance(found, dict) else found
+    return seen
 
 
 def refuse_unplanned(names: Iterable[str]) -> None:

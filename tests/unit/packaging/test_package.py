@@ -73,6 +73,7 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
             "collections",
             "dataclasses",
             "datetime",
+            "decimal",
             "pathlib",
             "onnxruntime_genai",
         )
