@@ -16,7 +16,6 @@ import configparser
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -32,6 +31,7 @@ from slmake.platforms.dvc import (
     PULLED,
     built_from,
     cached,
+    changed,
     dvc,
     entries,
     note,
@@ -42,6 +42,7 @@ from slmake.platforms.dvc import (
     recorded,
     repair_lock,
     stages,
+    status,
 )
 from slmake.platforms.screen import without_location
 from slmake.sources.secrets import holds_secret, masked
@@ -266,32 +267,15 @@ def refuse_before_overwriting() -> None:
     if Path(dvc_yaml.DIGESTS).is_dir():
         dvc_yaml.write_digests()
     made = {path for stage in entries().values() for path in outs(stage)} | {out["path"] for out in receipts()}
-    found = compared_by_dvc()
-    lost = [path for changes in found.values() for path, how in changes_of(changes, "outs") if how == "modified"]
+    found = status()
+    lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]
     for stage, changes in found.items():
-        deps = [dep for dep, _ in changes_of(changes, "deps") if dep not in made]
+        deps = [dep for dep in changed(changes, "deps") if dep not in made]
         if lost and deps:
             raise UserError(
                 f"{stage} was recorded with other {', '.join(deps)} than are here, and {lost[0]} is not what was recorded, so nothing was "
                 "overwritten. Bring back what was there then, or run `make`: it builds of what is here."
             )
-
-
-def changes_of(changes: list, kind: str) -> list[tuple[str, object]]:
-    """Path, and how it has changed, of a stage's `outs` or `deps`, by what `dvc status --json` says of the stage."""
-    return [pair for one in changes if isinstance(one, dict) for pair in one.get(f"changed {kind}", {}).items()]
-
-
-def compared_by_dvc() -> dict[str, list]:
-    """What `dvc status` finds changed, by stage.
-
-    Raises:
-        UserError: it fails.
-    """
-    status = dvc("status", "--json", capture=True)
-    if status.returncode:
-        raise UserError(f"dvc status: {reason(status)}")
-    return json.loads(status.stdout or "{}")
 
 
 def take_from_git() -> None:
@@ -317,10 +301,10 @@ def prove(job: cli.Job) -> None:
     """
     dvc_yaml.update()
     compared, seen = built_from(Plan(params.load("params.yaml"))), files_here()
-    changed = compared_by_dvc()
-    if changed:
+    found = status()
+    if found:
         raise UserError(
-            f"what was recorded is here, but {', '.join(changed)} would be built again: parameters, scripts or data here are not those it was "
+            f"what was recorded is here, but {', '.join(found)} would be built again: parameters, scripts or data here are not those it was "
             "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
         )
     record(job, compared, seen)

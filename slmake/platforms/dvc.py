@@ -24,6 +24,10 @@ CLOCKS = 1.0  # seconds by which those of two machines may differ
 PENDING = Path(".dvc/tmp/slmake.pending.lock")  # receipts that `dvc commit` wrote, until they are compared again
 
 
+class StatusError(UserError):
+    """`dvc status` fails."""
+
+
 def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
     """Run DVC of this environment; its progress bars go to the terminal, its errors are kept. It ends when this process is killed."""
     command = [sys.executable, "-m", "slmake.platforms.atomic_dvc", *arguments]
@@ -59,6 +63,27 @@ def entries() -> dict[str, dict]:
         raise UserError("dvc.yaml cannot be read. `make docs` writes it anew.") from None
 
 
+def status(*names: str) -> dict[str, list[str | dict]]:
+    """What `dvc status` finds changed, by stage; of all stages, if none is named.
+
+    Raises:
+        StatusError: it fails.
+    """
+    done = dvc("status", "--json", *names, capture=True)
+    if done.returncode:
+        raise StatusError(f"dvc status: {reason(done)}")
+    return json.loads(done.stdout or "{}")
+
+
+def changed(changes: list[str | dict], kind: str) -> dict[str, str]:
+    """How the `outs` or the `deps` of a stage have changed, by path, of what `status` gives for the stage."""
+    merged: dict[str, str] = {}
+    for change in changes:
+        if isinstance(change, dict):
+            merged |= change.get(f"changed {kind}", {})
+    return merged
+
+
 def stages() -> list[str]:
     """The stages of dvc.yaml that params.yaml asks for."""
     named = entries()
@@ -87,7 +112,7 @@ def built_from(plan: Plan) -> str:
 
 def refuse_other_than_pulled(plan: Plan) -> None:
     """Raise UserError if outputs are to be noted as built from what is here now, and were compared with something else."""
-    if os.environ.get(PULLED, "") not in ("", built_from(plan)):
+    if PULLED in os.environ and os.environ[PULLED] != built_from(plan):
         raise UserError(
             "parameters, code or data changed while the outputs were compared; nothing was marked as up to date."
         )
@@ -237,19 +262,22 @@ def _refuse_changed(unknown: dict[str, str], undone: str) -> None:
 
     What its cache has lost is compared with its receipt.
     """
-    status = dvc("status", "--json", *unknown, capture=True)
-    if status.returncode:
-        raise UserError(f"dvc status: {reason(status)} {undone[0].upper()}{undone[1:]}.")
-    found = json.loads(status.stdout or "{}")
-    lost = [(path, how, stage) for stage in found for path, how in _changed_outs(found[stage]).items()]
-    kept = {stage for stage in found if all(map(_is_about_outs, found[stage]))} - {
-        stage for _, _, stage in _compared(lost)
+    try:
+        found = status(*unknown)
+    except StatusError as error:
+        raise UserError(f"{error} {undone[0].upper()}{undone[1:]}.") from None
+    lost = [(path, how, stage) for stage in found for path, how in changed(found[stage], "outs").items()]
+    kept = {
+        stage
+        for stage in found
+        if all(isinstance(change, dict) and "changed outs" in change for change in found[stage])
     }
-    changed = [unknown[stage] for stage in found if stage not in kept]
-    if changed:
+    kept -= {stage for _, _, stage in _compared(lost)}
+    doubtful = [unknown[stage] for stage in found if stage not in kept]
+    if doubtful:
         raise UserError(
-            f"nothing says what {', '.join(changed)} {'was' if len(changed) == 1 else 'were'} built from; {undone}. `make restore` brings "
-            f"back what was recorded, and `.venv/bin/snakemake --cores all --force {' '.join(changed)}` builds it again; then `make`."
+            f"nothing says what {', '.join(doubtful)} {'was' if len(doubtful) == 1 else 'were'} built from; {undone}. `make restore` brings "
+            f"back what was recorded, and `.venv/bin/snakemake --cores all --force {' '.join(doubtful)}` builds it again; then `make`."
         )
 
 
@@ -287,11 +315,11 @@ def refuse_damaged(wanted: list[str]) -> None:
     if before["lock"] != present["lock"]:
         return  # the receipts are of another build, or DVC ran the rules itself
     kept = [name for name in wanted if before["ran"].get(name) == present["ran"].get(name)]
-    status = dvc("status", "--json", *kept, capture=True) if kept else None
-    if status is None or status.returncode:
-        return  # `dvc commit` says what is wrong
-    found = json.loads(status.stdout or "{}")
-    damaged = [(path, how, stage) for stage in found for path, how in _changed_outs(found[stage]).items()]
+    try:
+        found = status(*kept) if kept else {}
+    except StatusError:  # `dvc commit` says what is wrong
+        return
+    damaged = [(path, how, stage) for stage in found for path, how in changed(found[stage], "outs").items()]
     if any(how == "not in cache" for _, how, _ in damaged):
         damaged = list(_compared(damaged))
     if damaged:
@@ -300,15 +328,6 @@ def refuse_damaged(wanted: list[str]) -> None:
             f"{path} was {how} since {stage} built it; nothing was recorded. `make restore` brings back what was built, or remove {path} "
             "and run make: it is built again."
         )
-
-
-def _changed_outs(changes: list) -> dict[str, str]:
-    """How the outputs of a stage have changed, by path, of what `dvc status --json` says of it."""
-    return {path: how for change in changes if _is_about_outs(change) for path, how in change["changed outs"].items()}
-
-
-def _is_about_outs(change: str | dict) -> bool:
-    return isinstance(change, dict) and "changed outs" in change
 
 
 def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
@@ -363,10 +382,10 @@ def recorded() -> dict[str, int]:
 def lost() -> list[str]:
     """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
     try:
-        recorded = receipts()
+        kept = receipts()
     except UserError:  # the next record says so
         return []
-    return [out["path"] for out in recorded if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
+    return [out["path"] for out in kept if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
 
 
 @functools.cache

@@ -210,9 +210,14 @@ def update() -> None:
         return
     outputs.replace(Path("dvc.yaml"), text().encode())
     if Path(".dvc").is_dir():
-        NOTE.parent.mkdir(exist_ok=True)
-        outputs.replace(NOTE, origin().encode())
+        _note_origin()
     remember()
+
+
+def _note_origin() -> None:
+    """Note that dvc.yaml is what parameters, Snakefile and code of now ask for."""
+    NOTE.parent.mkdir(parents=True, exist_ok=True)
+    outputs.replace(NOTE, origin().encode())
 
 
 def refuse_stale() -> None:
@@ -227,8 +232,7 @@ def refuse_stale() -> None:
             f"dvc.yaml is of other parameters than params.yaml (stage {differ[0]}). `make docs` writes it anew (`make` does it by itself); "
             "for `dvc exp run`, change params.yaml and write dvc.yaml first."
         )
-    NOTE.parent.mkdir(parents=True, exist_ok=True)
-    outputs.replace(NOTE, origin().encode())
+    _note_origin()
 
 
 def main(argv: list[str] | None = None) -> None:
