@@ -156,7 +156,7 @@ class Exported:
         try:
             prompt = self.tokenizer.apply_chat_template(text, template_str=template, add_generation_prompt=not answered)
         except RuntimeError as error:
-            raise ValueError(f"the chat template does not take these messages: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the chat template does not take these messages: {_first_line(error)}") from None
         return prompt if answered else prompt + chat.get("answer_prefix", "")
 
     def _template(self, chat: dict, tools: list[dict] | None) -> str | None:

@@ -163,6 +163,8 @@ def chat_job(model, asked: Chat) -> Job:
     Raises:
         ValueError: the model cannot be asked this.
     """
+    if not asked.tools and asked.tool_choice not in (None, "none", "auto"):
+        raise ValueError("tool_choice: the request has no tools.")
     if model.form["prompt"] is not None:
         if asked.tools or len(asked.messages) != 1 or asked.messages[0].role != "user":
             raise ValueError(
@@ -171,8 +173,6 @@ def chat_job(model, asked: Chat) -> Job:
         prompt, calls, tools = model.prompt(*model.arguments(asked.messages[0].text)), None, []
     else:
         offered = asked.tools if asked.tools and asked.tool_choice != "none" else []
-        if not asked.tools and asked.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice: the request has no tools.")
         tools = [tool.model_dump(exclude_none=True) for tool in offered]
         if (size := len(json.dumps(tools))) > TOOLS_BYTES:
             raise ValueError(f"tools: they have {size:,} bytes of JSON; at most {TOOLS_BYTES:,} are read.")
@@ -267,19 +267,19 @@ class Form:
 
     async def events(self, pieces: AsyncIterator[str], with_usage: bool) -> AsyncIterator[str]:
         """Server-sent events, each with one choice; the usage last, if it is asked for."""
-        usage = {"usage": None} if with_usage else {}
+        self.head |= {"usage": None} if with_usage else {}
         for choice in self.first():
-            yield self._event([{"index": 0, **choice}], **usage)
+            yield self._event([{"index": 0, **choice}])
         try:
             async with contextlib.aclosing(pieces):
                 async for text in pieces:
                     for choice in self.piece(text):
-                        yield self._event([{"index": 0, **choice}], **usage)
+                        yield self._event([{"index": 0, **choice}])
         except ValueError as error:  # the status was sent before
             yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'invalid_request_error'}})}\n\n"
             return
         for choice in self.last():
-            yield self._event([{"index": 0, **choice}], **usage)
+            yield self._event([{"index": 0, **choice}])
         if with_usage:
             yield self._event([], usage=self.usage())
         yield "data: [DONE]\n\n"

@@ -15,6 +15,8 @@ from slmake.cli import PLANNED
 from slmake.errors import UserError
 
 BUILT = Path(".snakemake/slmake.built")  # the marks of each output when its rule had built it
+# Fields of a `mark` that say whether a file is the same: always, where links to it came and went, and in a copy of it.
+WHOLE, LINKED, COPIED = (0, 1, 2, 3), (0, 1, 3), (0, 1)
 
 
 def refuse_existing(*paths: Path) -> None:
@@ -199,11 +201,9 @@ def as_built(path: Path | str, linked: bool = False) -> bool:
         copied, then = note.stat().st_ino != noted["inode"], noted["is"]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    now = seen_of(Path(path))
-    if isinstance(now, dict) and isinstance(then, dict) and (copied or linked or noted.get("to_be_linked")):
-        compared = (0, 1) if copied else (0, 1, 3)
-        now, then = ({file: [mark[i] for i in compared] for file, mark in seen.items()} for seen in (now, then))
-    return now == then
+    fields = LINKED if linked or noted.get("to_be_linked") else WHOLE
+    fields = COPIED if copied else fields
+    return only(fields, seen_of(Path(path))) == only(fields, then)
 
 
 def is_noted(path: Path | str) -> bool:
@@ -211,6 +211,13 @@ def is_noted(path: Path | str) -> bool:
     with contextlib.suppress(OSError):  # a text that is no path
         return _note_of(path).is_file()
     return False
+
+
+def only(fields: tuple[int, ...], seen: dict[str, list[int]] | str | None) -> dict[str, list[int]] | str | None:
+    """What `seen_of` gives with some fields of each mark alone; what is of a single file stays."""
+    if not isinstance(seen, dict):
+        return seen
+    return {file: [mark[field] for field in fields] for file, mark in seen.items()}
 
 
 def seen_of(path: Path) -> dict[str, list[int]] | str | None:

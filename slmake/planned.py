@@ -86,8 +86,9 @@ def watched(rule: str, started: int) -> Iterator[None]:
     seen, loaded = _seen(plan["files"], inputs), outputs.marks(plan["code"])  # before they are compared
     _refuse_other(plan, loaded, started)
     if "DVC_STAGE" not in os.environ:  # DVC links what a stage has built into its cache
-        for name in (name for name in inputs if not outputs.as_built(name, linked=True)):
-            raise UserError(f"{name} is not what its rule has built. `make` says what to do with it.")
+        replaced = [name for name in inputs if not outputs.as_built(name, linked=True)]
+        if replaced:
+            raise UserError(f"{replaced[0]} is not what its rule has built. `make` says what to do with it.")
     finder = _Finder(plan["code"], loaded)
     sys.meta_path.insert(0, finder)
     _files = plan["files"]
@@ -97,8 +98,9 @@ def watched(rule: str, started: int) -> Iterator[None]:
         sys.meta_path.remove(finder)
         _files = None
     now = _seen(plan["files"], inputs)
-    for name in (name for name in sorted(now.keys() | seen.keys()) if now.get(name) != seen.get(name)):
-        raise UserError(READ.format(name, rule))
+    changed = [name for name in sorted(now.keys() | seen.keys()) if now.get(name) != seen.get(name)]
+    if changed:
+        raise UserError(READ.format(changed[0], rule))
 
 
 def _seen(files: Iterable[str], inputs: list[str]) -> dict[str, object]:
@@ -106,17 +108,14 @@ def _seen(files: Iterable[str], inputs: list[str]) -> dict[str, object]:
 
     A single output by content, for Snakemake touches it; the files of a folder by size, time and inode (see `outputs.as_built`, `linked`).
     """
-    seen: dict[str, object] = dict(outputs.marks(files))
-    for name in inputs:
-        found = outputs.seen_of(Path(name))
-        seen[name] = {file: [*mark[:2], mark[3]] for file, mark in found.items()} if isinstance(found, dict) else found
-    return seen
+    return outputs.marks(files) | {name: outputs.only(outputs.LINKED, outputs.seen_of(Path(name))) for name in inputs}
 
 
 def refuse_unplanned(names: Iterable[str]) -> None:
     """Raise UserError if a rule is about to read a file of a folder or a pattern that was not there when the build was planned."""
-    for name in (name for name in names if _files is not None and name not in _files):
-        raise UserError(CHANGED.format(name))
+    for name in names:
+        if _files is not None and name not in _files:
+            raise UserError(CHANGED.format(name))
 
 
 def _plan() -> dict[str, dict]:

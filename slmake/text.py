@@ -1,5 +1,6 @@
-"""Text of a dataset where it could be taken for something else: in figures and pages, in Markdown, in a spreadsheet."""
+"""Text of a dataset where it could be taken for something else: in figures and pages, in Markdown, in a spreadsheet, as JSON."""
 
+import json
 import re
 
 # Control characters as Unicode's symbols for them; what XML and HTML cannot hold, and what turns the order of letters, as U+FFFD.
@@ -43,3 +44,17 @@ def csv_cell(value: object) -> object:
 def csv_text(cell: str) -> str:
     """The text that `csv_cell` made a cell from."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def parse_json(text: str) -> object:
+    """A JSON document (RFC 8259): unlike Python's own reader, without NaN and Infinity.
+
+    Raises:
+        ValueError: it is none.
+        RecursionError: it is nested too deeply.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)

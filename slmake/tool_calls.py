@@ -12,6 +12,7 @@ from dataclasses import dataclass
 # How guidance writes JSON: as json.dumps and templates do. Left free, a weak model may write white space until its tokens end.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 TAG = r"<[^<>\s]+>|\[[A-Z_]+\]"  # as chat templates mark calls: <tool_call>, Mistral's [TOOL_CALLS]
+COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
 BOUND = 1000  # items that a schema may count: the runtime makes as many rules of its grammar
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
@@ -145,9 +146,8 @@ class CallForm:
                     calls.append((written[self.name], written.get(self.arguments) or {}))
                     outside.append(text[position : start.start()])
                     position = re.compile(rf"\s*(?:{after})?").match(text, end).end()
-                    if self._shown(self.after).startswith(
-                        text[position:].strip()
-                    ):  # cut within what stands behind a call
+                    rest = text[position:].strip()
+                    if self._shown(self.after).startswith(rest):  # the answer was cut in what closes a call
                         position = len(text)
         return "".join([*outside, text[position:]]).strip(), calls
 
@@ -173,14 +173,16 @@ def _literal(model, text: str) -> str:
 
 def refuse_endless(schema: object) -> None:
     """Raise ValueError if a schema counts more items than BOUND: the grammar would take all memory, and no answer is that long."""
-    parts = schema if isinstance(schema, list) else schema.values() if isinstance(schema, dict) else ()
-    for name in ("minItems", "maxItems", "minProperties", "maxProperties") if isinstance(schema, dict) else ():
-        if isinstance(schema.get(name), int | float) and schema[name] > BOUND:
-            raise ValueError(
-                f"answers cannot be held to this schema: {name} is {schema[name]}; at most {BOUND} can be followed."
-            )
-    for part in parts:
-        refuse_endless(part)
+    if isinstance(schema, list):
+        for part in schema:
+            refuse_endless(part)
+    elif isinstance(schema, dict):
+        for name, value in schema.items():
+            if name in COUNTS and isinstance(value, int | float) and value > BOUND:
+                raise ValueError(
+                    f"answers cannot be held to this schema: {name} is {value}; at most {BOUND} can be followed."
+                )
+            refuse_endless(value)
 
 
 def json_guidance(schema: dict) -> tuple[str, str]:

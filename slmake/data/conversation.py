@@ -5,6 +5,7 @@ import json
 from typing import NamedTuple
 
 from slmake import prompts
+from slmake.text import parse_json
 
 REASONING = (
     "reasoning_content",
@@ -139,11 +140,8 @@ def _call(number: int, call: object) -> dict:
 
 
 def _parsed(text: str, what: str) -> object:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        return json.loads(text, parse_constant=refuse)
+        return parse_json(text)
     except (ValueError, RecursionError):
         raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
 
@@ -167,8 +165,8 @@ def read_tools(tools: object) -> list[dict] | None:
     schemas = _listed(tools, "`tools`")
     for number, schema in enumerate(schemas, 1):
         function = schema.get("function", schema) if isinstance(schema, dict) else None
-        right = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if not right or not isinstance(function.get("parameters", {}), dict | None):
+        given = function if isinstance(function, dict) else {}
+        if not isinstance(given.get("name"), str) or not isinstance(given.get("parameters"), dict | None):
             raise ValueError(
                 f"has `tools` whose item {number} is not a function's JSON schema (an object with `name` and `parameters`, an object) but {json.dumps(schema)[:60]}"
             )

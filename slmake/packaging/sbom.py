@@ -14,13 +14,15 @@ from slmake.packaging.provenance import build_time
 RUNTIMES = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 
 
-def locked(lock: Path) -> dict[str, set[str]]:
-    """The versions of each package that a lock file pins, for one Python or platform or another, with "" if it pins it for some only."""
+def locked(lock: Path) -> tuple[dict[str, set[str]], set[str]]:
+    """The versions of each package that a lock file pins, and the packages that it pins for some Pythons or platforms only."""
     pinned: dict[str, set[str]] = {}
+    conditional: set[str] = set()
     lines = re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)( ;)?", lock.read_text(encoding="utf-8"), re.M)
     for package, version, condition in lines:
-        pinned.setdefault(package, set()).update({version, ""} if condition else {version})
-    return pinned
+        pinned.setdefault(package, set()).add(version)
+        conditional |= {package} if condition else set()
+    return pinned, conditional
 
 
 def installed(package: str) -> str | None:
@@ -76,9 +78,10 @@ def libraries(lock: Path) -> list[dict]:
     property says so.
     """
     components = []
-    for package, versions in locked(lock).items():
+    pinned, conditional = locked(lock)
+    for package, versions in pinned.items():
         here = installed(package)
-        if not here and "" in versions:
+        if not here and package in conditional:
             continue  # for another platform or Python
         version = here or max(versions)
         component: dict = {
@@ -90,7 +93,7 @@ def libraries(lock: Path) -> list[dict]:
             "scope": "required" if package in RUNTIMES else "excluded",
         }
         if here not in versions:
-            names = {"slmake:locked": ", ".join(sorted(versions - {""})), "slmake:installed": here or "no"}
+            names = {"slmake:locked": ", ".join(sorted(versions)), "slmake:installed": here or "no"}
             component["properties"] = [{"name": name, "value": value} for name, value in names.items()]
         components.append(component)
     return components

@@ -15,6 +15,7 @@ from slmake.errors import UserError
 from slmake.params.metrics import AnswerMetric
 from slmake.scoring.metrics import interval
 from slmake.scoring.questions import Questions
+from slmake.text import parse_json
 
 # Of (prompt, expected, answer) to a number; None where the metric has nothing to say of this row.
 Score = Callable[[str, str, str], float | None]
@@ -89,11 +90,8 @@ def read_json(answer: str) -> tuple[Any] | None:
     if block := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.DOTALL):
         text = block[1]
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        return (json.loads(text, parse_constant=refuse),)
+        return (parse_json(text),)
     except (ValueError, RecursionError):
         return None
 

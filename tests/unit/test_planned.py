@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_what_did_not_change_may_be_read(plan):
 
 
 def test_code_that_was_touched_since_the_process_started_may_have_been_another(plan, monkeypatch):
-    path = Path(cli.os.environ[cli.SOURCES])
+    path = Path(os.environ[cli.SOURCES])
     whole = json.loads(path.read_text())
     whole["gates"]["code"]["slmake/scoring/gates.py"]["mark"][2] -= 1
     path.write_text(json.dumps(whole), encoding="utf-8")
@@ -57,7 +58,6 @@ def test_a_file_that_is_another_stops_the_rule(plan):
 
 
 def test_a_file_that_changes_meanwhile_is_found_at_the_end(plan):
-
     def swap() -> None:
         with planned.watched("gates", 0):
             plan.write_text("[]", encoding="utf-8")

@@ -18,14 +18,13 @@ def inside_job(project, rule: str, code: str) -> None:
 
 
 SWAP = """\
-import shutil, time
+import os
 from pathlib import Path as P
 file = P({name!r})
 whole, times = file.read_bytes(), file.stat()
 file.write_bytes(whole + {more!r})
 {meanwhile}
 file.write_bytes(whole)
-import os
 os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 """
 
