@@ -8,6 +8,7 @@ Reads what the other rules wrote and nothing else; `snakemake --report build/rep
 one page. Missed gates are shown here too. The same inputs give the same bytes (SVG without dates, ids from a fixed salt).
 """
 
+from functools import partial
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -59,37 +60,36 @@ def main(argv: list[str] | None = None) -> None:
         result = read_json(args.search) if args.search else None
         seeds = read_json(args.seeds, "summary", "params", "runs") if args.seeds else None
         gates, problem = judged(everything.gates, metrics, timings)
-        names = ["overview.html", "loss.svg", "data.svg", "scores.svg", "scores.html", "confusion.svg"]
-        names += ["gates.html", "cost.html", "wrong_answers.html", "rows.html"]
-        names += ["candidates.svg", "candidates.html"] if args.search else []
-        names += ["seeds.svg", "seeds.html"] if args.seeds else []
+        pages = {
+            "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),
+            "scores.html": scores_page(metrics),
+            "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
+            "cost.html": cost_page(timings, args.benchmarks, Plan(everything).rules),
+            "wrong_answers.html": wrong_page(
+                predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
+            ),
+            "rows.html": rows_page(dataset["examples"]),
+        }
+        plt = plain_plots()
+        figures = {
+            "loss.svg": partial(draw_loss, plt, args.losses),
+            "data.svg": partial(draw_data, plt, dataset),
+            "scores.svg": partial(draw_scores, plt, metrics),
+            "confusion.svg": partial(draw_confusion, plt, metrics),
+        }
+        if result:
+            pages["candidates.html"] = candidates_page(result, everything.quantize)
+            figures["candidates.svg"] = partial(draw_candidates, plt, result)
+        if seeds:
+            pages["seeds.html"] = seeds_page(seeds, everything)
+            figures["seeds.svg"] = partial(draw_seeds, plt, seeds)
+        names = [*pages, *figures]
         with outputs.written(files=[args.output / name for name in names]) as files:
             file = dict(zip(names, files, strict=True))
-            pages = {
-                "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),
-                "scores.html": scores_page(metrics),
-                "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
-                "cost.html": cost_page(timings, args.benchmarks, Plan(everything).rules),
-                "wrong_answers.html": wrong_page(
-                    predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
-                ),
-                "rows.html": rows_page(dataset["examples"]),
-            }
-            if result:
-                pages["candidates.html"] = candidates_page(result, everything.quantize)
-            if seeds:
-                pages["seeds.html"] = seeds_page(seeds, everything)
             for name, text in pages.items():
                 file[name].write_text(text, encoding="utf-8")
-            plt = plain_plots()
-            draw_loss(plt, args.losses, file["loss.svg"])
-            draw_data(plt, dataset, file["data.svg"])
-            draw_scores(plt, metrics, file["scores.svg"])
-            draw_confusion(plt, metrics, file["confusion.svg"])
-            if result:
-                draw_candidates(plt, result, file["candidates.svg"])
-            if seeds:
-                draw_seeds(plt, seeds, file["seeds.svg"])
+            for name, draw in figures.items():
+                draw(file[name])
         job.say(
             f"{len(names)} figures and tables in {args.output} ({job.seconds():.0f} s). One page of them: make report"
         )

@@ -15,7 +15,7 @@ MISSING = {
 }
 
 
-def check(constraint: str | dict[str, str], form: dict, where: str) -> None:
+def check(constraint: str | dict[str, str], form: dict, where: str) -> dict | None:
     """Refuse a constraint that asks for what is not there.
 
     Args:
@@ -23,13 +23,15 @@ def check(constraint: str | dict[str, str], form: dict, where: str) -> None:
         form: prompt.json, for labels and tools.
         where: the parameter, for errors.
 
+    Returns:
+        The JSON Schema, where the constraint names one.
+
     Raises:
         UserError: there are no labels or no tools, or the file is not there or no JSON Schema.
     """
     if isinstance(constraint, str) and constraint in MISSING and form.get(constraint) is None:
         raise UserError(f"{where}: {constraint}: {MISSING[constraint]}.")
-    if "json_schema" in constraint:
-        json_schemas.read(Path(constraint["json_schema"]), where)
+    return json_schemas.read(Path(constraint["json_schema"]), where)[0] if "json_schema" in constraint else None
 
 
 def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[str, str] | None:
@@ -38,7 +40,7 @@ def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[
     Args:
         constraint, form, where: see `check`, which raises the same errors.
     """
-    check(constraint, form, where)
+    schema = check(constraint, form, where)
     if constraint in ("none", "tools"):
         return None
     if constraint == "labels":
@@ -47,7 +49,7 @@ def guidance(constraint: str | dict[str, str], form: dict, where: str) -> tuple[
     if "regex" in constraint:
         return "regex", constraint["regex"]
     try:
-        return json_guidance(json_schemas.read(Path(constraint["json_schema"]), where)[0])
+        return json_guidance(schema)
     except ValueError as error:
         raise UserError(f"{where}: {constraint['json_schema']}: {error}") from None
 

@@ -46,7 +46,7 @@ def validator(schema: dict) -> Any:
         raise ValueError("$schema is no text")
     kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)
+        kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(error.message) from None
     root = specification_with(kind.META_SCHEMA["$schema"], default=DRAFT202012).create_resource(schema)

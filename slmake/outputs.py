@@ -242,10 +242,15 @@ def folder_size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.name.startswith(".snakemake"))
 
 
+def single_files() -> list[Path]:
+    """The outputs that are files, not folders: figures, tables and scores."""
+    return [path for folder in ("results", "build/report") for path in Path(folder).glob("*") if path.is_file()]
+
+
 def break_readonly_hardlinks() -> None:
     """Replace single results that may not be written (read-only links into DVC's cache) by copies of their own; their times stay."""
-    for path in (path for folder in ("results", "build/report") for path in Path(folder).glob("*")):
-        if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o200:
+    for path in single_files():
+        if not path.is_symlink() and not path.stat().st_mode & 0o200:
             temporary = path.with_name(f".{path.name}.partial")
             shutil.copy2(path, temporary)
             temporary.chmod(0o644)

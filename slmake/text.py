@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 # Control characters as Unicode's symbols for them; what XML and HTML cannot hold, and what turns the order of letters, as U+FFFD.
 _SYMBOLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -21,6 +22,14 @@ def one_line(text: str, longest: int | None = None) -> str:
     """The printable text on one line, cut to a number of characters."""
     line = " ".join(printable(text).split())
     return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def markdown(text: str) -> str:

@@ -30,6 +30,15 @@ class Conversation(NamedTuple):
     tools: list[dict] | None
     trained: list[int]
 
+    @classmethod
+    def parse(cls, text: str) -> "Conversation":
+        """The conversation whose `to_json` a text is."""
+        return cls(*json.loads(text))
+
+    def to_json(self) -> str:
+        """The conversation as JSON text."""
+        return json.dumps(self)
+
     @property
     def starts(self) -> list[int]:
         """Indices of the turns that the conversation may begin at when its earliest turns are dropped: 0 and every user's turn."""

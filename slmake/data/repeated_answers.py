@@ -40,13 +40,13 @@ def repeated_answers(store: Store, split: np.ndarray) -> dict[int, list[int]]:
     for numbers, rows in store.batches():
         for number, row in zip(numbers, rows, strict=True):
             if split[number] == 0 and row.chat:
-                learned.extend(answer_keys(_read(row)).values())
+                learned.extend(answer_keys(Conversation.parse(row.chat)).values())
     known = np.unique(np.frombuffer(learned, dtype=np.uint64)) if learned else np.zeros(0, np.uint64)
     repeated = {}
     for numbers, rows in store.batches():
         for number, row in zip(numbers, rows, strict=True):
             if split[number] == 2 and row.chat:
-                keys = answer_keys(_read(row))
+                keys = answer_keys(Conversation.parse(row.chat))
                 own = np.array(list(keys.values()), dtype=np.uint64)
                 same = known[np.searchsorted(known[:-1], own)] == own if len(known) else np.zeros(len(own), bool)
                 if same.any():
@@ -56,10 +56,6 @@ def repeated_answers(store: Store, split: np.ndarray) -> dict[int, list[int]]:
 
 def without_answers(row: Row, turns: list[int]) -> Row:
     """A conversation of which some answers are not asked for."""
-    conversation = _read(row)
+    conversation = Conversation.parse(row.chat)
     left = [turn for turn in conversation.trained if turn not in turns]
-    return row._replace(chat=json.dumps(conversation._replace(trained=left)), answers=len(left))
-
-
-def _read(row: Row) -> Conversation:
-    return Conversation(*json.loads(row.chat))
+    return row._replace(chat=conversation._replace(trained=left).to_json(), answers=len(left))

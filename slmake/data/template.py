@@ -199,10 +199,10 @@ class Conversations(PromptTemplate):
         except ValueError as error:
             raise ValueError(f"field `{self.name}`: {error}") from None
         # Prompts are rendered when they are tokenized: kept for every turn, they would need the square of a conversation's length.
-        return "", last.answer, conversation.text(), "", json.dumps(conversation), len(conversation.trained)
+        return "", last.answer, conversation.text(), "", conversation.to_json(), len(conversation.trained)
 
     def answers(self, row: Row, start: int = 0) -> list[Answer]:
-        conversation = Conversation(*json.loads(row.chat))
+        conversation = Conversation.parse(row.chat)
         try:
             return self.chat.answers(conversation, start)
         except ValueError as error:

@@ -114,7 +114,7 @@ class Tokenize:
 
     def _shorten(self, row: Row) -> tuple[list[Answer], int]:
         """The answers of a conversation without as many of its earliest turns as needed for the last one to fit, and their number."""
-        conversation = Conversation(*json.loads(row.chat))
+        conversation = Conversation.parse(row.chat)
         starts = [start for start in conversation.starts if start <= conversation.trained[-1]]
 
         def fits(start: int) -> bool:
@@ -132,7 +132,7 @@ class Tokenize:
     ) -> list[Example]:
         """One row's sequences."""
         examples: list[Example] = []
-        tools = json.loads(row.chat)[1] if row.chat else None
+        tools = Conversation.parse(row.chat).tools if row.chat else None
         tools = json.dumps(tools, ensure_ascii=False) if tools else None
         if len(self.tools) < 2:
             self.tools.add(tools)

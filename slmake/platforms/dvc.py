@@ -296,7 +296,7 @@ def date_results() -> None:
 
     DVC puts a file of its cache in the place of one with the same content, and with it the time of an earlier build.
     """
-    for path in (path for folder in ("results", "build/report") for path in Path(folder).glob("*") if path.is_file()):
+    for path in outputs.single_files():
         record = metadata(path.as_posix())
         if record and path.stat().st_mtime < (record["starttime"] or 0) and outputs.as_built(path):
             os.utime(path, (record["endtime"], record["endtime"]))

@@ -7,6 +7,7 @@ from slmake import params
 from slmake.plan import Plan
 from slmake.reporting.figures import colour, save
 from slmake.reporting.pages import escape, html_table, page
+from slmake.text import columns
 
 COLUMNS = ("mean", "sd", "least", "greatest")
 # Sections of params.yaml that move a score.
@@ -48,8 +49,7 @@ def table(lines: list[dict]) -> str:
     for line in lines:
         figures = [line[name] for name in COLUMNS]
         rows.append([line["model"], line["score"], *("" if value is None else f"{value:.4f}" for value in figures)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return columns(rows)
 
 
 def draw_seeds(plt, result: dict, path: Path) -> None:

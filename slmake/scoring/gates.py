@@ -1,11 +1,13 @@
 """Judge metrics against gates."""
 
 import json
+import textwrap
 from pathlib import Path
 
 from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.params.gates import OF_TEXTS, PARITY, TIMINGS
+from slmake.text import columns
 
 MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
 SIGNS = {"minimum": "≥", "minimum_ratio": "≥", "maximum": "≤", "maximum_ratio": "≤", "maximum_drop": "≤"}
@@ -213,11 +215,7 @@ def table(judged: list[dict]) -> str:
                 f"{SIGNS[entry['kind']]} {number(entry['bound'])}{asked}",
             )
         )
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
-        for row in rows
-    )
+    return textwrap.indent(columns(rows), "  ")
 
 
 def read_metrics(path: Path) -> dict:
