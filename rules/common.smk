@@ -108,9 +108,12 @@ onstart:
                 "what was built is untouched."
             )
     try:
-        # DVC and Azure ML run one rule and compare for themselves, `make pull` has compared, and --touch is the user's own claim.
-        if workflow.is_main_process and not (workflow.touch or workflow.dag_settings.allowed_rules):
-            dvc.refuse_replaced(PLAN, {str(path) for job in workflow.dag.needrun_jobs() for path in job.output})
+        if workflow.is_main_process and not workflow.touch:  # --touch is the user's own claim, and `make pull` has compared
+            jobs = list(workflow.dag.needrun_jobs())
+            rebuilt = {str(path) for job in jobs for path in job.output}
+            dvc.refuse_other_upstream(PLAN, {job.rule.name for job in jobs}, rebuilt)
+            if not workflow.dag_settings.allowed_rules:  # DVC and Azure ML run one rule and compare for themselves
+                dvc.refuse_replaced(PLAN, rebuilt)
         if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)
     except UserError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
-from slmake.plan import Plan
+from slmake.plan import WITHOUT_PACKAGE, Plan
 
 LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
@@ -22,6 +22,7 @@ KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
 PULLED = "SLMAKE_PULL"  # environment variable: what the outputs were compared with before they are noted as built, as `built_from` gives it
 CLOCKS = 1.0  # seconds by which those of two machines may differ
 PENDING = Path(".dvc/tmp/slmake.pending.lock")  # receipts that `dvc commit` wrote, until they are compared again
+OTHER = "{} was built from other parameters, code or data than those that are here now; nothing was {}. Run `make`: it builds what changed."
 
 
 class StatusError(UserError):
@@ -189,6 +190,28 @@ def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
         outputs.note_built(path for stage in unknown for path in outs(named[stage]) if Path(path).exists())
 
 
+def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collection[str]) -> None:
+    """Refuse to write a package or a report, which name all parameters, code and data, beside outputs that were built from others.
+
+    Snakemake builds those again, unless its options keep it from it; and DVC runs a rule alone, with `dvc repro -s`.
+
+    Args:
+        running: rules that this run executes.
+        rebuilt: outputs that they write.
+
+    Raises:
+        UserError: there is one.
+    """
+    named = entries()
+    if not {"package", "report"} & set(running):
+        return
+    for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
+        for output in (output for output in outs(named[stage]) if output not in rebuilt):
+            record = metadata(output)
+            if record and outputs.as_built(output) and not _is_of_now(plan, record, output):
+                raise UserError(OTHER.format(output, "built"))
+
+
 def _is_of_now(plan: Plan, record: dict, output: str) -> bool:
     """Whether Snakemake's record of an output has the parameters, code and data that are here now."""
     return {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"])
@@ -226,10 +249,7 @@ def refuse_other_origin(known: list[str]) -> None:
     """Raise UserError if Snakemake's record of one of these outputs has other parameters, code or data than those that are here now."""
     current = of_now(known)
     for output in (output for output in known if output not in current):
-        raise UserError(
-            f"{output} was built from other parameters, code or data than those that are here now; nothing was recorded. "
-            "Run `make`: it builds what changed."
-        )
+        raise UserError(OTHER.format(output, "recorded"))
 
 
 def _refuse_older(named: dict[str, dict], known: list[str]) -> None:

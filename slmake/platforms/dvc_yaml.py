@@ -5,8 +5,9 @@
 Snakemake alone knows commands, environments and resources; DVC decides by content what is out of date. The rules, their
 inputs and outputs are read from `snakemake -n -F`, so that nothing is written twice.
 
-DVC compares bytes, and Snakemake compares code without comments and docstrings. So the stage `code` writes a digest of every rule's
-code into a file (`--digests`), and the other stages depend on these files: after a comment `dvc repro` runs `code` alone.
+DVC compares bytes, and Snakemake compares code without comments and docstrings, and sections of params.yaml with their defaults. So the
+stage `code` writes digests of every rule's code, command and sections into a file (`--digests`), and the other stages depend on these
+files: after a comment `dvc repro` runs `code` alone.
 """
 
 import argparse
@@ -102,7 +103,8 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
     stages: dict[str, dict] = {
         CODE: {
             "cmd": f"{PATH} python -m slmake.platforms.dvc_yaml --digests",
-            "deps": ["scripts", "slmake", *LOCKS],
+            "deps": ["Snakefile", "scripts", "slmake", *LOCKS],
+            "params": [name for name in Params.model_fields if name in given],
             "outs": [DIGESTS],
         }
     }
@@ -138,22 +140,32 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
 
 
 def dependencies(stage: str, members: list[str], inputs: list[str]) -> list[str]:
-    """What DVC watches for a stage: its rules' inputs, with digests in the place of code and the environment's locks."""
-    if stage == BY_BYTES:
-        return sorted(inputs)
-    return sorted([*set(inputs).difference(LOCKS, *map(code, members)), *map(digest_file, members)])
+    """What DVC watches for a stage: its rules' inputs, and digests, in the place of code and the environment's locks."""
+    replaced = set() if stage == BY_BYTES else {*LOCKS, *(file for member in members for file in code(member))}
+    return sorted([*set(inputs) - replaced, *map(digest_file, members)])
 
 
 def digest_file(rule: str) -> str:
-    """Where the stage `code` writes the digest of a rule's code."""
+    """Where the stage `code` writes the digests of a rule."""
     return f"{DIGESTS}/{rule}"
 
 
 def write_digests() -> None:
-    """Write what the stage `code` writes; a file that is right already keeps its time."""
+    """Write what the stage `code` writes; a file that is right already keeps its time.
+
+    Raises:
+        UserError: params.yaml is refused.
+    """
     Path(DIGESTS).mkdir(parents=True, exist_ok=True)
+    plan, snakefile = Plan(load("params.yaml")), Path("Snakefile").read_text(encoding="utf-8")
     for rule in scripts():
-        path, text = Path(digest_file(rule)), digest([*code(rule), *LOCKS]) + "\n"
+        command = re.search(rf"^rule {rule}:.*?^    shell:\n(.*?)(?=^\S|\Z)", snakefile, re.M | re.S)
+        parts = {
+            "code": digest([*code(rule), *LOCKS]),
+            "command": hashlib.sha256(command[1].encode()).hexdigest() if command else None,
+            "section": hashlib.sha256(plan.section(MEMBERS.get(rule, rule)).encode()).hexdigest(),
+        }
+        path, text = Path(digest_file(rule)), "".join(f"{name}: {value}\n" for name, value in parts.items())
         if not path.is_file() or path.read_text(encoding="ascii") != text:
             outputs.replace(path, text.encode())
 
@@ -238,9 +250,7 @@ def refuse_stale() -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
-    parser.add_argument(
-        "--digests", action="store_true", help=f"write {DIGESTS}, the digests of the rules' code, instead"
-    )
+    parser.add_argument("--digests", action="store_true", help=f"write {DIGESTS}, the rules' digests, instead")
     parser.add_argument("--before-build", action="store_true", help="leave it to the build to report what is wrong")
     args = parser.parse_args(argv)
     try:

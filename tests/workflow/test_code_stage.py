@@ -1,8 +1,11 @@
 """DVC's stage `code`: the other stages follow what their code does, and not its bytes."""
 
+import shutil
+
 import pytest
 import yaml
-from project import planned, run
+from project import change, planned, run
+from tiny import ROOT
 
 
 def ran(project) -> set[str]:
@@ -62,3 +65,65 @@ def test_receipts_name_the_digest(repository):
     assert {"scripts/merge.py", "slmake/outputs.py", "envs/cpu.lock"} <= {
         dep["path"] for dep in lock["package"]["deps"]
     }
+
+
+def edit(project, name: str, old: str, new: str) -> None:
+    path = project / name
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_another_default_runs_its_rule(repository):
+    """Snakemake compares sections with their defaults; DVC alone sees only what params.yaml writes down."""
+    params = yaml.safe_load((repository / "params.yaml").read_text(encoding="utf-8"))
+    del params["report"]["wrong_answers"]
+    (repository / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    assert run(repository, "python", "-m", "tools.record").returncode == 0
+    assert ran(repository) == set()
+    edit(repository, "slmake/params/report.py", "        10, ge=0, le=1000", "        9, ge=0, le=1000")
+    assert ran(repository) == {"code", "report"}
+
+
+def test_another_command_runs_its_rule(repository):
+    edit(repository, "Snakefile", '" --output build/report"', '" --output ./build/report"')
+    assert ran(repository) == {"code", "report", "package"}  # a package names the Snakefile
+
+
+def test_a_package_never_names_other_parameters_than_its_model_has(repository):
+    """DVC and Snakemake both have options that build a rule alone."""
+    change(repository, "finetune", learning_rate=0.05)
+    for command in (
+        "dvc repro -s package",
+        "snakemake --cores all --rerun-triggers mtime --force build/package",
+        "snakemake --cores all --rerun-triggers mtime --force build/report/overview.html",
+    ):
+        done = run(repository, *command.split())
+        assert done.returncode, command
+        assert "build/adapter was built from other parameters, code or data than those that are here now" in done.stdout
+    assert {"finetune", "package"} <= ran(repository)
+
+
+def test_git_joins_no_receipts_of_two_builds(tmp_path):
+    """Lines of two sides would be the receipts of a build that nobody made."""
+    shutil.copy2(ROOT / ".gitattributes", tmp_path)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    lock, lines = tmp_path / "dvc.lock", [f"{number}\n" for number in range(40)]
+
+    def commit(text: str) -> None:
+        lock.write_text(text, encoding="utf-8")
+        for command in (["add", "--all"], ["commit", "-qm", "build"]):
+            assert run(tmp_path, *git, *command).returncode == 0
+
+    assert run(tmp_path, "git", "init", "-q", "-b", "main").returncode == 0
+    commit("".join(lines))
+    assert run(tmp_path, "git", "checkout", "-qb", "other").returncode == 0
+    commit("".join(["changed\n", *lines[1:]]))
+    assert run(tmp_path, "git", "checkout", "-q", "main").returncode == 0
+    ours = "".join([*lines[:-1], "changed\n"])
+    commit(ours)
+    assert run(tmp_path, *git, "merge", "other").returncode
+    assert lock.read_text(encoding="utf-8") == ours
+    assert run(tmp_path, "git", "merge", "--abort").returncode == 0
+    assert run(tmp_path, *git, "merge", "-X", "theirs", "other").returncode == 0
+    assert lock.read_text(encoding="utf-8") == "".join(["changed\n", *lines[1:]])
