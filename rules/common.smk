@@ -24,18 +24,17 @@ if config:
 # The rules' `python` is the one that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
-# DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
-# (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
-if dvc.PULLED not in os.environ:
-    break_readonly_hardlinks()
-    dvc.date_results()
-
 # A rule ends when Snakemake is killed (slmake/cli.py). Its `python` takes the place of the shell, and gets the signals for it.
 os.environ[cli.ENGINE] = cli.engine()
 shell.prefix("exec ")
 atexit.register(remember)
 
 try:
+    # DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
+    # (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
+    if dvc.PULLED not in os.environ:
+        break_readonly_hardlinks()
+        dvc.date_results()
     if workflow.is_main_process:
         os.environ.pop(cli.PLANNED, None)
         os.environ.pop(cli.SOURCES, None)
@@ -61,6 +60,8 @@ try:
     PLAN.candidates  # refused here, if none is possible
 except UserError as error:
     raise WorkflowError(str(error)) from None
+except OSError as error:
+    raise WorkflowError(cli.explain_os_error(error)) from None
 
 
 def code_of(rule):

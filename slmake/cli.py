@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from slmake.errors import UserError
+from slmake.errors import UserError, is_panic
+from slmake.text import printable
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 SOURCES = "SLMAKE_SOURCES"  # environment variable: a file with the code and files that it was planned with
@@ -55,13 +56,13 @@ class Job:
 
     def say(self, message: str) -> None:
         """One line on the terminal and in the log."""
-        print(f"{self.name}: {message}", file=self.terminal, flush=True)
+        print(f"{self.name}: {printable(message)}", file=self.terminal, flush=True)
         if self.log_path:
             self.log(message)
 
     def log(self, message: str) -> None:
         """One line in the log only."""
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {message}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {printable(message)}", file=sys.stderr, flush=True)
 
     def seconds(self) -> float:
         """Wall time since the script's job began, in seconds."""
@@ -211,12 +212,13 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
         except MemoryError:
             traceback.print_exc()
             _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
-        except Exception as error:
-            full = _is_full(error)
-            if log_path or not (full or _is_path(error)):
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            if log_path or not (_is_full(error) or _is_refused(error) or _is_path(error)):
                 traceback.print_exc()
-            if full or isinstance(error, OSError):
-                _fail(current, _explain_os_error(error))
+            if _is_full(error) or isinstance(error, OSError):
+                _fail(current, explain_os_error(error))
             text = str(error).strip().splitlines()
             where = f" Details: {log_path}" if log_path else ""
             _fail(current, f"{type(error).__name__}: {text[0] if text else 'no message'}.{where}")
@@ -259,7 +261,7 @@ def _redirected(name: str, log_path: Path | None) -> Iterator[TextIO]:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         target = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     except OSError as error:
-        _fail(Job(name, sys.stderr, None), f"--log {log_path}: {_explain_os_error(error)}")
+        _fail(Job(name, sys.stderr, None), f"--log {log_path}: {explain_os_error(error)}")
     saved = (os.dup(1), os.dup(2))
     os.dup2(target, 1)
     os.dup2(target, 2)
@@ -289,19 +291,25 @@ def _is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or FULL in str(error) or "disk is full" in str(error)
 
 
+def _is_refused(error: Exception) -> bool:
+    """Whether the system lets nobody, or not this user, write there."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+
+
 def _is_path(error: Exception) -> bool:
     """Whether a path that the user named cannot be what it is to be, such as a folder in the place of a file."""
     numbers = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
     return isinstance(error, OSError) and error.errno in numbers and error.filename is not None
 
 
-def _explain_os_error(error: Exception) -> str:
+def explain_os_error(error: Exception) -> str:
+    """What the system refused, where, and what to do next, as a sentence or two."""
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
     if _is_full(error):
         return f"the disk is full{where}. Free some space and run the same command again; what was built before is untouched."
     if error.errno == errno.EDQUOT:
         return f"your disk quota is used up{where}. Free some space and run the same command again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if _is_refused(error):
         return f"cannot write here{where}: {error.strerror}. Check the folder's owner and permissions."
     if error.errno == errno.ENOMEM:
         return "out of memory. Use smaller batches or a machine with more memory."
@@ -311,6 +319,7 @@ def _explain_os_error(error: Exception) -> str:
 
 
 def _fail(current: Job, message: str, code: int = 1) -> None:
+    message = printable(message)
     print(f"{current.name}: error: {message}", file=current.terminal, flush=True)
     if current.log_path:
         with contextlib.suppress(OSError):

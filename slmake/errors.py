@@ -1,11 +1,21 @@
 """The exception whose message is written for the user."""
 
+from slmake.text import printable
+
 
 class UserError(Exception):
-    """Something that the user can correct: the message says what, where, and what to do next."""
+    """Something that the user can correct: the message says what, where, and what to do next; with no control character of what it quotes."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def first_line(error: Exception) -> str:
     """The first line of another library's message, to be quoted in one of ours; without a message, the exception's name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has crashed (pyo3's PanicException): unlike other failures, it is no Exception."""
+    return type(error).__name__ == "PanicException"

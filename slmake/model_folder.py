@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slmake import outputs
-from slmake.errors import UserError, first_line
+from slmake.errors import UserError, first_line, is_panic
 from slmake.sources.pickles import PICKLES, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -299,7 +299,9 @@ def check_loadable(folder: Path) -> None:
         raise unusable(folder, error) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise UserError(
             f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {first_line(error)}"
         ) from None

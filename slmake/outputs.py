@@ -107,8 +107,12 @@ def _settle(path: Path) -> None:
 def replace(path: Path, content: bytes) -> None:
     """Write a file beside its place and rename it: at any moment it holds the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: dict) -> None:

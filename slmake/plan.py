@@ -9,6 +9,7 @@ from pathlib import Path
 from slmake.code_inputs import code, digest
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
+from slmake.sources.dataset_files import source_files
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 from slmake.user_files import with_what_they_read
@@ -68,7 +69,7 @@ class Plan:
         self.model_source = _local(params.fetch_model.source)
         self.chat_template = when(params.fetch_model.chat_template, str(params.fetch_model.chat_template))
         self.adapter_source = _local(params.adapter.source) if self.fetched_adapter else []
-        self.sources = [parse(text) for text in params.prepare.files.values()] if params.prepare else []
+        self.sources = [parse(text) for text in source_files(params.prepare).values()] if params.prepare else []
         self.data = [name for source in self.sources if not source.remote for name in row_files(source.path)]
         self.remote_data = any(source.remote for source in self.sources)
         self.published_metrics = when(params.gates.published, str(params.gates.published))

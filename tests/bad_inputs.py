@@ -93,6 +93,7 @@ PARAM_SECTIONS = [
     ({"prepare": {"text_template": None, "messages": CHAT, "answer": "tone"}}, "prepare: answer goes with text_template; with messages the assistant's turns are the answers."),
     ({"prepare": {"text_template": None, "messages": CHAT[:1]}}, "prepare: the last of messages must be the assistant's turn: it is the answer."),
     ({"prepare": {"text_template": "{phrase} {"}}, "prepare.text_template: Single '{' encountered in format string. Write {{ and }} for literal braces."),
+    ({"prepare": {"text_template": "a\0{phrase}\n{tone}"}}, "prepare: a NUL in a template ends a text for the runtime. Take it out."),
     ({"prepare": {"answer": "mood"}}, "prepare.answer: `mood` is not a placeholder of text_template. Placeholders: phrase, tone."),
     ({"prepare": {"text_template": None, "messages": [{"role": "user", "content": "{the phrase}"}, CHAT[1]]}}, "prepare.messages: `{the phrase}` is not a plain field name such as {phrase}."),
     ({"prepare": {"text_template": None, "messages": []}}, "prepare: the last of messages must be the assistant's turn: it is the answer."),
@@ -109,6 +110,9 @@ PARAM_SECTIONS = [
     ({"merge": {"onto": "dequantized"}}, "merge.onto: dequantized goes with finetune.method: qlora."),
     ({"prepare": {"eval_fraction": 0.0}, "finetune": {"early_stopping_patience": 2}}, "finetune.early_stopping_patience: without eval rows nothing says when to stop. Raise prepare.eval_fraction, " "name a file in prepare.source.eval, or set early_stopping_patience to 0."),
 ]  # fmt: skip
+
+# Ten values, ten lists of them, and so on: 10^9 values in nine lines.
+BOMB = "".join(f"y{n}: &y{n} [{', '.join([f'*y{n - 1}' if n else '1'] * 10)}]\n" for n in range(9))
 
 # params.yaml as text: content, a part of the message, the line that it names
 PARAM_TEXTS = [
@@ -130,10 +134,18 @@ PARAM_TEXTS = [
     ("finetune:\n  lora_r: !!bool 2\n", "a value of type bool", 2),
     ("all:\n  stages: !!timestamp x\n", "a value of type timestamp", 2),
     ("all:\n  " + "[" * 3000, "nested too deeply", 2),
+    ("all: &a [*a]\n", "nested too deeply", 2),
+    (BOMB + "finetune:\n  lora_r: *y8\n", "aliases (`*name`) make more than 100,000 values of it", 1),
+    (BOMB + "package:\n  tags: *y8\n", "aliases (`*name`) make more than 100,000 values of it", 1),
 ]  # fmt: skip
 
 # sources: text, a part of the message
 SOURCES = [
+    (f"https://host/a/..#sha256={SUM}", "its path has a part `.` or `..`"),
+    (f"https://host/a/%2e%2e#sha256={SUM}", "its path has a part `.` or `..`"),
+    (f"https://host/a/x%5C..#sha256={SUM}", "its path has a part `.` or `..`"),
+    (f"https://host/x%00.json#sha256={SUM}", "it holds white space, a control character or a backslash"),
+    (f"https://host/x%1b.json#sha256={SUM}", "it holds white space, a control character or a backslash"),
     ("hf:../up@x", "cannot be a name on the hub"),
     ("hf:org/-name@x", "cannot be a name on the hub"),
     ("hf:org/a--b@x", "cannot be a name on the hub"),
@@ -264,8 +276,19 @@ DATA_FILES = [
     ("rows.json", b"[1, 2]", ": row 1: not an object but int"),
 ]  # fmt: skip
 
+
+def renamed(label: str) -> list[dict]:
+    """The rows with another label in the place of joy."""
+    return [row | {"tone": label} if row["tone"] == "joy" else row for row in ROWS]
+
+
+PLAIN = {"text_template": "{phrase}\n{tone}", "answer": "tone"}
+
 # datasets: rows, fields of prepare, a part of the message
 DATA_ROWS = [
+    (renamed("fear<|end|>"), PLAIN, "the label 'fear<|end|>' has the special token <|end|> in it, which the runtime leaves out of an answer"),
+    (renamed("<|end|>"), PLAIN, "the label '<|end|>' has the special token <|end|> in it"),
+    (renamed("jo\0y"), PLAIN, "the label 'jo\\x00y' has a NUL in it, which the runtime leaves out of an answer"),
     (ROWS, {}, "prepare: no known format in the first rows, whose fields are phrase, tone. Give text_template (such as"),
     ([{"instruction": "x", "output": "y", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}], {}, "prepare.format: the rows can be read as sharegpt and as alpaca. Set it"),
     (ROWS, {"format": "sharegpt"}, "the template's field `conversations` is in no row. Fields there: phrase, tone."),
@@ -322,6 +345,11 @@ MODELS = [
     ({INDEX: b'{"weight_map": {"a": "/etc/passwd"}}'}, "it names the file '/etc/passwd'; a plain name"),
     ({INDEX: b'{"weight_map": {"a": ".."}}'}, "it names the file '..'; a plain name"),
     ({INDEX: b'{"weight_map": {"a": ""}}'}, "it names the file ''; a plain name"),
+    ({"tokenizer.json": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}}, "no usable tokenizer (tokenizer.json and tokenizer_config.json)"),
+    ({"MLmodel": b"flavors: {transformers: {model_binary: 5}}"}, "MLmodel: damaged: no list of flavors in it"),
+    ({"MLmodel": b"flavors: " + b"[" * 5000}, "MLmodel: damaged: no list of flavors in it"),
+    ({"MLmodel": b"flavors: [transformers]"}, "MLmodel: damaged: no list of flavors in it"),
+    ({"MLmodel": b"flavors: {5: {}}"}, "MLmodel: the flavors are 5; a language model is read from"),
     ({CONFIG: None}, "no config.json: this is not a model folder"),
     ({CONFIG: b"{"}, "config.json is damaged: not a JSON object"),
     ({CONFIG: b"[]"}, "config.json is damaged: not a JSON object"),

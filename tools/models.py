@@ -19,6 +19,7 @@ from slmake.errors import UserError
 from slmake.export.families import unsupported
 from slmake.rehearsal import chain, checks
 from slmake.rehearsal.tokenizer import SIZE, make_tokenizer
+from slmake.sources.dataset_files import source_files
 
 MODELS = Path(__file__).with_suffix(".yaml")
 # Eight rows of the embedding have no token: the vocabulary must not be as large as another layer of the twin.
@@ -110,7 +111,7 @@ def prepare(everything: params.Params, folder: Path, job: cli.Job) -> tuple[Path
     if everything.prepare is None:
         raise UserError("the twins are trained on rows of the dataset: params.yaml needs the section prepare.")
     tokenizer, dataset = folder / "tokenizer", folder / "dataset"
-    rows = Path(everything.prepare.files["train"]).read_text(encoding="utf-8")
+    rows = Path(source_files(everything.prepare)["train"]).read_text(encoding="utf-8")
     make_tokenizer(tokenizer, rows.splitlines())
     dataset.mkdir()
     Preparation(everything.prepare, tokenizer, dataset, job, scored=False).run(folder)

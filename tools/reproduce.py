@@ -14,29 +14,39 @@ import sys
 import tempfile
 from pathlib import Path
 
+from slmake import params
+from slmake.errors import UserError
 from slmake.outputs import sha256
+from slmake.plan import Plan
+from slmake.platforms import dvc, dvc_yaml
 
-COMPARED = ("build", "results")
 DIFFER = {  # timings, and what is free on this machine
     *("results/benchmark.json", "results/estimate.json", "results/search.json"),
-    *("build/report/cost.html", "build/report.html"),
+    "build/report/cost.html",
 }
 MEASURED = "measured.json"  # of a candidate: timings, too
 
 
 def built_files(root: Path) -> dict[str, str]:
-    """Relative path to SHA-256 of every built file under `root`."""
-    digests = {}
-    for folder in COMPARED:
-        for path in sorted((root / folder).rglob("*")):
+    """Relative path to SHA-256 of every file under `root` that the rules of this folder's params.yaml make."""
+    digests, named = {}, dvc.entries()
+    for output in (root / output for stage in dvc.stages() for output in dvc.outs(named[stage])):
+        for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
             name = path.relative_to(root).as_posix()
             if path.is_file() and not path.name.startswith(".") and name not in DIFFER and path.name != MEASURED:
                 digests[name] = sha256(path)
     return digests
 
 
-def copy_tracked(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
-    """Copy what Git tracks (as it is in the working tree), without anything built, and without names that begin with `leave_out`."""
+def copy_inputs(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """Copy what Git tracks (as it is in the working tree), and link what params.yaml names though Git does not track it.
+
+    Args:
+        leave_out: what the names begin with that are not copied; nothing that is built is.
+
+    Returns:
+        The files that params.yaml names.
+    """
     names = subprocess.run(
         ["git", "ls-files", "-z"], cwd=source, check=True, capture_output=True, text=True
     ).stdout.split("\0")
@@ -44,6 +54,12 @@ def copy_tracked(source: Path, target: Path, leave_out: tuple[str, ...] = ()) ->
         if not name.startswith(("results/", *leave_out)) and (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
+    named = Plan(params.load(source / "params.yaml")).files
+    for name in named:
+        if not Path(name).is_absolute() and not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to((source / name).resolve())
+    return named
 
 
 def snakemake(folder: Path, *targets: str) -> bool:
@@ -55,9 +71,9 @@ def snakemake(folder: Path, *targets: str) -> bool:
 def build_again(here: Path) -> dict[str, str]:
     """`built_files` of a build from nothing in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="slmake-again-") as other:
-        copy_tracked(here, Path(other))
+        copy_inputs(here, Path(other))
         if not snakemake(Path(other)):
-            sys.exit("reproduce: the second build failed.")
+            raise UserError("the second build failed; the message is above.")
         return built_files(Path(other))
 
 
@@ -67,13 +83,16 @@ def main(argv: list[str] | None = None) -> int:
         "--against", type=Path, metavar="FOLDER", help="compare with the build in another copy of the project"
     )
     args = parser.parse_args(argv)
-    here = Path.cwd()
-    first = built_files(here)
-    if not first:
-        sys.exit("reproduce: nothing is built here. Run `make` first.")
-    second = built_files(args.against) if args.against else build_again(here)
-    if not second:
-        sys.exit(f"reproduce: nothing is built in {args.against}.")
+    try:
+        dvc_yaml.update()
+        first = built_files(Path.cwd())
+        if not first:
+            raise UserError("nothing is built here. Run `make` first.")
+        second = built_files(args.against) if args.against else build_again(Path.cwd())
+        if not second:
+            raise UserError(f"nothing is built in {args.against}.")
+    except UserError as error:
+        sys.exit(f"reproduce: error: {error}")
     names = sorted(first.keys() | second.keys())
     different = [name for name in names if first.get(name) != second.get(name)]
     for name in names:

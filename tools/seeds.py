@@ -27,11 +27,10 @@ import yaml
 from slmake import cli, outputs, params
 from slmake.code_inputs import digest
 from slmake.errors import UserError
-from slmake.plan import Plan
 from slmake.reporting.figures import plain_plots
 from slmake.reporting.pages import models_of
-from slmake.reporting.seeds import draw_seeds, summary, table
-from tools.reproduce import copy_tracked, snakemake
+from slmake.reporting.seeds import draw_seeds, inputs, summary, table
+from tools.reproduce import copy_inputs, snakemake
 
 KEPT = Path("build/seeds")
 RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
@@ -57,17 +56,12 @@ def variants(own: params.Params, runs: int, splits: list[int] | None, dtypes: li
 
 
 def copy_project(here: Path, target: Path) -> str:
-    """Copy the project, and what params.yaml names though Git does not track it; link the base model.
+    """Copy the project (see `reproduce.copy_inputs`), and link the base model.
 
     Returns:
         The copy's content, with that of files elsewhere that params.yaml names, as 64 hex digits.
     """
-    copy_tracked(here, target, OTHER)
-    named = Plan(params.load(here / "params.yaml")).files
-    for name in named:
-        if not Path(name).is_absolute() and not (target / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).symlink_to((here / name).resolve())
+    named = copy_inputs(here, target, OTHER)
     model, report = BASE
     (target / report).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(here / report, target / report)
@@ -180,8 +174,7 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
         shown = ", ".join(f"{name} {scores['accuracy']:.1%}" for name, scores in runs[-1]["scores"].items())
         job.say(f"run {number} of {len(changes)}: accuracy {shown} ({runs[-1]['seconds']:.0f} s)")
     lines = summary(runs)
-    data = Plan(own).digest("prepare")
-    replace_json(here / RESULT, {"summary": lines, "params": params.sums(own), "data": data, "runs": runs})
+    replace_json(here / RESULT, {"summary": lines, "params": params.sums(own), "inputs": inputs(own), "runs": runs})
     draw_seeds(plain_plots(), {"runs": runs}, here / PICTURE)
     print(table(lines))
     job.say(f"{len(runs)} runs in {RESULT}, drawn in {PICTURE}")

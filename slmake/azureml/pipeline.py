@@ -18,6 +18,7 @@ from slmake.errors import UserError
 from slmake.params.errors import Loader
 from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
+from slmake.sources.dataset_files import source_files
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 
@@ -92,7 +93,7 @@ def plan(settings: Settings) -> Plan:
 
 def _data(everything: params.Params, settings: Settings, sections: dict) -> dict[str, Mount]:
     """Data files by input name; `sections` is changed to name the paths at which steps find them."""
-    files = everything.prepare.files if everything.prepare else {}
+    files = source_files(everything.prepare) if everything.prepare else {}
     named = settings.data if isinstance(settings.data, dict) else {"train": settings.data} if settings.data else {}
     if named and set(named) != set(files):
         raise UserError(

@@ -12,6 +12,7 @@ from slmake.azureml.errors import translate_errors
 from slmake.azureml.settings import REGISTRY, Cluster, Settings
 from slmake.azureml.step import sums
 from slmake.errors import UserError
+from slmake.sources.dataset_files import source_files
 
 LAST = Path("build/azureml/job.json")  # the run that `submit` made last
 ENDED = ("Completed", "Failed", "Canceled", "NotResponding")
@@ -190,7 +191,7 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     commit = {"git_commit": done.stdout.strip()} if done.returncode == 0 else {}
     source = planned.model.uri if planned.model else planned.sections["fetch_model"]["source"]
     data = ", ".join(mount.uri for mount in planned.data.values()) or ", ".join(
-        everything.prepare.files.values() if everything.prepare else ["no dataset"]
+        source_files(everything.prepare).values() if everything.prepare else ["no dataset"]
     )
     return {"base_model": source, "data": data, **commit}
 

@@ -28,6 +28,7 @@ from slmake.data.template import Conversations, PromptTemplate, read_valid
 from slmake.data.tokenize import BATCH, CHATS, Example, Tokenize, lengths_summary, load_tokenizer
 from slmake.data.writer import Writer
 from slmake.errors import UserError
+from slmake.sources.dataset_files import hub_split, source_files
 from slmake.sources.fetching import fetch_rows
 from slmake.sources.schemes import parse
 
@@ -54,7 +55,9 @@ class Preparation:
         Raises:
             UserError: the first thing that is wrong with sources, rows, labels or lengths.
         """
-        fetched = {name: fetch_rows(parse(text), downloads, self.job) for name, text in self.section.files.items()}
+        fetched = {
+            name: fetch_rows(parse(text), downloads, self.job) for name, text in source_files(self.section).items()
+        }
         files = {
             name: [(decompressed(path, source, downloads), source) for path, source in paths]
             for name, (paths, _) in fetched.items()
@@ -71,6 +74,7 @@ class Preparation:
             chats = isinstance(template, Conversations)
             self.repeated = self._leave_out_repeated(store, split) if chats else {}
             tokenize = Tokenize(self.section, self.tokenizer, template)
+            tokenize.check_labels(labels or [])
             writers = self._write(store, split, tokenize)
             self.apart = tokenize.apart > 0
             answers, codes = store.answers(), store.answer_codes().copy()
@@ -119,7 +123,7 @@ class Preparation:
         """Which rows of a dataset on the hub were read, for the report."""
         if not paths[0][0].is_dir():
             return {}
-        return {"config": self.section.config, "split": self.section.hub_split(split), "where": self.section.where}
+        return {"config": self.section.config, "split": hub_split(self.section, split), "where": self.section.where}
 
     def _split(self, store: Store, sizes: dict[str, int]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
         """Split of every row without and with duplicates (int8 [rows], as `split_rows` gives it), and the labels."""

@@ -36,8 +36,9 @@ def prompt_template(
     def chat() -> ChatTemplate:
         return ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date)
 
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if section.text_template is not None:
-        return FieldTemplate(section)
+        return FieldTemplate(section, special=special)
     if isinstance(section.messages, list):
         return FieldTemplate(section, chat())
     if section.messages is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from slmake import params
 from slmake.data.rows import without_none
 from slmake.errors import UserError
+from slmake.sources.dataset_files import hub_split
 
 
 def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, scratch: Path) -> Iterator[dict]:
@@ -26,12 +27,12 @@ def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, 
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(
-            str(folder), section.config, split=section.hub_split(split), cache_dir=str(scratch)
+            str(folder), section.config, split=hub_split(section, split), cache_dir=str(scratch)
         )
     except Exception as error:
         reason = " ".join(str(error).split()).replace(str(folder), name)
         raise UserError(
-            f"{name}: config {section.config or 'none'}, split {section.hub_split(split)} cannot be read: {reason[:400]}"
+            f"{name}: config {section.config or 'none'}, split {hub_split(section, split)} cannot be read: {reason[:400]}"
         ) from None
     for column in section.where:
         if column not in table.column_names:
@@ -48,4 +49,4 @@ def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, 
             yield {key: without_none(value) for key, value in row.items()}
     if section.where and not chosen:
         wanted = ", ".join(f"{column} {value!r}" for column, value in section.where.items())
-        raise UserError(f"prepare.where: no row of {name} ({section.hub_split(split)}) has {wanted}.")
+        raise UserError(f"prepare.where: no row of {name} ({hub_split(section, split)}) has {wanted}.")

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,8 @@ class FieldTemplate(PromptTemplate):
 
     Args:
         convert: makes the template's fields of a row's; ValueError where it cannot.
+        special: texts of the tokenizer's special tokens. Those at the end of `text_template` close the answer and are not part of its text,
+            as the runtime gives it.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class FieldTemplate(PromptTemplate):
         section: params.Prepare,
         chat: ChatTemplate | None = None,
         convert: Callable[[dict], dict] | None = None,
+        special: Iterable[str] = (),
     ):
-        self.labels, self.chat, self.convert, self.said = section.labels, chat, convert, None
+        self.labels, self.chat, self.convert = section.labels, chat, convert
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -71,6 +75,8 @@ class FieldTemplate(PromptTemplate):
             self.answer = names[0] if names else None
         else:
             head, tail, self.answer = prompts.split_at_answer(section.text_template, section.answer)
+            closing = "|".join(map(re.escape, filter(None, special)))
+            self.said = prompts.flattened(re.sub(rf"\s*(({closing})\s*)+$", "", tail) if closing else tail)
         self.fields = list(dict.fromkeys(prompts.fields_of(head) + prompts.fields_of(tail)))
         self.head, self.tail = prompts.flattened(head), prompts.flattened(tail)
         self.prompt_fields = list(dict.fromkeys(prompts.fields_of(self.head)))
@@ -141,9 +147,9 @@ class FieldTemplate(PromptTemplate):
             text = label_text(values[key])
             values[key] = label_of(text, self.labels) if self.labels else text
         own = "\n".join(values[name] for name in self.prompt_fields)
-        tail = self.tail.format(**values)
-        answer = self.said.format(**values) if self.said else tail.rstrip("\n")
-        return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
+        answer = self.said.format(**values)
+        answer = answer if self.chat else answer.rstrip("\n")
+        return self.head.format(**values), answer, own if self.prompt_fields else answer, self.tail.format(**values)
 
     def inference(self) -> dict:
         written = {

@@ -65,6 +65,29 @@ class Tokenize:
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
+    def check_labels(self, labels: list[str]) -> None:
+        """Refuse labels that no answer of the runtime can be equal to, or that it cannot distinguish.
+
+        Raises:
+            UserError: a label has a NUL or a special token in it, or is the same tokens as another.
+        """
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        seen: dict[tuple[int, ...], str] = {}
+        for label, ids in zip(labels, self._encode(labels, False) if labels else [], strict=True):
+            left_out = [f"the special token {self.tokenizer.decode([token])}" for token in ids if token in special]
+            left_out += ["a NUL"] * ("\0" in label)
+            if left_out:
+                raise UserError(
+                    f"prepare: the label {label!r} has {left_out[0]} in it, which the runtime leaves out of an answer: no answer of a model "
+                    "would be equal to it. Rename the label."
+                )
+            other = seen.setdefault(tuple(ids), label)
+            if other != label:
+                raise UserError(
+                    f"prepare: the labels {other!r} and {label!r} are the same tokens for this model, so no score can distinguish them. "
+                    "Rename one of them."
+                )
+
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of one text that more follows; some tokenizers close every text, which is undone."""
         ids = self._encode([text], self.special_tokens)[0]

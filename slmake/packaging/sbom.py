@@ -168,7 +168,7 @@ def check_bom(text: str, files: dict[str, str] | None = None) -> None:
 
     try:
         problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{BOM} is not JSON: {error}") from None
     if problem is not None:
         raise UserError(f"{BOM} breaks the CycloneDX schema: {str(problem.data)[:300]}")

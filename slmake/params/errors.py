@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 from slmake.sources.secrets import scrub
 
+MOST_VALUES = 100_000  # of a file; an alias counts as what it stands for
+
 
 class Loader(yaml.SafeLoader):
     """YAML 1.1 with two repairs: `2e-4` is a number, and a key given twice is an error.
@@ -19,7 +21,13 @@ class Loader(yaml.SafeLoader):
 
     def get_single_data(self):
         try:
-            return super().get_single_data()
+            node = self.get_single_node()
+            if node is None:
+                return None
+            if _values(node, {}) > MOST_VALUES:
+                problem = f"aliases (`*name`) make more than {MOST_VALUES:,} values of it"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            return self.construct_document(node)
         except RecursionError:
             raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark()) from None
 
@@ -32,6 +40,20 @@ class Loader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2]
             problem = f"it looks like a value of type {kind} and is none: correct it, or put it in quotes if it is text"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Values that a node stands for, itself and those of its aliases included.
+
+    Raises:
+        RecursionError: an alias stands for what it is in.
+    """
+    if id(node) not in counted:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        parts = [part for pair in pairs for part in pair] if pairs else node.value
+        inner = parts if isinstance(node, yaml.CollectionNode) else ()
+        counted[id(node)] = 1 + sum(_values(part, counted) for part in inner)
+    return counted[id(node)]
 
 
 Loader.add_implicit_resolver(

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from slmake.errors import UserError
 from slmake.params.base import Fraction, Section
 from slmake.prompts import fields_of, split_at_answer
+from slmake.sources.dataset_files import hub_split, source_files
 from slmake.sources.schemes import FORMS, parse
 
 Role = Literal["system", "user", "assistant"]
@@ -219,26 +220,12 @@ class Prepare(Section):
                 raise ValueError(f"`{value}` is no date of the form 2024-01-31") from None
         return value
 
-    @property
-    def files(self) -> dict[str, str]:
-        """The source of each split that has one."""
-        given = self.source.model_dump() if isinstance(self.source, Files) else {"train": self.source}
-        if isinstance(self.split, Splits) and isinstance(self.source, str):
-            given = {name: self.source for name, part in self.split if part}
-        return {name: file for name, file in given.items() if file}
-
-    def hub_split(self, name: str) -> str | None:
-        """Which rows of a dataset on the hub are for train, eval or test."""
-        if isinstance(self.split, Splits):
-            return getattr(self.split, name)
-        return (self.split or "train") if name == "train" else None
-
     @model_validator(mode="after")
     def _sources(self):
-        for name, file in self.files.items():
+        for name, file in source_files(self).items():
             source = parse(file)
             if source.kind == "hf" and not source.path:
-                if not self.hub_split(name):
+                if not hub_split(self, name):
                     raise ValueError(
                         f"`{source.text}` is a whole dataset: say in split which of its rows are for {name}"
                     )
@@ -286,4 +273,7 @@ class Prepare(Section):
                 fields_of(turn.content, "prepare.messages")
         except UserError as error:
             raise ValueError(str(error).removesuffix(".")) from None
+        turns = [turn.content for turn in self.messages] if isinstance(self.messages, list) else []
+        if any("\0" in text for text in [self.text_template or "", *turns]):
+            raise ValueError("a NUL in a template ends a text for the runtime. Take it out")
         return self

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -42,12 +42,15 @@ def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
 
 
 def reason(done: subprocess.CompletedProcess) -> str:
-    """DVC's own reason for a failure, one sentence."""
-    lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()]
-    said = next(
-        (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no reason given"
-    )
-    return re.sub(r"^ERROR: |\x1b\[[0-9;]*m", "", said).rstrip(".") + "."
+    """DVC's own reason for a failure, one sentence; with the first name of a list that stands below it."""
+    lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()] or ["no reason given"]
+    errors = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
+    said = lines[errors[-1]] if errors else lines[-1]
+    if cli.FULL in said:
+        return "the disk is full. Free some space and run the same command again; nothing is lost."
+    if said.endswith(":"):
+        said = " ".join([said, *lines[errors[-1] + 1 :][:1]])
+    return re.sub(r"^ERROR: |\x1b\[[0-9;]*m", "", said).rstrip(".:") + "."
 
 
 def entries() -> dict[str, dict]:
@@ -187,7 +190,7 @@ def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
     if unknown:
         _refuse_changed(unknown, "nothing was built")
         # By content they are what their receipts say: DVC may have linked them anew.
-        outputs.note_built(path for stage in unknown for path in outs(named[stage]) if Path(path).exists())
+        _note_proved(named, unknown)
 
 
 def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collection[str]) -> None:
@@ -267,8 +270,16 @@ def _refuse_older(named: dict[str, dict], known: list[str]) -> None:
 
 def note_outputs() -> None:
     """Note every output as what Snakemake has a record of: it was proved to be what its receipt says."""
-    named = entries()
-    outputs.note_built(output for stage in stages() for output in outs(named[stage]))
+    _note_proved(entries(), stages())
+
+
+def _note_proved(named: dict[str, dict], proved: Iterable[str]) -> None:
+    """Note the outputs of some stages as built; where they are not those of the rule's last run here, its benchmark is not theirs."""
+    for stage in proved:
+        paths = [path for path in outs(named[stage]) if Path(path).exists()]
+        if not all(map(outputs.as_built, paths)):
+            Path(f"benchmarks/{stage}.tsv").unlink(missing_ok=True)
+        outputs.note_built(paths)
 
 
 def of_now(paths: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from slmake.reporting.pages import escape, html_table, page
 from slmake.text import columns
 
 COLUMNS = ("mean", "sd", "least", "greatest")
-# Sections of params.yaml that move a score.
+# Rules, and sections of params.yaml, that move a score.
 BUILT_BY = (
     "fetch_model",
     "prepare",
@@ -70,6 +70,12 @@ def draw_seeds(plt, result: dict, path: Path) -> None:
     save(plt, figure, path)
 
 
+def inputs(everything: params.Params) -> dict[str, str]:
+    """Digests of code and files of the rules that move a score, by rule."""
+    plan = Plan(everything)
+    return {rule: plan.digest(rule) for rule in plan.rules if rule in BUILT_BY}
+
+
 def seeds_page(result: dict, everything: params.Params) -> str:
     """Every score's mean and spread, what the runs changed, and which sections of params.yaml have changed since."""
     rows = [
@@ -78,7 +84,11 @@ def seeds_page(result: dict, everything: params.Params) -> str:
     ]
     now = params.sums(everything)
     changed = [f"{name} in params.yaml" for name in BUILT_BY if result["params"].get(name) != now[name]]
-    changed += ["dataset, or code that prepares it"] if result.get("data") != Plan(everything).digest("prepare") else []
+    changed += [
+        f"code or input of {rule}"
+        for rule, digest in inputs(everything).items()
+        if result["inputs"].get(rule) != digest
+    ]
     warning = (
         f'<p class="bad">These runs had another {escape(", another ".join(changed))}. Run <code>make seeds</code> again.</p>'
         if changed

@@ -20,7 +20,7 @@ from slmake import cli
 from slmake.errors import UserError
 from slmake.sources import secrets
 from slmake.sources.base import Source, check_plain, not_of_form
-from slmake.sources.download import PASSING, Broken, digest_of, download
+from slmake.sources.download import PASSING, Broken, digest_of, download, number_of
 from slmake.sources.fetching import model_files
 from slmake.sources.pickles import PICKLES, pickle_advice
 
@@ -176,8 +176,8 @@ def run(fs, request: Callable[[], Coroutine], attempts: int = ATTEMPTS):
 
 def wait_asked(error: BaseException) -> float:
     """Seconds that the server asked to wait (Retry-After), at most 30."""
-    after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return min(30.0, float(after)) if str(after).isdigit() else 0.0
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    return min(30.0, number_of(headers.get("Retry-After")) or 0.0)
 
 
 def listing(fs, container: str, path: str) -> list[BlobEntry]:

@@ -1,6 +1,7 @@
 """Downloads: a broken one resumes, retries are bounded, and a file appears only when it is complete."""
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ class Broken(Exception):
 
 class Restart(Exception):
     """The server cannot continue where the partial file ends."""
+
+
+def number_of(header: str | None) -> int | None:
+    """The whole number that a header of an HTTP answer is; None where it is absent or another text."""
+    return int(header) if re.fullmatch(r"[0-9]{1,15}", header or "") else None
 
 
 def download(

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from slmake import cli
 from slmake.errors import UserError
 from slmake.sources.base import Source, not_of_form
-from slmake.sources.download import PASSING, Broken, Restart, download
+from slmake.sources.download import PASSING, Broken, Restart, download, number_of
 from slmake.sources.secrets import HARMLESS, harmless, masked
 
 TIMEOUT = 60  # seconds without a byte
@@ -26,8 +26,8 @@ class WebFile(Source):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        if re.search(r"[\s\0-\x1f\\]", text):
-            raise not_of_form(cls, text, ": it holds white space or a backslash")
+        if re.search(r"[\s\0-\x1f\\]", text) or re.search(r"[\0-\x1f\x7f]", unquote(text)):
+            raise not_of_form(cls, text, ": it holds white space, a control character or a backslash")
         try:
             url = urlsplit(text)
             _ = url.port
@@ -40,6 +40,8 @@ class WebFile(Source):
             )
         if not re.fullmatch(r"[\w.-]+|[0-9a-f:]+", url.hostname or "") or url.path in ("", "/"):
             raise not_of_form(cls, text)
+        if {".", ".."} & set(re.split(r"[/\\]", unquote(url.path))):
+            raise not_of_form(cls, text, ": its path has a part `.` or `..`")
         if ";" in unquote(url.path) or "&" in url.path or "?" in unquote(url.path):
             raise ValueError(
                 f"`{masked(text)}`: a URL with parameters in its path is refused: they may be a credential"
@@ -80,11 +82,11 @@ def from_web(url: str, target: Path, bar: cli.Progress) -> str | None:
                 if not start:
                     given = answer.headers.get("ETag", "")
                     note.write_text("" if given.startswith("W/") else given, encoding="utf-8")
-                expected, received = answer.headers.get("Content-Length"), 0
+                expected, received = number_of(answer.headers.get("Content-Length")), 0
                 for block in answer.iter_content(2**20):
                     received += len(block)
                     yield block
-                if expected and received < int(expected):
+                if received < (expected or 0):
                     raise Broken(f"the connection closed after {start + received:,} bytes")
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             text = str(error)
@@ -92,7 +94,7 @@ def from_web(url: str, target: Path, bar: cli.Progress) -> str | None:
                 "its name does not resolve" if "resolve" in text else "connection refused" if "refused" in text else ""
             )
             raise Broken(f"the connection broke ({reason or type(error).__name__})") from None
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # the latter: an address that it redirects to is none
             raise UserError(f"{url}: {type(error).__name__}: check the address and the network.") from None
 
     download(read, target, None, url, bar)
@@ -104,8 +106,7 @@ def from_web(url: str, target: Path, bar: cli.Progress) -> str | None:
 def _check_status(url: str, answer, start: int) -> None:
     """Raise Broken, Restart or UserError unless the body of an answer continues at byte `start`."""
     if answer.status_code in PASSING:
-        after = answer.headers.get("Retry-After", "")
-        raise Broken(f"the server answered {answer.status_code}", float(after) if after.isdigit() else 0)
+        raise Broken(f"the server answered {answer.status_code}", number_of(answer.headers.get("Retry-After")) or 0)
     if answer.status_code == 416 or (start and answer.status_code == 200):
         raise Restart
     if answer.status_code in (401, 403):

@@ -59,4 +59,6 @@ class LocalPath(Source):
             from slmake.sources.schemes import FORMS
 
             raise UserError(f"{self.path}: no such file or folder. Correct the source in params.yaml: {FORMS}.")
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{self.path}: a pipe or a device, not a file. Save its content to a file and name that.")
         return path, {}

@@ -33,14 +33,17 @@ def parts(folder: Path) -> list[Path]:
     try:
         flavours = yaml.safe_load(mlmodel.read_text(encoding="utf-8"))["flavors"]
         named = next((flavours[name] for name in FLAVOURS if name in flavours), None)
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        binary = None if named is None else named.get("model_binary")
+        if not (isinstance(flavours, dict) and isinstance(binary, str | None)):
+            raise TypeError
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{mlmodel}: damaged: no list of flavors in it. Download the folder again.") from None
     if named is None:
         raise UserError(
-            f"{mlmodel}: the flavors are {', '.join(flavours)}; a language model is read from {' or '.join(FLAVOURS)}. "
+            f"{mlmodel}: the flavors are {', '.join(map(str, flavours))}; a language model is read from {' or '.join(FLAVOURS)}. "
             "Log it with mlflow.transformers.log_model."
         )
-    model = _first(root, [named.get("model_binary"), "model", "data/model"], "config.json") or _configured(root)
+    model = _first(root, [binary, "model", "data/model"], "config.json") or _configured(root)
     if model is None:
         raise UserError(
             f"{mlmodel}: no folder with a config.json below it: the Hugging Face model is missing. Download the folder again."

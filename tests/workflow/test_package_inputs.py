@@ -1,5 +1,7 @@
 """What a package is made from under a condition only is a dependency of its stage, too: the signing key, a fetched adapter's report."""
 
+import shutil
+
 import pytest
 import yaml
 from merge_script import make_adapter
@@ -33,3 +35,21 @@ def test_the_signing_key_and_the_adapter_are_dependencies(project):
     assert "results/adapter.json" in inputs(project)
     done = run(project, "snakemake", "--dry-run", "--printshellcmds", "build/package")
     assert " --gates results/gates.json --adapter results/adapter.json --lock " in " ".join(done.stdout.split())
+
+
+def test_an_input_that_came_or_went_is_named(repository):
+    """A file in a folder of data; the rows that are there are the same."""
+    (repository / "data" / "rows").mkdir()
+    (repository / "data" / "dataset.json").rename(repository / "data" / "rows" / "a.json")
+    change(repository, "prepare", source="data/rows")
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 0, done.stdout
+
+    def verified() -> str:
+        return run(repository, "python", "-m", "tools.verify").stdout
+
+    assert "loads and generates" in verified()
+    shutil.copy2(repository / "data" / "rows" / "a.json", repository / "data" / "rows" / "b.json")
+    assert "data/rows/b.json: an input since the package was made; build again" in verified()
+    (repository / "data" / "rows" / "a.json").unlink()
+    assert "data/rows/a.json: no input any more; build again" in verified()

@@ -30,6 +30,14 @@ def test_answer_that_brings_its_end_token_gets_no_second_one(build):
     assert all(example["input_ids"].count(END) == 1 and example["labels"][-1] == END for example in built.train)
 
 
+@pytest.mark.parametrize("closing", ["<|end|>", "<|end|>\n", " <|end|><|end|>\n\n"])
+def test_what_closes_the_template_is_not_part_of_the_answer(build, closing):
+    """The runtime leaves special tokens out of an answer: with them in it, no answer would be right."""
+    built = build(make_rows(96), text_template=TEMPLATE + closing)
+    assert {example["answer"] for example in built.train} == {"joy", "fear", "sadness", "surprise"}
+    assert built.prompt["labels"] == ["fear", "joy", "sadness", "surprise"]
+
+
 def test_answer_starts_at_the_named_field(build, tokenizer):
     """`answer` may be an earlier placeholder; what follows it belongs to the answer."""
     rows = [{**row, "why": f"because of {i}"} for i, row in enumerate(make_rows(96))]

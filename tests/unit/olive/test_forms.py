@@ -13,6 +13,7 @@ from slmake.errors import UserError
 from slmake.olive import reader as reader_module
 from slmake.olive.reader import Reader
 from slmake.sources import hub
+from slmake.sources.dataset_files import hub_split, source_files
 from tools import import_olive
 
 TEMPLATE = "### Text: {phrase}\n### The tone is:\n{tone}"
@@ -165,16 +166,16 @@ CODES = {"data_name": "org/codes", "subset": "small", "col_filters": {"language"
 
 def test_datasets_of_the_hub_are_read_as_they_are(tmp_path):
     made = loaded(read(hub_data(CODES | {"split": "train[:70%]"}, CODES | {"split": "train[-128:]"})), tmp_path).prepare
-    assert made.files == {"train": "hf:org/codes@main", "eval": "hf:org/codes@main"}
+    assert source_files(made) == {"train": "hf:org/codes@main", "eval": "hf:org/codes@main"}
     assert (made.config, made.where, made.max_samples) == ("small", {"language": "Python"}, 128)
-    assert [made.hub_split(name) for name in ("train", "eval", "test")] == ["train[:70%]", "train[-128:]", None]
+    assert [hub_split(made, name) for name in ("train", "eval", "test")] == ["train[:70%]", "train[-128:]", None]
 
 
 def test_two_datasets_of_the_hub(tmp_path):
     imported = read(hub_data({"data_name": "org/codes"}, {"data_name": "org/other", "split": "validation"}))
     made = loaded(imported, tmp_path).prepare
-    assert made.files == {"train": "hf:org/codes@main", "eval": "hf:org/other@main"}
-    assert [made.hub_split(name) for name in ("train", "eval")] == ["train", "validation"]
+    assert source_files(made) == {"train": "hf:org/codes@main", "eval": "hf:org/other@main"}
+    assert [hub_split(made, name) for name in ("train", "eval")] == ["train", "validation"]
     assert (made.config, made.where) == (None, {})
     only = hub_data({"data_name": "org/codes"}, {})
     del only["passes"]["lora"]["eval_data_config"]
@@ -203,7 +204,7 @@ def test_a_datasets_branch_becomes_its_commit(monkeypatch, tmp_path):
     import_olive.main([str(tmp_path / "olive.json"), "--output", str(tmp_path / "imported")])
     made = params.load(tmp_path / "imported" / "params.yaml")
     assert made.fetch_model.source == f"hf:org/name@{'mn' * 20}"
-    assert made.prepare.files == {"train": f"hf:org/name@{'dn' * 20}", "eval": f"hf:org/other@{'do' * 20}"}
+    assert source_files(made.prepare) == {"train": f"hf:org/name@{'dn' * 20}", "eval": f"hf:org/other@{'do' * 20}"}
 
 
 def test_slices_of_one_file_are_fractions(tmp_path):

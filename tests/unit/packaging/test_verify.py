@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import PACKAGES
-from package_script import FILES, pack, refused, reseal
+from package_script import FILES, change_bill, pack, refused, reseal
 from tiny import write_params
 
 from slmake.errors import UserError
@@ -152,6 +152,10 @@ def test_a_library_is_never_loaded(parts, tmp_path, name):
         ({"optimized_model_filepath": "{out}/model"}, "has the session option optimized_model_filepath"),
         ({"provider_options": [{"cuda": {"path": "{out}/x"}}]}, "names a path among the provider options"),
         ({"provider_options": [{"QNN": {"backend_path": "..\\\\evil"}}]}, "names a path among the provider options"),
+        (
+            {"provider_options": [{"QNN": {"backend_path": "libevil.so.1"}}]},
+            "names a library among the provider options",
+        ),
     ],
 )
 @pytest.mark.parametrize("twice", [False, True])
@@ -170,9 +174,58 @@ def test_a_session_option_that_writes_files_is_never_taken(parts, tmp_path, opti
     assert not list(out.iterdir())
 
 
-def test_a_library_in_a_package_is_refused(parts, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "name", "value", "reason"),
+    [
+        (["model", "decoder"], "run_options", {"enable_profiling": "{out}/prof"}, "has the setting run_options"),
+        (["model"], "encoder", {"session_options": {"enable_profiling": "{out}/prof"}}, "has the setting encoder"),
+        (["model", "decoder"], "filename", "../model.onnx", r"names a path in model\.decoder\.filename"),
+        (["model", "decoder"], "filename", "model.DLL", r"names a library in model\.decoder\.filename"),
+        ([], "engine", {}, "has the setting engine"),
+    ],
+)
+def test_settings_that_no_package_of_slmake_has_are_refused(parts, tmp_path, where, name, value, reason):
+    folder, out = pack(parts, tmp_path / "package"), tmp_path / "out"
+    out.mkdir()
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    part = config
+    for step in where:
+        part = part[step]
+    part[name] = json.loads(json.dumps(value).replace("{out}", str(out)))
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    reseal(folder, "bill", "provenance")
+    with pytest.raises(UserError, match=f"genai_config.json {reason}"):
+        verify.check(folder, None)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("genai_config.json", b"{", "genai_config.json cannot be read"),
+        ("genai_config.json", b"\xef\xbb\xbf{}", "genai_config.json cannot be read"),
+        ("genai_config.json", b"\xff\xfe{}", "genai_config.json cannot be read"),
+        ("genai_config.json", b"[" * 100_000, "genai_config.json cannot be read"),
+        ("genai_config.json", b"[]", "genai_config.json is no JSON object"),
+        ("genai_config.json", None, "genai_config.json cannot be read"),
+        ("bom.cdx.json", b"[" * 100_000, "bom.cdx.json is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_message(parts, tmp_path, capsys, name, content, reason):
     folder = pack(parts, tmp_path / "package")
-    (folder / "evil.so").write_bytes(b"\x7fELF")
+    if content is None:
+        (folder / name).unlink()
+        change_bill(folder, lambda bom: bom.update(components=[c for c in bom["components"] if c["name"] != name]))
+    else:
+        (folder / name).write_bytes(content)
+        reseal(folder, *(["provenance"] if name == "bom.cdx.json" else ["bill", "provenance"]))
+    assert reason in refused(capsys, folder, "--package-only")
+
+
+@pytest.mark.parametrize("name", ["evil.so", "libevil.so.1", "evil.SO", "Evil.Dll", "evil.dylib", "evil.pyd"])
+def test_a_library_in_a_package_is_refused(parts, tmp_path, name):
+    folder = pack(parts, tmp_path / "package")
+    (folder / name).write_bytes(b"\x7fELF")
     reseal(folder, "bill", "provenance")
     with pytest.raises(UserError, match=r"is a library|not part of the package"):
         verify.check(folder, None)

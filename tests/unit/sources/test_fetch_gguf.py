@@ -106,16 +106,20 @@ def test_missing_wheel(tmp_path, capsys):
     assert "no.whl: no such file or folder." in refused(tmp_path, capsys, f"{tmp_path}/no.whl/a.gguf")
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["text", "cut", "flipped", "encrypted", "method"])
 def test_damaged_wheel(tmp_path, capsys, wheel, damage):
-    """A page instead of a wheel, half a download, and a member whose checksum does not fit."""
+    """A page instead of a wheel, half a download, a member whose checksum does not fit, and others that cannot be unpacked."""
     content, path = bytearray(wheel.read_bytes()), tmp_path / wheel.name
     if damage == "text":
         content = b"<html>not found</html>"
     elif damage == "cut":
         content = content[: len(content) // 2]
-    else:
+    elif damage == "flipped":
         content[len(content) // 2] ^= 0xFF
+    else:  # of the first member, in its own header and in the archive's list of members
+        for start, header in ((6, b"PK\3\4"), (8, b"PK\1\2")):
+            place = content.index(header) + start + (2 if damage == "method" else 0)
+            content[place] = 99 if damage == "method" else 1
     path.write_bytes(content)
     message = refused(tmp_path, capsys, f"{path}/tiny_model/tiny.gguf")
     assert f"{path} is not a wheel (not a zip file) or is damaged. Download it again." in message

@@ -1,6 +1,7 @@
 """fetch_model: a damaged, foreign or hostile model gives one clear error and nothing on the disk."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -17,6 +18,12 @@ def test_missing_folder_lists_the_kinds_of_sources(tmp_path, capsys):
     message = refused(tmp_path, capsys, tmp_path / "nowhere")
     assert f"{tmp_path}/nowhere: no such file or folder." in message
     assert "hf:ORG/NAME@REVISION" in message
+
+
+def test_a_pipe_is_refused_unread(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in (tmp_path / "pipe.gguf", Path("/dev/zero")):
+        assert f"{path}: a pipe or a device, not a file." in refused(tmp_path, capsys, path)
 
 
 def test_folder_without_weights(tmp_path, capsys, broken):
