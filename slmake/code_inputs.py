@@ -25,8 +25,8 @@ PACKAGES = ("scripts", "slmake", "tools")
 SETTLED = 2.0  # seconds: a file changed later may change again within its time stamp, so it is read again
 # No result depends on them: the terminal, error messages, and parameter models (a rule's section is among its params).
 WITHOUT_RESULT = ("slmake.cli", "slmake.errors", "slmake.params")
-# What a gate bounds and which rows it needs; what a metric's figure is called.
-WITH_RESULT = ("slmake.params.gates", "slmake.params.metrics")
+# Which files are read; what a gate bounds and which rows it needs; what a metric's figure is called.
+WITH_RESULT = ("slmake.params.dataset_files", "slmake.params.gates", "slmake.params.metrics")
 
 
 @functools.cache  # a parse of the Snakefile asks for the same rules a hundred times

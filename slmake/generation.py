@@ -112,8 +112,7 @@ class Exported:
             raise ValueError(
                 f"this model takes {len(fields)} text{'s' * (len(fields) > 1)}: {asked}. Given: {len(arguments)}."
             )
-        if any("\0" in text for text in arguments):
-            raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
+        _refuse_unreadable(list(arguments))
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
         return self.chat_prompt(_messages(arguments[0]), self.form.get("tools"))
@@ -146,8 +145,7 @@ class Exported:
             ValueError: the template does not take these turns.
         """
         try:
-            if _holds_nul(messages):
-                raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
+            _refuse_unreadable(messages)
             chat = self.form.get("chat", {})
             text = json.dumps([_trimmed(turn, chat.get("trimmed_roles", [])) for turn in messages])
         except RecursionError:
@@ -382,13 +380,22 @@ def _literal(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _holds_nul(value: object) -> bool:
-    """Whether a text in a JSON value has a NUL character."""
+def shown(text: str) -> str:
+    """A text as it may be printed: where a person's terminal would obey its control characters, without them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if sys.stdout.isatty() else text
+
+
+def _refuse_unreadable(value: object) -> None:
+    """Raise ValueError if a text in a JSON value is none that the runtime can read."""
     if isinstance(value, dict):
-        return any(_holds_nul(part) for pair in value.items() for part in pair)
-    if isinstance(value, list):
-        return any(map(_holds_nul, value))
-    return isinstance(value, str) and "\0" in value
+        _refuse_unreadable([*value, *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            _refuse_unreadable(part)
+    elif isinstance(value, str) and "\0" in value:
+        raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as Python keeps bytes of another encoding
+        raise ValueError("the text is not UTF-8. Convert it, or set a UTF-8 locale.")
 
 
 def _trimmed(turn: dict, roles: list[str]) -> dict:
@@ -416,7 +423,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     try:
         model = Exported(here, json.loads((here / "prompt.json").read_text(encoding="utf-8")))
-        print(model.answer(*sys.argv[1:]))
+        print(shown(model.answer(*sys.argv[1:])))
         if model.runs_on != model.provider:
             print(f"run.py: {PROVIDERS[model.provider]} is not available here; the CPU answered", file=sys.stderr)
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -5,7 +5,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -271,6 +274,40 @@ def check_complete(folder: Path) -> None:
         )
 
 
+# In a process of its own: neither a crash nor an endless search can be stopped within the library.
+TRY_TOKENIZER = r"""
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1])
+for text in ("", "It's 12.5 o'clock!\n\n  ", "caf\xe9 \u65e5\u672c \U0001f642 x\u0301", "a" * 500, "a b " * 200):
+    for special in (False, True):
+        tokenizer.decode(tokenizer.encode(text, add_special_tokens=special).ids)
+"""
+
+
+def _try_tokenizer(folder: Path) -> None:
+    """Encode and decode some short texts with tokenizer.json, if there is one.
+
+    Raises:
+        UserError: it fails, crashes, or needs more than 10 s of processor time or 8 GiB.
+    """
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return
+    command = [sys.executable, "-c", TRY_TOKENIZER, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        long = done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+        reason = "that takes too long" if long else said[-1] if said else "it crashes"
+        raise UserError(
+            f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): it does not read some short texts: {reason}"
+        )
+
+
 def check_loadable(folder: Path) -> None:
     """Check configuration and tokenizer of a model folder; of the weights, only headers are read.
 
@@ -279,6 +316,11 @@ def check_loadable(folder: Path) -> None:
     """
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json: this is not a model folder in Hugging Face layout.")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder}: it holds an adapter (adapter_config.json) beside a model. Name the adapter's folder in the section adapter, or take "
+            "adapter_config.json out."
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -297,6 +339,7 @@ def check_loadable(folder: Path) -> None:
         ) from None
     except Exception as error:  # whatever a wrong number in it causes
         raise unusable(folder, error) from None
+    _try_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:

@@ -4,11 +4,13 @@ Fields that are not named here are ignored; those that would change an answer, a
 https://platform.openai.com/docs/api-reference/chat. `package` copies this file for serve.py.
 """
 
+import argparse
 import contextlib
 import json
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -329,3 +331,14 @@ class ChatForm(Form):
     @staticmethod
     def _delta(delta: dict, finish: str | None = None) -> dict:
         return {"delta": delta, "finish_reason": finish, "logprobs": None}
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """What makes a whole number of an argument on the command line, within bounds."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: a whole number from {least} to {most} is expected")
+        return int(text)
+
+    return number

@@ -210,6 +210,15 @@ def as_built(path: Path | str, linked: bool = False) -> bool:
     return only(fields, seen_of(Path(path))) == only(fields, then)
 
 
+def is_copied(path: Path | str) -> bool:
+    """Whether the note of an output is a copy, as where a whole project was copied (see `as_built`)."""
+    try:
+        noted = json.loads(_note_of(path).read_text(encoding="utf-8"))
+        return _note_of(path).stat().st_ino != noted["inode"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def is_noted(path: Path | str) -> bool:
     """Whether a rule's output of that name was noted."""
     with contextlib.suppress(OSError):  # a text that is no path

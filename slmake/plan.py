@@ -9,7 +9,8 @@ from pathlib import Path
 from slmake.code_inputs import code, digest
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
-from slmake.sources.dataset_files import source_files
+from slmake.params.dataset_files import source_files
+from slmake.sources.fetching import files_of
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 from slmake.user_files import with_what_they_read
@@ -18,7 +19,10 @@ LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
 WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change a package
 # Sections, or parameters of others, that a rule reads or names in what it writes, where it is not its own section alone.
 SECTIONS = {
-    "rehearse": ["rehearse", "finetune", "merge", "quantize", "all.stages", "evaluate.constrain", "package.constrain"],
+    "rehearse": [
+        *("rehearse", "finetune", "merge", "quantize", "all.stages"),
+        *("evaluate.constrain", "gates.checks", "package.constrain"),
+    ],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
     "evaluate": ["evaluate", "merge"],  # merge.onto: which base an adapter of QLoRA is scored on
@@ -170,6 +174,10 @@ class Plan:
         }
         for name, files in needed.items():
             for file in files:
+                built = Path(os.path.relpath(file)).parts[0] in ("build", "results")
+                own = Path(file).name == "metrics.json" or not name.endswith((".published", ".seeds"))
+                if built and own:
+                    return f"{name}: {file}: a build writes and deletes its files there. Copy it to another folder, and name that."
                 if "{" in file or "}" in file or ", " in file:
                     return f"{name}: {file}: Snakemake takes braces for a wildcard, and a comma before a space for the end of a name. Rename the file."
                 folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
@@ -191,7 +199,8 @@ class Plan:
 
     def digest(self, rule: str) -> str:
         """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, byte for byte."""
-        return digest([*code(rule), *LOCKS]) + digest(self.given(rule), exact=True)
+        given = [file.as_posix() for name in self.given(rule) for file in files_of(Path(name)).values()]
+        return digest([*code(rule), *LOCKS]) + digest(given, exact=True)
 
     def given(self, rule: str) -> list[str]:
         """Files that a rule reads byte for byte and no rule makes."""

@@ -295,10 +295,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help=f"address to listen on; any but loopback needs {KEY} (default: 127.0.0.1)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for a free one (default: 8000)")
-    parser.add_argument("--slots", type=int, default=8, help="answers that are generated at once (default: 8)")
-    parser.add_argument("--waiting", type=int, default=64, help="requests that may wait for a slot (default: 64)")
-    parser.add_argument("--body", type=int, default=2**20, help="largest request in bytes (default: 1 MiB)")
+    bounded, add = openai_api.whole_number, parser.add_argument
+    add("--port", type=bounded(0, 65535), default=8000, help="port to listen on; 0 for a free one (default: 8000)")
+    add("--slots", type=bounded(1, 1024), default=8, help="answers that are generated at once (default: 8)")
+    add("--waiting", type=bounded(0, 65536), default=64, help="requests that may wait for a slot (default: 64)")
+    add("--body", type=bounded(1, 2**30), default=2**20, help="largest request in bytes (default: 1 MiB)")
 
 
 def serve(model, name: str, options: argparse.Namespace) -> None:

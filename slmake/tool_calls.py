@@ -13,7 +13,7 @@ from dataclasses import dataclass
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 TAG = r"<[^<>\s]+>|\[[A-Z_]+\]"  # as chat templates mark calls: <tool_call>, Mistral's [TOOL_CALLS]
 COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
-BOUND = 1000  # items that a schema may count: the runtime makes as many rules of its grammar
+BOUND = 1000  # items that a schema may count, and objects in it: the runtime makes as many rules of its grammar
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
 
@@ -172,17 +172,19 @@ def _literal(model, text: str) -> str:
 
 
 def refuse_endless(schema: object) -> None:
-    """Raise ValueError if a schema counts more items than BOUND: the grammar would take all memory, and no answer is that long."""
-    if isinstance(schema, list):
-        for part in schema:
-            refuse_endless(part)
-    elif isinstance(schema, dict):
-        for name, value in schema.items():
+    """Raise ValueError if a schema counts more items than BOUND, or has more parts: the grammar would take all memory, or minutes."""
+    waiting, parts = [schema], 0
+    while waiting:
+        part = waiting.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
             if name in COUNTS and isinstance(value, int | float) and value > BOUND:
                 raise ValueError(
                     f"answers cannot be held to this schema: {name} is {value}; at most {BOUND} can be followed."
                 )
-            refuse_endless(value)
+        parts += isinstance(part, dict)
+        if parts > BOUND:
+            raise ValueError(f"answers cannot be held to this schema: of its objects at most {BOUND} can be followed.")
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def json_guidance(schema: dict) -> tuple[str, str]:

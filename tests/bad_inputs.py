@@ -22,6 +22,8 @@ GPTQ = {"type": "gptq", "bits": 4, "sym": True, "group_size": 64}
 PARAM_VALUES = [
     ("finetune", "lora_r", 0, "finetune.lora_r: 0 is not allowed: it should be greater than or equal to 1."),
     ("finetune", "lora_r", 2048, "finetune.lora_r: 2048 is not allowed: it should be less than or equal to 1024."),
+    ("finetune", "max_steps", 10**16, "finetune.max_steps: a number beyond 10^15 is not allowed."),
+    ("prepare", "max_samples", 10**400, "prepare.max_samples: a number beyond 10^15 is not allowed."),
     ("finetune", "lora_r", "16", 'finetune.lora_r: "16" is not allowed: it should be a valid integer.'),
     ("finetune", "lora_r", 16.5, "finetune.lora_r: 16.5 is not allowed: it should be a valid integer."),
     ("finetune", "lora_r", True, "finetune.lora_r: true is not allowed: it should be a valid integer."),
@@ -136,16 +138,13 @@ PARAM_TEXTS = [
     ("all:\n  " + "[" * 3000, "nested too deeply", 2),
     ("all: &a [*a]\n", "nested too deeply", 2),
     (BOMB + "finetune:\n  lora_r: *y8\n", "aliases (`*name`) make more than 100,000 values of it", 1),
-    (BOMB + "package:\n  tags: *y8\n", "aliases (`*name`) make more than 100,000 values of it", 1),
 ]  # fmt: skip
 
 # sources: text, a part of the message
 SOURCES = [
     (f"https://host/a/..#sha256={SUM}", "its path has a part `.` or `..`"),
     (f"https://host/a/%2e%2e#sha256={SUM}", "its path has a part `.` or `..`"),
-    (f"https://host/a/x%5C..#sha256={SUM}", "its path has a part `.` or `..`"),
     (f"https://host/x%00.json#sha256={SUM}", "it holds white space, a control character or a backslash"),
-    (f"https://host/x%1b.json#sha256={SUM}", "it holds white space, a control character or a backslash"),
     ("hf:../up@x", "cannot be a name on the hub"),
     ("hf:org/-name@x", "cannot be a name on the hub"),
     ("hf:org/a--b@x", "cannot be a name on the hub"),
@@ -168,6 +167,7 @@ SOURCES = [
 
 # sources with a secret: refused in a message without it
 SECRETS = [
+    f"https://host/x.json?anything={SECRET}",
     # user and password
     f"https://me:{SECRET}@host/x.json",
     f"https://{SECRET}@host/x.json",
@@ -278,7 +278,6 @@ DATA_FILES = [
 
 
 def renamed(label: str) -> list[dict]:
-    """The rows with another label in the place of joy."""
     return [row | {"tone": label} if row["tone"] == "joy" else row for row in ROWS]
 
 
@@ -346,9 +345,12 @@ MODELS = [
     ({INDEX: b'{"weight_map": {"a": ".."}}'}, "it names the file '..'; a plain name"),
     ({INDEX: b'{"weight_map": {"a": ""}}'}, "it names the file ''; a plain name"),
     ({"tokenizer.json": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}}, "no usable tokenizer (tokenizer.json and tokenizer_config.json)"),
+    ({"tokenizer.json": {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "Q", "type_id": 0}}], "pair": [], "special_tokens": {}}}}, "no usable tokenizer"),
+    ({"tokenizer.json": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "((a*)*)*b|((\\w+\\s?)*)*$"}, "behavior": "Isolated", "invert": False}}}, "it does not read some short texts: "),
+    ({"tokenizer.json": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "xx"}] * 40}}}, "it does not read some short texts: "),
+    ({"adapter_config.json": b"{}"}, "it holds an adapter (adapter_config.json) beside a model"),
     ({"MLmodel": b"flavors: {transformers: {model_binary: 5}}"}, "MLmodel: damaged: no list of flavors in it"),
     ({"MLmodel": b"flavors: " + b"[" * 5000}, "MLmodel: damaged: no list of flavors in it"),
-    ({"MLmodel": b"flavors: [transformers]"}, "MLmodel: damaged: no list of flavors in it"),
     ({"MLmodel": b"flavors: {5: {}}"}, "MLmodel: the flavors are 5; a language model is read from"),
     ({CONFIG: None}, "no config.json: this is not a model folder"),
     ({CONFIG: b"{"}, "config.json is damaged: not a JSON object"),

@@ -10,7 +10,7 @@ import time
 
 from slmake import cli, exported_model
 from slmake.errors import UserError
-from slmake.generation import Exported
+from slmake.generation import Exported, shown
 
 
 def ask(model: Exported, text: str, new_tokens: int | None) -> tuple[str, float]:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.text.strip():
             raise UserError('no text. Write: make ask TEXT="I never thought I\'d see you again!"')
         answer, milliseconds = ask(exported_model.load(args), args.text, args.max_new_tokens)
-        print(f"{answer}  ({milliseconds:.0f} ms)")
+        print(f"{shown(answer)}  ({milliseconds:.0f} ms)")
 
 
 if __name__ == "__main__":

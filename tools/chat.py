@@ -13,7 +13,7 @@ import time
 
 from slmake import cli, exported_model
 from slmake.errors import UserError
-from slmake.generation import Exported, Stream
+from slmake.generation import Exported, Stream, shown
 
 HELP = "/system TEXT sets the system message, /reset starts a new chat, /quit ends"
 
@@ -89,7 +89,7 @@ def reply(chat: Chat, line: str) -> None:
         return
     with contextlib.suppress(KeyboardInterrupt):
         for piece in stream:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
     rate = len(stream.tokens) / (time.perf_counter() - began)
     print(f"\n  ({len(stream.tokens)} tokens, {rate:.0f} tokens/s{', cut' * (stream.finish == 'length')})")
     chat.keep(line, stream.text)

@@ -20,7 +20,7 @@ from slmake.azureml import settings
 from slmake.errors import UserError
 from slmake.olive import reader
 from slmake.olive.models import BRANCH
-from slmake.params.errors import Loader
+from slmake.params.errors import Loader, yaml_problem
 from slmake.sources import hub
 from slmake.sources.schemes import parse
 
@@ -41,7 +41,8 @@ def read(path: Path) -> dict:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         hint = " JSON has no comments and no comma before a closing bracket; a YAML file's name ends in .yaml or .yml."
         hint *= isinstance(error, json.JSONDecodeError)
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}.{hint}") from None
+        reason = yaml_problem(error) if isinstance(error, yaml.YAMLError) else " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read: {reason}.{hint}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping with `input_model` and `passes`, found {type(data).__name__}.")
     return data

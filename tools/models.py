@@ -17,9 +17,9 @@ from slmake import cli, outputs, params
 from slmake.data.dataset import Preparation
 from slmake.errors import UserError
 from slmake.export.families import unsupported
+from slmake.params.dataset_files import source_files
 from slmake.rehearsal import chain, checks
 from slmake.rehearsal.tokenizer import SIZE, make_tokenizer
-from slmake.sources.dataset_files import source_files
 
 MODELS = Path(__file__).with_suffix(".yaml")
 # Eight rows of the embedding have no token: the vocabulary must not be as large as another layer of the twin.

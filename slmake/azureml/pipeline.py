@@ -15,10 +15,10 @@ import yaml
 from slmake import outputs, params
 from slmake.azureml.settings import LEFT_HERE, REGISTRY, Cluster, Environment, Settings
 from slmake.errors import UserError
+from slmake.params.dataset_files import source_files
 from slmake.params.errors import Loader
 from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
-from slmake.sources.dataset_files import source_files
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
 

@@ -12,7 +12,7 @@ from slmake.azureml.errors import translate_errors
 from slmake.azureml.settings import REGISTRY, Cluster, Settings
 from slmake.azureml.step import sums
 from slmake.errors import UserError
-from slmake.sources.dataset_files import source_files
+from slmake.params.dataset_files import source_files
 
 LAST = Path("build/azureml/job.json")  # the run that `submit` made last
 ENDED = ("Completed", "Failed", "Canceled", "NotResponding")

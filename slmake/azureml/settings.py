@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from slmake.errors import UserError
 from slmake.params import RULES as RULE_NAMES
 from slmake.params import Section
-from slmake.params.errors import Loader, lines
+from slmake.params.errors import Loader, lines, yaml_problem
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
 # Rules that are no steps: `register` is Azure ML's way to publish; a rehearsal is for the machine that submits.
@@ -162,8 +162,10 @@ def load(path: Path) -> Settings:
         raise UserError(
             f"{path}: no such file. Restore it with `git checkout {path}`, or name yours: --settings FILE."
         ) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected fields such as `workspace_name:`, found {type(data).__name__}.")
     try:

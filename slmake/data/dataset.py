@@ -28,7 +28,7 @@ from slmake.data.template import Conversations, PromptTemplate, read_valid
 from slmake.data.tokenize import BATCH, CHATS, Example, Tokenize, lengths_summary, load_tokenizer
 from slmake.data.writer import Writer
 from slmake.errors import UserError
-from slmake.sources.dataset_files import hub_split, source_files
+from slmake.params.dataset_files import hub_split, source_files
 from slmake.sources.fetching import fetch_rows
 from slmake.sources.schemes import parse
 

@@ -24,7 +24,7 @@ def read_delimited(
         UserError: two delimiters are possible, a row does not fit the header, or a quote is not closed.
     """
     # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**26)
     delimiter = "\t" if tabs else _delimiter(path, name, set(fields))
     if delimiter not in ",\t" or (delimiter == "\t" and not tabs):
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from slmake import params
 from slmake.data.rows import without_none
 from slmake.errors import UserError
-from slmake.sources.dataset_files import hub_split
+from slmake.params.dataset_files import hub_split
 
 
 def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, scratch: Path) -> Iterator[dict]:

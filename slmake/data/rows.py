@@ -9,7 +9,6 @@ import hashlib
 import json
 import mmap
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,8 @@ DEPTH = 100  # levels of arrays and objects in a row
 TOO_DEEP = (
     f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: correct or remove it."
 )
-LONGEST_LINE = 2**26  # bytes that are read to see whether a JSON file is one object or one object a line
+LONGEST_LINE = 2**26  # bytes of a row
+MOST_UNPACKED, SMALL = 100, 2**28  # a .gz file may become so many times as large, and so many bytes in any case
 # Half of a surrogate pair written as an escape. What stands behind an escaped backslash matches too: it costs time only.
 _half_pair = re.compile(
     rb"\\u[dD](?:[89a-bA-B]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89a-bA-B]..\\u[dD])[c-fC-F])", re.DOTALL
@@ -83,8 +83,14 @@ def decompressed(path: Path, name: str, folder: Path) -> Path:
         return path
     target = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.content"
     try:
+        most, written = max(SMALL, MOST_UNPACKED * path.stat().st_size), 0
         with gzip.open(path) as packed, open(target, "wb") as out:
-            shutil.copyfileobj(packed, out, 2**20)
+            while block := packed.read(2**20):
+                written += out.write(block)
+                if written > most:
+                    raise UserError(
+                        f"{name}: it unpacks to more than {MOST_UNPACKED} times its size, which no dataset does. Unpack it where you trust it."
+                    )
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{name}: not a readable gzip file: {error}. Download or compress it again.") from None
     return target
@@ -243,8 +249,10 @@ def _items(events: Iterable[tuple[str, object]]) -> Iterator[object]:
 def _json_lines(path: Path, name: str) -> Iterator[dict]:
     # Not through `datasets`: its reader takes text that looks like a date for a date.
     with open(path, "rb") as handle:
-        for number, line in enumerate(handle, 1):
+        for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE), b""), 1):
             try:
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{name}: row {number}: {LONGEST_LINE:,} bytes or more. Shorten or remove it.")
                 if line.strip():
                     value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(value, dict):

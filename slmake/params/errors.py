@@ -29,7 +29,8 @@ class Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
             return self.construct_document(node)
         except RecursionError:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark()) from None
+            problem = "nested too deeply, or recursive"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark()) from None
 
     def construct_object(self, node, deep=False):
         try:
@@ -61,6 +62,19 @@ Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML file, and where, without the line itself: it may hold a credential."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return scrub(" ".join(str(error).split()))
+    said = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
+    parts = [
+        " ".join(text.split()) + (f" in line {mark.line + 1}, column {mark.column + 1}" if mark else "")
+        for text, mark in said
+        if text
+    ]
+    return scrub(", ".join(parts))
 
 
 def _mapping(loader, node, deep=False):

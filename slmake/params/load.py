@@ -20,7 +20,7 @@ from slmake.errors import UserError
 from slmake.params.adapter import Adapter
 from slmake.params.all import All, Stage
 from slmake.params.base import Model, Section
-from slmake.params.errors import Loader, lines, models_in
+from slmake.params.errors import Loader, lines, models_in, yaml_problem
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
@@ -221,7 +221,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}.") from None
     if data is None:
         raise UserError(f"{path}: empty. Restore it with `git checkout {path}`.")
     if not isinstance(data, dict):

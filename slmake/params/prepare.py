@@ -7,8 +7,8 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from slmake.errors import UserError
 from slmake.params.base import Fraction, Section
+from slmake.params.dataset_files import hub_split, source_files
 from slmake.prompts import fields_of, split_at_answer
-from slmake.sources.dataset_files import hub_split, source_files
 from slmake.sources.schemes import FORMS, parse
 
 Role = Literal["system", "user", "assistant"]

@@ -205,7 +205,7 @@ def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collect
     Raises:
         UserError: there is one.
     """
-    named = entries()
+    named, doubtful = entries(), []
     if not {"package", "report"} & set(running):
         return
     for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
@@ -213,6 +213,12 @@ def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collect
             record = metadata(output)
             if record and outputs.as_built(output) and not _is_of_now(plan, record, output):
                 raise UserError(OTHER.format(output, "built"))
+            if "DVC_STAGE" in os.environ and not outputs.as_built(
+                output
+            ):  # DVC may have linked it anew; or it is another
+                doubtful.append((output, "not in cache", stage))
+    for path, _, _ in _compared(doubtful):
+        raise UserError(OTHER.format(path, "built"))
 
 
 def _is_of_now(plan: Plan, record: dict, output: str) -> bool:
@@ -233,11 +239,13 @@ def refuse_unbuilt(wanted: list[str]) -> list[str]:
         UserError: an output is not of what is here now, so a receipt would claim what is not so.
     """
     named = entries()
+    recorded = {out["path"] for out in receipts()}
     known: list[str] = []
     unknown: dict[str, str] = {}  # the first output without record, by stage
     for stage in wanted:
         for output in outs(named[stage]):
-            if metadata(output) and outputs.as_built(output):
+            # Of a copied project's files only sizes and times are known.
+            if metadata(output) and outputs.as_built(output) and not (outputs.is_copied(output) and output in recorded):
                 known.append(output)
             else:
                 unknown.setdefault(stage, output)

@@ -80,6 +80,22 @@ def advice(entry: dict, metrics: dict) -> str:
     )
 
 
+def check_labels(section: params.Gates, labels: list[str] | None) -> None:
+    """Raise UserError if a gate is on the figure of a label that the dataset does not have.
+
+    Args:
+        labels: the dataset's; None for open text.
+    """
+    for name, gate in section.every().items():
+        if gate.metric.startswith("per_class."):
+            _figure(
+                name,
+                gate.metric,
+                {"per_class": {label: {gate.metric.rpartition(".")[2]: 0.0} for label in labels or []}},
+                "",
+            )
+
+
 def _model(name: str, gate: params.Gate, names: list[str]) -> str:
     if gate.model == "last":
         return names[-1]

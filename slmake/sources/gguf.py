@@ -4,11 +4,10 @@ import contextlib
 import functools
 import math
 import re
-import struct
 import tempfile
 from pathlib import Path
 
-from slmake.errors import UserError, first_line
+from slmake.errors import UserError, first_line, is_panic
 from slmake.model_folder import refuse_incomplete
 
 # Fields that are a size or a count; a context's length is no part of the weights.
@@ -57,8 +56,9 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
                 folder, gguf_file=link.name, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
-    except (ValueError, KeyError, EOFError, IndexError, RecursionError, struct.error, OSError) as error:
-        if getattr(error, "errno", None):
+    except BaseException as error:  # tokenizers raises plain Exceptions, and panics
+        known = isinstance(error, Exception) or is_panic(error)
+        if not known or isinstance(error, UserError | MemoryError) or getattr(error, "errno", None):
             raise
         raise UserError(
             f"{file}: transformers cannot read this GGUF file: {first_line(error)} It may be damaged: download it again."

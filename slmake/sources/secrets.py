@@ -69,4 +69,11 @@ def scrub(text: str) -> str:
     """Any text without passwords and credentials of addresses in it."""
     text = re.sub(r"(?i)\b(https?://)[^/?#\s'\"@]*@", r"\1***@", text)
     text = re.sub(r"(://[^/?#\s'\"@:]*):(?!\d{1,5}[/?#\s'\"])[^/\s'\"@]+@", r"\1:***@", text)
+    text = re.sub(r"(?i)(https?://[^\s'\"?#]*\?)([^\s'\"#]+)", lambda found: found[1] + _query(found[2]), text)
     return _ASSIGNED.sub(r"\1=***", text)
+
+
+def _query(text: str) -> str:
+    """A query without the values that may be a credential."""
+    pairs = (part.partition("=") for part in text.split("&"))
+    return "&".join(f"{name}{equals}{value if harmless(name, value) else '***'}" for name, equals, value in pairs)

@@ -91,7 +91,7 @@ def test_every_rule_s_inputs_are_its_script_and_the_library(rule):
     assert files[0] == f"scripts/{rule}.py"
     assert all((ROOT / name).is_file() for name in files)
     # What a gate bounds, and what a metric's figure is called, are no mere parameters.
-    others = set(files[1:]) - {"slmake/params/gates.py", "slmake/params/metrics.py"}
+    others = set(files[1:]) - {f"slmake/params/{name}.py" for name in ("dataset_files", "gates", "metrics")}
     assert not [name for name in others if name.startswith(("scripts/", "tools/", "slmake/params/", "slmake/cli"))]
 
 

@@ -67,9 +67,10 @@ def test_prompt_fills_the_template_in(exported):
         ([], 'this model takes 1 text: "phrase". Given: 0.'),
         (["a", "b"], 'this model takes 1 text: "phrase". Given: 2.'),
         (["a\0b"], "the text holds a NUL character"),
+        (["a\udcff"], "the text is not UTF-8"),
         (["word " * 600], "the text is too long: "),
     ],
-    ids=["none", "two", "NUL", "long"],
+    ids=["none", "two", "NUL", "bytes", "long"],
 )
 def test_texts_that_do_not_fit_are_refused(exported, texts, message):
     with pytest.raises(ValueError, match=message):
@@ -179,3 +180,10 @@ def test_short_prompts_of_a_model_with_a_window_are_answered(tmp_path):
     assert exported.smallest_cache == 64
     assert 1 <= len(exported.generate([2, 3, 4], 4)) <= 4
     assert len(exported.generate(list(range(2, 202)), 4)) <= 4
+
+
+@pytest.mark.parametrize(("terminal", "printed"), [(True, "a\ufffd[2Jb\n\tc"), (False, "a\x1b[2Jb\n\tc")])
+def test_an_answer_cannot_command_the_terminal(monkeypatch, terminal, printed):
+    """A model from elsewhere may say anything; a pipe gets it as it is."""
+    monkeypatch.setattr(generation.sys, "stdout", types.SimpleNamespace(isatty=lambda: terminal))
+    assert generation.shown("a\x1b[2Jb\n\tc") == printed

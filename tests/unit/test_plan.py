@@ -251,3 +251,17 @@ def test_a_file_that_params_yaml_names_and_that_is_not_there(plan, changes, mess
 def test_a_folder_is_a_base_model(plan):
     assert plan(fetch_model={"source": "data/base", "sha256": None}).missing() is None
     assert plan().missing() is None
+
+
+@pytest.mark.parametrize("section", ["fetch_model", "prepare", "adapter"])
+@pytest.mark.parametrize("source", ["build/merged", "./results/predictions.csv", "data/../build/adapter"])
+def test_what_a_build_makes_is_no_input_of_it(tmp_path, section, source):
+    stages = ["merge", "quantize", "evaluate"]
+    settings = {
+        "all": {"stages": stages},
+        "adapter": {"source": str(tmp_path)},
+        "gates": {"max_accuracy_drop": None, "checks": []},
+    }
+    settings |= {section: {"source": source} | ({"sha256": None} if section == "fetch_model" else {})}
+    problem = Plan(params.load(write_params(tmp_path / "params.yaml", **settings))).missing()
+    assert f"params.yaml: {section}.source: {source}: a build writes and deletes its files there." in problem

@@ -1,6 +1,8 @@
 """Requests that would cost a server too much, or are not of the API's form: each is refused, and the next one is answered."""
 
+import argparse
 import asyncio
+import re
 from collections import Counter
 
 import httpx2
@@ -142,3 +144,27 @@ def test_the_six_characters_of_an_escape_are_no_nul(model):
     for turn in ({"role": "user", "content": "a\0"}, {"role": "assistant", "content": "", "tool_calls": [call]}):
         with pytest.raises(ValueError, match="NUL character"):
             model.chat_prompt([turn])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--port", "65536"),
+        ("--port=-1",),
+        ("--slots", "0"),
+        ("--slots=-3",),
+        ("--waiting=-9",),
+        ("--body", "0"),
+        ("--body", "1e9"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(arguments, capsys):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(arguments)
+    assert stopped.value.code == 2
+    name = arguments[0].partition("=")[0]
+    assert re.search(
+        rf"error: argument {name}: .*: a whole number from \d+ to \d+ is expected", capsys.readouterr().err
+    )

@@ -10,7 +10,7 @@ from served import CHAT, CLOCK, TEMPLATE, TEXT, WEATHER, export
 
 from slmake import generation
 from slmake.generation import Sampling, Stream
-from slmake.tool_calls import CallForm, json_guidance
+from slmake.tool_calls import CallForm, json_guidance, refuse_endless
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,19 @@ def test_numbers_of_a_schema_are_what_the_template_reads(model, number):
     prompt = model.chat_prompt([{"role": "user", "content": "Hi"}], [tool])
     written = re.search(r'"minimum": ?([^}\s]+)', prompt)[1]
     assert float(written) == number
+
+
+@pytest.mark.parametrize("count", [1000, 1001])
+def test_schemas_of_many_objects_are_refused(count):
+    """The runtime's time grows with the square of their number, while all other requests wait."""
+    schema = {
+        "properties": {f"p{number}": {"type": "string"} for number in range(count - 2)}
+    }  # and the two around them
+    if count > 1000:
+        with pytest.raises(ValueError, match="of its objects at most 1000 can be followed"):
+            refuse_endless(schema)
+    else:
+        refuse_endless(schema | {"enum": ["x"] * 5000})
 
 
 @pytest.mark.parametrize("name", ["minItems", "maxItems", "minProperties", "maxProperties"])

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from project import change, run
+from project import change, planned, run
 
 from slmake.platforms import dvc
 from tools import record
@@ -174,3 +174,46 @@ def test_an_edit_that_keeps_size_and_time_is_seen(repository, name):
 
 def test_a_record_leaves_nothing_in_the_cache_of_runs(repository):
     assert not (repository / ".dvc" / "cache" / "runs").exists()
+
+
+def test_a_file_that_no_rule_reads_changes_nothing(repository):
+    (repository / "data" / "base" / ".DS_Store").touch()
+    assert planned(repository) == set()
+
+
+def test_what_rotted_in_a_copied_project_is_not_recorded(repository, tmp_path):
+    """Of a copy only sizes and times are known, and the receipts are not byte for byte those of the last record."""
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-a", repository, copy], check=True)
+    weights = copy / "build" / "adapter" / "adapter_model.safetensors"
+    status, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()  # it is a link into DVC's cache
+    weights.write_bytes(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with open(copy / "dvc.lock", "a", encoding="utf-8") as handle:
+        handle.write("# another commit\n")
+    before = (copy / "dvc.lock").read_bytes()
+    done = build(copy)
+    assert done.returncode == 1
+    assert "nothing says what build/adapter was built from; nothing was recorded" in done.stdout
+    assert (copy / "dvc.lock").read_bytes() == before
+
+
+def test_dvc_packs_no_model_of_another_adapter(repository):
+    """`--downstream` leaves out the stage that would build the adapter again."""
+    for command in ("snakemake --cores all build/adapter", "dvc repro --downstream merge"):
+        change(repository, "finetune", num_train_epochs=2.0 if "snakemake" in command else 1.0)
+        done = run(repository, *command.split())
+    assert done.returncode
+    assert "build/adapter was built from other parameters, code or data than those that are here now" in done.stdout
+    shutil.rmtree(repository / "build" / "adapter")
+    assert run(repository, "python", "-m", "tools.remote", "restore").returncode == 0
+    weights = repository / "build" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    done = run(repository, "dvc", "repro", "--downstream", "merge")
+    assert done.returncode
+    assert "build/adapter was built from other parameters, code or data than those that are here now" in done.stdout

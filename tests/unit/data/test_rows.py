@@ -3,13 +3,16 @@
 import gzip
 import hashlib
 import json
+import os
 import re
 
 import pytest
 from prepared import WHOLE, Built, write_rows
 from tiny import TONES, make_rows
 
+from slmake.data import rows
 from slmake.data.rows import read_rows
+from slmake.errors import UserError
 
 TRICKY = [
     {"phrase": 'He said "NA", twice', "tone": "NA", "code": "007"},
@@ -174,3 +177,25 @@ def test_names_of_a_class_label_column(build, tmp_path):
     assert [row["answer"] for row in build(tmp_path / "rows.parquet", **WHOLE).train] == [
         row["tone"] for row in make_rows(24)
     ]
+
+
+@pytest.mark.parametrize(("times", "refused"), [(50, False), (400, True)])
+def test_what_a_gz_file_unpacks_to_is_bounded(tmp_path, monkeypatch, times, refused):
+    monkeypatch.setattr(rows, "SMALL", 1000)
+    path = tmp_path / "rows.jsonl.gz"
+    content = os.urandom(2000).hex().encode() + b" " * 4000 * times
+    path.write_bytes(gzip.compress(content))
+    assert len(content) / path.stat().st_size > 100 or not refused
+    if refused:
+        with pytest.raises(UserError, match="it unpacks to more than 100 times its size"):
+            rows.decompressed(path, path.name, tmp_path)
+    else:
+        assert rows.decompressed(path, path.name, tmp_path).read_bytes() == content
+
+
+def test_a_row_has_a_longest_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST_LINE", 100)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x"}\n{"a": "' + "y" * 200 + '"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="row 2: 100 bytes or more"):
+        list(rows.read_rows(path))

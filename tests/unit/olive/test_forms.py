@@ -12,8 +12,8 @@ from slmake.azureml import settings
 from slmake.errors import UserError
 from slmake.olive import reader as reader_module
 from slmake.olive.reader import Reader
+from slmake.params.dataset_files import hub_split, source_files
 from slmake.sources import hub
-from slmake.sources.dataset_files import hub_split, source_files
 from tools import import_olive
 
 TEMPLATE = "### Text: {phrase}\n### The tone is:\n{tone}"

@@ -392,3 +392,13 @@ def test_latency_of_another_device_cannot_be_gated(tmp_path, capsys):
         in message
     )
     run(tmp_path, metrics, checks=[{"metric": "accuracy", "minimum": 0.5}])
+
+
+@pytest.mark.parametrize(("labels", "refused"), [(["joy", "fear"], False), (["fear"], True), (None, True)])
+def test_a_gate_on_a_label_that_no_row_has_is_found_before_training(labels, refused):
+    section = params.Gates(checks=[params.Gate(metric="per_class.joy.f1", minimum=0.5)])
+    if refused:
+        with pytest.raises(UserError, match=r"gates\.checks\[0\]: no label `joy`"):
+            gates.check_labels(section, labels)
+    else:
+        gates.check_labels(section, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the section's own checks ask here
-    from slmake.params import Prepare
+    from slmake.params.prepare import Prepare
 
 
 def source_files(section: Prepare) -> dict[str, str]:
