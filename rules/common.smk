@@ -15,7 +15,7 @@ from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
 from slmake.plan import LOCKS, Plan, when
 from slmake.platforms import container as containers
-from slmake.platforms import dvc, dvc_yaml, slurm
+from slmake.platforms import dvc, dvc_yaml, origins, slurm
 from slmake.platforms.slurm import memory
 
 if config:
@@ -32,9 +32,9 @@ atexit.register(remember)
 try:
     # DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
     # (`make pull` sets the times of what it pulled, on both ends of the link: on a copy they would be lost when DVC links again.)
-    if dvc.PULLED not in os.environ:
+    if origins.PULLED not in os.environ:
         break_readonly_hardlinks()
-        dvc.date_results()
+        origins.date_results()
     if workflow.is_main_process:
         os.environ.pop(cli.PLANNED, None)
         os.environ.pop(cli.SOURCES, None)
@@ -50,9 +50,9 @@ try:
         raise UserError(problem)
     os.environ.setdefault(cli.SOURCES, planned.write({rule: PLAN.given(rule) for rule in PLAN.rules}))
     if workflow.is_main_process:
-        dvc.refuse_other_sources(PLAN)
+        origins.refuse_other_sources(PLAN)
         dvc_yaml.refuse_stale()
-        dvc.refuse_other_than_pulled(PLAN)
+        origins.refuse_other_than_pulled(PLAN)
     if CONTAINER and IN_CONTAINERS:
         containers.prepare(CONTAINER, PLAN.files, online=PLAN.online)
     if not workflow.is_main_process:
@@ -109,12 +109,13 @@ onstart:
                 "what was built is untouched."
             )
     try:
-        if workflow.is_main_process and not workflow.touch:  # --touch is the user's own claim, and `make pull` has compared
+        # --touch is the user's own claim, and `make pull` has compared.
+        if workflow.is_main_process and not workflow.touch:
             jobs = list(workflow.dag.needrun_jobs())
             rebuilt = {str(path) for job in jobs for path in job.output}
-            dvc.refuse_other_upstream(PLAN, {job.rule.name for job in jobs}, rebuilt)
             if not workflow.dag_settings.allowed_rules:  # DVC and Azure ML run one rule and compare for themselves
-                dvc.refuse_replaced(PLAN, rebuilt)
+                origins.refuse_replaced(PLAN, rebuilt)
+            origins.refuse_other_upstream(PLAN, {job.rule.name for job in jobs}, rebuilt)
         if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)
     except UserError as error:

@@ -6,7 +6,7 @@ from slmake.text import printable
 class UserError(Exception):
     """Something that the user can correct: the message says what, where, and what to do next; with no control character of what it quotes."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(printable(message))
 
 

@@ -24,12 +24,10 @@ from slmake.platforms.dvc import (
     dvc,
     note,
     reason,
-    refuse_damaged,
-    refuse_other_origin,
-    refuse_unbuilt,
     repair_lock,
     stages,
 )
+from slmake.platforms.origins import refuse_damaged, refuse_other_origin, refuse_unbuilt
 
 
 def main(argv: list[str] | None = None) -> None:

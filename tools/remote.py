@@ -28,14 +28,11 @@ from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.platforms import dvc_yaml
 from slmake.platforms.dvc import (
-    PULLED,
-    built_from,
     cached,
     changed,
     dvc,
     entries,
     note,
-    note_outputs,
     outs,
     reason,
     receipts,
@@ -44,6 +41,7 @@ from slmake.platforms.dvc import (
     stages,
     status,
 )
+from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
 from slmake.sources.secrets import holds_secret, masked
 

@@ -26,7 +26,8 @@ from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import state
 
 from slmake import cli, outputs
-from slmake.platforms.dvc import LOCK, PENDING, metadata, receipts
+from slmake.platforms.dvc import LOCK, PENDING, receipts
+from slmake.platforms.origins import metadata
 
 
 def dump(path, data, dumper, fs=None, **options) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.plan import Plan
-from slmake.platforms import dvc, dvc_yaml
+from slmake.platforms import dvc, dvc_yaml, origins
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
 SETTINGS = (
@@ -49,6 +49,6 @@ def remember(wanted: list[str]) -> None:
     except DvcException:  # another DVC is at work: the next record compares again
         return
     if not changed and outputs.marks(paths) == seen:
-        outputs.note_built(dvc.of_now([out for name in wanted for out in dvc.outs(named[name])]))
+        outputs.note_built(origins.of_now([out for name in wanted for out in dvc.outs(named[name])]))
         objects = [str(dvc.cached(md5)) for md5 in dvc.recorded()]
         outputs.replace(SEEN, json.dumps({"paths": paths, "marks": seen, "objects": objects}).encode())

@@ -229,7 +229,7 @@ def test_a_changed_parameter_runs_exactly_its_stages(repository):
     change(repository, "quantize", accuracy_level=0)
     done = run(repository, "dvc", "repro")
     assert done.returncode == 0, done.stdout
-    after = {"rehearse", "quantize", "evaluate", "gates", "package", "report"}
+    after = {"code", "rehearse", "quantize", "evaluate", "gates", "package", "report"}
     assert {"quantize", "evaluate"} <= ran(done.stdout) <= after
     assert planned(repository) == set()
 

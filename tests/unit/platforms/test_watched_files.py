@@ -7,7 +7,7 @@ from tiny import write_params
 from slmake import params
 from slmake.errors import UserError
 from slmake.plan import Plan
-from slmake.platforms import dvc
+from slmake.platforms import origins
 
 NAMED = {
     "package": {"license_files": ["LICENSE", "NOTICE"], "constrain": {"json_schema": "answer.json"}},
@@ -30,7 +30,7 @@ def check(tmp_path, monkeypatch):
     def run(watched: set[str], **changes: object) -> None:
         content = {"stages": {"evaluate": {"deps": sorted(watched)}, "code": {"cmd": "true"}}}
         (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-        dvc.refuse_other_sources(Plan(params.load(write_params(tmp_path / "params.yaml", **NAMED | changes))))
+        origins.refuse_other_sources(Plan(params.load(write_params(tmp_path / "params.yaml", **NAMED | changes))))
 
     return run
 
