@@ -285,8 +285,8 @@ PLAIN = {"text_template": "{phrase}\n{tone}", "answer": "tone"}
 
 # datasets: rows, fields of prepare, a part of the message
 DATA_ROWS = [
-    (renamed("fear<|end|>"), PLAIN, "the label 'fear<|end|>' has the special token <|end|> in it, which the runtime leaves out of an answer"),
-    (renamed("<|end|>"), PLAIN, "the label '<|end|>' has the special token <|end|> in it"),
+    (renamed("jo<|end|>y"), PLAIN, "the label 'jo<|end|>y' has the special token <|end|> in it, which the runtime leaves out of an answer"),
+    (renamed("<|end|>"), PLAIN, "row 2: field `tone` is an empty answer"),
     (renamed("jo\0y"), PLAIN, "the label 'jo\\x00y' has a NUL in it, which the runtime leaves out of an answer"),
     (ROWS, {}, "prepare: no known format in the first rows, whose fields are phrase, tone. Give text_template (such as"),
     ([{"instruction": "x", "output": "y", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}], {}, "prepare.format: the rows can be read as sharegpt and as alpaca. Set it"),

@@ -40,7 +40,7 @@ def prompt_template(
     if section.text_template is not None:
         return FieldTemplate(section, special=special)
     if isinstance(section.messages, list):
-        return FieldTemplate(section, chat())
+        return FieldTemplate(section, chat(), special=special)
     if section.messages is not None:
         return Conversations(section.messages, chat(), section.train_on)
     rows = [row for row in first_rows() if isinstance(row, dict)]
@@ -54,10 +54,10 @@ def prompt_template(
     if name == "alpaca":
         if tokenizer.chat_template:
             return Conversations("output", chat(), section.train_on, alpaca_turns)
-        return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields)
+        return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields, special=special)
     if any(isinstance(row.get("prompt"), list) for row in rows):
         return Conversations("completion", chat(), section.train_on, prompt_completion_turns)
-    return FieldTemplate(_with_template(section, PROMPT_COMPLETION))
+    return FieldTemplate(_with_template(section, PROMPT_COMPLETION), special=special)
 
 
 def _with_template(section: params.Prepare, template: str) -> params.Prepare:

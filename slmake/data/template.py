@@ -55,8 +55,8 @@ class FieldTemplate(PromptTemplate):
 
     Args:
         convert: makes the template's fields of a row's; ValueError where it cannot.
-        special: texts of the tokenizer's special tokens. Those at the end of `text_template` close the answer and are not part of its text,
-            as the runtime gives it.
+        special: texts of the tokenizer's special tokens. At the end of an answer they close it, and are not part of its text, as the runtime
+            gives it.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class FieldTemplate(PromptTemplate):
         special: Iterable[str] = (),
     ):
         self.labels, self.chat, self.convert = section.labels, chat, convert
+        closing = "|".join(map(re.escape, filter(None, special))) or "(?!)"
+        self.closing = re.compile(rf"\s*(({closing})\s*)+$")
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -75,8 +77,7 @@ class FieldTemplate(PromptTemplate):
             self.answer = names[0] if names else None
         else:
             head, tail, self.answer = prompts.split_at_answer(section.text_template, section.answer)
-            closing = "|".join(map(re.escape, filter(None, special)))
-            self.said = prompts.flattened(re.sub(rf"\s*(({closing})\s*)+$", "", tail) if closing else tail)
+            self.said = prompts.flattened(tail)
         self.fields = list(dict.fromkeys(prompts.fields_of(head) + prompts.fields_of(tail)))
         self.head, self.tail = prompts.flattened(head), prompts.flattened(tail)
         self.prompt_fields = list(dict.fromkeys(prompts.fields_of(self.head)))
@@ -135,7 +136,7 @@ class FieldTemplate(PromptTemplate):
                 )
             elif not prompts.encodes(value):
                 problems.append(f"field `{name}` {HALF_PAIR}")
-            elif name == self.answer and not value.strip():
+            elif name == self.answer and not self.closing.sub("", value).strip():
                 problems.append(f"field `{name}` is an empty answer")
         return problems
 
@@ -148,7 +149,7 @@ class FieldTemplate(PromptTemplate):
             values[key] = label_of(text, self.labels) if self.labels else text
         own = "\n".join(values[name] for name in self.prompt_fields)
         answer = self.said.format(**values)
-        answer = answer if self.chat else answer.rstrip("\n")
+        answer = self.closing.sub("", answer if self.chat else answer.rstrip("\n"))
         return self.head.format(**values), answer, own if self.prompt_fields else answer, self.tail.format(**values)
 
     def inference(self) -> dict:

@@ -275,4 +275,4 @@ def section(path: str | Path, name: str) -> Section:
 
 def as_json(value: object) -> str:
     """A section with its defaults (null where it is absent) or a parameter as canonical JSON: Snakemake compares it to decide whether a rule must run again."""
-    return json.dumps(value.model_dump(mode="json") if isinstance(value, Section) else value, sort_keys=True)
+    return json.dumps(value, sort_keys=True, default=lambda section: section.model_dump(mode="json"))

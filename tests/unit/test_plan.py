@@ -265,3 +265,13 @@ def test_what_a_build_makes_is_no_input_of_it(tmp_path, section, source):
     settings |= {section: {"source": source} | ({"sha256": None} if section == "fetch_model" else {})}
     problem = Plan(params.load(write_params(tmp_path / "params.yaml", **settings))).missing()
     assert f"params.yaml: {section}.source: {source}: a build writes and deletes its files there." in problem
+
+
+def test_sections_in_parameters_are_text_too(tmp_path):
+    """`gates.checks` is a list of sections, and one of the parameters that rehearse reads."""
+    texts = []
+    for bound in (0.1, 0.2):
+        checks = [{"metric": "kl_mean", "maximum": bound}]
+        everything = params.load(write_params(tmp_path / "params.yaml", gates={"checks": checks}))
+        texts.append(Plan(everything).section("rehearse"))
+    assert len(set(texts)) == 2

@@ -32,10 +32,12 @@ def test_answer_that_brings_its_end_token_gets_no_second_one(build):
 
 @pytest.mark.parametrize("closing", ["<|end|>", "<|end|>\n", " <|end|><|end|>\n\n"])
 def test_what_closes_the_template_is_not_part_of_the_answer(build, closing):
-    """The runtime leaves special tokens out of an answer: with them in it, no answer would be right."""
-    built = build(make_rows(96), text_template=TEMPLATE + closing)
-    assert {example["answer"] for example in built.train} == {"joy", "fear", "sadness", "surprise"}
-    assert built.prompt["labels"] == ["fear", "joy", "sadness", "surprise"]
+    """The runtime leaves special tokens out of an answer: with them in it, no answer would be right. Nor where the rows have them."""
+    rows = [row | {"tone": row["tone"] + closing} for row in make_rows(96)]
+    in_template = build(make_rows(96), name="template", text_template=TEMPLATE + closing)
+    for built in (in_template, build(rows, name="rows", text_template=TEMPLATE)):
+        assert {example["answer"] for example in built.train} == {"joy", "fear", "sadness", "surprise"}
+        assert built.prompt["labels"] == ["fear", "joy", "sadness", "surprise"]
 
 
 def test_answer_starts_at_the_named_field(build, tokenizer):
