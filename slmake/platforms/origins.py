@@ -70,9 +70,9 @@ def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collect
     Raises:
         UserError: there is one.
     """
-    named, doubtful = entries(), []
-    if not {"package", "report"} & set(running):
+    if not ({"package", "report"} & set(running) and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
         return
+    named, doubtful = entries(), []
     for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
         for output in (output for output in outs(named[stage]) if output not in rebuilt):
             record, unmoved = metadata(output), outputs.as_built(output)
