@@ -174,7 +174,7 @@ class Plan:
         }
         for name, files in needed.items():
             for file in files:
-                built = Path(os.path.relpath(file)).parts[0] in ("build", "results")
+                built = Path(os.path.relpath(file)).parts[:1] in (("build",), ("results",))
                 own = Path(file).name == "metrics.json" or not name.endswith((".published", ".seeds"))
                 if built and own:
                     return f"{name}: {file}: a build writes and deletes its files there. Copy it to another folder, and name that."

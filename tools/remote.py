@@ -301,8 +301,9 @@ def prove(job: cli.Job) -> None:
     compared, seen = built_from(Plan(params.load("params.yaml"))), files_here()
     found = status()
     if found:
+        rules = [name for name in found if name != dvc_yaml.CODE] or list(found)
         raise UserError(
-            f"what was recorded is here, but {', '.join(found)} would be built again: parameters, scripts or data here are not those it was "
+            f"what was recorded is here, but {', '.join(rules)} would be built again: parameters, scripts or data here are not those it was "
             "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
         )
     record(job, compared, seen)

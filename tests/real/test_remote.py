@@ -45,6 +45,7 @@ def test_fresh_clone_pull_and_both_engines_have_nothing_to_do(pushed, clone):
     after = {"rehearse", "quantize", "evaluate", "gates", "package", "report"}
     assert planned(clone) == after
     assert set(yaml.safe_load(run(clone, "dvc", "status", "--json").stdout)) == {
+        "code",
         "rehearse",
         "quantize",
         "package",

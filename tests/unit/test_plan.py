@@ -255,7 +255,8 @@ def test_a_folder_is_a_base_model(plan):
 
 @pytest.mark.parametrize("section", ["fetch_model", "prepare", "adapter"])
 @pytest.mark.parametrize("source", ["build/merged", "./results/predictions.csv", "data/../build/adapter"])
-def test_what_a_build_makes_is_no_input_of_it(tmp_path, section, source):
+def test_what_a_build_makes_is_no_input_of_it(tmp_path, monkeypatch, section, source):
+    monkeypatch.chdir(tmp_path)  # where nothing is built
     stages = ["merge", "quantize", "evaluate"]
     settings = {
         "all": {"stages": stages},
