@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from slmake.errors import UserError, is_panic
+from slmake.errors import UserError, is_failure
 from slmake.text import printable
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
@@ -213,7 +213,7 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             traceback.print_exc()
             _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
         except BaseException as error:
-            if not (isinstance(error, Exception) or is_panic(error)):
+            if not is_failure(error):
                 raise
             if log_path or not (_is_full(error) or _is_refused(error) or _is_path(error)):
                 traceback.print_exc()

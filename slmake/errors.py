@@ -16,6 +16,6 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust has crashed (pyo3's PanicException): unlike other failures, it is no Exception."""
-    return type(error).__name__ == "PanicException"
+def is_failure(error: BaseException) -> bool:
+    """Whether something failed, and nobody asked for the end: the crash of a library in Rust (pyo3's PanicException) is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slmake import outputs
-from slmake.errors import UserError, first_line, is_panic
+from slmake.errors import UserError, first_line, is_failure
 from slmake.sources.pickles import PICKLES, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -343,7 +343,7 @@ def check_loadable(folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:
-        if not (isinstance(error, Exception) or is_panic(error)):
+        if not is_failure(error):
             raise
         raise UserError(
             f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): {first_line(error)}"

@@ -199,24 +199,32 @@ def as_built(path: Path | str, linked: bool = False) -> bool:
     An output that was never noted counts as the one that Snakemake has a record of. Where the whole project was copied, its notes are
     copies, too: then sizes and times of the content are compared.
     """
-    note = _note_of(path)
-    try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        copied, then = note.stat().st_ino != noted["inode"], noted["is"]
-    except (OSError, ValueError, KeyError, TypeError):
+    noted = _noted(path)
+    if noted is None:
         return True
-    fields = LINKED if linked or noted.get("to_be_linked") else WHOLE
-    fields = COPIED if copied else fields
-    return only(fields, seen_of(Path(path))) == only(fields, then)
+    fields = LINKED if linked or noted["to_be_linked"] else WHOLE
+    fields = COPIED if noted["copied"] else fields
+    return only(fields, seen_of(Path(path))) == only(fields, noted["is"])
 
 
 def is_copied(path: Path | str) -> bool:
     """Whether the note of an output is a copy, as where a whole project was copied (see `as_built`)."""
+    noted = _noted(path)
+    return noted is not None and noted["copied"]
+
+
+def _noted(path: Path | str) -> dict | None:
+    """What `note_built` has written of an output, and whether that note is a copy; None if there is none that can be read."""
+    note = _note_of(path)
     try:
-        noted = json.loads(_note_of(path).read_text(encoding="utf-8"))
-        return _note_of(path).stat().st_ino != noted["inode"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        return {
+            "is": noted["is"],
+            "copied": note.stat().st_ino != noted["inode"],
+            "to_be_linked": noted.get("to_be_linked"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def is_noted(path: Path | str) -> bool:

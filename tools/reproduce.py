@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slmake import params
+from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import sha256
 from slmake.plan import Plan
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         "--against", type=Path, metavar="FOLDER", help="compare with the build in another copy of the project"
     )
     args = parser.parse_args(argv)
-    try:
+    with cli.job("reproduce"):
         dvc_yaml.update()
         first = built_files(Path.cwd())
         if not first:
@@ -91,8 +91,6 @@ def main(argv: list[str] | None = None) -> int:
         second = built_files(args.against) if args.against else build_again(Path.cwd())
         if not second:
             raise UserError(f"nothing is built in {args.against}.")
-    except UserError as error:
-        sys.exit(f"reproduce: error: {error}")
     names = sorted(first.keys() | second.keys())
     different = [name for name in names if first.get(name) != second.get(name)]
     for name in names:

@@ -103,15 +103,11 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
         texts, named, materials = sections(everything), plan.files, plan.materials()
         now = {f"params.yaml#{name}": sha256(text.encode()).hexdigest() for name, text in texts.items()}
         names = [dependency["name"] for dependency in recorded]
-        whole = "Snakefile" in names  # as a build has them; the script alone may have been given others
-        added = [name for name in materials if whole and name not in names]
-        known = {
-            *materials,
-            *named,
-            *(source.text for source in plan.sources),
-            str(everything.all.container).partition("@")[0],
-        }
-        gone = [name for name in names if whole and not re.search(r"[:#]", name) and name not in known]
+        if "Snakefile" in names:  # a build's; the script alone may have been given other inputs
+            sources = [source.text for source in plan.sources]
+            known = {*materials, *named, *sources, str(everything.all.container).partition("@")[0]}
+            added = [name for name in materials if name not in names]
+            gone = [name for name in names if not re.search(r"[:#]", name) and name not in known]
     problems = [f"{name}: an input since the package was made; build again" for name in added]
     problems += [f"{name}: no input any more; build again" for name in gone]
     for dependency in recorded:

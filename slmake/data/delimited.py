@@ -9,6 +9,7 @@ from slmake.errors import UserError
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LOOKED_AT = 100  # rows
+LONGEST_LINE = 2**26  # bytes of a row or of a field
 
 
 def read_delimited(
@@ -24,7 +25,7 @@ def read_delimited(
         UserError: two delimiters are possible, a row does not fit the header, or a quote is not closed.
     """
     # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
-    csv.field_size_limit(2**26)
+    csv.field_size_limit(LONGEST_LINE)
     delimiter = "\t" if tabs else _delimiter(path, name, set(fields))
     if delimiter not in ",\t" or (delimiter == "\t" and not tabs):
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from slmake import params
 from slmake.data.chat import ChatTemplate
-from slmake.data.template import Conversations, FieldTemplate, PromptTemplate
+from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, special_tokens
 from slmake.errors import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
@@ -36,7 +36,7 @@ def prompt_template(
     def chat() -> ChatTemplate:
         return ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date)
 
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = special_tokens(tokenizer).values()
     if section.text_template is not None:
         return FieldTemplate(section, special=special)
     if isinstance(section.messages, list):

@@ -13,14 +13,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from slmake.data.delimited import read_delimited
+from slmake.data.delimited import LONGEST_LINE, read_delimited
 from slmake.errors import UserError
 
 DEPTH = 100  # levels of arrays and objects in a row
 TOO_DEEP = (
     f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: correct or remove it."
 )
-LONGEST_LINE = 2**26  # bytes of a row
 MOST_UNPACKED, SMALL = 100, 2**28  # a .gz file may become so many times as large, and so many bytes in any case
 # Half of a surrogate pair written as an escape. What stands behind an escaped backslash matches too: it costs time only.
 _half_pair = re.compile(

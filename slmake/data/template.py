@@ -229,6 +229,11 @@ class Conversations(PromptTemplate):
         }
 
 
+def special_tokens(tokenizer) -> dict[int, str]:
+    """The texts of a tokenizer's special tokens, which the runtime leaves out of an answer, by their numbers."""
+    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def field(row: dict, name: str) -> object:
     """A row's field; `text.phrase` is the field `phrase` in the object `text`, unless a field has the very name. None if absent."""
     if name in row or "." not in name:

@@ -13,7 +13,7 @@ from slmake import params
 from slmake.data.chat import Answer
 from slmake.data.conversation import Conversation
 from slmake.data.store import Row
-from slmake.data.template import SHOWN, PromptTemplate
+from slmake.data.template import SHOWN, PromptTemplate, special_tokens
 from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -71,10 +71,10 @@ class Tokenize:
         Raises:
             UserError: a label has a NUL or a special token in it, or is the same tokens as another.
         """
-        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        special = special_tokens(self.tokenizer)
         seen: dict[tuple[int, ...], str] = {}
         for label, ids in zip(labels, self._encode(labels, False) if labels else [], strict=True):
-            left_out = [f"the special token {self.tokenizer.decode([token])}" for token in ids if token in special]
+            left_out = [f"the special token {special[token]}" for token in ids if token in special]
             left_out += ["a NUL"] * ("\0" in label)
             if left_out:
                 raise UserError(

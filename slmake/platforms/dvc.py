@@ -38,11 +38,11 @@ def reason(done: subprocess.CompletedProcess) -> str:
     """DVC's own reason for a failure, one sentence; with the first name of a list that stands below it."""
     lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()] or ["no reason given"]
     errors = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
-    said = lines[errors[-1]] if errors else lines[-1]
+    said, *below = lines[errors[-1] if errors else -1 :]
     if cli.FULL in said:
         return "the disk is full. Free some space and run the same command again; nothing is lost."
     if said.endswith(":"):
-        said = " ".join([said, *lines[errors[-1] + 1 :][:1]])
+        said = " ".join([said, *below[:1]])
     return re.sub(r"^ERROR: |\x1b\[[0-9;]*m", "", said).rstrip(".:") + "."
 
 

@@ -72,16 +72,16 @@ def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collect
     """
     if not ({"package", "report"} & set(running) and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
         return
-    named, doubtful = entries(), []
+    named, moved = entries(), []
     for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
         for output in (output for output in outs(named[stage]) if output not in rebuilt):
             record, unmoved = metadata(output), outputs.as_built(output)
             if record and unmoved and not _is_of_now(plan, record, output):
                 raise UserError(OTHER.format(output, "built"))
-            if "DVC_STAGE" in os.environ and not unmoved:  # DVC has linked it anew, or it is another
-                doubtful.append((output, "not in cache", stage))
-    for path, _, _ in _compared(doubtful):
-        raise UserError(OTHER.format(path, "built"))
+            moved += [] if unmoved else [output]
+    # Under DVC they may be the same, linked anew; else `refuse_replaced` has compared them.
+    if "DVC_STAGE" in os.environ and (others := list(_other_than_recorded(moved))):
+        raise UserError(OTHER.format(others[0][0], "built"))
 
 
 def refuse_unbuilt(wanted: list[str]) -> list[str]:
@@ -110,8 +110,8 @@ def refuse_unbuilt(wanted: list[str]) -> list[str]:
     recorded = {out["path"] for out in receipts()}
     # Of a copied project's files only sizes and times are known.
     copied = [path for path in known if path in recorded and outputs.is_copied(path)]
-    if rotten := [path for path, _, _ in _compared([(path, "not in cache", "") for path in copied])]:
-        raise _unknown(rotten[:1], "nothing was recorded")
+    if rotten := list(_other_than_recorded(copied)):
+        raise _unknown([rotten[0][0]], "nothing was recorded")
     if unknown:
         _refuse_changed(unknown, "nothing was recorded")
     return known
@@ -199,18 +199,24 @@ def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, s
 
     `dvc commit` puts an output that is what it was into the cache again.
     """
+    yield from (entry for entry in damaged if entry[1] != "not in cache")
+    unseen = {path: stage for path, how, stage in damaged if how == "not in cache"}
+    yield from ((path, how, unseen[path]) for path, how in _other_than_recorded(unseen))
+
+
+def _other_than_recorded(paths: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Those of some outputs whose content is not what their receipts say, and how it has changed.
+
+    Outside of a repository there are no receipts to compare with, and `dvc commit` says what is wrong.
+    """
     from dvc.exceptions import NotDvcRepoError
 
     from slmake.platforms.atomic_dvc import Repo
 
-    yield from (entry for entry in damaged if entry[1] != "not in cache")
-    unseen = [(path, stage) for path, how, stage in damaged if how == "not in cache"]
-    # Outside of a repository there are no receipts to compare with, and `dvc commit` says what is wrong.
-    with contextlib.suppress(NotDvcRepoError), Repo() if unseen else contextlib.nullcontext() as repo:
-        for path, stage in unseen:
+    with contextlib.suppress(NotDvcRepoError), Repo() if paths else contextlib.nullcontext() as repo:
+        for path in paths:
             for out in repo.find_outs_by_path(path):
-                for changed in out.workspace_status().values():
-                    yield path, changed, stage
+                yield from ((path, how) for how in out.workspace_status().values())
 
 
 def built_from(plan: Plan) -> str:

@@ -7,7 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from slmake.errors import UserError, first_line, is_panic
+from slmake.errors import UserError, first_line, is_failure
 from slmake.model_folder import refuse_incomplete
 
 # Fields that are a size or a count; a context's length is no part of the weights.
@@ -57,8 +57,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics
-        known = isinstance(error, Exception) or is_panic(error)
-        if not known or isinstance(error, UserError | MemoryError) or getattr(error, "errno", None):
+        if not is_failure(error) or isinstance(error, UserError | MemoryError) or getattr(error, "errno", None):
             raise
         raise UserError(
             f"{file}: transformers cannot read this GGUF file: {first_line(error)} It may be damaged: download it again."
