@@ -13,20 +13,25 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import DTYPES, Adapter
 from slmake.merging.fit import Plan, plan, tokenizer_files
-from slmake.merging.shards import AsyncWriter, BufferPool, Shard
-from slmake.merging.update import ROWS
+from slmake.merging.shards import BufferPool, Output, Shard, as_bytes, in_order, pieces
+from slmake.merging.update import ROWS, Update
 from slmake.model_folder import KEPT, element_bits, tensor_shapes, weight_files
 
 NAMES = {value: key for key, value in DTYPES.items()}
 PIECE = 2**20  # elements of a weight that are merged at a time: as many as stay in the processor's cache
+AHEAD = 32  # pieces that are begun before the first of them is written: more than there are threads
 
 
 def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
@@ -40,104 +45,157 @@ def fake_quantize(tensor, compute_dtype, quant_type: str, double_quant: bool):
 
 
 @dataclass
+class Piece:
+    """Some rows of a tensor: what one thread merges at a time.
+
+    Attributes:
+        name: of the tensor in the merged model.
+        source, read_at: the file that the values come from and the offset of these rows in it.
+        shape, kind: of these rows in that file; () for a scalar.
+        first, last: the rows, counted in the tensor.
+        ends: whether these are the tensor's last rows.
+        write_at, narrow: the offset of these rows in the merged file and their data type there.
+        update: the adapter's change of the tensor, or None.
+        rebuild: what replaces the weight before the merge, or None.
+        whole: whether this is a large tensor that cannot be merged by rows.
+    """
+
+    name: str
+    source: Shard
+    read_at: int
+    shape: tuple[int, ...]
+    kind: object
+    first: int
+    last: int
+    ends: bool
+    write_at: int
+    narrow: object
+    update: Update | None
+    rebuild: Callable | None
+    whole: bool
+
+
+@dataclass
 class Merge:
     """What every shard's merge needs.
 
     Attributes:
         rebuild: what the weights in `linear` are replaced by before the merge, or None.
         dtype: of the result; `auto` keeps each tensor's own.
+        threads: they read, merge and write pieces, each with its own buffers.
     """
 
     adapter: Adapter
     plan: Plan
     dtype: str
-    rebuild: object
+    rebuild: Callable | None
     linear: set[str]
-    buffers: BufferPool
+    threads: ThreadPoolExecutor
+    buffers: BufferPool = field(default_factory=BufferPool)
+    one_whole: Lock = field(default_factory=Lock)  # so that only one tensor that needs to be whole is in memory
 
     def shard(self, source: Path, target: Path, bar) -> None:
-        """Stream one shard: the header first, then each tensor by rows, merged where the adapter changes it.
+        """Write one shard: the header first, then each tensor by rows, merged where the adapter changes it.
 
         Raises:
             UserError: a type does not fit, or a merged value is not finite.
         """
-        with (
-            Shard(source, self.buffers) as shard,
-            Shard(self.adapter.weights, self.buffers) as saved,
-            AsyncWriter(target, self.buffers) as out,
-        ):
+        with Shard(source) as shard, Shard(self.adapter.weights) as saved, Output(target) as out:
             origins = {name: name for name in shard.kinds if name not in self.plan.copies}
             origins |= {name: origin for name, origin in self.plan.copies.items() if origin in shard.kinds}
             kinds = {name: shard.kinds[origin] for name, origin in origins.items()}
             # safetensors' own order: wide types first
             order = sorted(kinds, key=lambda name: (-element_bits(kinds[name]), name))
-            written, header, offset = {}, {"__metadata__": {"format": shard.metadata.get("format", "pt")}}, 0
+            header, offset = {"__metadata__": {"format": shard.metadata.get("format", "pt")}}, 0
             for name in order:
                 kind = NAMES[self.dtype] if self.dtype != "auto" and kinds[name] in DTYPES else kinds[name]
                 shape = list(self.plan.shapes[name])
                 length = math.prod(shape) * element_bits(kind) // 8
                 header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + length]}
-                written[name], offset = kind, offset + length
+                offset += length
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
-            out.file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                if kinds[name] in DTYPES:
-                    self._tensor(shard, saved, name, origins[name], DTYPES[written[name]], out)
-                elif name in self.plan.changes:
-                    raise UserError(f"{source}: {name} is of type {kinds[name]}: an adapter cannot be merged into it.")
-                else:
-                    for piece in shard.stream(name, 2 * PIECE):
-                        out.write(piece)
-                bar.update(1)
+            begin = out.write(struct.pack("<Q", len(text)) + text, 0)
+            tasks = (
+                piece
+                for name in order
+                for piece in self._pieces(
+                    shard, saved, name, origins[name], header[name]["dtype"], begin + header[name]["data_offsets"][0]
+                )
+            )
+            bad = 0
+            with closing(in_order(self.threads, partial(self._merge, out), tasks, AHEAD)) as merged:
+                for piece, end, not_finite in merged:
+                    out.complete(end)
+                    bad += not_finite
+                    if bad and piece.ends:
+                        raise UserError(
+                            f"{piece.name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
+                        )
+                    bar.update(piece.ends)
 
-    def _tensor(self, shard: Shard, saved: Shard, name: str, origin: str, dtype: str, out: AsyncWriter) -> None:
-        """Write one floating-point tensor in `dtype`, with the adapter's change where there is one.
+    def _pieces(self, shard: Shard, saved: Shard, name: str, origin: str, kind: str, write_at: int) -> Iterator[Piece]:
+        """A tensor by rows, as many as stay in the processor's cache; whole where the change needs that.
 
-        By rows, as many as stay in the processor's cache; whole where the change needs that.
+        Args:
+            kind: safetensors' name of the type that is written.
+            write_at: the tensor's offset in the merged file.
 
         Raises:
-            UserError: a value is not finite.
+            UserError: the adapter changes a tensor of a type that cannot be merged.
         """
         import torch
 
-        change, narrow = self.plan.changes.get(name), getattr(torch, dtype)
-        replacement = change.replacement if change else None
+        change = self.plan.changes.get(name)
+        source, own = (saved, change.replacement) if change and change.replacement else (shard, origin)
         update = self.adapter.update(change) if change else None
-        rebuild = self.rebuild if name in self.linear and not replacement else None
-        shape = self.plan.shapes[name]
-        rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
-        step = rows if rebuild or (update and update.whole) else max(ROWS if update else 1, PIECE // max(1, width))
-        read = self._rows(saved, replacement, step) if replacement else self._rows(shard, origin, step)
-        last, bad = 0, 0
-        for tensor in read:
-            first, last = last, last + (len(tensor) if shape else 1)
-            if rebuild:
-                tensor = rebuild(tensor)
-            if update:
-                if tensor.dtype != torch.float32:
-                    tensor = self.buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
-                update.add_to(tensor, first, last, self.buffers)
-            if tensor.dtype != narrow:
-                tensor = self.buffers.get("narrow", tensor.shape, narrow).copy_(tensor)
-            if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
-                bad += int((~torch.isfinite(tensor)).sum())
-            out.write(tensor.contiguous())
-        if bad:
+        rebuild = self.rebuild if name in self.linear and source is shard else None
+        if shard.kinds[origin] in DTYPES:
+            shape, wide, narrow = source.shapes[own], *(getattr(torch, DTYPES[k]) for k in (source.kinds[own], kind))
+        elif change:
             raise UserError(
-                f"{name}: {bad} values are not finite after the merge; the model would be broken. Train again with a lower learning_rate."
+                f"{shard.handle.name}: {name} is of type {shard.kinds[origin]}: an adapter cannot be merged into it."
+            )
+        else:  # copied as bytes
+            shape, wide, narrow = [shard.bytes[origin]], torch.uint8, torch.uint8
+        rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
+        whole = bool(rebuild or (update and update.whole))
+        step = rows if whole else max(ROWS if update else 1, PIECE // max(1, width))
+        for first, last in pieces(rows, max(1, step)):
+            yield Piece(
+                name,
+                source,
+                source.begin[own] + first * width * wide.itemsize,
+                (last - first, *shape[1:]) if shape else (),
+                wide,
+                first,
+                last,
+                last == rows,
+                write_at + first * width * narrow.itemsize,
+                narrow,
+                update,
+                rebuild,
+                whole,
             )
 
-    @staticmethod
-    def _rows(shard: Shard, name: str, step: int) -> Iterator:
-        """A tensor of a file by rows, at most `step` at a time."""
+    def _merge(self, out: Output, piece: Piece) -> tuple[Piece, int, int]:
+        """Merge a piece and write it; returns it, its end in the merged file, and how many of its values are not finite."""
         import torch
 
-        shape, kind = shard.shapes[name], getattr(torch, DTYPES[shard.kinds[name]])
-        row_bytes = math.prod(shape[1:]) * kind.itemsize
-        for data in shard.stream(name, max(1, step * row_bytes)):
-            rows = len(data) // row_bytes
-            yield data.view(kind).view(rows, *shape[1:]) if shape else data.view(kind).view(())
+        with self.one_whole if piece.whole else nullcontext():
+            tensor = piece.source.read(self.buffers.get("read", piece.shape, piece.kind), piece.read_at)
+            if piece.rebuild:
+                tensor = piece.rebuild(tensor)
+            if piece.update:
+                if tensor.dtype != torch.float32:
+                    tensor = self.buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
+                piece.update.add_to(tensor, piece.first, piece.last, self.buffers)
+            if tensor.dtype != piece.narrow:
+                tensor = self.buffers.get("narrow", tensor.shape, piece.narrow).copy_(tensor)
+            bad = 0
+            if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
+                bad = int((~torch.isfinite(tensor)).sum())
+            return piece, out.write(as_bytes(tensor.contiguous()), piece.write_at), bad
 
 
 def merge(
@@ -165,9 +223,10 @@ def merge(
         shutil.copyfile(path, target / path.name)
     import torch  # here, so that bad input is reported before it is loaded
 
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is left to the thread that writes
-    work = Merge(adapter, planned, section.dtype, rebuild, linear, BufferPool())
-    with job.progress(len(planned.shapes), "tensors") as bar:
+    # One thread of arithmetic in each: threads of their own overlap reading and writing, too.
+    threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    with threads, job.progress(len(planned.shapes), "tensors") as bar:
+        work = Merge(adapter, planned, section.dtype, rebuild, linear, threads)
         for file in files:
             work.shard(file, target / file.name, bar)
     _write_config(section.dtype, planned, files, target)

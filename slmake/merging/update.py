@@ -49,7 +49,7 @@ class Update:
         # Never of fewer rows: such a product uses another kernel, which may round differently from the whole one.
         start = max(0, min(first, last - ROWS))
         b, a = (self.b, self.a[:, start:last]) if self.transposed else (self.b[start:last], self.a)
-        product = torch.mm(b, a, out=buffers.get("update", (len(b), a.shape[1]), torch.float32, swapped=False))
+        product = torch.mm(b, a, out=buffers.get("update", (len(b), a.shape[1]), torch.float32))
         product = (product.T if self.transposed else product)[first - start :]
         tensor.add_(product.mul_(self.scaling))
         if self.magnitude is not None:

@@ -43,11 +43,12 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
 # -- the sums ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", [merge_module.PIECE, 1000])
-def test_float32_equals_merge_and_unload_bit_for_bit(tmp_path, monkeypatch, pair, piece):
-    """Every tensor, by name, whole or in pieces; the adapter's products changed and nothing else did."""
+@pytest.mark.parametrize(("piece", "threads"), [(merge_module.PIECE, 1), (1000, 1), (1000, 5)])
+def test_float32_equals_merge_and_unload_bit_for_bit(tmp_path, monkeypatch, pair, piece, threads):
+    """Every tensor, by name, whole or in pieces, by one thread or several; the adapter's products changed and nothing else did."""
     base, adapter = pair
     monkeypatch.setattr(merge_module, "PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     merged = tensors_of(run(tmp_path, base, adapter))
     before = tensors_of(base)
     assert merged.keys() == before.keys()
