@@ -113,9 +113,12 @@ onstart:
         if workflow.is_main_process and not workflow.touch:
             jobs = list(workflow.dag.needrun_jobs())
             rebuilt = {str(path) for job in jobs for path in job.output}
+            made_of = origins.inputs_of((job.rule.name, job.input) for job in workflow.dag.jobs)
             if not workflow.dag_settings.allowed_rules:  # DVC and Azure ML run one rule and compare for themselves
-                origins.refuse_replaced(PLAN, rebuilt)
-            origins.refuse_other_upstream(PLAN, {job.rule.name for job in jobs}, rebuilt)
+                origins.refuse_replaced(PLAN, made_of, rebuilt)
+            elif "DVC_STAGE" in os.environ:
+                made_of = origins.inputs_by_dvc(dvc.entries())
+            origins.refuse_other_upstream(PLAN, made_of, {job.rule.name for job in jobs}, rebuilt)
         if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)
     except UserError as error:

@@ -9,11 +9,14 @@ import ast
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
+import re
 import sys
 import time
+import tokenize
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,8 +28,23 @@ PACKAGES = ("scripts", "slmake", "tools")
 SETTLED = 2.0  # seconds: a file changed later may change again within its time stamp, so it is read again
 # No result depends on them: the terminal, error messages, and parameter models (a rule's section is among its params).
 WITHOUT_RESULT = ("slmake.cli", "slmake.errors", "slmake.params")
+# Of a rule's text: when and where it runs, but not what it makes.
+SCHEDULING = ("mem_mb=", "runtime=", "turns=", "priority:")
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 # Which files are read; what a gate bounds and which rows it needs; what a metric's figure is called.
 WITH_RESULT = ("slmake.params.dataset_files", "slmake.params.gates", "slmake.params.metrics")
+
+
+def rule_digest(rule: str, snakefile: Path = Path("Snakefile")) -> str:
+    """SHA-256 of a rule's text in the Snakefile, 64 hex digits: its inputs, options and command. Without comments, layout, and SCHEDULING."""
+    text = snakefile.read_text(encoding="utf-8") if snakefile.is_file() else ""
+    own = re.search(rf"^rule {rule}:.*?(?=^\S|\Z)", text, re.M | re.S)
+    kept = hashlib.sha256()
+    with contextlib.suppress(tokenize.TokenError):  # Snakemake says what is wrong with it
+        for kind, word, *_, line in tokenize.generate_tokens(io.StringIO(own[0] if own else "").readline):
+            if kind not in LAYOUT and not line.strip().startswith(SCHEDULING):
+                kept.update(word.encode())  # one after the other: Python 3.12 splits texts with braces
+    return kept.hexdigest()
 
 
 @functools.cache  # a parse of the Snakefile asks for the same rules a hundred times

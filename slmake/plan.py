@@ -6,7 +6,7 @@ import os
 from operator import attrgetter
 from pathlib import Path
 
-from slmake.code_inputs import code, digest
+from slmake.code_inputs import code, digest, rule_digest
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
 from slmake.params.dataset_files import source_files
@@ -178,6 +178,8 @@ class Plan:
                 own = Path(file).name == "metrics.json" or not name.endswith((".published", ".seeds"))
                 if built and own:
                     return f"{name}: {file}: a build writes and deletes its files there. Copy it to another folder, and name that."
+                if file.startswith("-"):
+                    return f"{name}: {file}: a program would take it for an option. Rename the file."
                 if "{" in file or "}" in file or ", " in file:
                     return f"{name}: {file}: Snakemake takes braces for a wildcard, and a comma before a space for the end of a name. Rename the file."
                 folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
@@ -198,9 +200,12 @@ class Plan:
         return json.dumps({"container": image}) if image else ""
 
     def digest(self, rule: str) -> str:
-        """Digest of the files that a rule reads and no rule makes: code and locks, and what params.yaml names, byte for byte."""
+        """Digest of what makes a rule's outputs beside parameters and other rules' outputs.
+
+        Its text in the Snakefile; and the files that it reads and no rule makes: code and locks, and what params.yaml names, byte for byte.
+        """
         given = [file.as_posix() for name in self.given(rule) for file in files_of(Path(name)).values()]
-        return digest([*code(rule), *LOCKS]) + digest(given, exact=True)
+        return rule_digest(rule) + digest([*code(rule), *LOCKS]) + digest(given, exact=True)
 
     def given(self, rule: str) -> list[str]:
         """Files that a rule reads byte for byte and no rule makes."""

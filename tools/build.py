@@ -37,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("targets", nargs="*", help="what to build (default: all that params.yaml asks for)")
     parser.add_argument("--verbose", action="store_true", help="show all that Snakemake prints")
     args = parser.parse_args(argv)
+    if links := [folder for folder in ("build", "results") if Path(folder).is_symlink()]:
+        parser.error(
+            f"{links[0]} is a link, and DVC records nothing behind one. Mount the other disk there, or move the whole project to it."
+        )
     screen = Screen(sys.stderr, args.verbose)
     # Where no file has moved since the last record, neither Snakemake nor DVC need look.
     asked = bool(args.targets) or args.verbose or not unmoved.unmoved()

@@ -27,7 +27,7 @@ from slmake.platforms.dvc import (
     repair_lock,
     stages,
 )
-from slmake.platforms.origins import refuse_damaged, refuse_other_origin, refuse_unbuilt
+from slmake.platforms.origins import metadata, refuse_damaged, refuse_other_origin, refuse_unbuilt
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         dvc_yaml.write_digests()
         refuse_damaged(wanted)
         known = refuse_unbuilt(wanted)
+        records = [metadata(output) for output in known]
         files = [path for folder in ("results", "build") for path in Path(folder).rglob("*") if path.is_file()]
         times = {path: path.stat().st_mtime_ns for path in files}
         done = dvc("commit", "--force", dvc_yaml.CODE, *wanted, capture=True)
@@ -54,6 +55,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"everything was built, but DVC could not record it: {reason(done)} Then `.venv/bin/python -m tools.record`."
             )
         refuse_other_origin(known)  # what was hashed is of what was compared before
+        if [metadata(output) for output in known] != records:
+            raise UserError(
+                "another build wrote outputs while they were recorded; nothing was recorded. Run `make` again."
+            )
         os.replace(PENDING, LOCK)
         note()
         break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now

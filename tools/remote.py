@@ -30,6 +30,7 @@ from slmake.platforms import dvc_yaml
 from slmake.platforms.dvc import (
     cached,
     changed,
+    damaged,
     dvc,
     entries,
     note,
@@ -38,6 +39,7 @@ from slmake.platforms.dvc import (
     receipts,
     recorded,
     repair_lock,
+    rotten,
     stages,
     status,
 )
@@ -184,11 +186,16 @@ def push(job: cli.Job) -> None:
     later, or where a file that two folders share failed: only the first folder counts as failed then.
 
     Raises:
-        UserError: see `transfer`; or a blob is still not what it should be.
+        UserError: see `transfer`; an object of the cache is damaged; or a blob is still not what it should be.
     """
-    stored()  # says what is wrong with the account or the network before anything moves
-    transfer("push", job)
+    there = stored()  # says what is wrong with the account or the network before anything moves
     here = recorded()
+    if bad := rotten(name for name, size in here.items() if there.get(name) != size):
+        raise UserError(
+            f"{cached(bad[0])} is damaged: it is not what its name says, so nothing was uploaded. Remove it, then `make restore` says which "
+            "output has to be built again."
+        )
+    transfer("push", job)
     there = stored()
     if bad := [name for name, size in here.items() if there.get(name) != size]:
         upload(bad)
@@ -306,7 +313,35 @@ def prove(job: cli.Job) -> None:
             f"what was recorded is here, but {', '.join(rules)} would be built again: parameters, scripts or data here are not those it was "
             "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."
         )
+    refuse_rotten()
     record(job, compared, seen)
+
+
+def refuse_rotten() -> None:
+    """Read every byte of the recorded outputs: DVC believes what it has linked from its cache, and an edit in place changes both.
+
+    Damaged objects are removed from the cache, so that nobody gets them.
+
+    Raises:
+        UserError: a file is not what its receipt says.
+    """
+    named = entries()
+    wrong = damaged([path for stage in stages() for path in outs(named[stage])])
+    if not wrong:
+        return
+    lost = rotten({md5 for _, md5 in wrong})
+    for md5 in lost:
+        cached(md5).unlink()
+    first = Path(wrong[0][0])
+    output = next(path for stage in stages() for path in outs(named[stage]) if Path(path) in [first, *first.parents])
+    remedy = f"`rm -r {output}`, then `make restore`"
+    if lost:
+        remedy = (
+            f"DVC's cache had no whole copy of it. `rm -r {output}`, then `make pull`, or `make`: it is built again"
+        )
+    raise UserError(
+        f"{first} is not what its receipt says; nothing was marked as up to date. {remedy[0].upper() + remedy[1:]}."
+    )
 
 
 def files_here() -> dict[str, list[int]]:

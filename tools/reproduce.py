@@ -8,6 +8,7 @@ every built file that must not differ: base, dataset, adapter, merged and export
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,15 @@ DIFFER = {  # timings, and what is free on this machine
 MEASURED = "measured.json"  # of a candidate: timings, too
 
 
+def compared() -> list[str]:
+    """The stages that this folder's params.yaml asks for, but for the one that uploads."""
+    return [stage for stage in dvc.stages() if stage != "publish"]
+
+
 def built_files(root: Path) -> dict[str, str]:
     """Relative path to SHA-256 of every file under `root` that the rules of this folder's params.yaml make."""
     digests, named = {}, dvc.entries()
-    for output in (root / output for stage in dvc.stages() for output in dvc.outs(named[stage])):
+    for output in (root / output for stage in compared() for output in dvc.outs(named[stage])):
         for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
             name = path.relative_to(root).as_posix()
             if path.is_file() and not path.name.startswith(".") and name not in DIFFER and path.name != MEASURED:
@@ -38,15 +44,20 @@ def built_files(root: Path) -> dict[str, str]:
     return digests
 
 
-def copy_inputs(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
+def copy_inputs(source: Path, scratch: Path, leave_out: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
     """Copy what Git tracks (as it is in the working tree), and link what params.yaml names though Git does not track it.
 
     Args:
+        scratch: an empty folder; the copy lies so deep in it that `../` of a name in params.yaml does not lead out of it.
         leave_out: what the names begin with that are not copied; nothing that is built is.
 
     Returns:
-        The files that params.yaml names.
+        The copy's folder, and the files that params.yaml names.
     """
+    named = Plan(params.load(source / "params.yaml")).files
+    depth = max([Path(os.path.normpath(name)).parts.count("..") for name in named], default=0)
+    target = scratch.joinpath(*["project"] * (depth + 1))
+    target.mkdir(parents=True)
     names = subprocess.run(
         ["git", "ls-files", "-z"], cwd=source, check=True, capture_output=True, text=True
     ).stdout.split("\0")
@@ -54,12 +65,11 @@ def copy_inputs(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> 
         if not name.startswith(("results/", *leave_out)) and (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
-    named = Plan(params.load(source / "params.yaml")).files
-    for name in named:
+    for name in map(os.path.normpath, named):
         if not Path(name).is_absolute() and not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).symlink_to((source / name).resolve())
-    return named
+    return target, named
 
 
 def snakemake(folder: Path, *targets: str) -> bool:
@@ -69,12 +79,13 @@ def snakemake(folder: Path, *targets: str) -> bool:
 
 
 def build_again(here: Path) -> dict[str, str]:
-    """`built_files` of a build from nothing in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="slmake-again-") as other:
-        copy_inputs(here, Path(other))
-        if not snakemake(Path(other)):
+    """`built_files` of a build from nothing in a temporary folder. It publishes nothing."""
+    with tempfile.TemporaryDirectory(prefix="slmake-again-") as scratch:
+        project, _ = copy_inputs(here, Path(scratch))
+        named = dvc.entries()
+        if not snakemake(project, *(output for stage in compared() for output in dvc.outs(named[stage]))):
             raise UserError("the second build failed; the message is above.")
-        return built_files(Path(other))
+        return built_files(project)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,6 +36,10 @@ KEPT = Path("build/seeds")
 RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
 METRICS = "results/metrics.json"
 BASE = ["build/base", "results/base.json"]
+CHANGED = (
+    "parameters, code or data changed since the runs began, so they do not belong together. Run the same command again: those of what "
+    f"is there now are kept in {KEPT}."
+)
 OTHER = ("docs/", "tests/", "bench/", "README.md", "CHANGELOG.md", "dvc.lock")  # tracked, but no run reads them
 
 
@@ -55,19 +59,25 @@ def variants(own: params.Params, runs: int, splits: list[int] | None, dtypes: li
     ]
 
 
-def copy_project(here: Path, target: Path) -> str:
+def copy_project(here: Path, scratch: Path) -> tuple[Path, str]:
     """Copy the project (see `reproduce.copy_inputs`), and link the base model.
 
     Returns:
-        The copy's content, with that of files elsewhere that params.yaml names, as 64 hex digits.
+        The copy's folder, and its content, with that of all files that params.yaml names, as 64 hex digits.
     """
-    named = copy_inputs(here, target, OTHER)
+    target, named = copy_inputs(here, scratch, OTHER)
     model, report = BASE
     (target / report).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(here / report, target / report)
     files = sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
     shutil.copytree(here / model, target / model, copy_function=os.link)
-    return digest([*files, *sorted(filter(os.path.isabs, named))], root=target)
+    return target, digest([*files, *sorted(named)], root=target)
+
+
+def content_of(here: Path) -> str:
+    """The project's content now, as `copy_project` gives it."""
+    with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
+        return copy_project(here, Path(scratch))[1]
 
 
 def write_params(project: Path, change: dict) -> None:
@@ -86,37 +96,30 @@ def build(folder: Path, *targets: str) -> None:
         )
 
 
-def measured(here: Path, change: dict, planned: str | None) -> tuple[dict, str]:
+def measured(here: Path, change: dict, planned: str) -> dict:
     """The scores of one run: those that were kept, or a build's.
 
     Args:
-        planned: the project's content when the first run began, as `copy_project` gives it; None for the first run.
-
-    Returns:
-        The scores, and the project's content.
+        planned: the project's content when the runs began, as `copy_project` gives it.
 
     Raises:
-        UserError: the project is another than the first run's, or the build failed.
+        UserError: the project is another now, or the build failed.
     """
     with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
-        project = Path(scratch)
-        content = copy_project(here, project)
-        if planned not in (None, content):
-            raise UserError(
-                "parameters, code or data changed since the first run, so the runs do not belong together. Run the same command again: "
-                f"those of what is there now are kept in {KEPT}."
-            )
+        project, content = copy_project(here, Path(scratch))
+        if content != planned:
+            raise UserError(CHANGED)
         write_params(project, change)
         kept = here / KEPT / f"{sha256(f'{content} {json.dumps(change)}'.encode()).hexdigest()[:16]}.json"
         if kept.exists():
-            return json.loads(kept.read_text(encoding="utf-8")), content
+            return json.loads(kept.read_text(encoding="utf-8"))
         began = time.monotonic()
         build(project, METRICS)
         metrics = json.loads((project / METRICS).read_text(encoding="utf-8"))
         scores = {name: numbers(metrics[name]) for name in models_of(metrics)}
         run = {"changes": change, "seconds": round(time.monotonic() - began, 1), "scores": scores}
         replace_json(kept, run)
-        return run, content
+        return run
 
 
 def replace_json(path: Path, value: dict) -> None:
@@ -163,18 +166,21 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
         )
     (here / KEPT).mkdir(parents=True, exist_ok=True)
     build(here, *BASE)
+    planned, read = content_of(here), inputs(own)
+    if params.sums(params.load(here / "params.yaml")) != params.sums(own):
+        raise UserError(CHANGED)
     changes = variants(own, args.runs, args.splits, args.dtypes)
     runs: list[dict] = []
-    content = None
     for number, change in enumerate(changes, 1):
         values = ", ".join(f"{section}.{name} {value}" for section, of in change.items() for name, value in of.items())
         job.say(f"run {number} of {len(changes)}: {values}")
-        run, content = measured(here, change, content)
-        runs.append(run)
+        runs.append(measured(here, change, planned))
         shown = ", ".join(f"{name} {scores['accuracy']:.1%}" for name, scores in runs[-1]["scores"].items())
         job.say(f"run {number} of {len(changes)}: accuracy {shown} ({runs[-1]['seconds']:.0f} s)")
+    if content_of(here) != planned:  # what the result says that it is of
+        raise UserError(CHANGED)
     lines = summary(runs)
-    replace_json(here / RESULT, {"summary": lines, "params": params.sums(own), "inputs": inputs(own), "runs": runs})
+    replace_json(here / RESULT, {"summary": lines, "params": params.sums(own), "inputs": read, "runs": runs})
     draw_seeds(plain_plots(), {"runs": runs}, here / PICTURE)
     print(table(lines))
     job.say(f"{len(runs)} runs in {RESULT}, drawn in {PICTURE}")

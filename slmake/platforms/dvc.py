@@ -1,11 +1,13 @@
 """DVC as this project uses it: its command line, and the receipts in dvc.lock."""
 
 import functools
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -164,6 +166,32 @@ def recorded() -> dict[str, int]:
     return found
 
 
+def rotten(names: Iterable[str]) -> list[str]:
+    """Objects of the cache whose content is not what their names say; DVC itself believes every object that may not be written."""
+    return [name for name in names if cached(name).is_file() and _md5(cached(name)) != name.removesuffix(".dir")]
+
+
+def damaged(paths: Collection[str]) -> list[tuple[str, str]]:
+    """Files of outputs whose content is not what the receipts say, each with the MD5 that it should have; every byte is read.
+
+    Folders whose list of files the cache has lost are left out.
+    """
+    wrong = []
+    for out in (out for out in receipts() if out["path"] in paths):
+        name, path, lists = out["md5"], Path(out["path"]), cached(out["md5"])
+        files = {path: name}
+        if name.endswith(".dir"):
+            members = json.loads(lists.read_bytes()) if lists.is_file() else []
+            files = {path / member["relpath"]: member["md5"] for member in members}
+        wrong += [(file.as_posix(), md5) for file, md5 in files.items() if not file.is_file() or _md5(file) != md5]
+    return wrong
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "md5").hexdigest()
+
+
 def lost() -> list[str]:
     """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
     try:
@@ -178,11 +206,12 @@ def cache() -> Path:
     """The folder of DVC's cache that holds objects by their MD5."""
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
+    from dvc.scm import SCMError
 
     try:
         with Repo() as repo:
             return Path(repo.cache.local.path)
-    except NotDvcRepoError:
+    except (NotDvcRepoError, SCMError):  # a copy of the project has no Git
         return Path(".dvc/cache/files/md5")
 
 

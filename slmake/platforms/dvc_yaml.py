@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from slmake import outputs
-from slmake.code_inputs import code, digest, modules, remember
+from slmake.code_inputs import code, digest, modules, remember, rule_digest
 from slmake.errors import UserError
 from slmake.params import Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
@@ -150,6 +150,23 @@ def digest_file(rule: str) -> str:
     return f"{DIGESTS}/{rule}"
 
 
+def digests() -> dict[Path, str]:
+    """What the stage `code` writes: each rule's file and its text.
+
+    Raises:
+        UserError: params.yaml is refused.
+    """
+    plan, texts = Plan(load("params.yaml")), {}
+    for rule in scripts():
+        parts = {
+            "code": digest([*code(rule), *LOCKS]),
+            "rule": rule_digest(rule),
+            "section": hashlib.sha256(plan.section(MEMBERS.get(rule, rule)).encode()).hexdigest(),
+        }
+        texts[Path(digest_file(rule))] = "".join(f"{name}: {value}\n" for name, value in parts.items())
+    return texts
+
+
 def write_digests() -> None:
     """Write what the stage `code` writes; a file that is right already keeps its time.
 
@@ -157,15 +174,7 @@ def write_digests() -> None:
         UserError: params.yaml is refused.
     """
     Path(DIGESTS).mkdir(parents=True, exist_ok=True)
-    plan, snakefile = Plan(load("params.yaml")), Path("Snakefile").read_text(encoding="utf-8")
-    for rule in scripts():
-        command = re.search(rf"^rule {rule}:.*?^    shell:\n(.*?)(?=^\S|\Z)", snakefile, re.M | re.S)
-        parts = {
-            "code": digest([*code(rule), *LOCKS]),
-            "command": hashlib.sha256(command[1].encode()).hexdigest() if command else None,
-            "section": hashlib.sha256(plan.section(MEMBERS.get(rule, rule)).encode()).hexdigest(),
-        }
-        path, text = Path(digest_file(rule)), "".join(f"{name}: {value}\n" for name, value in parts.items())
+    for path, text in digests().items():
         if not path.is_file() or path.read_text(encoding="ascii") != text:
             outputs.replace(path, text.encode())
 
@@ -233,8 +242,17 @@ def _note_origin() -> None:
 
 
 def refuse_stale() -> None:
-    """Raise UserError if DVC runs a rule by a dvc.yaml of other parameters: its receipts would name other inputs and outputs."""
-    if "DVC_STAGE" not in os.environ or (NOTE.is_file() and NOTE.read_text() == origin()):
+    """Raise UserError if DVC runs a rule by a dvc.yaml, or digests, of other parameters or code: its receipts would name others."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    right = digests()
+    for path in map(Path, entries().get(os.environ["DVC_STAGE"], {}).get("deps", [])):
+        if path in right and path.is_file() and path.read_text(encoding="ascii") != right[path]:
+            raise UserError(
+                f"{path} is of other code or parameters than those that are here now. `dvc repro {CODE}` writes it anew, and so does "
+                "`dvc repro` without --single-item and --downstream."
+            )
+    if NOTE.is_file() and NOTE.read_text() == origin():
         return
     present, right = entries(), yaml.safe_load(text())["stages"]
     # Users may add stages of their own.

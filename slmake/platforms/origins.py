@@ -16,6 +16,7 @@ from slmake.platforms.dvc import LOCK, NOTE, StatusError, changed, entries, now,
 
 PULLED = "SLMAKE_PULL"  # environment variable: what the outputs were compared with before they are noted as built, as `built_from` gives it
 CLOCKS = 1.0  # seconds by which those of two machines may differ
+SHOWS_ALL = {"package", "report", "publish"}
 OTHER = "{} was built from other parameters, code or data than those that are here now; nothing was {}. Run `make`: it builds what changed."
 
 
@@ -32,12 +33,31 @@ def refuse_other_sources(plan: Plan) -> None:
             )
 
 
-def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
+def inputs_of(rules: Iterable[tuple[str, Iterable[str]]]) -> dict[str, set[str]]:
+    """What each rule makes its outputs of that other rules have made, of pairs of its name and all of its inputs."""
+    return {
+        rule: {
+            path
+            for path in map(str, paths)
+            if path.startswith(("build/", "results/")) and not path.startswith("build/code/")
+        }
+        for rule, paths in rules
+        if rule not in ("candidate", "search")  # they are made one after the other, as many as are asked for
+    }
+
+
+def inputs_by_dvc(named: dict[str, dict]) -> dict[str, set[str]]:
+    """The same of the stages of dvc.yaml."""
+    return inputs_of((name, stage.get("deps", [])) for name, stage in named.items())
+
+
+def refuse_replaced(plan: Plan, made_of: dict[str, set[str]], rebuilt: Collection[str]) -> None:
     """Refuse to build on outputs that Snakemake has no record of, or of others, as `dvc repro`, `dvc checkout` or a copy leave them.
 
     Snakemake would take them for built from what is here now, and build a package that claims so.
 
     Args:
+        made_of: other rules' outputs that a rule reads, by rule, as `inputs_of` gives them.
         rebuilt: outputs that this run builds again.
 
     Raises:
@@ -50,7 +70,7 @@ def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
     for stage in (name for name in plan.rules if name in named):
         for output in (output for output in outs(named[stage]) if output not in rebuilt and Path(output).exists()):
             record = metadata(output)
-            if not record or (not outputs.as_built(output) and _is_of_now(plan, record, output)):
+            if not record or (not outputs.as_built(output) and _is_of_now(plan, made_of, record, output)):
                 unknown.setdefault(stage, output)
     if unknown:
         _refuse_changed(unknown, "nothing was built")
@@ -58,27 +78,36 @@ def refuse_replaced(plan: Plan, rebuilt: Collection[str]) -> None:
         _note_proved(named, unknown)
 
 
-def refuse_other_upstream(plan: Plan, running: Collection[str], rebuilt: Collection[str]) -> None:
-    """Refuse to write a package or a report, which name all parameters, code and data, beside outputs that were built from others.
+def refuse_other_upstream(
+    plan: Plan, made_of: dict[str, set[str]], running: Collection[str], rebuilt: Collection[str]
+) -> None:
+    """Refuse to write what names all parameters, code and data (SHOWS_ALL) beside outputs that were built from others.
 
     Snakemake builds those again, unless its options keep it from it; and DVC runs a rule alone, with `dvc repro -s`.
 
     Args:
+        made_of: other rules' outputs that a rule reads, by rule, as `inputs_of` gives them.
         running: rules that this run executes.
         rebuilt: outputs that they write.
 
     Raises:
         UserError: there is one.
     """
-    if not ({"package", "report"} & set(running) and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
+    if not (SHOWS_ALL & set(running) and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
         return
-    named, moved = entries(), []
+    named, moved, unknown = entries(), [], {}
     for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
         for output in (output for output in outs(named[stage]) if output not in rebuilt):
             record, unmoved = metadata(output), outputs.as_built(output)
-            if record and unmoved and not _is_of_now(plan, record, output):
+            if record and unmoved and not _is_of_now(plan, made_of, record, output):
                 raise UserError(OTHER.format(output, "built"))
             moved += [] if unmoved else [output]
+            if not record and Path(output).exists():
+                unknown.setdefault(stage, output)
+    if unknown and not LOCK.exists():
+        raise _unknown([*unknown.values()], "nothing was built")
+    if unknown:  # as `dvc pull` brings them: DVC compares parameters, code and data
+        _refuse_changed(unknown, "nothing was built")
     # Under DVC they may be the same, linked anew; else `refuse_replaced` has compared them.
     if "DVC_STAGE" in os.environ and (others := list(_other_than_recorded(moved))):
         raise UserError(OTHER.format(others[0][0], "built"))
@@ -260,14 +289,17 @@ def date_results() -> None:
 
 
 def of_now(paths: list[str]) -> list[str]:
-    """Those of some outputs whose parameters, code and data, by Snakemake's record of them, are those that are here now."""
-    plan = Plan(params.load("params.yaml"))
-    return [path for path in paths if (record := metadata(path)) and _is_of_now(plan, record, path)]
+    """Those of some outputs whose parameters, code, data and inputs, by Snakemake's record of them, are those that are here now."""
+    plan, made_of = Plan(params.load("params.yaml")), inputs_by_dvc(entries())
+    return [path for path in paths if (record := metadata(path)) and _is_of_now(plan, made_of, record, path)]
 
 
-def _is_of_now(plan: Plan, record: dict, output: str) -> bool:
-    """Whether Snakemake's record of an output has the parameters, code and data that are here now."""
-    return {repr(text) for text in plan.built_from(record["rule"], output)} <= set(record["params"])
+def _is_of_now(plan: Plan, made_of: dict[str, set[str]], record: dict, output: str) -> bool:
+    """Whether Snakemake's record of an output has the parameters, code and data that are here now, and the inputs that its rule has now."""
+    rule = record["rule"]
+    if rule in made_of and inputs_of([(rule, record["input"])]).get(rule) != made_of[rule]:
+        return False
+    return {repr(text) for text in plan.built_from(rule, output)} <= set(record["params"])
 
 
 def metadata(output: str) -> dict | None:
@@ -275,6 +307,6 @@ def metadata(output: str) -> dict | None:
     name = base64.b64encode(output.encode()).decode()
     try:
         record = json.loads((Path(".snakemake/metadata") / name).read_text(encoding="utf-8"))
-        return record if record["rule"] and record["params"] is not None else None
+        return record if record["rule"] and record["params"] is not None and record["input"] is not None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

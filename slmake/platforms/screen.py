@@ -18,10 +18,12 @@ from typing import TextIO
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from slmake.code_inputs import code, digest
+from slmake.code_inputs import code, digest, rule_digest
 from slmake.plan import LOCKS
 
 NO_MESSAGE = "it ended without a message: the system may have killed it, most often for lack of memory."
+# All of Snakemake's reasons to run a rule again, also where a user's own profile chooses fewer.
+TRIGGERS = ["--rerun-triggers", "code", "input", "mtime", "params", "software-env"]
 PARAMS = "Params have changed since last execution: "
 CAUSES = {  # how Snakemake's other reasons begin: in a few words
     "Missing output files: ": "{} is missing",
@@ -29,7 +31,7 @@ CAUSES = {  # how Snakemake's other reasons begin: in a few words
     "Updated input files: ": "{} changed",
     "Input files updated by another job: ": "new {}",
     "Set of input files has changed": "other inputs",
-    "Code has changed": "its command in the Snakefile changed",
+    "Code has changed": "its rule in the Snakefile changed",
     "Forced execution": "forced",
 }
 
@@ -104,7 +106,7 @@ def run(screen: Screen, targets: Iterable[str]) -> bool:
         _name="screen", log_handler=lambda *settings: screen, _logger_settings_cls=None
     )
     with contextlib.redirect_stderr(io.StringIO()):  # it names the profile that it reads
-        parser, arguments = parse_args(["--cores", "all", "--logger", "screen", "--", *targets])
+        parser, arguments = parse_args(["--cores", "all", "--logger", "screen", *TRIGGERS, "--", *targets])
     previous = signal.signal(signal.SIGINT, screen.interrupt)
     try:
         return args_to_api(arguments, parser)
@@ -128,7 +130,7 @@ def why(rule: str, reason: str) -> str:
         for start, words in CAUSES.items():
             if part.startswith(start):
                 causes.append(words.format(listed(sorted(part.removeprefix(start).split(", ")))))
-    return ", ".join(causes) or "out of date"
+    return ", ".join(dict.fromkeys(causes)) or "out of date"
 
 
 def changes(rule: str, changed: str) -> list[str]:
@@ -146,10 +148,9 @@ def changes(rule: str, changed: str) -> list[str]:
         names = [name for name in now_is if was.get(name, ...) != now_is[name]]
         causes.append(f"{listed(names) or 'params.yaml'} changed")
     digests = sha256s(new) - sha256s(old)
-    own = digest([*code(rule), *LOCKS])
-    if own in digests:
-        causes.append("code changed")
-    if digests - {own}:
+    known = {rule_digest(rule): "its rule in the Snakefile changed", digest([*code(rule), *LOCKS]): "code changed"}
+    causes += [words for own, words in known.items() if own in digests]
+    if digests - known.keys():
         causes.append("source files changed")
     return causes or ["its options changed"]
 
