@@ -35,6 +35,9 @@ def check_safetensors(path: Path, remedy: str = "Download the file again.") -> d
             header = json.loads(handle.read(length))
         if not isinstance(header, dict):
             raise ValueError("the header is not a JSON object")
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ in the header is not an object of texts")
         tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
         end = max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
         if 8 + length + end != size:

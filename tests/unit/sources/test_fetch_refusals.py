@@ -72,8 +72,14 @@ def test_truncated_safetensors_tells_both_sizes(tmp_path, capsys, broken):
         b'{"a": {"shape": [], "data_offsets": [0, 0]}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 0]}}',
         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+        b'{"__metadata__": null}',
+        b'{"__metadata__": "pt"}',
+        b'{"__metadata__": {"format": ["pt"]}}',
     ],
-    ids=["text", "no offsets", "number", "not utf-8", "list", "no dtype", "other shape", "backwards"],
+    ids=[
+        *("text", "no offsets", "number", "not utf-8", "list", "no dtype", "other shape", "backwards"),
+        *("no metadata", "metadata a text", "metadata of lists"),
+    ],
 )
 def test_corrupt_header(tmp_path, capsys, broken, header):
     path = broken / "model.safetensors"
