@@ -105,13 +105,13 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuse a folder with a link to something outside of it: that would be copied, and shared with the model.
+def refuse_odd_files(folder: Path) -> None:
+    """Refuse a folder with a pipe, a socket or a device, whose reading need not end, or with a link to something outside of it.
 
-    A snapshot in the hub's cache may link to the blobs beside it.
+    What is linked would be copied, and shared with the model. A snapshot in the hub's cache may link to the blobs beside it.
 
     Raises:
-        UserError: naming the link and its target.
+        UserError: naming the file, and a link's target.
     """
     root = folder.resolve()
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
@@ -122,6 +122,10 @@ def refuse_links(folder: Path) -> None:
                 raise UserError(
                     f"{folder / path.relative_to(root)}: a link to {target}, which is outside of the model folder. Replace it by a "
                     "copy of that file if it belongs to the model, otherwise remove it."
+                )
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(
+                    f"{folder / path.relative_to(root)}: a pipe, a socket or a device, not a file. Remove it, or replace it by a file."
                 )
 
 

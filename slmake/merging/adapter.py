@@ -8,7 +8,7 @@ from pathlib import Path
 from slmake import outputs
 from slmake.errors import UserError
 from slmake.merging.update import Update
-from slmake.model_folder import check_safetensors, refuse_links, tensor_shapes
+from slmake.model_folder import check_safetensors, refuse_odd_files, tensor_shapes
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Options of PEFT's LoRA that compute something else than W + s B A, DoRA, or replaced values.
@@ -101,6 +101,7 @@ class Adapter:
                 )
 
     def _check_files(self) -> None:
+        refuse_odd_files(self.folder)
         if not self.weights.exists() and (self.folder / "adapter_model.bin").exists():
             raise UserError(
                 f"{self.folder}: the weights are in adapter_model.bin, a pickle format, which can run code when it is read. Convert it "
@@ -109,7 +110,6 @@ class Adapter:
         for path in (self.config_path, self.weights):
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {self.folder}`.")
-        refuse_links(self.folder)
         kinds = check_safetensors(self.weights, f"Remove {self.folder} and run snakemake: it is built again.")
         for name, kind in kinds.items():
             if kind not in DTYPES:

@@ -1,6 +1,7 @@
 """merge: no broken model ever, whatever the base model or the adapter."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,16 @@ def test_missing_adapter_names_the_command_that_makes_it(tmp_path, capsys, base,
     (lost / name).unlink()
     message = refused(tmp_path, capsys, base, lost)
     assert f"{lost}/{name}: no such file. Build the adapter with `snakemake --cores all {lost}`." in message
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
+@pytest.mark.timeout(10)
+def test_a_pipe_in_an_adapter_is_refused_unread(tmp_path, capsys, base, adapter, name):
+    odd = edited(adapter, tmp_path / "odd")
+    (odd / name).unlink(missing_ok=True)
+    os.mkfifo(odd / name)
+    message = refused(tmp_path, capsys, base, odd)
+    assert f"{odd / name}: a pipe, a socket or a device, not a file." in message
 
 
 def test_missing_shard_of_the_base_is_named(tmp_path, capsys):

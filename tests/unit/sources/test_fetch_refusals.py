@@ -263,6 +263,15 @@ def test_link_out_of_a_model_folder_is_refused(tmp_path, capsys, broken, kind):
     assert f"{link}: a link to {resolved}, which is outside of the model folder." in message
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "notes/queue"])
+@pytest.mark.timeout(10)
+def test_a_pipe_within_a_model_folder_is_refused_unread(tmp_path, capsys, broken, name):
+    (broken / "notes").mkdir()
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    assert f"{broken / name}: a pipe, a socket or a device, not a file." in refused(tmp_path, capsys, broken)
+
+
 def test_link_within_a_model_folder_and_to_it_is_followed(tmp_path, broken):
     (broken / "model.safetensors").rename(broken / "weights.bin")
     (broken / "model.safetensors").symlink_to("weights.bin")
