@@ -73,12 +73,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, checked.
 
     Raises:
-        UserError: no weights, pickled weights only, a shard of the index missing, or a damaged file.
+        UserError: no weights, pickled weights only, a shard of the index missing, a damaged file, or a tensor that is in two shards, in
+            none, or in another one than the index says.
     """
-    index = folder / "model.safetensors.index.json"
+    index, places = folder / "model.safetensors.index.json", {}
     if index.exists():
         try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = {tensor: str(name) for tensor, name in content.items()}
+            names = sorted(set(places.values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: damaged: no weight_map in it. Download the folder again.") from None
         for name in names:
@@ -100,8 +103,21 @@ def weight_files(folder: Path) -> list[Path]:
         if pickled:
             raise UserError(f"{folder}: weights are in {pickle_advice(pickled[0])}.")
         raise UserError(f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards).")
+    found: dict[str, str] = {}
     for file in files:
-        check_safetensors(file)
+        for tensor in check_safetensors(file):
+            if tensor in found:
+                raise UserError(
+                    f"{folder}: tensor {tensor} is in {found[tensor]} and in {file.name}; which one belongs to the model cannot be known. "
+                    "Download the folder again, or get the model from where you trust it."
+                )
+            found[tensor] = file.name
+    for tensor, name in places.items():
+        if found.get(tensor) != name:
+            where = f"it is in {found[tensor]}" if tensor in found else "no shard has it"
+            raise UserError(
+                f"{index}: it says that tensor {tensor} is in {name}, but {where}. Download the folder again."
+            )
     return files
 
 

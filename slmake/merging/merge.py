@@ -104,12 +104,14 @@ class Merge:
             origins = {name: name for name in shard.kinds if name not in self.plan.copies}
             origins |= {name: origin for name, origin in self.plan.copies.items() if origin in shard.kinds}
             kinds = {name: shard.kinds[origin] for name, origin in origins.items()}
+            values = {name: self._values(shard, saved, name, origin) for name, origin in origins.items()}
             # safetensors' own order: wide types first
             order = sorted(kinds, key=lambda name: (-element_bits(kinds[name]), name))
             header, offset = {"__metadata__": {"format": shard.metadata.get("format", "pt")}}, 0
             for name in order:
                 kind = NAMES[self.dtype] if self.dtype != "auto" and kinds[name] in DTYPES else kinds[name]
-                shape = list(self.plan.shapes[name])
+                source, own = values[name]
+                shape = source.shapes[own]
                 length = math.prod(shape) * element_bits(kind) // 8
                 header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + length]}
                 offset += length
@@ -120,7 +122,12 @@ class Merge:
                 piece
                 for name in order
                 for piece in self._pieces(
-                    shard, saved, name, origins[name], header[name]["dtype"], begin + header[name]["data_offsets"][0]
+                    shard,
+                    name,
+                    origins[name],
+                    values[name],
+                    header[name]["dtype"],
+                    begin + header[name]["data_offsets"][0],
                 )
             )
             bad = 0
@@ -134,10 +141,18 @@ class Merge:
                         )
                     bar.update(piece.ends)
 
-    def _pieces(self, shard: Shard, saved: Shard, name: str, origin: str, kind: str, write_at: int) -> Iterator[Piece]:
+    def _values(self, shard: Shard, saved: Shard, name: str, origin: str) -> tuple[Shard, str]:
+        """The file that a tensor's values come from, and their name in it: the adapter's where it replaces them."""
+        change = self.plan.changes.get(name)
+        return (saved, change.replacement) if change and change.replacement else (shard, origin)
+
+    def _pieces(
+        self, shard: Shard, name: str, origin: str, values: tuple[Shard, str], kind: str, write_at: int
+    ) -> Iterator[Piece]:
         """A tensor by rows, as many as stay in the processor's cache; whole where the change needs that.
 
         Args:
+            values: see `_values`; the layout of the merged file is of the same shape.
             kind: safetensors' name of the type that is written.
             write_at: the tensor's offset in the merged file.
 
@@ -147,7 +162,7 @@ class Merge:
         import torch
 
         change = self.plan.changes.get(name)
-        source, own = (saved, change.replacement) if change and change.replacement else (shard, origin)
+        source, own = values
         update = self.adapter.update(change) if change else None
         rebuild = self.rebuild if name in self.linear and source is shard else None
         if shard.kinds[origin] in DTYPES:
@@ -250,7 +265,9 @@ def _write_config(dtype: str, planned: Plan, files: list[Path], target: Path) ->
     index = target / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] |= {name: content["weight_map"][origin] for name, origin in planned.copies.items()}
+        for file in files:
+            new = planned.copies.keys() & tensor_shapes(target / file.name).keys()
+            content["weight_map"] |= dict.fromkeys(sorted(new), file.name)
         content.setdefault("metadata", {})["total_size"] = sum(tensor_bytes(target / file.name) for file in files)
         outputs.write_json(index, content)
 

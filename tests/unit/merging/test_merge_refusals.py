@@ -142,6 +142,17 @@ def test_missing_shard_of_the_base_is_named(tmp_path, capsys):
     assert f"names {lost.name}, which is not there" in refused(tmp_path, capsys, base, adapter)
 
 
+def test_tensor_in_two_shards_of_the_base_is_refused(tmp_path, capsys):
+    """One of another shape would be written over its neighbours."""
+    base = make_model(tmp_path / "base", shards="150KB")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    first, second = sorted(base.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: torch.zeros(3, 5)}, second, metadata={"format": "pt"})
+    message = refused(tmp_path, capsys, base, adapter)
+    assert f"{base}: tensor {name} is in {first.name} and in {second.name}" in message
+
+
 def test_existing_output_is_refused(tmp_path, capsys, base, adapter):
     folder = run(tmp_path, base, adapter)
     before = (folder / "model.safetensors").read_bytes()

@@ -249,6 +249,36 @@ def test_index_names_files_of_its_own_folder_only(tmp_path, capsys, sharded, nam
     assert f"{index}: it names the file {name!r}; a plain name of a file in the same folder is allowed." in message
 
 
+@pytest.mark.parametrize("rows", [None, 3])
+def test_tensor_in_two_shards_is_refused(tmp_path, capsys, sharded, rows):
+    """Of the same shape or another one."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    (name, value), *_ = load_file(first).items()
+    save_file({**load_file(second), name: value[:rows].clone()}, second, metadata={"format": "pt"})
+    message = refused(tmp_path, capsys, folder)
+    assert f"{folder}: tensor {name} is in {first.name} and in {second.name}; which one belongs" in message
+
+
+@pytest.mark.parametrize("kind", ["another shard", "no shard"])
+def test_index_that_does_not_fit_its_shards_is_refused(tmp_path, capsys, sharded, kind):
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name, place = next(iter(content["weight_map"].items()))
+    other = next(file for file in content["weight_map"].values() if file != place)
+    if kind == "no shard":
+        name, where = "model.lost.weight", "no shard has it"
+    else:
+        where = f"it is in {place}"
+    content["weight_map"][name] = other
+    index.write_text(json.dumps(content))
+    message = refused(tmp_path, capsys, folder)
+    assert f"{index}: it says that tensor {name} is in {other}, but {where}." in message
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "weights", "relative"])
 def test_link_out_of_a_model_folder_is_refused(tmp_path, capsys, broken, kind):
     private = tmp_path / "private"
