@@ -25,7 +25,7 @@ from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import DTYPES, Adapter
 from slmake.merging.fit import Plan, plan, tokenizer_files
-from slmake.merging.shards import BufferPool, Output, Shard, as_bytes, in_order, pieces
+from slmake.merging.shards import BufferPool, Buffers, Output, Shard, as_bytes, in_order, pieces
 from slmake.merging.update import ROWS, Update
 from slmake.model_folder import KEPT, element_bits, tensor_shapes, weight_files
 
@@ -83,6 +83,7 @@ class Merge:
         rebuild: what the weights in `linear` are replaced by before the merge, or None.
         dtype: of the result; `auto` keeps each tensor's own.
         threads: they read, merge and write pieces, each with its own buffers.
+        whole: the buffers of tensors that need to be whole, of which `one_whole` lets only one at a time into memory.
     """
 
     adapter: Adapter
@@ -92,7 +93,8 @@ class Merge:
     linear: set[str]
     threads: ThreadPoolExecutor
     buffers: BufferPool = field(default_factory=BufferPool)
-    one_whole: Lock = field(default_factory=Lock)  # so that only one tensor that needs to be whole is in memory
+    whole: Buffers = field(default_factory=Buffers)
+    one_whole: Lock = field(default_factory=Lock)
 
     def shard(self, source: Path, target: Path, bar) -> None:
         """Write one shard: the header first, then each tensor by rows, merged where the adapter changes it.
@@ -197,16 +199,17 @@ class Merge:
         """Merge a piece and write it; returns it, its end in the merged file, and how many of its values are not finite."""
         import torch
 
+        buffers = self.whole if piece.whole else self.buffers
         with self.one_whole if piece.whole else nullcontext():
-            tensor = piece.source.read(self.buffers.get("read", piece.shape, piece.kind), piece.read_at)
+            tensor = piece.source.read(buffers.get("read", piece.shape, piece.kind), piece.read_at)
             if piece.rebuild:
                 tensor = piece.rebuild(tensor)
             if piece.update:
                 if tensor.dtype != torch.float32:
-                    tensor = self.buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
-                piece.update.add_to(tensor, piece.first, piece.last, self.buffers)
+                    tensor = buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
+                piece.update.add_to(tensor, piece.first, piece.last, buffers)
             if tensor.dtype != piece.narrow:
-                tensor = self.buffers.get("narrow", tensor.shape, piece.narrow).copy_(tensor)
+                tensor = buffers.get("narrow", tensor.shape, piece.narrow).copy_(tensor)
             bad = 0
             if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
                 bad = int((~torch.isfinite(tensor)).sum())
