@@ -26,7 +26,7 @@ class Change:
     Attributes:
         module: the base's module.
         a, b: LoRA's matrices [r, in] and [out, r]; of an embedding [r, rows] and [width, r].
-        transposed: the weight is stored as [in, out], like an embedding or GPT-2's layers.
+        transposed: the weight is stored as [in, out], like an embedding; whether a layer's is, `plan` finds out.
         magnitude: DoRA's vector.
         bias: the bias of B, which is added to the base's.
         rows: trained rows of the weight, which replace the base's at `indices`.
@@ -136,7 +136,7 @@ class Adapter:
             self._change(module, "weight").magnitude = name
         elif part.startswith("lora_"):
             change = self._change(module, "weight")
-            change.transposed = "embedding" in part or bool(self.config.get("fan_in_fan_out"))
+            change.transposed = "embedding" in part  # a linear layer's is the base's to say
             setattr(change, "a" if "_A" in part else "b", name)
         else:  # a whole tensor: modules_to_save, a trained bias, a resized embedding
             plain = WRAPPERS.sub("", module)

@@ -24,7 +24,7 @@ from threading import Lock
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import DTYPES, Adapter
-from slmake.merging.fit import Plan, plan, tokenizer_files
+from slmake.merging.fit import Plan, meta_model, plan, tokenizer_files
 from slmake.merging.shards import BufferPool, Buffers, Output, Shard, as_bytes, in_order, pieces
 from slmake.merging.update import ROWS, Update
 from slmake.model_folder import KEPT, element_bits, tensor_shapes, weight_files
@@ -278,11 +278,8 @@ def _write_config(dtype: str, planned: Plan, files: list[Path], target: Path) ->
 def linear_weights(base: Path) -> set[str]:
     """Names of the weights that QLoRA stores in 4 bits: every linear layer's but the output head's."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = meta_model(base)
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"

@@ -224,7 +224,7 @@ def test_peak_memory_is_far_below_the_models_size(tmp_path):
     pairs = {f"base_model.model.{n}.lora_A.weight": torch.randn(4, 2048) for n in names}
     pairs |= {f"base_model.model.{n}.lora_B.weight": torch.randn(1024, 4) for n in names}
     save_file(pairs, adapter / "adapter_model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     code = """
 import re, sys

@@ -76,26 +76,6 @@ def test_adapter_on_a_weight_of_integers_is_refused(tmp_path, capsys, base, adap
     assert f"{name} is of type I8: an adapter cannot be merged into it." in message
 
 
-def test_transposed_adapter_adds_its_update_transposed(tmp_path, base, adapter):
-    """`fan_in_fan_out` (GPT-2's layers hold their weights transposed): square products, so that both ways fit."""
-    names = ("q_proj", "o_proj")
-
-    def keep(tensors):
-        for key in [key for key in tensors if key.split(".")[-3] not in names]:
-            del tensors[key]
-
-    turned = edited(adapter, tmp_path / "turned", keep, fan_in_fan_out=True)
-    merged, before, pairs = (
-        tensors_of(run(tmp_path, base, turned)),
-        tensors_of(base),
-        load_file(adapter / "adapter_model.safetensors"),
-    )
-    for name in names:
-        key = f"model.layers.0.self_attn.{name}"
-        a, b = (pairs[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
-        assert torch.equal(merged[f"{key}.weight"], before[f"{key}.weight"] + ((b @ a) * 2.0).T)
-
-
 def test_adapter_of_another_size_is_refused(tmp_path, capsys, base):
     other = make_model(tmp_path / "wide", intermediate_size=160)
     message = refused(tmp_path, capsys, base, make_adapter(other, tmp_path / "adapter"))
