@@ -18,8 +18,8 @@ from slmake.model_folder import (
     check_complete,
     check_loadable,
     copy_folder,
-    refuse_links,
     refuse_not_finite,
+    refuse_odd_files,
     weight_files,
 )
 from slmake.sources import mlflow
@@ -40,7 +40,7 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
             )
         convert_gguf(path, target, section.dtype)
         return record
-    refuse_links(path)
+    refuse_odd_files(path)
     if mlflow.description(path):
         copy_mlflow(path, target, section.dtype)
         check_loadable(target)

@@ -35,6 +35,9 @@ def check_safetensors(path: Path, remedy: str = "Download the file again.") -> d
             header = json.loads(handle.read(length))
         if not isinstance(header, dict):
             raise ValueError("the header is not a JSON object")
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ in the header is not an object of texts")
         tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
         end = max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
         if 8 + length + end != size:
@@ -70,12 +73,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, checked.
 
     Raises:
-        UserError: no weights, pickled weights only, a shard of the index missing, or a damaged file.
+        UserError: no weights, pickled weights only, a shard of the index missing, a damaged file, or a tensor that is in two shards, in
+            none, or in another one than the index says.
     """
-    index = folder / "model.safetensors.index.json"
+    index, places = folder / "model.safetensors.index.json", {}
     if index.exists():
         try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = {tensor: str(name) for tensor, name in content.items()}
+            names = sorted(set(places.values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: damaged: no weight_map in it. Download the folder again.") from None
         for name in names:
@@ -97,18 +103,31 @@ def weight_files(folder: Path) -> list[Path]:
         if pickled:
             raise UserError(f"{folder}: weights are in {pickle_advice(pickled[0])}.")
         raise UserError(f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards).")
+    found: dict[str, str] = {}
     for file in files:
-        check_safetensors(file)
+        for tensor in check_safetensors(file):
+            if tensor in found:
+                raise UserError(
+                    f"{folder}: tensor {tensor} is in {found[tensor]} and in {file.name}; which one belongs to the model cannot be known. "
+                    "Download the folder again, or get the model from where you trust it."
+                )
+            found[tensor] = file.name
+    for tensor, name in places.items():
+        if found.get(tensor) != name:
+            where = f"it is in {found[tensor]}" if tensor in found else "no shard has it"
+            raise UserError(
+                f"{index}: it says that tensor {tensor} is in {name}, but {where}. Download the folder again."
+            )
     return files
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuse a folder with a link to something outside of it: that would be copied, and shared with the model.
+def refuse_odd_files(folder: Path) -> None:
+    """Refuse a folder with a pipe, a socket or a device, whose reading need not end, or with a link to something outside of it.
 
-    A snapshot in the hub's cache may link to the blobs beside it.
+    What is linked would be copied, and shared with the model. A snapshot in the hub's cache may link to the blobs beside it.
 
     Raises:
-        UserError: naming the link and its target.
+        UserError: naming the file, and a link's target.
     """
     root = folder.resolve()
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
@@ -119,6 +138,10 @@ def refuse_links(folder: Path) -> None:
                 raise UserError(
                     f"{folder / path.relative_to(root)}: a link to {target}, which is outside of the model folder. Replace it by a "
                     "copy of that file if it belongs to the model, otherwise remove it."
+                )
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(
+                    f"{folder / path.relative_to(root)}: a pipe, a socket or a device, not a file. Remove it, or replace it by a file."
                 )
 
 

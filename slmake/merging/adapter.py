@@ -5,19 +5,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slmake import outputs
 from slmake.errors import UserError
+from slmake.merging.adapter_config import by_pattern, read_config
 from slmake.merging.update import Update
-from slmake.model_folder import check_safetensors, refuse_links, tensor_shapes
+from slmake.model_folder import check_safetensors, refuse_odd_files, tensor_shapes
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Options of PEFT's LoRA that compute something else than W + s B A, DoRA, or replaced values.
-UNSUPPORTED = (
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
-    *("monteclora_config", "target_parameters", "use_bdlora", "use_qalora"),
-)
-# Initializations that change the base's own weights; the adapter fits those only.
-CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?P<part>"
     r"lora_(?:A|B)(?:\.default)?\.(?:weight|bias)|lora_embedding_(?:A|B)(?:\.default)?|"
@@ -33,7 +26,7 @@ class Change:
     Attributes:
         module: the base's module.
         a, b: LoRA's matrices [r, in] and [out, r]; of an embedding [r, rows] and [width, r].
-        transposed: the weight is stored as [in, out], like an embedding or GPT-2's layers.
+        transposed: the weight is stored as [in, out], like an embedding; whether a layer's is, `plan` finds out.
         magnitude: DoRA's vector.
         bias: the bias of B, which is added to the base's.
         rows: trained rows of the weight, which replace the base's at `indices`.
@@ -57,6 +50,7 @@ class Adapter:
     Attributes:
         changes: by name of the base's tensor.
         shapes: of the adapter's own tensors, by name.
+        ranks, alphas: of the modules that have others than the configuration's r and lora_alpha.
     """
 
     def __init__(self, folder: Path):
@@ -68,8 +62,7 @@ class Adapter:
         self.folder, self.config_path = folder, folder / "adapter_config.json"
         self.weights = folder / "adapter_model.safetensors"
         self._check_files()
-        self.config = outputs.read_json(self.config_path, output=folder)
-        self._check_kind()
+        self.config = read_config(self.config_path)
         from safetensors import safe_open
 
         self.file, self.shapes = safe_open(self.weights, "pt"), tensor_shapes(self.weights)
@@ -77,6 +70,9 @@ class Adapter:
         for name in self.shapes:
             self._add(name)
         self._check_complete()
+        modules = sorted({change.module for change in self.changes.values() if change.a or change.bias})
+        self.ranks = by_pattern(self.config_path, self.config, "rank_pattern", modules)
+        self.alphas = by_pattern(self.config_path, self.config, "alpha_pattern", modules)
 
     def _check_complete(self) -> None:
         modules = {change.module.rpartition(".")[2] for change in self.changes.values() if change.replacement}
@@ -101,6 +97,7 @@ class Adapter:
                 )
 
     def _check_files(self) -> None:
+        refuse_odd_files(self.folder)
         if not self.weights.exists() and (self.folder / "adapter_model.bin").exists():
             raise UserError(
                 f"{self.folder}: the weights are in adapter_model.bin, a pickle format, which can run code when it is read. Convert it "
@@ -109,25 +106,10 @@ class Adapter:
         for path in (self.config_path, self.weights):
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {self.folder}`.")
-        refuse_links(self.folder)
         kinds = check_safetensors(self.weights, f"Remove {self.folder} and run snakemake: it is built again.")
         for name, kind in kinds.items():
             if kind not in DTYPES:
                 raise UserError(f"{self.weights}: tensor {name} is of type {kind}; {', '.join(DTYPES)} can be merged.")
-
-    def _check_kind(self) -> None:
-        config, path = self.config, self.config_path
-        if config.get("peft_type") != "LORA":
-            raise UserError(f"{path}: peft_type {config.get('peft_type')} cannot be merged here; only LORA can.")
-        for key in UNSUPPORTED:
-            if config.get(key):
-                raise UserError(f"{path}: {key} is set; such an adapter cannot be merged tensor by tensor.")
-        start = config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-            raise UserError(
-                f"{path}: init_lora_weights: {start} changed the base's weights, so the adapter does not fit the base itself. Save it "
-                "with PEFT's `path_initial_model_for_weight_conversion`, which converts it to plain LoRA."
-            )
 
     def _add(self, name: str) -> None:
         """Add a tensor of the adapter to the change of the base's tensor that it belongs to."""
@@ -139,8 +121,8 @@ class Adapter:
         module, part = match["module"], match["part"].replace(".default", "")
         if module.endswith(".original_module"):  # a copy of the base's own
             return
-        dimensions = 1 if part.endswith("bias") else 2
-        if part.startswith(("lora_A", "lora_B", "lora_embedding")) and len(self.shapes[name]) != dimensions:
+        dimensions = 1 if part.endswith("bias") or part.startswith("lora_magnitude") else 2
+        if part.startswith(("lora_", "token_adapter.")) and len(self.shapes[name]) != dimensions:
             raise UserError(
                 f"{self.weights}: tensor {name} has the shape {self.shapes[name]}: only adapters of linear layers and embeddings can be "
                 "merged."
@@ -154,7 +136,7 @@ class Adapter:
             self._change(module, "weight").magnitude = name
         elif part.startswith("lora_"):
             change = self._change(module, "weight")
-            change.transposed = "embedding" in part or bool(self.config.get("fan_in_fan_out"))
+            change.transposed = "embedding" in part  # a linear layer's is the base's to say
             setattr(change, "a" if "_A" in part else "b", name)
         else:  # a whole tensor: modules_to_save, a trained bias, a resized embedding
             plain = WRAPPERS.sub("", module)
@@ -177,18 +159,12 @@ class Adapter:
 
     def rank(self, module: str) -> int:
         """LoRA's rank of a module, by PEFT's patterns."""
-        return self._by_pattern("rank_pattern", module, self.config["r"])
+        return self.ranks.get(module, self.config["r"])
 
     def scaling(self, module: str) -> float:
         """PEFT's factor before B A: alpha / r, or alpha / sqrt(r) with rank stabilization (arXiv:2312.03732)."""
-        rank, alpha = self.rank(module), self._by_pattern("alpha_pattern", module, self.config["lora_alpha"])
+        rank, alpha = self.rank(module), self.alphas.get(module, self.config["lora_alpha"])
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-    def _by_pattern(self, patterns: str, module: str, default: float) -> float:
-        for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return value
-        return default
 
     def tensor(self, name: str):
         """One of the adapter's tensors, in float32.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slmake.errors import UserError
@@ -40,7 +40,12 @@ def plan(adapter: Adapter, base: Path, shapes: dict[str, list[int]]) -> Plan:
     Raises:
         UserError: a tensor is missing or of another shape, or a vocabulary does not fit: naming both models.
     """
-    planned = Plan(dict(adapter.changes), dict(shapes))
+    planned = Plan(_turned(adapter, base), dict(shapes))
+    for name in planned.changes.keys() & shapes.keys():
+        replacement = planned.changes[name].replacement
+        if replacement and len(adapter.shapes[replacement]) != len(shapes[name]):
+            other = adapter.shapes[replacement]
+            raise _other_base(adapter, base, f"the adapter's {name} has the shape {other}, the base's {shapes[name]}.")
     absent = planned.changes.keys() - shapes.keys()
     resized = {name for name in planned.changes.keys() & shapes.keys() if _new_shape(adapter, planned, name)}
     if absent or resized or any(_changes_rows(change) for change in planned.changes.values()):
@@ -59,6 +64,20 @@ def plan(adapter: Adapter, base: Path, shapes: dict[str, list[int]]) -> Plan:
     for name, change in planned.changes.items():
         _check_shapes(adapter, base, name, change, planned.shapes[name], shapes.get(name))
     return planned
+
+
+def _turned(adapter: Adapter, base: Path) -> dict[str, Change]:
+    """The adapter's changes; those of layers that hold their weight as [in, out] are transposed.
+
+    As in PEFT, the base's layers decide, GPT-2's Conv1D against nn.Linear; `fan_in_fan_out` does not.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(meta_model(base).named_modules()) if any(change.a for change in adapter.changes.values()) else {}
+    return {
+        name: replace(change, transposed=change.transposed or isinstance(modules.get(change.module), Conv1D))
+        for name, change in adapter.changes.items()
+    }
 
 
 def _new_shape(adapter: Adapter, planned: Plan, name: str) -> bool:
@@ -118,14 +137,19 @@ def _check_shapes(adapter, base, name: str, change: Change, shape: list[int], be
         raise _other_base(adapter, base, f"the adapter's {name} has the shape {shape}, the base's {tuple(before)}.")
 
 
-def embeddings(base: Path) -> tuple[str, str | None, bool]:
-    """Names of the input embedding's and the output head's weight, and whether they are the same tensor."""
+def meta_model(base: Path):
+    """The base's modules, as transformers makes them, without memory for weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def embeddings(base: Path) -> tuple[str, str | None, bool]:
+    """Names of the input embedding's and the output head's weight, and whether they are the same tensor."""
+    model = meta_model(base)
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight

@@ -24,8 +24,8 @@ from threading import Lock
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import DTYPES, Adapter
-from slmake.merging.fit import Plan, plan, tokenizer_files
-from slmake.merging.shards import BufferPool, Output, Shard, as_bytes, in_order, pieces
+from slmake.merging.fit import Plan, meta_model, plan, tokenizer_files
+from slmake.merging.shards import BufferPool, Buffers, Output, Shard, as_bytes, in_order, pieces
 from slmake.merging.update import ROWS, Update
 from slmake.model_folder import KEPT, element_bits, tensor_shapes, weight_files
 
@@ -83,6 +83,7 @@ class Merge:
         rebuild: what the weights in `linear` are replaced by before the merge, or None.
         dtype: of the result; `auto` keeps each tensor's own.
         threads: they read, merge and write pieces, each with its own buffers.
+        whole: the buffers of tensors that need to be whole, of which `one_whole` lets only one at a time into memory.
     """
 
     adapter: Adapter
@@ -92,7 +93,8 @@ class Merge:
     linear: set[str]
     threads: ThreadPoolExecutor
     buffers: BufferPool = field(default_factory=BufferPool)
-    one_whole: Lock = field(default_factory=Lock)  # so that only one tensor that needs to be whole is in memory
+    whole: Buffers = field(default_factory=Buffers)
+    one_whole: Lock = field(default_factory=Lock)
 
     def shard(self, source: Path, target: Path, bar) -> None:
         """Write one shard: the header first, then each tensor by rows, merged where the adapter changes it.
@@ -104,12 +106,14 @@ class Merge:
             origins = {name: name for name in shard.kinds if name not in self.plan.copies}
             origins |= {name: origin for name, origin in self.plan.copies.items() if origin in shard.kinds}
             kinds = {name: shard.kinds[origin] for name, origin in origins.items()}
+            values = {name: self._values(shard, saved, name, origin) for name, origin in origins.items()}
             # safetensors' own order: wide types first
             order = sorted(kinds, key=lambda name: (-element_bits(kinds[name]), name))
             header, offset = {"__metadata__": {"format": shard.metadata.get("format", "pt")}}, 0
             for name in order:
                 kind = NAMES[self.dtype] if self.dtype != "auto" and kinds[name] in DTYPES else kinds[name]
-                shape = list(self.plan.shapes[name])
+                source, own = values[name]
+                shape = source.shapes[own]
                 length = math.prod(shape) * element_bits(kind) // 8
                 header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + length]}
                 offset += length
@@ -120,7 +124,12 @@ class Merge:
                 piece
                 for name in order
                 for piece in self._pieces(
-                    shard, saved, name, origins[name], header[name]["dtype"], begin + header[name]["data_offsets"][0]
+                    shard,
+                    name,
+                    origins[name],
+                    values[name],
+                    header[name]["dtype"],
+                    begin + header[name]["data_offsets"][0],
                 )
             )
             bad = 0
@@ -134,10 +143,18 @@ class Merge:
                         )
                     bar.update(piece.ends)
 
-    def _pieces(self, shard: Shard, saved: Shard, name: str, origin: str, kind: str, write_at: int) -> Iterator[Piece]:
+    def _values(self, shard: Shard, saved: Shard, name: str, origin: str) -> tuple[Shard, str]:
+        """The file that a tensor's values come from, and their name in it: the adapter's where it replaces them."""
+        change = self.plan.changes.get(name)
+        return (saved, change.replacement) if change and change.replacement else (shard, origin)
+
+    def _pieces(
+        self, shard: Shard, name: str, origin: str, values: tuple[Shard, str], kind: str, write_at: int
+    ) -> Iterator[Piece]:
         """A tensor by rows, as many as stay in the processor's cache; whole where the change needs that.
 
         Args:
+            values: see `_values`; the layout of the merged file is of the same shape.
             kind: safetensors' name of the type that is written.
             write_at: the tensor's offset in the merged file.
 
@@ -147,7 +164,7 @@ class Merge:
         import torch
 
         change = self.plan.changes.get(name)
-        source, own = (saved, change.replacement) if change and change.replacement else (shard, origin)
+        source, own = values
         update = self.adapter.update(change) if change else None
         rebuild = self.rebuild if name in self.linear and source is shard else None
         if shard.kinds[origin] in DTYPES:
@@ -182,16 +199,17 @@ class Merge:
         """Merge a piece and write it; returns it, its end in the merged file, and how many of its values are not finite."""
         import torch
 
+        buffers = self.whole if piece.whole else self.buffers
         with self.one_whole if piece.whole else nullcontext():
-            tensor = piece.source.read(self.buffers.get("read", piece.shape, piece.kind), piece.read_at)
+            tensor = piece.source.read(buffers.get("read", piece.shape, piece.kind), piece.read_at)
             if piece.rebuild:
                 tensor = piece.rebuild(tensor)
             if piece.update:
                 if tensor.dtype != torch.float32:
-                    tensor = self.buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
-                piece.update.add_to(tensor, piece.first, piece.last, self.buffers)
+                    tensor = buffers.get("sum", tensor.shape, torch.float32).copy_(tensor)
+                piece.update.add_to(tensor, piece.first, piece.last, buffers)
             if tensor.dtype != piece.narrow:
-                tensor = self.buffers.get("narrow", tensor.shape, piece.narrow).copy_(tensor)
+                tensor = buffers.get("narrow", tensor.shape, piece.narrow).copy_(tensor)
             bad = 0
             if not bool(torch.isfinite(tensor.sum())):  # a sum of large numbers may overflow
                 bad = int((~torch.isfinite(tensor)).sum())
@@ -250,7 +268,9 @@ def _write_config(dtype: str, planned: Plan, files: list[Path], target: Path) ->
     index = target / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] |= {name: content["weight_map"][origin] for name, origin in planned.copies.items()}
+        for file in files:
+            new = planned.copies.keys() & tensor_shapes(target / file.name).keys()
+            content["weight_map"] |= dict.fromkeys(sorted(new), file.name)
         content.setdefault("metadata", {})["total_size"] = sum(tensor_bytes(target / file.name) for file in files)
         outputs.write_json(index, content)
 
@@ -258,11 +278,8 @@ def _write_config(dtype: str, planned: Plan, files: list[Path], target: Path) ->
 def linear_weights(base: Path) -> set[str]:
     """Names of the weights that QLoRA stores in 4 bits: every linear layer's but the output head's."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = meta_model(base)
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"

@@ -17,14 +17,14 @@ READ_AHEAD = 2**26  # bytes that the kernel is asked to read before they are nee
 WRITE_BACK = 2**26  # bytes after which the kernel is asked to start writing to the disk
 
 
-class BufferPool(threading.local):
-    """Each thread's buffers, reused by every tensor: the kernel's work on new pages costs several times what the arithmetic does."""
+class Buffers:
+    """Buffers that every tensor reuses: the kernel's work on new pages costs several times what the arithmetic does."""
 
     def __init__(self):
         self.flat: dict = {}
 
     def get(self, role: str, shape: tuple[int, ...], dtype):
-        """A contiguous, uninitialized tensor; it overwrites this thread's previous one of the same role."""
+        """A contiguous, uninitialized tensor; it overwrites the previous one of the same role."""
         import torch
 
         count, key = math.prod(shape), (role, dtype)
@@ -32,6 +32,10 @@ class BufferPool(threading.local):
             self.flat[key] = None  # freed before the larger one is allocated
             self.flat[key] = torch.empty(count, dtype=dtype)
         return self.flat[key][:count].view(tuple(shape))
+
+
+class BufferPool(Buffers, threading.local):
+    """Each thread's own buffers."""
 
 
 def in_order(threads: ThreadPoolExecutor, function: Callable, tasks: Iterable, ahead: int) -> Iterator:

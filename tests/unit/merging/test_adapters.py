@@ -1,6 +1,7 @@
 """adapters of every kind that PEFT's LoRA has, and of other trainers: the merge is `merge_and_unload`, bit for bit in float32."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,49 @@ def test_merge_equals_merge_and_unload_bit_for_bit(tmp_path, monkeypatch, bases,
     settings = json.loads((folder / "config.json").read_text())
     assert settings["vocab_size"] == config.get("rows", 512)
     assert settings["tie_word_embeddings"] == (base == "tied")
+
+
+# Every product with a square weight, which fits both ways.
+CONV = {
+    "square": {"target_modules": ["attn.c_proj"]},
+    "all": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+    "DoRA": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("config", CONV.values(), ids=CONV.keys())
+def test_layers_of_gpt2_hold_their_weights_transposed_whatever_the_flag(tmp_path, bases, config, flag):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = tmp_path / "base"
+    GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4)).save_pretrained(base)
+    for path in bases["tied"].glob("token*"):
+        shutil.copyfile(path, base / path.name)
+    peft = trained(base, tmp_path / "made", **config)
+    adapter = edited(tmp_path / "made", tmp_path / "adapter", fan_in_fan_out=flag)
+    merged, expected = tensors_of(run(tmp_path, base, adapter)), peft.merge_and_unload().state_dict()
+    for key, value in merged.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_fan_in_fan_out_over_linear_layers_is_ignored_as_in_peft(tmp_path, bases):
+    """q_proj is square, so that both ways fit."""
+    peft = trained(bases["tied"], tmp_path / "made")
+    adapter = edited(tmp_path / "made", tmp_path / "adapter", fan_in_fan_out=True)
+    merged, expected = tensors_of(run(tmp_path, bases["tied"], adapter)), peft.merge_and_unload().state_dict()
+    for key, value in merged.items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (2, 2, 2)])
+def test_saved_module_with_other_dimensions_is_refused(tmp_path, capsys, bases, shape):
+    def reshape(tensors):
+        tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(shape)
+
+    trained(bases["untied"], tmp_path / "made", modules_to_save=BOTH)
+    message = refused(tmp_path, capsys, bases["untied"], edited(tmp_path / "made", tmp_path / "adapter", reshape))
+    assert f"the adapter's model.embed_tokens.weight has the shape {list(shape)}, the base's [512, 64]." in message
 
 
 # An adapter on one of two tied matrices, or on each in another way: PEFT's sum goes to both.

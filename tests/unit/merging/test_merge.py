@@ -1,6 +1,7 @@
 """merge: PEFT's own sums bit for bit, one tensor at a time."""
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ROOT, make_model
 
 from slmake.merging import merge as merge_module
+from slmake.merging import shards
 
 
 def with_adapter(base: Path, adapter: Path, dtype=torch.float32):
@@ -93,10 +95,10 @@ def test_sharded_base_keeps_shard_names_and_index(tmp_path):
     base = make_model(tmp_path / "base", shards="150KB", tie_word_embeddings=False)
     adapter = make_adapter(base, tmp_path / "adapter")
     folder = run(tmp_path, base, adapter)
-    shards = sorted(path.name for path in base.glob("*.safetensors"))
-    assert len(shards) > 3
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards
-    for name in shards:
+    files = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(files) > 3
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == files
+    for name in files:
         assert load_file(folder / name).keys() == load_file(base / name).keys()
     index = "model.safetensors.index.json"
     assert (folder / index).read_bytes() == (base / index).read_bytes()
@@ -222,7 +224,7 @@ def test_peak_memory_is_far_below_the_models_size(tmp_path):
     pairs = {f"base_model.model.{n}.lora_A.weight": torch.randn(4, 2048) for n in names}
     pairs |= {f"base_model.model.{n}.lora_B.weight": torch.randn(1024, 4) for n in names}
     save_file(pairs, adapter / "adapter_model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     code = """
 import re, sys
@@ -307,6 +309,22 @@ def test_partial_adapter_onto_dequantized_weights_is_the_model_that_was_trained(
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     merged = logits(load(run(tmp_path, base, adapter, QLORA, onto="dequantized")))
     torch.testing.assert_close(merged, logits(four_bit(base, adapter)), rtol=0, atol=1e-5)
+
+
+def test_tensors_that_must_be_whole_share_one_set_of_buffers(tmp_path, monkeypatch, base, adapter):
+    """However many threads merge them: memory for one, not for one in each thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(merge_module, "PIECE", 64)
+    sets, get = {}, shards.Buffers.get
+
+    def noting(self, role, shape, dtype):
+        if math.prod(shape) > 32 * 128:  # more than the rows that are merged at least at a time
+            sets[id(self.flat)] = self.flat
+        return get(self, role, shape, dtype)
+
+    monkeypatch.setattr(shards.Buffers, "get", noting)
+    run(tmp_path, base, adapter, QLORA, onto="dequantized")
+    assert len(sets) == 1
 
 
 def test_dequantized_without_qlora_is_refused(tmp_path, capsys, base, adapter):

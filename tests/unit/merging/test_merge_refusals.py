@@ -1,6 +1,7 @@
 """merge: no broken model ever, whatever the base model or the adapter."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -75,26 +76,6 @@ def test_adapter_on_a_weight_of_integers_is_refused(tmp_path, capsys, base, adap
     assert f"{name} is of type I8: an adapter cannot be merged into it." in message
 
 
-def test_transposed_adapter_adds_its_update_transposed(tmp_path, base, adapter):
-    """`fan_in_fan_out` (GPT-2's layers hold their weights transposed): square products, so that both ways fit."""
-    names = ("q_proj", "o_proj")
-
-    def keep(tensors):
-        for key in [key for key in tensors if key.split(".")[-3] not in names]:
-            del tensors[key]
-
-    turned = edited(adapter, tmp_path / "turned", keep, fan_in_fan_out=True)
-    merged, before, pairs = (
-        tensors_of(run(tmp_path, base, turned)),
-        tensors_of(base),
-        load_file(adapter / "adapter_model.safetensors"),
-    )
-    for name in names:
-        key = f"model.layers.0.self_attn.{name}"
-        a, b = (pairs[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
-        assert torch.equal(merged[f"{key}.weight"], before[f"{key}.weight"] + ((b @ a) * 2.0).T)
-
-
 def test_adapter_of_another_size_is_refused(tmp_path, capsys, base):
     other = make_model(tmp_path / "wide", intermediate_size=160)
     message = refused(tmp_path, capsys, base, make_adapter(other, tmp_path / "adapter"))
@@ -123,12 +104,33 @@ def test_missing_adapter_names_the_command_that_makes_it(tmp_path, capsys, base,
     assert f"{lost}/{name}: no such file. Build the adapter with `snakemake --cores all {lost}`." in message
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
+@pytest.mark.timeout(10)
+def test_a_pipe_in_an_adapter_is_refused_unread(tmp_path, capsys, base, adapter, name):
+    odd = edited(adapter, tmp_path / "odd")
+    (odd / name).unlink(missing_ok=True)
+    os.mkfifo(odd / name)
+    message = refused(tmp_path, capsys, base, odd)
+    assert f"{odd / name}: a pipe, a socket or a device, not a file." in message
+
+
 def test_missing_shard_of_the_base_is_named(tmp_path, capsys):
     base = make_model(tmp_path / "base", shards="150KB")
     adapter = make_adapter(base, tmp_path / "adapter")
     lost = sorted(base.glob("model-*.safetensors"))[1]
     lost.unlink()
     assert f"names {lost.name}, which is not there" in refused(tmp_path, capsys, base, adapter)
+
+
+def test_tensor_in_two_shards_of_the_base_is_refused(tmp_path, capsys):
+    """One of another shape would be written over its neighbours."""
+    base = make_model(tmp_path / "base", shards="150KB")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    first, second = sorted(base.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: torch.zeros(3, 5)}, second, metadata={"format": "pt"})
+    message = refused(tmp_path, capsys, base, adapter)
+    assert f"{base}: tensor {name} is in {first.name} and in {second.name}" in message
 
 
 def test_existing_output_is_refused(tmp_path, capsys, base, adapter):

@@ -72,8 +72,14 @@ def test_truncated_safetensors_tells_both_sizes(tmp_path, capsys, broken):
         b'{"a": {"shape": [], "data_offsets": [0, 0]}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 0]}}',
         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+        b'{"__metadata__": null}',
+        b'{"__metadata__": "pt"}',
+        b'{"__metadata__": {"format": ["pt"]}}',
     ],
-    ids=["text", "no offsets", "number", "not utf-8", "list", "no dtype", "other shape", "backwards"],
+    ids=[
+        *("text", "no offsets", "number", "not utf-8", "list", "no dtype", "other shape", "backwards"),
+        *("no metadata", "metadata a text", "metadata of lists"),
+    ],
 )
 def test_corrupt_header(tmp_path, capsys, broken, header):
     path = broken / "model.safetensors"
@@ -243,6 +249,36 @@ def test_index_names_files_of_its_own_folder_only(tmp_path, capsys, sharded, nam
     assert f"{index}: it names the file {name!r}; a plain name of a file in the same folder is allowed." in message
 
 
+@pytest.mark.parametrize("rows", [None, 3])
+def test_tensor_in_two_shards_is_refused(tmp_path, capsys, sharded, rows):
+    """Of the same shape or another one."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    (name, value), *_ = load_file(first).items()
+    save_file({**load_file(second), name: value[:rows].clone()}, second, metadata={"format": "pt"})
+    message = refused(tmp_path, capsys, folder)
+    assert f"{folder}: tensor {name} is in {first.name} and in {second.name}; which one belongs" in message
+
+
+@pytest.mark.parametrize("kind", ["another shard", "no shard"])
+def test_index_that_does_not_fit_its_shards_is_refused(tmp_path, capsys, sharded, kind):
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name, place = next(iter(content["weight_map"].items()))
+    other = next(file for file in content["weight_map"].values() if file != place)
+    if kind == "no shard":
+        name, where = "model.lost.weight", "no shard has it"
+    else:
+        where = f"it is in {place}"
+    content["weight_map"][name] = other
+    index.write_text(json.dumps(content))
+    message = refused(tmp_path, capsys, folder)
+    assert f"{index}: it says that tensor {name} is in {other}, but {where}." in message
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "weights", "relative"])
 def test_link_out_of_a_model_folder_is_refused(tmp_path, capsys, broken, kind):
     private = tmp_path / "private"
@@ -255,6 +291,15 @@ def test_link_out_of_a_model_folder_is_refused(tmp_path, capsys, broken, kind):
     message = refused(tmp_path, capsys, broken)
     resolved = private if kind == "folder" else private / "key.txt"
     assert f"{link}: a link to {resolved}, which is outside of the model folder." in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "notes/queue"])
+@pytest.mark.timeout(10)
+def test_a_pipe_within_a_model_folder_is_refused_unread(tmp_path, capsys, broken, name):
+    (broken / "notes").mkdir()
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    assert f"{broken / name}: a pipe, a socket or a device, not a file." in refused(tmp_path, capsys, broken)
 
 
 def test_link_within_a_model_folder_and_to_it_is_followed(tmp_path, broken):
