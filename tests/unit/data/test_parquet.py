@@ -70,11 +70,11 @@ def test_what_a_parquet_file_unpacks_to_is_bounded(tmp_path, monkeypatch, nested
 def test_a_long_value_is_not_written_out_for_many_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "SMALL", 2**20)
     path, sizes = tmp_path / "rows.parquet", []
-    pyarrow.parquet.write_table(pa.table({"text": ["x" * 2**19] * 3000}), path, compression="zstd")
-    read = parquet.rows_of
+    pyarrow.parquet.write_table(pa.table({"text": ["x" * 2**18] * 3000}), path, compression="zstd")
+    read = pyarrow.parquet.ParquetFile.iter_batches
     monkeypatch.setattr(
-        parquet, "rows_of", lambda tables, kinds: sizes.append(tables[0].num_rows) or read(tables, kinds)
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda file, size: sizes.append(size) or read(file, size)
     )
     with pytest.raises(UserError, match="it unpacks to more than 100 times its size"):
         list(read_rows(path))
-    assert set(sizes) == {1}
+    assert 1 <= sizes[0] <= 4
