@@ -14,6 +14,8 @@ COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 TAG = r"<[^<>\s]+>|\[[A-Z_]+\]"  # as chat templates mark calls: <tool_call>, Mistral's [TOOL_CALLS]
 COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
 BOUND = 1000  # items that a schema may count, and objects in it: the runtime makes as many rules of its grammar
+MEMBERS = 10_000  # of all lists and objects in a schema
+STEPS = 10_000  # what all multipleOf of a schema may be together, as a product: remainders that the runtime tells apart
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
 
@@ -172,19 +174,35 @@ def _literal(model, text: str) -> str:
 
 
 def refuse_endless(schema: object) -> None:
-    """Raise ValueError if a schema counts more items than BOUND, or has more parts: the grammar would take all memory, or minutes."""
-    waiting, parts = [schema], 0
+    """Raise ValueError if a grammar of this schema would take all memory, or minutes in which nothing else is answered.
+
+    Bounded are what it counts, its objects, all members of its lists and objects, and the products of its `multipleOf`: what must
+    hold together is one automaton, of as many states as the product of its parts'. So is one `pattern` of those under `allOf`.
+    """
+    waiting, objects, members, product = [schema], 0, 0, 1
     while waiting:
         part = waiting.pop()
         for name, value in part.items() if isinstance(part, dict) else ():
-            if name in COUNTS and isinstance(value, int | float) and value > BOUND:
-                raise ValueError(
-                    f"answers cannot be held to this schema: {name} is {value}; at most {BOUND} can be followed."
-                )
-        parts += isinstance(part, dict)
-        if parts > BOUND:
-            raise ValueError(f"answers cannot be held to this schema: of its objects at most {BOUND} can be followed.")
+            number = value if isinstance(value, int | float) else 0
+            if name in COUNTS and number > BOUND:
+                raise _endless(f"{name} is {value}; at most {BOUND}")
+            if name == "multipleOf" and number:
+                product *= max(abs(number), 1 / abs(number))
+            if name == "allOf" and json.dumps(value).count('"pattern"') > 1:
+                raise _endless("of the patterns under allOf at most 1")
+        objects += isinstance(part, dict)
+        members += len(part) if isinstance(part, dict | list) else 0
+        if objects > BOUND:
+            raise _endless(f"of its objects at most {BOUND}")
+        if members > MEMBERS:
+            raise _endless(f"of all members of its lists and objects at most {MEMBERS}")
+        if product > STEPS:
+            raise _endless(f"the product of its multipleOf is {product:g}; at most {STEPS}")
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _endless(reason: str) -> ValueError:
+    return ValueError(f"answers cannot be held to this schema: {reason} can be followed.")
 
 
 def json_guidance(schema: dict) -> tuple[str, str]:

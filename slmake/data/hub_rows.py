@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slmake import params
-from slmake.data.rows import without_none
+from slmake.data.parquet import BATCH, rows_of
 from slmake.errors import UserError
 from slmake.params.dataset_files import hub_split
 
@@ -39,14 +39,11 @@ def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, 
             near = difflib.get_close_matches(column, table.column_names, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else f" Columns: {', '.join(table.column_names)}."
             raise UserError(f"prepare.where: {name} has no column `{column}`.{hint}")
-    kinds = {key: kind for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     chosen = False
-    for row in table:
-        for key, kind in kinds.items():  # -1 is no label
-            row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+    for row in rows_of(table.with_format("arrow").iter(BATCH), table.features):
         if all(row[column] == value for column, value in section.where.items()):
             chosen = True
-            yield {key: without_none(value) for key, value in row.items()}
+            yield row
     if section.where and not chosen:
         wanted = ", ".join(f"{column} {value!r}" for column, value in section.where.items())
         raise UserError(f"prepare.where: no row of {name} ({hub_split(section, split)}) has {wanted}.")

@@ -1,6 +1,6 @@
 """Read rows from JSON, JSON Lines, CSV or Parquet as a stream, with memory that does not grow with the file.
 
-JSON arrays are parsed by `ijson`, Parquet by `datasets`, lines and CSV by the standard library; docs/architecture.md says why
+JSON arrays are parsed by `ijson`, Parquet by pyarrow, lines and CSV by the standard library; docs/architecture.md says why
 not all of them by `datasets`. Every error names the file and the row.
 """
 
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from slmake.data.delimited import LONGEST_LINE, read_delimited
+from slmake.data.parquet import MOST_UNPACKED, SMALL, read_parquet
 from slmake.errors import UserError
 
 DEPTH = 100  # levels of arrays and objects in a row
 TOO_DEEP = (
     f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: correct or remove it."
 )
-MOST_UNPACKED, SMALL = 100, 2**28  # a .gz file may become so many times as large, and so many bytes in any case
 # Half of a surrogate pair written as an escape. What stands behind an escaped backslash matches too: it costs time only.
 _half_pair = re.compile(
     rb"\\u[dD](?:[89a-bA-B]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89a-bA-B]..\\u[dD])[c-fC-F])", re.DOTALL
@@ -54,7 +54,7 @@ def read_rows(
     if path.stat().st_size == 0:
         raise UserError(f"{name}: empty file.")
     ending = Path(name.removesuffix(".gz")).suffix.lower()
-    readers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
+    readers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": read_parquet}
     if ending in (".xlsx", ".xls", ".xlsm", ".ods"):
         raise UserError(
             f"{name}: a spreadsheet. Save the sheet with the rows as CSV (in Excel: File, Save As, CSV UTF-8), and name that file."
@@ -280,28 +280,6 @@ def _continues(line: bytes, following: bytes) -> bool:
     """Whether a first line is the beginning of an object that the next line continues."""
     opened = line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and not line.rstrip().endswith(b"}")
     return opened and following != b"" and not following.startswith(b"{")
-
-
-def _parquet(path: Path, name: str) -> Iterator[dict]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train", streaming=True)
-        kinds = {key: kind for key, kind in (table.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
-        for row in table:
-            for key, kind in kinds.items():  # the column holds numbers, the schema their names; -1 is no label
-                row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
-            yield {key: without_none(value) for key, value in row.items()}
-    except Exception as error:
-        raise UserError(f"{name}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def without_none(value: object) -> object:
-    """A value without the keys that Parquet gives an object for others in its column: they are None."""
-    if isinstance(value, dict):
-        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_utf8(path: Path, name: str) -> None:

@@ -84,6 +84,27 @@ def test_schemas_that_count_without_end_are_refused(name):
 
 
 @pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "integer", "multipleOf": 999983}, "multipleOf is 999983; at most 10000"),
+        ({"type": "number", "multipleOf": 1e-9}, "multipleOf is 1e[+]09; at most 10000"),
+        ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "multipleOf is 988027; at most 10000"),
+        ({"allOf": [{"pattern": f"x{number}.*y"} for number in range(20)]}, "patterns under allOf at most 1"),
+        ({"anyOf": [True] * 20000}, "lists and objects at most 10000"),
+        ({"required": ["x"] * 20000}, "lists and objects at most 10000"),
+    ],
+)
+def test_schemas_that_take_minutes_are_refused(schema, reason):
+    """The runtime compiles them while all other requests wait."""
+    with pytest.raises(ValueError, match=reason):
+        json_guidance({"properties": {"a": schema}})
+
+
+def test_a_schema_below_the_bounds_is_taken():
+    assert json_guidance({"multipleOf": 0.01, "allOf": [{"pattern": "a"}], "enum": ["x"] * 5000})
+
+
+@pytest.mark.parametrize(
     ("template", "form", "reason"),
     [
         ("{% for m in messages %}{{ m.content }}{% endfor %}", {}, "its chat template does not show them"),

@@ -168,3 +168,10 @@ def test_the_hub_agrees_about_names():
         except ValueError:
             ours = False
         assert ours == accepted, name
+
+
+@pytest.mark.parametrize("before", [" https://", "//", "\thttps://", " //"])
+def test_an_address_that_looks_like_a_path_is_refused_without_its_secret(before):
+    with pytest.raises(ValueError, match="is no local path") as refused:
+        schemes.parse(f"{before}user:{SECRET}@host/x.json")
+    assert SECRET not in str(refused.value)

@@ -1,0 +1,84 @@
+"""Rows of Arrow tables and of Parquet files, as a stream: no media is decoded, and what comes out of a file is bounded."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from slmake.errors import UserError
+
+MOST_UNPACKED, SMALL = 100, 2**28  # a packed file may become so many times as large, and so many bytes in any case
+BATCH = 100  # rows in memory at a time, at most: a row group may be the whole file
+
+
+def read_parquet(path: Path, name: str) -> Iterator[dict]:
+    """Rows of a file, as `rows_of` gives them.
+
+    Raises:
+        UserError: it is damaged, or becomes much larger than it is, as where millions of rows repeat one value.
+    """
+    import datasets
+    import pyarrow.parquet
+
+    unpacked, most = 0, max(SMALL, MOST_UNPACKED * path.stat().st_size)
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            sizes = [_size(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+            unpacked, batch = sum(sizes), most // max([1, *sizes])
+            for part in file.iter_batches(max(1, min(batch, BATCH))) if unpacked <= most else ():
+                table = datasets.table.table_cast(pyarrow.Table.from_batches([part]), features.arrow_schema)
+                unpacked += table.nbytes
+                if unpacked > most:
+                    break
+                yield from rows_of([table], features)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: not a readable Parquet file: {reason}. Download or write it again.") from None
+    if unpacked > most:
+        raise UserError(
+            f"{name}: it unpacks to more than {MOST_UNPACKED} times its size, which no dataset does. Write it as JSON Lines where you trust it."
+        )
+
+
+def _size(group: Any) -> int:
+    """What a row group holds, in bytes, before repeated values are written out: one for each value at least."""
+    return max(group.total_byte_size, sum(group.column(i).num_values for i in range(group.num_columns)))
+
+
+def rows_of(tables: Iterable[Any], features: Any) -> Iterator[dict]:
+    """Rows of Arrow tables, in order, with names in place of the numbers of a ClassLabel.
+
+    Images, audio and other media stay what the table holds, bytes or a name: to decode one opens whatever file or address a row names.
+
+    Args:
+        features: the tables' columns, a `datasets.Features`.
+    """
+    import datasets
+
+    kinds = {key: kind for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    texts = datasets.Features({key: _without_media(kind) for key, kind in features.copy().items()})
+    for table in tables:
+        for row in map(texts.decode_example, table.to_pylist()):
+            for key, kind in kinds.items():  # -1 is no label
+                row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+            yield {key: without_none(value) for key, value in row.items()}
+
+
+def _without_media(kind: Any) -> Any:
+    """What a column holds, with all decoding switched off but that of JSON in texts."""
+    import datasets
+
+    for inner in kind.values() if isinstance(kind, dict) else kind if isinstance(kind, list) else ():
+        _without_media(inner)
+    if hasattr(kind, "feature"):  # of a list
+        _without_media(kind.feature)
+    if hasattr(kind, "decode") and not isinstance(kind, datasets.Json):
+        kind.decode = False
+    return kind
+
+
+def without_none(value: object) -> object:
+    """A value without the keys that Arrow gives an object for others in its column: they are None."""
+    if isinstance(value, dict):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

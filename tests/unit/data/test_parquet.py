@@ -1,0 +1,80 @@
+"""Parquet files that were made to open something, or to fill the memory."""
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from slmake import params
+from slmake.data import parquet
+from slmake.data.hub_rows import read_hub_rows
+from slmake.data.rows import read_rows
+from slmake.errors import UserError
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A private file of this machine, and the media columns of a row that name it."""
+    Image.new("RGB", (2, 2)).save(tmp_path / "private.png")
+    return {"bytes": None, "path": str(tmp_path / "private.png")}
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_media_are_not_decoded(tmp_path, picture, hub):
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "image": datasets.Image(),
+            "sounds": datasets.List(datasets.Audio()),
+            "deep": {"images": [datasets.Image()], "tone": datasets.Value("string")},
+            "call": datasets.Json(),
+        }
+    )
+    row = {"text": "a", "image": picture, "sounds": [picture], "deep": {"images": [picture], "tone": "joy"}}
+    table = pa.Table.from_pylist([row | {"call": '{"city": "Oslo"}'}], features.arrow_schema)
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "data" / "train.parquet")
+    if hub:
+        section = params.Prepare(source=f"hf:org/rows@{'a' * 40}", text_template="Call: {text}")
+        read = read_hub_rows(tmp_path / "data", "rows", section, "train", tmp_path / "scratch")
+    else:
+        read = read_rows(tmp_path / "data" / "train.parquet")
+    named = {"path": picture["path"]}
+    assert list(read) == [
+        {
+            "text": "a",
+            "image": named,
+            "sounds": [named],
+            "deep": {"images": [named], "tone": "joy"},
+            "call": {"city": "Oslo"},
+        }
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("length", "refused"), [(1, False), (4000, True)])
+def test_what_a_parquet_file_unpacks_to_is_bounded(tmp_path, monkeypatch, nested, length, refused):
+    """A dictionary gives all rows of one row group the same value."""
+    monkeypatch.setattr(parquet, "SMALL", 2**20)
+    value = ["x" * length] if nested else "x" * length
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([value] * 3000)}), path, compression="zstd")
+    if refused:
+        with pytest.raises(UserError, match="it unpacks to more than 100 times its size"):
+            list(read_rows(path))
+    else:
+        assert list(read_rows(path)) == [{"text": value}] * 3000
+
+
+def test_a_long_value_is_not_written_out_for_many_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "SMALL", 2**20)
+    path, sizes = tmp_path / "rows.parquet", []
+    pyarrow.parquet.write_table(pa.table({"text": ["x" * 2**18] * 3000}), path, compression="zstd")
+    read = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda file, size: sizes.append(size) or read(file, size)
+    )
+    with pytest.raises(UserError, match="it unpacks to more than 100 times its size"):
+        list(read_rows(path))
+    assert 1 <= sizes[0] <= 4
