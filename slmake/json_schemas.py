@@ -1,10 +1,15 @@
 """JSON Schemas of the user's: complete in themselves, and checked without reading anything else."""
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slmake.errors import UserError
+from slmake.patterns import Pattern
+
+compiled = functools.cache(Pattern)
 
 
 def read(file: Path, where: str) -> tuple[dict, Any]:
@@ -32,10 +37,10 @@ def validator(schema: dict) -> Any:
     """A validator of the draft that the schema names; it never opens a file or an address.
 
     Raises:
-        ValueError: the schema is none, refers to what is not in it, or to itself without end.
+        ValueError: the schema is none, has a pattern that takes too long, refers to what is not in it, or to itself without end.
     """
     from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import Draft202012Validator, validator_for
+    from jsonschema.validators import Draft202012Validator, extend, validator_for
     from jsonschema_specifications import REGISTRY
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012, specification_with
@@ -49,12 +54,15 @@ def validator(schema: dict) -> Any:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(error.message) from None
+    kind = extend(kind, {"pattern": _pattern})
     root = specification_with(kind.META_SCHEMA["$schema"], default=DRAFT202012).create_resource(schema)
     resolver = REGISTRY.with_resource("", root).resolver_with_root(root)
     waiting = [(root, resolver)]
     while waiting:
         part, within = waiting.pop()
         content = part.contents if isinstance(part.contents, dict) else {}
+        if isinstance(content.get("pattern"), str):
+            compiled(content["pattern"])
         for reference in (content[key] for key in ("$ref", "$dynamicRef") if key in content):
             try:
                 within.lookup(reference)
@@ -69,3 +77,18 @@ def validator(schema: dict) -> Any:
     except RecursionError:
         raise ValueError("a $ref leads back to itself without end") from None
     return made
+
+
+def _pattern(validator: Any, pattern: str, instance: object, schema: dict) -> Iterator[Any]:
+    """jsonschema's own check of the keyword `pattern`, within a time limit: what cannot be told within it does not match."""
+    from jsonschema.exceptions import ValidationError
+
+    if not validator.is_type(instance, "string"):
+        return
+    try:
+        found = compiled(pattern).search(instance)
+    except ValueError as error:
+        yield ValidationError(str(error))
+        return
+    if not found:
+        yield ValidationError(f"{instance!r} does not match {pattern!r}")

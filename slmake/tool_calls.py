@@ -15,6 +15,7 @@ TAG = r"<[^<>\s]+>|\[[A-Z_]+\]"  # as chat templates mark calls: <tool_call>, Mi
 COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
 BOUND = 1000  # items that a schema may count, and objects in it: the runtime makes as many rules of its grammar
 MEMBERS = 10_000  # of all lists and objects in a schema
+LARGEST = 10**15
 STEPS = 10_000  # what all multipleOf of a schema may be together, as a product: remainders that the runtime tells apart
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
@@ -176,29 +177,56 @@ def _literal(model, text: str) -> str:
 def refuse_endless(schema: object) -> None:
     """Raise ValueError if a grammar of this schema would take all memory, or minutes in which nothing else is answered.
 
-    Bounded are what it counts, its objects, all members of its lists and objects, and the products of its `multipleOf`: what must
-    hold together is one automaton, of as many states as the product of its parts'. So is one `pattern` of those under `allOf`.
+    Bounded are what it counts, its objects, all members of its lists and objects, and its `multipleOf` and `pattern`: what must hold
+    together is one automaton, of as many states as the product of its parts'.
     """
-    waiting, objects, members, product = [schema], 0, 0, 1
+    apart, together, patterns = (
+        0.0,
+        1.0,
+        0,
+    )  # multipleOf of all parts, and of those that must hold together; their patterns
+    waiting, objects, members = [(schema, _joined_by_reference(schema))], 0, 0
     while waiting:
-        part = waiting.pop()
+        part, joined = waiting.pop()
+        joined = joined or (isinstance(part, dict) and "allOf" in part)
         for name, value in part.items() if isinstance(part, dict) else ():
             number = value if isinstance(value, int | float) else 0
+            if name in (*COUNTS, "multipleOf") and not -LARGEST < number < LARGEST:
+                raise _endless(f"{name} is a number of {len(str(value))} letters; none so large")
             if name in COUNTS and number > BOUND:
                 raise _endless(f"{name} is {value}; at most {BOUND}")
             if name == "multipleOf" and number:
-                product *= max(abs(number), 1 / abs(number))
-            if name == "allOf" and json.dumps(value).count('"pattern"') > 1:
-                raise _endless("of the patterns under allOf at most 1")
+                steps = max(abs(number), 1 / abs(number))
+                apart, together = apart + steps, together * (steps if joined else 1)
+            patterns += name == "pattern" and joined and isinstance(value, str)
         objects += isinstance(part, dict)
         members += len(part) if isinstance(part, dict | list) else 0
         if objects > BOUND:
             raise _endless(f"of its objects at most {BOUND}")
         if members > MEMBERS:
             raise _endless(f"of all members of its lists and objects at most {MEMBERS}")
-        if product > STEPS:
-            raise _endless(f"the product of its multipleOf is {product:g}; at most {STEPS}")
+        if (steps := max(apart, together)) > STEPS:
+            raise _endless(f"its multipleOf come to {steps:g}; at most {STEPS}")
+        if patterns > 1:
+            raise _endless("of the patterns under allOf, or beside a $ref, at most 1")
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        waiting += [(each, joined) for each in inner]
+
+
+def _joined_by_reference(schema: object) -> bool:
+    """Whether a schema says of a value what a definition elsewhere in it says, too: then all its parts may have to hold together."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            every = part["allOf"] if isinstance(part.get("allOf"), list) else []
+            beside = {"pattern", "multipleOf", "allOf"} & part.keys()
+            if ("$ref" in part and beside) or (
+                any("$ref" in each for each in every if isinstance(each, dict)) and len(part) + len(every) > 2
+            ):
+                return True
         waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return False
 
 
 def _endless(reason: str) -> ValueError:

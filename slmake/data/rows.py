@@ -4,9 +4,11 @@ JSON arrays are parsed by `ijson`, Parquet by pyarrow, lines and CSV by the stan
 not all of them by `datasets`. Every error names the file and the row.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
+import math
 import mmap
 import re
 import zlib
@@ -17,6 +19,7 @@ from slmake.data.delimited import LONGEST_LINE, read_delimited
 from slmake.data.parquet import MOST_UNPACKED, SMALL, read_parquet
 from slmake.errors import UserError
 
+PIECE = 2**20  # bytes that are decoded at a time
 DEPTH = 100  # levels of arrays and objects in a row
 TOO_DEEP = (
     f"more than {DEPTH} levels of arrays and objects in each other. A row is an object of texts: correct or remove it."
@@ -68,7 +71,7 @@ def read_rows(
     if ending in readers:
         yield from readers[ending](path, name)
     else:
-        _check_utf8(path, name)
+        _check_utf8(path, name, LONGEST_LINE)
         yield from read_delimited(path, name, ending == ".tsv", fields, say)
 
 
@@ -282,12 +285,34 @@ def _continues(line: bytes, following: bytes) -> bool:
     return opened and following != b"" and not following.startswith(b"{")
 
 
-def _check_utf8(path: Path, name: str) -> None:
+def _check_utf8(path: Path, name: str, longest: float = math.inf) -> None:
+    """Raise UserError if a file is not UTF-8 text, or has a line of more than `longest` bytes; a piece at a time is read."""
+    decoder, line, begin, end = (
+        codecs.getincrementaldecoder("utf-8")(),
+        1,
+        0,
+        0,
+    )  # of the line: number, and offset; offset of the piece
     with open(path, "rb") as handle:
-        for number, line in enumerate(handle, 1):
+        while True:
+            piece = handle.read(PIECE)
+            kept = decoder.getstate()[0]
+            text = kept + piece
             try:
-                line.decode("utf-8")
+                decoder.decode(piece, final=not piece)
+                bad = None
             except UnicodeDecodeError as error:
+                bad = error.start
+            lines = text[:bad].count(b"\n", len(kept))
+            if lines:
+                line, begin = line + lines, end - len(kept) + text.rindex(b"\n", 0, bad) + 1
+            if bad is not None:
+                at = end - len(kept) + bad
                 raise UserError(
-                    f"{name}: line {number}: not UTF-8 text (byte {error.start} of the line: 0x{line[error.start]:02x}). Save the file as UTF-8."
-                ) from None
+                    f"{name}: line {line}: not UTF-8 text (byte {at - begin} of the line: 0x{text[bad]:02x}). Save the file as UTF-8."
+                )
+            end += len(piece)
+            if end - begin > longest:
+                raise UserError(f"{name}: line {line}: more than {longest:,} bytes. Shorten or remove it.")
+            if not piece:
+                return

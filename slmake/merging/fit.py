@@ -1,5 +1,6 @@
 """Whether an adapter fits a base model, and what becomes of an output head that shares the embedding's weights."""
 
+import importlib.util
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -71,13 +72,23 @@ def _turned(adapter: Adapter, base: Path) -> dict[str, Change]:
 
     As in PEFT, the base's layers decide, GPT-2's Conv1D against nn.Linear; `fan_in_fan_out` does not.
     """
+    if not (any(change.a for change in adapter.changes.values()) and _may_hold_conv1d(base)):
+        return dict(adapter.changes)
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(meta_model(base).named_modules()) if any(change.a for change in adapter.changes.values()) else {}
+    modules = dict(meta_model(base).named_modules())
     return {
         name: replace(change, transposed=change.transposed or isinstance(modules.get(change.module), Conv1D))
         for name, change in adapter.changes.items()
     }
+
+
+def _may_hold_conv1d(base: Path) -> bool:
+    """Whether the architecture's code in transformers names Conv1D: quicker than to make its modules, and most do not."""
+    kind = str(json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")).replace("-", "_")
+    folder = Path(importlib.util.find_spec("transformers").origin).parent / "models" / kind
+    files = list(folder.glob("modeling_*.py"))
+    return not files or any("Conv1D" in file.read_text(encoding="utf-8") for file in files)
 
 
 def _new_shape(adapter: Adapter, planned: Plan, name: str) -> bool:

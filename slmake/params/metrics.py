@@ -1,7 +1,8 @@
 """What `evaluate.metrics` can name: scores of one answer, and the files that they read."""
 
-import re
 from typing import NamedTuple
+
+from slmake.patterns import Pattern
 
 # Each metric's argument; the functions are in slmake/scoring/answer_metrics.py.
 ARGUMENTS: dict[str, str | None] = {
@@ -65,7 +66,7 @@ def parse(entry: str | dict[str, str | float]) -> AnswerMetric:
         raise ValueError(f"{name} needs {wanted} as text: put {argument} in quotes")
     if name == "regex":
         try:
-            re.compile(str(argument))
-        except re.error as error:
-            raise ValueError(f"regex: `{argument}` is no regular expression: {error}") from None
+            Pattern(str(argument), dotall=True)
+        except ValueError as error:
+            raise ValueError(f"regex: {error}") from None
     return AnswerMetric(name, name, argument)

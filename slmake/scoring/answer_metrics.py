@@ -13,6 +13,7 @@ import numpy as np
 from slmake import json_schemas
 from slmake.errors import UserError
 from slmake.params.metrics import AnswerMetric
+from slmake.patterns import Pattern
 from slmake.scoring.metrics import interval
 from slmake.scoring.questions import Questions
 from slmake.text import parse_json
@@ -49,9 +50,20 @@ def json_schema(file: str) -> Score:
 
 
 def regex(pattern: str) -> Score:
-    """Whether the whole answer, without outer white space, has this form (Python's `re`)."""
-    form = re.compile(str(pattern), re.DOTALL)
-    return lambda prompt, expected, answer: float(form.fullmatch(answer.strip()) is not None)
+    """Whether the whole answer, without outer white space, has this form (Python's `re`).
+
+    Raises:
+        UserError: (on a row) it cannot be told within a second.
+    """
+    form = Pattern(str(pattern), dotall=True)
+
+    def score(prompt: str, expected: str, answer: str) -> float:
+        try:
+            return float(form.fullmatch(answer.strip()))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    return score
 
 
 def numeric(tolerance: float) -> Score:

@@ -10,7 +10,6 @@ from typing import Self
 from slmake import cli
 from slmake.errors import UserError
 from slmake.sources.base import Source
-from slmake.sources.secrets import masked
 
 ROW_FILES = re.compile(r"[^.].*\.(jsonl?|ndjson|csv|tsv|parquet)(\.gz)?")  # in a folder of a dataset
 SPLIT_NAMES = re.compile(r"(train|test|validation|valid|dev|eval)(?=[-_.])")
@@ -54,7 +53,8 @@ class LocalPath(Source):
     def parse(cls, text: str) -> Self:
         if text != text.strip() or text.startswith("//"):
             raise ValueError(
-                f"`{masked('https://' + text.strip().partition('//')[2])}` is no local path: write an address with its scheme, without a user"
+                "a path with outer white space, or one that begins with `//`: write a local path without them, or an address with its scheme "
+                "and without a user"
             )
         return cls(text=text, path=text)
 

@@ -12,6 +12,10 @@ _NAMES = (
     r"|(?:api|access|account|private|secret|shared|subscription|master)[-_]?key(?:[-_]?id)?|awsaccesskeyid|sharedaccesssignature"
 )
 _ASSIGNED = re.compile(rf"(?i)(?<![^/?&;#\s'\"])((?:[\w.]+[-_])*(?:{_NAMES}))=[^/&;\s'\"]+")
+# As headers and JSON answers have them, and percent-encoded.
+_SAID = re.compile(
+    rf"(?i)(\b(?:bearer|authorization:\s*basic)\s+|[\"'](?:[\w.]+[-_])*(?:{_NAMES})[\"']\s*:\s*[\"']?|\b(?:{_NAMES})%3d)(?!\*\*\*)[\w.~+/=%-]{{6,}}"
+)
 HARMLESS = {
     "alt",
     "api-version",
@@ -26,6 +30,15 @@ HARMLESS = {
     "ref_type",
     "rev",
 }
+FLAGS = {
+    "alt",
+    "dl",
+    "download",
+    "export",
+    "inline",
+    "raw",
+    "v",
+}  # of those, that have short values: `1`, `true`, `media`
 HARMLESS |= {"revision", "v", "version", "versionid"}  # query parameters that choose a content, not who may read it
 
 
@@ -36,7 +49,11 @@ def holds_secret(text: str) -> bool:
 
 def harmless(name: str, value: str) -> bool:
     """Whether a query parameter of a web address is known to carry no credential."""
-    return name.lower() in HARMLESS and bool(re.fullmatch(r"[\w./-]{0,40}", value))
+    return (
+        name.lower() in HARMLESS
+        and bool(re.fullmatch(r"[\w./-]{0,40}", value))
+        and not (name.lower() in FLAGS and len(value) > 12)
+    )
 
 
 def masked(source: str) -> str:
@@ -67,8 +84,10 @@ def masked(source: str) -> str:
 
 def scrub(text: str) -> str:
     """Any text without passwords and credentials of addresses in it."""
+    # Up to the last `@`: a password may have one, or a slash, that is not encoded.
+    text = re.sub(r"(://[^/?#\s'\"@:]*):(?!\d{1,5}[/?#\s'\"])[^\s'\"]+@", r"\1:***@", text)
     text = re.sub(r"(?i)\b(https?://)[^/?#\s'\"@]*@", r"\1***@", text)
-    text = re.sub(r"(://[^/?#\s'\"@:]*):(?!\d{1,5}[/?#\s'\"])[^/\s'\"@]+@", r"\1:***@", text)
+    text = _SAID.sub(r"\1***", text)
     text = re.sub(r"(?i)(https?://[^\s'\"?#]*\?)([^\s'\"#]+)", lambda found: found[1] + _query(found[2]), text)
     return _ASSIGNED.sub(r"\1=***", text)
 

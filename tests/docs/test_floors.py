@@ -11,7 +11,7 @@ FLOORS = (
 )
 GROUND = (
     *("cli", "code_inputs", "constraints", "errors", "generation", "json_schemas", "memory", "openai_api", "outputs"),
-    *("planned", "prompts", "serve", "text", "tool_calls", "user_files"),
+    *("patterns", "planned", "prompts", "serve", "text", "tool_calls", "user_files"),
 )  # modules of slmake/ that all floors import
 BESIDE = {
     "exported_model": "scoring",

@@ -7,6 +7,7 @@ import pytest
 from tiny import ROOT, write_params
 
 from slmake import params
+from slmake.code_inputs import rule_digest
 from slmake.plan import LOCKS, SECTIONS, Plan, when
 from slmake.platforms.screen import fields
 
@@ -95,7 +96,7 @@ def test_remote_data_is_no_file_here(plan):
         ("data/dataset.json", {"prepare", "package"}),
         ("data/base/config.json", {"fetch_model"}),
         ("LICENSE", {"package"}),
-        ("Snakefile", {"package"}),
+        ("rules/common.smk", {"package"}),
         ("containers/Containerfile", {"package"}),
         ("last.json", {"gates", "report"}),
         ("key.pem", {"package"}),
@@ -113,6 +114,26 @@ def test_a_file_counts_for_the_rules_that_read_or_name_it(plan, tmp_path, file, 
     assert digests(made) == before
     (tmp_path / file).write_text("changed", encoding="utf-8")
     assert changed(before, digests(made)) == expected
+
+
+def test_a_rule_in_the_snakefile_counts_for_itself(plan, tmp_path):
+    """DVC, receipts and seeds see a changed option or input; comments, memory and time limits change nothing."""
+    made, snakefile = plan(), tmp_path / "Snakefile"
+    before, text = digests(made), snakefile.read_text(encoding="utf-8")
+    assert len({rule_digest(rule, snakefile) for rule in rules(made)}) == len(rules(made))
+    for old, new, expected in (
+        ('nproc_per_node="auto"', "nproc_per_node=2", {"finetune", "package"}),
+        (
+            '" --base {input.base}"\n        " --dataset {input.dataset}"\n        " --output {output.adapter}"',
+            '" --base x"',
+            {"finetune", "package"},
+        ),
+        ("mem_mb=memory(6000, 4),\n        runtime=720", "mem_mb=memory(7000, 4),\n        runtime=72", {"package"}),
+        ('nproc_per_node="auto",  # processes', 'nproc_per_node="auto",  # other words: processes', {"package"}),
+    ):
+        assert text.count(old) == 1
+        snakefile.write_text(text.replace(old, new), encoding="utf-8")
+        assert changed(before, digests(made)) == expected, new
 
 
 def test_a_changed_lock_counts_for_every_rule(plan, tmp_path):

@@ -61,7 +61,7 @@ def test_runs_of_other_data_are_not_mixed(repository, monkeypatch, refused):
 
     monkeypatch.setattr(seeds, "measured", edit_behind)
     message = refused(seeds.main, ["--runs", "2"])
-    assert "parameters, code or data changed since the first run" in message
+    assert "parameters, code or data changed since the runs began" in message
     assert not (repository / seeds.RESULT).exists()
 
 

@@ -76,7 +76,7 @@ def test_a_verbose_screen_only_counts():
         ("Updated input files: data/base", "data/base changed"),
         ("Input files updated by another job: d, c, b, a", "new a and 3 more"),
         ("Set of input files has changed since last execution", "other inputs"),
-        ("Code has changed since last execution", "its command in the Snakefile changed"),
+        ("Code has changed since last execution", "its rule in the Snakefile changed"),
         ("Forced execution", "forced"),
         ("Something that Snakemake may say one day", "out of date"),
         (params({"lora_r": 8, "seed": 1}, {"lora_r": 16, "seed": 1}), "lora_r changed"),

@@ -7,7 +7,7 @@ from tiny import write_params
 from slmake import params
 from slmake.errors import UserError
 from slmake.sources import blob
-from slmake.sources.secrets import scrub
+from slmake.sources.secrets import harmless, scrub
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,23 @@ def test_a_query_is_not_repeated_wherever_it_stands(tmp_path, query):
         params.load(file)
     assert SECRET not in str(refused.value)
     assert scrub("see https://h/x?version=2") == "see https://h/x?version=2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://user:p@SECRET99@host/x was not found",
+        "https://user:p/SECRET99@host/x was not found",
+        "Authorization: Bearer SECRET99",
+        '{"access_token": "SECRET99"}',
+        "https://host/x?sig%3DSECRET99",
+    ],
+)
+def test_other_peoples_messages_lose_their_secrets(text):
+    assert "SECRET99" not in scrub(text)
+
+
+@pytest.mark.parametrize("query", ["v=SECRETSECRET99", "raw=SECRETSECRET99", "download=SECRETSECRET99"])
+def test_a_flag_of_an_address_is_no_place_for_a_secret(query):
+    assert not harmless(*query.split("="))
+    assert harmless("raw", "true")
