@@ -95,15 +95,16 @@ def refuse_other_upstream(
     """
     if not (SHOWS_ALL & set(running) and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
         return
-    named, moved, unknown = entries(), [], {}
+    named, moved, known, unknown = entries(), [], [], {}
     for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
         for output in (output for output in outs(named[stage]) if output not in rebuilt):
             record, unmoved = metadata(output), outputs.as_built(output)
             if record and unmoved and not _is_of_now(plan, made_of, record, output):
                 raise UserError(OTHER.format(output, "built"))
-            moved += [] if unmoved else [output]
+            (known if unmoved else moved).append(output)
             if not record and Path(output).exists():
                 unknown.setdefault(stage, output)
+    _refuse_older(named, known, "nothing was built")
     if unknown and not LOCK.exists():
         raise _unknown([*unknown.values()], "nothing was built")
     if unknown:  # as `dvc pull` brings them: DVC compares parameters, code and data
@@ -135,7 +136,7 @@ def refuse_unbuilt(wanted: list[str]) -> list[str]:
             else:
                 unknown.setdefault(stage, output)
     refuse_other_origin(known)
-    _refuse_older(named, known)
+    _refuse_older(named, known, "nothing was recorded")
     recorded = {out["path"] for out in receipts()}
     # Of a copied project's files only sizes and times are known.
     copied = [path for path in known if path in recorded and outputs.is_copied(path)]
@@ -181,7 +182,7 @@ def refuse_other_origin(known: list[str]) -> None:
         raise UserError(OTHER.format(output, "recorded"))
 
 
-def _refuse_older(named: dict[str, dict], known: list[str]) -> None:
+def _refuse_older(named: dict[str, dict], known: list[str], undone: str) -> None:
     """Raise UserError if, by Snakemake's records, an output was built before one that it is made from."""
     records = {output: metadata(output) for output in known}
     for stage in named.values():
@@ -190,7 +191,7 @@ def _refuse_older(named: dict[str, dict], known: list[str]) -> None:
             for dep in (dep for dep in stage.get("deps", []) if records.get(dep)):
                 if (records[dep]["endtime"] or 0) > began + CLOCKS:
                     raise UserError(
-                        f"{output} was built before {dep}, which it is made from; nothing was recorded. Run `make`: it builds what is older."
+                        f"{output} was built before {dep}, which it is made from; {undone}. Run `make`: it builds what is older."
                     )
 
 
