@@ -147,11 +147,11 @@ def _fuse_attention(model) -> int:
         return 0
     AttentionInterface.register("slmake_short", short_attention)
     AttentionMaskInterface.register("slmake_short", sdpa_mask)
-    expected = _probe_logits(model)
+    expected = probe_logits(model)
     model.set_attn_implementation("slmake_short")
     try:
         half = model.get_input_embeddings().weight.dtype.itemsize == 2
-        same = close(_probe_logits(model), expected, 0.05 if half else 1e-3)
+        same = close(probe_logits(model), expected, 0.05 if half else 1e-3)
     except RuntimeError:  # shapes that `Attention` does not have, such as values of another width than the keys'
         same = False
     if not same:
@@ -160,10 +160,10 @@ def _fuse_attention(model) -> int:
 
 
 @torch.no_grad()
-def _probe_logits(model) -> torch.Tensor:
+def probe_logits(model) -> torch.Tensor:
     """Logits at the real tokens of two rows, the second one padded."""
-    ids = torch.arange(5, 21).view(2, 8) * 7 % model.get_input_embeddings().num_embeddings
-    mask = (torch.arange(8) < torch.tensor([[8], [5]])).long()
+    ids = torch.arange(5, 21, device=model.device).view(2, 8) * 7 % model.get_input_embeddings().num_embeddings
+    mask = (torch.arange(8) < torch.tensor([[8], [5]])).long().to(model.device)
     was_training = model.training
     model.eval()
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
 from slmake.training import gpu_ops
 
@@ -119,3 +120,61 @@ def test_without_a_compiler_the_librarys_own_operations_stay(liger):
         setattr(liger[name], function, kernel(no_compiler))
     assert gpu_ops._fuse_norm(modeling_llama.LlamaRMSNorm(8).requires_grad_(False)) == 0
     assert gpu_ops._fuse_mlp(mlp(), CPU, torch.float32) == 0
+
+
+def phi3(**options):
+    config = modeling_phi3.Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **{"num_key_value_heads": 2, "pad_token_id": 0, "attn_implementation": "sdpa"} | options,
+    )
+    torch.manual_seed(0)
+    return modeling_phi3.Phi3ForCausalLM(config)
+
+
+def attentions(model) -> list:
+    return [module for module in model.modules() if hasattr(module, "qkv_proj")]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_joint_projections_are_split_with_the_same_gradient(window):
+    model, ids = phi3(sliding_window=window), torch.arange(1, 25).view(2, 12)
+
+    def gradient():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [value.grad.clone() for value in model.parameters()]
+
+    before, answer = gradient(), model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert gpu_ops._split_projections(model, attentions(model)) == 2
+    for given, expected in zip(gradient(), before, strict=True):
+        torch.testing.assert_close(given, expected)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=4, do_sample=False), answer
+    )  # with a cache: the library's own
+
+
+def test_another_kind_of_joint_projections_is_kept():
+    model = phi3()
+    for module in attentions(model):
+        module.scaling, module.forward = module.scaling * 2, types.MethodType(type(module).forward, module)
+        own = module.forward
+        module.forward = lambda *args, own=own, **kwargs: tuple(
+            2 * part if part is not None else None for part in own(*args, **kwargs)
+        )
+    assert gpu_ops._split_projections(model, attentions(model)) == 0
+    assert gpu_ops._split_projections(torch.nn.Linear(2, 2), []) == 0
+
+
+@pytest.mark.parametrize(("activation", "replaced"), [("silu", 1), ("gelu", 0)])
+def test_a_joint_gate_goes_through_our_own_kernel(liger, monkeypatch, activation, replaced):
+    def gated(both):
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    monkeypatch.setitem(sys.modules, "slmake.training.gated_silu", types.SimpleNamespace(GatedSiLU=kernel(gated)))
+    module = modeling_phi3.Phi3MLP(phi3(hidden_act=activation).config)
+    assert gpu_ops._fuse_mlp(module, CPU, torch.float32) == replaced
