@@ -245,6 +245,9 @@ def refuse_stale() -> None:
     """Raise UserError if DVC runs a rule by a dvc.yaml, or digests, of other parameters or code: its receipts would name others."""
     if "DVC_STAGE" not in os.environ:
         return
+    if not (NOTE.is_file() and NOTE.read_text() == origin()):
+        _refuse_other_entries()
+        _note_origin()
     right = digests()
     for path in map(Path, entries().get(os.environ["DVC_STAGE"], {}).get("deps", [])):
         if path in right and path.is_file() and path.read_text(encoding="ascii") != right[path]:
@@ -252,8 +255,10 @@ def refuse_stale() -> None:
                 f"{path} is of other code or parameters than those that are here now. `dvc repro {CODE}` writes it anew, and so does "
                 "`dvc repro` without --single-item and --downstream."
             )
-    if NOTE.is_file() and NOTE.read_text() == origin():
-        return
+
+
+def _refuse_other_entries() -> None:
+    """Raise UserError if a stage of dvc.yaml is not what parameters and Snakefile ask for."""
     present, right = entries(), yaml.safe_load(text())["stages"]
     # Users may add stages of their own.
     ours = {name for name, stage in present.items() if "--allowed-rules" in stage.get("cmd", "")}
@@ -262,7 +267,6 @@ def refuse_stale() -> None:
             f"dvc.yaml is of other parameters than params.yaml (stage {differ[0]}). `make docs` writes it anew (`make` does it by itself); "
             "for `dvc exp run`, change params.yaml and write dvc.yaml first."
         )
-    _note_origin()
 
 
 def main(argv: list[str] | None = None) -> None:
