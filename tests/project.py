@@ -75,6 +75,23 @@ def type_block(project: Path, block: str, variables: dict[str, str] | None = Non
     return done.stdout
 
 
+def build(project: Path) -> subprocess.CompletedProcess:
+    """Run what `make` runs in a project folder."""
+    return run(project, "python", "-m", "tools.build")
+
+
+def record(project: Path) -> subprocess.CompletedProcess:
+    """Record what was built with DVC."""
+    return run(project, "python", "-m", "tools.record")
+
+
+def edit(project: Path, name: str, old: str, new: str) -> None:
+    """Replace a text that stands once in a file."""
+    text = (project / name).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    (project / name).write_text(text.replace(old, new), encoding="utf-8")
+
+
 def snakemake(project: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess:
     """Run `snakemake --cores all` in a project folder."""
     return run(project, "snakemake", "--cores", "all", "--nocolor", *arguments, **options)

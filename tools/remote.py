@@ -33,6 +33,7 @@ from slmake.platforms.dvc import (
     damaged,
     dvc,
     entries,
+    md5,
     note,
     outs,
     reason,
@@ -287,7 +288,7 @@ def take_from_git() -> None:
     """Put back the results that Git keeps, and not DVC's cache, where the last commit has what was recorded."""
     for out in (out for out in receipts() if out["path"] in dvc_yaml.METRICS):
         path = Path(out["path"])
-        if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() == out["md5"]:
+        if path.is_file() and md5(path) == out["md5"]:
             continue
         committed = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True).stdout
         if hashlib.md5(committed).hexdigest() != out["md5"]:
@@ -329,19 +330,13 @@ def refuse_rotten() -> None:
     wrong = damaged([path for stage in stages() for path in outs(named[stage])])
     if not wrong:
         return
-    lost = rotten({md5 for _, md5 in wrong})
-    for md5 in lost:
-        cached(md5).unlink()
-    first = Path(wrong[0][0])
-    output = next(path for stage in stages() for path in outs(named[stage]) if Path(path) in [first, *first.parents])
-    remedy = f"`rm -r {output}`, then `make restore`"
-    if lost:
-        remedy = (
-            f"DVC's cache had no whole copy of it. `rm -r {output}`, then `make pull`, or `make`: it is built again"
-        )
-    raise UserError(
-        f"{first} is not what its receipt says; nothing was marked as up to date. {remedy[0].upper() + remedy[1:]}."
-    )
+    lost = rotten({right for _, _, right in wrong})
+    for name in lost:
+        cached(name).unlink()
+    output, file, _ = wrong[0]
+    known = f"{file} is not what its receipt says{', and DVC had no whole copy of it' if lost else ''}; nothing was marked as up to date."
+    then = "`make pull`, or `make`: it is built again" if lost else "`make restore`"
+    raise UserError(f"{known} `rm -r {output}`, then {then}.")
 
 
 def files_here() -> dict[str, list[int]]:

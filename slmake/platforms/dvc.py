@@ -168,11 +168,11 @@ def recorded() -> dict[str, int]:
 
 def rotten(names: Iterable[str]) -> list[str]:
     """Objects of the cache whose content is not what their names say; DVC itself believes every object that may not be written."""
-    return [name for name in names if cached(name).is_file() and _md5(cached(name)) != name.removesuffix(".dir")]
+    return [name for name in names if cached(name).is_file() and md5(cached(name)) != name.removesuffix(".dir")]
 
 
-def damaged(paths: Collection[str]) -> list[tuple[str, str]]:
-    """Files of outputs whose content is not what the receipts say, each with the MD5 that it should have; every byte is read.
+def damaged(paths: Collection[str]) -> list[tuple[str, Path, str]]:
+    """Files of outputs whose content is not what the receipts say: output, file, and the MD5 that it should have; every byte is read.
 
     Folders whose list of files the cache has lost are left out.
     """
@@ -183,11 +183,12 @@ def damaged(paths: Collection[str]) -> list[tuple[str, str]]:
         if name.endswith(".dir"):
             members = json.loads(lists.read_bytes()) if lists.is_file() else []
             files = {path / member["relpath"]: member["md5"] for member in members}
-        wrong += [(file.as_posix(), md5) for file, md5 in files.items() if not file.is_file() or _md5(file) != md5]
+        wrong += [(out["path"], file, sum_) for file, sum_ in files.items() if not file.is_file() or md5(file) != sum_]
     return wrong
 
 
-def _md5(path: Path) -> str:
+def md5(path: Path) -> str:
+    """MD5 of a file, 32 hex digits, as DVC's receipts have it."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "md5").hexdigest()
 

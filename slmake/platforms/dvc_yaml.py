@@ -150,21 +150,14 @@ def digest_file(rule: str) -> str:
     return f"{DIGESTS}/{rule}"
 
 
-def digests() -> dict[Path, str]:
-    """What the stage `code` writes: each rule's file and its text.
-
-    Raises:
-        UserError: params.yaml is refused.
-    """
-    plan, texts = Plan(load("params.yaml")), {}
-    for rule in scripts():
-        parts = {
-            "code": digest([*code(rule), *LOCKS]),
-            "rule": rule_digest(rule),
-            "section": hashlib.sha256(plan.section(MEMBERS.get(rule, rule)).encode()).hexdigest(),
-        }
-        texts[Path(digest_file(rule))] = "".join(f"{name}: {value}\n" for name, value in parts.items())
-    return texts
+def digests(plan: Plan, rule: str) -> str:
+    """What the stage `code` writes into the file of a rule."""
+    parts = {
+        "code": digest([*code(rule), *LOCKS]),
+        "rule": rule_digest(rule),
+        "section": hashlib.sha256(plan.section(MEMBERS.get(rule, rule)).encode()).hexdigest(),
+    }
+    return "".join(f"{name}: {value}\n" for name, value in parts.items())
 
 
 def write_digests() -> None:
@@ -174,7 +167,9 @@ def write_digests() -> None:
         UserError: params.yaml is refused.
     """
     Path(DIGESTS).mkdir(parents=True, exist_ok=True)
-    for path, text in digests().items():
+    plan = Plan(load("params.yaml"))
+    for rule in scripts():
+        path, text = Path(digest_file(rule)), digests(plan, rule)
         if not path.is_file() or path.read_text(encoding="ascii") != text:
             outputs.replace(path, text.encode())
 
@@ -248,9 +243,13 @@ def refuse_stale() -> None:
     if not (NOTE.is_file() and NOTE.read_text() == origin()):
         _refuse_other_entries()
         _note_origin()
-    right = digests()
+    plan = Plan(load("params.yaml"))
     for path in map(Path, entries().get(os.environ["DVC_STAGE"], {}).get("deps", [])):
-        if path in right and path.is_file() and path.read_text(encoding="ascii") != right[path]:
+        if (
+            path.parent == Path(DIGESTS)
+            and path.is_file()
+            and path.read_text(encoding="ascii") != digests(plan, path.name)
+        ):
             raise UserError(
                 f"{path} is of other code or parameters than those that are here now. `dvc repro {CODE}` writes it anew, and so does "
                 "`dvc repro` without --single-item and --downstream."

@@ -13,6 +13,7 @@ from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.plan import WITHOUT_PACKAGE, Plan
 from slmake.platforms.dvc import LOCK, NOTE, StatusError, changed, entries, now, outs, receipts, stages, status
+from slmake.platforms.dvc_yaml import DIGESTS, MEMBERS
 
 PULLED = "SLMAKE_PULL"  # environment variable: what the outputs were compared with before they are noted as built, as `built_from` gives it
 CLOCKS = 1.0  # seconds by which those of two machines may differ
@@ -37,12 +38,10 @@ def inputs_of(rules: Iterable[tuple[str, Iterable[str]]]) -> dict[str, set[str]]
     """What each rule makes its outputs of that other rules have made, of pairs of its name and all of its inputs."""
     return {
         rule: {
-            path
-            for path in map(str, paths)
-            if path.startswith(("build/", "results/")) and not path.startswith("build/code/")
+            path for path in map(str, paths) if path.startswith(("build/", "results/")) and not path.startswith(DIGESTS)
         }
         for rule, paths in rules
-        if rule not in ("candidate", "search")  # they are made one after the other, as many as are asked for
+        if rule not in (*MEMBERS, *MEMBERS.values())  # they are made one after the other, as many as are asked for
     }
 
 

@@ -7,14 +7,10 @@ import time
 
 import pytest
 import yaml
-from project import change, edit_in, environment, new_project, planned, run, snakemake
+from project import change, edit_in, environment, new_project, planned, record, run, snakemake
 
 SHOWN = {"gates", "package", "report"}  # what follows evaluate
 AFTER_PREPARE = {"prepare", "rehearse", "finetune", "merge", "quantize", "evaluate"} | SHOWN
-
-
-def record(project):
-    return run(project, "python", "-m", "tools.record")
 
 
 def replacing(old: str, new: str) -> str:

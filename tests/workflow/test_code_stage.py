@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import yaml
-from project import change, planned, run
+from project import change, edit, planned, run
 from tiny import ROOT
 
 
@@ -65,13 +65,6 @@ def test_receipts_name_the_digest(repository):
     assert {"scripts/merge.py", "slmake/outputs.py", "envs/cpu.lock"} <= {
         dep["path"] for dep in lock["package"]["deps"]
     }
-
-
-def edit(project, name: str, old: str, new: str) -> None:
-    path = project / name
-    text = path.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def test_another_default_runs_its_rule(repository):

@@ -7,14 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from project import change, planned, run
+from project import build, change, planned, run
 
 from slmake.platforms import dvc
 from tools import record
-
-
-def build(project: Path):
-    return run(project, "python", "-m", "tools.build")
 
 
 def status(project: Path) -> str:

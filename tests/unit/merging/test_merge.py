@@ -312,7 +312,7 @@ def test_partial_adapter_onto_dequantized_weights_is_the_model_that_was_trained(
 
 
 def test_tensors_that_must_be_whole_share_one_set_of_buffers(tmp_path, monkeypatch, base, adapter):
-    """However many threads merge them: memory for one, not for one in each thread."""
+    """The number of threads does not change it: one whole tensor is in memory at a time."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(merge_module, "PIECE", 64)
     sets, get = {}, shards.Buffers.get
