@@ -1,15 +1,12 @@
 """JSON Schemas of the user's: complete in themselves, and checked without reading anything else."""
 
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slmake.errors import UserError
-from slmake.patterns import Pattern
-
-compiled = functools.cache(Pattern)
+from slmake.patterns import compiled
 
 
 def read(file: Path, where: str) -> tuple[dict, Any]:

@@ -1,5 +1,6 @@
 """Regular expressions of the user's, matched within a time limit: in Python's `re` some need centuries for thirty letters."""
 
+import functools
 import re
 
 SECONDS = 1.0  # of one match; a sound pattern needs microseconds
@@ -55,3 +56,6 @@ class Pattern:
                 f"`{self.text}` takes longer than {SECONDS:.0f} s on a text of {len(text)} characters: write it without a repeated group whose "
                 r"parts may match the same letters, such as (\w+\s?)+"
             ) from None
+
+
+compiled = functools.cache(Pattern)  # so that a pattern is tried on HARD once

@@ -209,8 +209,7 @@ def refuse_endless(schema: object) -> None:
             raise _endless(f"its multipleOf come to {steps:g}; at most {STEPS}")
         if patterns > 1:
             raise _endless("of the patterns under allOf, or beside a $ref, at most 1")
-        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        waiting += [(each, joined) for each in inner]
+        waiting += [(each, joined) for each in _members(part)]
 
 
 def _joined_by_reference(schema: object) -> bool:
@@ -225,8 +224,13 @@ def _joined_by_reference(schema: object) -> bool:
                 any("$ref" in each for each in every if isinstance(each, dict)) and len(part) + len(every) > 2
             ):
                 return True
-        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        waiting += _members(part)
     return False
+
+
+def _members(part: object) -> list:
+    """What an object or a list of a schema holds; nothing of another value."""
+    return [*part.values()] if isinstance(part, dict) else part if isinstance(part, list) else []
 
 
 def _endless(reason: str) -> ValueError:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from slmake.patterns import Pattern
+from slmake.patterns import compiled
 
 # Each metric's argument; the functions are in slmake/scoring/answer_metrics.py.
 ARGUMENTS: dict[str, str | None] = {
@@ -66,7 +66,7 @@ def parse(entry: str | dict[str, str | float]) -> AnswerMetric:
         raise ValueError(f"{name} needs {wanted} as text: put {argument} in quotes")
     if name == "regex":
         try:
-            Pattern(str(argument), dotall=True)
+            compiled(argument, dotall=True)
         except ValueError as error:
             raise ValueError(f"regex: {error}") from None
     return AnswerMetric(name, name, argument)

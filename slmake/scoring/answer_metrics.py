@@ -13,7 +13,7 @@ import numpy as np
 from slmake import json_schemas
 from slmake.errors import UserError
 from slmake.params.metrics import AnswerMetric
-from slmake.patterns import Pattern
+from slmake.patterns import compiled
 from slmake.scoring.metrics import interval
 from slmake.scoring.questions import Questions
 from slmake.text import parse_json
@@ -55,7 +55,7 @@ def regex(pattern: str) -> Score:
     Raises:
         UserError: (on a row) it cannot be told within a second.
     """
-    form = Pattern(str(pattern), dotall=True)
+    form = compiled(pattern, dotall=True)
 
     def score(prompt: str, expected: str, answer: str) -> float:
         try:

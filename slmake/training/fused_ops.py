@@ -7,6 +7,7 @@ is replaced only where the replacement gives the same result on a probe.
 
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -147,20 +148,31 @@ def _fuse_attention(model) -> int:
         return 0
     AttentionInterface.register("slmake_short", short_attention)
     AttentionMaskInterface.register("slmake_short", sdpa_mask)
-    expected = probe_logits(model)
-    model.set_attn_implementation("slmake_short")
+    # A RuntimeError: shapes that `Attention` does not have, such as values of another width than the keys'.
+    use = model.set_attn_implementation
+    return int(keep_if_same(model, partial(use, "slmake_short"), partial(use, "sdpa"), (RuntimeError,)))
+
+
+def keep_if_same(model, change: Callable, undo: Callable, cannot: tuple[type[Exception], ...]) -> bool:
+    """Make a change to a model, and undo it unless the model then gives the same logits; returns whether it stays.
+
+    Args:
+        cannot: what the model ends with where the change does not fit it.
+    """
+    expected = _probe_logits(model)
+    change()
+    half = model.get_input_embeddings().weight.dtype.itemsize == 2
     try:
-        half = model.get_input_embeddings().weight.dtype.itemsize == 2
-        same = close(probe_logits(model), expected, 0.05 if half else 1e-3)
-    except RuntimeError:  # shapes that `Attention` does not have, such as values of another width than the keys'
+        same = close(_probe_logits(model), expected, 0.05 if half else 1e-3)
+    except cannot:
         same = False
     if not same:
-        model.set_attn_implementation("sdpa")
-    return int(same)
+        undo()
+    return same
 
 
 @torch.no_grad()
-def probe_logits(model) -> torch.Tensor:
+def _probe_logits(model) -> torch.Tensor:
     """Logits at the real tokens of two rows, the second one padded."""
     ids = torch.arange(5, 21, device=model.device).view(2, 8) * 7 % model.get_input_embeddings().num_embeddings
     mask = (torch.arange(8) < torch.tensor([[8], [5]])).long().to(model.device)

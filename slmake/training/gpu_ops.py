@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from slmake.training.fused_ops import probe_logits, replace_norm, replace_rotary
+from slmake.training.fused_ops import keep_if_same, replace_norm, replace_rotary
 from slmake.training.probe import close
 
 # What is added to a norm's weight, and in which type the norm is taken: Llama's way and Gemma's.
@@ -48,17 +48,17 @@ def fuse(model) -> dict[str, int]:
 
 def _split_projections(model, attentions: list) -> int:
     """Use `_attend` in all of some attention layers, if the whole model then gives the same logits; returns in how many."""
-    expected = probe_logits(model) if attentions else None
-    for module in attentions:
-        module.forward = types.MethodType(_attend, module)
-    try:
-        half = model.dtype.itemsize == 2
-        same = not attentions or close(probe_logits(model), expected, 0.05 if half else 1e-3)
-    except (*CANNOT, AttributeError):  # another architecture's layer of that name
-        same = False
-    for module in () if same else attentions:
-        del module.forward
-    return len(attentions) * same
+
+    def change() -> None:
+        for module in attentions:
+            module.forward = types.MethodType(_attend, module)
+
+    def undo() -> None:
+        for module in attentions:
+            del module.forward
+
+    # An AttributeError: another architecture's layer of that name.
+    return len(attentions) if attentions and keep_if_same(model, change, undo, (*CANNOT, AttributeError)) else 0
 
 
 def _attend(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
