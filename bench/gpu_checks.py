@@ -228,7 +228,7 @@ def run(setup: Setup, device) -> list[dict]:
     """All checks; QLoRA's where bitsandbytes is installed. A check that cannot be computed has failed; its error is its note."""
     checks = [(f"{kind} step", partial(step, setup, kind, "float32")) for kind in gpu_models.ARCHITECTURES]
     checks += [
-        ("bfloat16 step", partial(step, setup, "llama", "bfloat16")),
+        *((f"{kind} bfloat16 step", partial(step, setup, kind, "bfloat16")) for kind in ("llama", "phi3")),
         ("repeated runs", partial(repeated, setup)),
         ("merge", partial(merged, setup)),
         ("GPTQ", partial(calibrated, setup, device)),

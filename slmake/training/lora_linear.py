@@ -8,6 +8,7 @@ computes the same; other variants, such as DoRA, keep theirs.
 """
 
 import types
+from collections.abc import Sequence
 
 import torch
 
@@ -90,26 +91,69 @@ class Gathered:
         return grad @ torch.cat([base.weight for base in self.bases])
 
 
+def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * (a b), in one kernel on a GPU: its host cannot launch kernels as fast as the GPU computes them."""
+    if a.is_cuda:
+        return a.new_empty(len(a), b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
+    return (a @ b).mul_(scaling)
+
+
+def _product_as(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a b in another type, in one kernel on a GPU, which does not round the sum before."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else (a @ b).to(dtype)
+
+
+def stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The A of several layers as one: [r_1 + r_2 + …, in]."""
+    return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+
+
+def diagonal(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The B of several layers as one, as blocks of a diagonal: [out_1 + out_2 + …, r_1 + r_2 + …]."""
+    return torch.block_diag(*matrices) if len(matrices) > 1 else matrices[0]
+
+
+class Joined:
+    """The adapters of layers that are computed as one, copied into the base's type.
+
+    Attributes:
+        matrices: A [r, in] and B [out, r] of all these layers.
+        parts: the part of `matrices` that each adapter's matrix is copied into, and that matrix.
+    """
+
+    def __init__(self, layers: list):
+        adapters = [_adapter(layer) for layer in layers]
+        dtype, row, column = _type(layers[0].get_base_layer()), 0, 0
+        self.matrices = tuple(
+            join([pair[index].detach() for pair in adapters]).to(dtype)
+            for index, join in enumerate((stacked, diagonal))
+        )
+        self.parts = []
+        for a, b in adapters:
+            end = column + len(a)
+            self.parts += [(self.matrices[0][column:end], a), (self.matrices[1][row : row + len(b), column:end], b)]
+            row, column = row + len(b), end
+
+
 class LoraLinear(torch.autograd.Function):
     """y_i = x W_i' + s (x A_i') B_i' for layers i that read the same x, or y = x Q' with a quantized Q of W + s B A.
 
     Shapes: x [..., in]; frozen (`Frozen` of W or Q, or `Gathered`) [out, in] and bias [out] or None of all layers, out being the sum of
     out_i; scaling s; update False with Q, which includes the update; adapters a_1 [r_1, in], b_1 [out_1, r_1], a_2, b_2, …
     Returns a tuple of [..., out_i].
-    The adapters' matrices may be float32 over a bfloat16 base; products are taken in x's type.
+    The adapters' matrices may be float32 over a bfloat16 base; products are taken in x's type. `joined` are their copies in that
+    type, if there are any.
     """
 
     @staticmethod
-    def forward(ctx, x, frozen, bias, scaling, update, *adapters):
+    def forward(ctx, x, frozen, bias, scaling, update, joined, *adapters):
         a, b = adapters[0::2], adapters[1::2]
         flat = x.reshape(-1, x.shape[-1])
-        # One product for all layers: A stacked, B as blocks of a diagonal.
-        a_ = (torch.cat(a) if len(a) > 1 else a[0]).to(x.dtype)
-        b_ = (torch.block_diag(*b) if len(b) > 1 else b[0]).to(x.dtype)
-        inner = flat @ a_.t()
+        a_, b_ = joined.matrices if joined else (stacked(a).to(x.dtype), diagonal(b).to(x.dtype))
+        inner = _scaled(flat, a_.t(), scaling)
         y = frozen.forward(flat)
         if update:
-            y.addmm_(inner, b_.t(), alpha=scaling)
+            y.addmm_(inner, b_.t())
         if bias is not None:
             y += bias
         ctx.save_for_backward(flat, inner, a_, b_)
@@ -122,9 +166,9 @@ class LoraLinear(torch.autograd.Function):
         flat, inner, a, b = ctx.saved_tensors
         parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        grad_inner = (grad @ b).mul_(ctx.scaling)
-        grad_a = (grad_inner.t() @ flat).to(ctx.type).split(ctx.ranks)
-        grad_b = (grad.t() @ inner).mul_(ctx.scaling).to(ctx.type)
+        grad_inner = _scaled(grad, b, ctx.scaling)
+        grad_a = _product_as(grad_inner.t(), flat, ctx.type).split(ctx.ranks)
+        grad_b = _product_as(grad.t(), inner, ctx.type)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.frozen.backward(grad)
@@ -135,7 +179,7 @@ class LoraLinear(torch.autograd.Function):
         for part, size, rank in zip(grad_a, ctx.sizes, ctx.ranks, strict=True):
             adapters += [part, grad_b[row : row + size, column : column + rank]]
             row, column = row + size, column + rank
-        return grad_x, None, None, None, None, *adapters
+        return grad_x, None, None, None, None, None, *adapters
 
 
 def _adapter(module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +190,7 @@ def _adapter(module) -> tuple[torch.Tensor, torch.Tensor]:
 def _forward(self, x, *args, **kwargs):
     base, scaling, quantized = self.get_base_layer(), self.scaling[self.active_adapters[0]], self.fake_quantized
     frozen = self.frozen or Frozen(base.weight if quantized is None else quantized)
-    return LoraLinear.apply(x, frozen, base.bias, scaling, quantized is None, *_adapter(self))[0]
+    return LoraLinear.apply(x, frozen, base.bias, scaling, quantized is None, self.joined, *_adapter(self))[0]
 
 
 class FusedProjections:
@@ -165,7 +209,7 @@ class FusedProjections:
                     base.weight.data = part
         else:
             self.frozen = Gathered(self.bases)
-        self.x, self.results = None, []
+        self.x, self.results, self.joined = None, [], None
         for index, layer in enumerate(layers):
             layer.forward = types.MethodType(self._forward_of(index), layer)
 
@@ -190,7 +234,7 @@ class FusedProjections:
             if index == 0:
                 matrices = [matrix for projection in self.layers for matrix in _adapter(projection)]
                 bias = None if self.bases[0].bias is None else torch.cat([base.bias for base in self.bases])
-                first, *rest = LoraLinear.apply(x, self.frozen, bias, self.scaling, True, *matrices)
+                first, *rest = LoraLinear.apply(x, self.frozen, bias, self.scaling, True, self.joined, *matrices)
                 self.x, self.results = x, [None, *rest]
                 return first
             if self.x is not x:  # another input than the first layer's
@@ -223,6 +267,11 @@ def _quantized(base) -> bool:
     return getattr(base.weight, "quant_state", None) is not None
 
 
+def _type(base) -> torch.dtype:
+    """The type that a layer's products are taken in."""
+    return base.weight.quant_state.dtype if _quantized(base) else base.weight.dtype
+
+
 @torch.no_grad()
 def _computes(module, frozen: Frozen | FourBit) -> bool:
     """Whether `LoraLinear` gives the result of PEFT's own forward, with random values in all parameters of the adapter.
@@ -233,14 +282,13 @@ def _computes(module, frozen: Frozen | FourBit) -> bool:
     of_base = {id(value) for value in base.parameters()}
     parameters = [value for value in module.parameters() if id(value) not in of_base]
     before = [value.clone() for value in parameters]
-    dtype = base.weight.quant_state.dtype if _quantized(base) else base.weight.dtype
-    x = torch.randn(4, base.in_features, generator=generator).to(base.weight.device, dtype)
+    x = torch.randn(4, base.in_features, generator=generator).to(base.weight.device, _type(base))
     try:
         for value in parameters:
             random = torch.randn(value.shape, generator=generator)
             value.copy_(random / value.shape[-1] ** 0.5)
         scaling = module.scaling[module.active_adapters[0]]
-        fused = LoraLinear.apply(x, frozen, base.bias, scaling, True, *_adapter(module))[0]
+        fused = LoraLinear.apply(x, frozen, base.bias, scaling, True, None, *_adapter(module))[0]
         return close(fused, module(x), 0.02)
     finally:
         for value, original in zip(parameters, before, strict=True):
@@ -259,24 +307,50 @@ def fuse(peft, join: bool = False, weights_fixed: bool = False, pack: bool = Fal
     for name, module in lora_layers(peft).items():
         if _replace(module, Frozen(module.get_base_layer().weight)):
             plain[name] = module
-    four_bit = 0
+    four_bit = []
     for module in four_bit_layers(peft):
         frozen = FourBit(module.get_base_layer().weight)
         if _replace(module, frozen):
             module.frozen = frozen
-            four_bit += 1
-    alone = dict(plain)
+            four_bit.append(module)
+    alone, fused = dict(plain), []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in plain) if join else ():
         for names in PROJECTIONS:
             layers = [plain.get(f"{parent}.{name}") for name in names]
             if None not in layers and FusedProjections.compatible(layers):
-                FusedProjections(layers, weights_fixed, pack)
+                fused.append(FusedProjections(layers, weights_fixed, pack))
                 for name in names:
                     del alone[f"{parent}.{name}"]
     if weights_fixed:
         for module in alone.values():
             module.frozen = Frozen(module.get_base_layer().weight, pack)
-    return len(plain) + four_bit
+        units = [(unit, unit.layers) for unit in fused] + [
+            (module, [module]) for module in (*alone.values(), *four_bit)
+        ]
+        _copy_adapters(peft.get_base_model(), units)
+    return len(plain) + len(four_bit)
+
+
+def _copy_adapters(model, units: list[tuple[object, list]]) -> None:
+    """Copy all adapters into the base's type before each pass of the model, at once: on a GPU, a kernel instead of two a layer.
+
+    Args:
+        units: what computes some layers as one and takes their `joined`, and these layers.
+    """
+    parts = []
+    for unit, layers in units:
+        if _adapter(layers[0])[0].dtype != _type(layers[0].get_base_layer()):
+            unit.joined = Joined(layers)
+            parts += unit.joined.parts
+    if not parts:
+        return
+    copies, matrices = zip(*parts, strict=True)
+
+    def refresh(*_):
+        with torch.no_grad():
+            torch._foreach_copy_(copies, matrices)
+
+    model.register_forward_pre_hook(refresh)
 
 
 def _replace(module, frozen: Frozen | FourBit) -> bool:
@@ -285,6 +359,6 @@ def _replace(module, frozen: Frozen | FourBit) -> bool:
         return False
     if not _computes(module, frozen):
         return False
-    module.fake_quantized = module.frozen = None
+    module.fake_quantized = module.frozen = module.joined = None
     module.forward = types.MethodType(_forward, module)
     return True

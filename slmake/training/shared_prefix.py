@@ -4,15 +4,17 @@ In a causal model a token's state depends only on the tokens before it. So rows 
 there, and the gradients that reach these states add up. The loss and gradient are those of the plain batch, with sums in
 another order; with `lora_dropout`, the rows also share what is dropped in the prefix. The tokens of a batch form one
 sequence, the shared ones first, without padding. Only attention needs rows: it gathers its queries, keys and values by
-row, and its results by token.
+row, and its results by token; on a GPU a kernel takes rows of different lengths as they are (ragged_attention).
 """
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from slmake.training import ragged_attention
 from slmake.training.data import to_device
 from slmake.training.probe import close
 
@@ -35,6 +37,7 @@ class Layout:
     """The tokens of a batch of rows as one sequence, and the index of each token in both.
 
     Attributes:
+        lengths: int64 [rows], the tokens of each row.
         common: length of the shared prefix.
         positions: int64 [tokens], each token's position in its row.
         token: int64 [rows, time], index of the token at each position of the batch; 0 after a row's end, where causality
@@ -45,7 +48,7 @@ class Layout:
     """
 
     def __init__(self, rows: list[np.ndarray], device):
-        lengths = np.array([len(row) for row in rows])
+        self.lengths = lengths = np.array([len(row) for row in rows])
         time = lengths.max()
         self.common = common = common_length(rows)
         steps = np.arange(time)
@@ -68,6 +71,11 @@ class Layout:
     @property
     def parts(self) -> "list[Layout]":
         return [self]
+
+    @cached_property
+    def sequences(self) -> ragged_attention.Sequences:
+        """The tokens as sequences of different lengths."""
+        return ragged_attention.Sequences.of(self.lengths, self.common, self.ids.device)
 
     def by_row(self, heads: int, token_first: bool) -> torch.Tensor:
         """Indices into x [heads * tokens, width] (or [tokens * heads, width]) that give [rows, heads, time, width]."""
@@ -164,13 +172,13 @@ def share(model) -> float:
         sizes = [part.tokens for part in layout.parts]
         outputs = []
         for part, *states in zip(layout.parts, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
-            if part.rows == 1:
-                output, weights = inner(module, *states, None, **kwargs)
-                outputs.append(output)
+            if part.rows > 1 and ragged_attention.usable(*states, kwargs):
+                outputs.append(ragged_attention.attention(*states, part.sequences, kwargs.get("scaling")))
                 continue
-            output, weights = inner(module, *(ByRow.apply(x, part) for x in states), None, **kwargs)
-            outputs.append(ByToken.apply(output, part))
-        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], weights
+            by_row = states if part.rows == 1 else [ByRow.apply(x, part) for x in states]
+            output, _ = inner(module, *by_row, None, **kwargs)
+            outputs.append(output if part.rows == 1 else ByToken.apply(output, part))
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
 
     AttentionInterface.register(f"{name}_by_layout", attention)
     AttentionMaskInterface.register(f"{name}_by_layout", ALL_MASK_ATTENTION_FUNCTIONS[name])

@@ -59,7 +59,7 @@ def test_fused_layer_passes_torchs_gradient_check():
         value.requires_grad_(True)
     frozen = lora_linear.Frozen(weight)
     assert torch.autograd.gradcheck(
-        lambda x, a, b: lora_linear.LoraLinear.apply(x, frozen, bias, 1.7, True, a, b), (x, a, b)
+        lambda x, a, b: lora_linear.LoraLinear.apply(x, frozen, bias, 1.7, True, None, a, b), (x, a, b)
     )
 
 
@@ -72,7 +72,7 @@ def test_layers_with_one_input_pass_torchs_gradient_check():
         value.requires_grad_(True)
     frozen = lora_linear.Frozen(weight)
     assert torch.autograd.gradcheck(
-        lambda x, *ab: lora_linear.LoraLinear.apply(x, frozen, bias, 1.7, True, *ab), (x, *adapters)
+        lambda x, *ab: lora_linear.LoraLinear.apply(x, frozen, bias, 1.7, True, None, *ab), (x, *adapters)
     )
 
 
@@ -288,3 +288,41 @@ def test_layers_over_four_bits_are_one_operation_too():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_copies_of_adapters_follow_them_and_give_the_same_bits(base, join):
+    """Over a bfloat16 base, where every pass begins with the copies; without them each layer rounds its own."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def fused(copied: bool):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model.requires_grad_(False)
+        torch.manual_seed(11)
+        peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        with pytest.MonkeyPatch.context() as patch:
+            if not copied:
+                patch.setattr(lora_linear, "_copy_adapters", lambda model, units: None)
+            assert lora_linear.fuse(peft, join, True) == 14
+        return peft, [value for value in peft.parameters() if value.requires_grad]
+
+    ids = torch.arange(2, 50).view(4, 12)
+    results = []
+    for copied in (True, False):
+        peft, adapters = fused(copied)
+        torch.manual_seed(12)
+        steps = []
+        for _ in range(3):  # as an optimizer, change the adapters in place between passes
+            with torch.no_grad():
+                for value in adapters:
+                    value += torch.randn_like(value) / 8
+            peft.zero_grad()
+            peft(input_ids=ids, labels=ids).loss.backward()
+            steps.append([value.grad.clone() for value in adapters])
+        results.append(steps)
+    assert all(value.dtype == torch.float32 for value in adapters)
+    for with_copies, without in zip(*results, strict=True):
+        for grad, expected in zip(with_copies, without, strict=True):
+            assert grad.abs().sum() > 0
+            torch.testing.assert_close(grad, expected, rtol=0, atol=0)

@@ -1,11 +1,13 @@
 """shared_prefix: a shared prefix that is computed once gives the logits and gradients of rows computed one by one."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from tiny import make_model
 
-from slmake.training import fused_ops, shared_prefix
+from slmake.training import fused_ops, ragged_attention, shared_prefix
 
 CASES = {
     "a common prefix": [[1, 5, 9, 20, 21], [1, 5, 9, 30], [1, 5, 9, 20, 41, 42, 43]],
@@ -126,3 +128,38 @@ def test_a_model_whose_layers_pass_nothing_on_to_attention_is_detected(folder):
         forward = layer.forward
         layer.forward = lambda *args, layout=None, forward=forward, **kwargs: forward(*args, **kwargs)
     assert not shared_prefix.agrees(model, 512, torch.device("cpu"))
+
+
+def reference(query, key, value, sequences, scale):
+    """What torch's flash attention computes, on a CPU: sequence by sequence, the last query sees all keys."""
+    places = list(zip(sequences.queries.tolist(), sequences.keys.tolist(), strict=True))
+    outputs = []
+    for (start, first), (end, last) in itertools.pairwise(places):
+        q, k, v = (x.transpose(0, 1) for x in (query[start:end], key[first:last], value[first:last]))
+        assert q.shape[1] <= sequences.longest[0]
+        assert k.shape[1] <= sequences.longest[1]
+        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
+        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        scores = torch.where(sees, q @ k.transpose(1, 2) * scale, -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    assert (end, last) == (len(query), len(key))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("rows", CASES.values(), ids=CASES.keys())
+def test_rows_of_different_lengths_as_they_are(folder, rows, monkeypatch):
+    """As on a GPU, with a reference in the place of its kernel (bench.cuda has the kernel itself)."""
+    model = load(folder)
+    wanted = one_by_one(model, rows)
+    wanted_gradient = gradient(model, wanted)
+    called = []
+    monkeypatch.setattr(ragged_attention, "usable", lambda *_: called.append(1) or True)
+    monkeypatch.setattr(ragged_attention, "flash", reference)
+    shared_prefix.share(model)
+    found, layout = together(model, rows)
+    assert len(called) == (model.config.num_hidden_layers if len(rows) > 1 else 0)
+    assert (layout.sequences.token is None) == (layout.common == 0 or max(map(len, rows)) == layout.common)
+    for logits, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
+    found_gradient = gradient(model, found)
+    torch.testing.assert_close(found_gradient, wanted_gradient, rtol=0, atol=3e-6 * float(wanted_gradient.abs().max()))
