@@ -10,9 +10,9 @@ TORCH   := torch==2.13.0
 READY   := $(VENV)/.ready-$(MACHINE)
 SERVE_READY := $(VENV)/.ready-serve
 PEERS   := .venv-bench
-# Tests at a time: one more than the cores of a small machine, because many wait for servers, networks and clusters.
-WORKERS ?= 3
-# Which tests stay together is said in tests/conftest.py; in the order of collection, those that wait for services begin.
+# Tests at a time: two more than the cores of a small machine, because many wait for servers, networks and clusters.
+WORKERS ?= 4
+# Which tests stay together, and which begin, is said in tests/conftest.py.
 PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)

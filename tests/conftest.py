@@ -212,6 +212,15 @@ class Scheduling(LoadScopeScheduling):
         return nodeid if nodeid.startswith("tests/workflow/") else super()._split_scope(nodeid)
 
 
+# The longest files first, those that wait for servers and clusters beside those that compute.
+FIRST = ("tests/real/test_faults.py::TestPush", "tests/real/test_slurm.py", "tests/real/test_faults.py::TestPull")
+
+
+def pytest_collection_modifyitems(items):
+    """The order in which tests are dealt out."""
+    items.sort(key=lambda item: next((at for at, name in enumerate(FIRST) if item.nodeid.startswith(name)), len(FIRST)))
+
+
 def pytest_xdist_make_scheduler(config, log):
     """How tests are dealt out to processes. (xdist's groups do not work with this version of pytest.)"""
     return Scheduling(config, log)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
                 os.utime(path, ns=(time, time))
         if done.returncode:
             raise UserError(
-                f"everything was built, but DVC could not record it: {reason(done)} Then `.venv/bin/python -m tools.record`."
+                f"everything was built, but DVC could not record it: {reason(done.stderr)} Then `.venv/bin/python -m tools.record`."
             )
         refuse_other_origin(known)  # what was hashed is of what was compared before
         if [metadata(output) for output in known] != records:

@@ -73,7 +73,7 @@ def add(url: str) -> None:
     for step in steps:
         done = dvc(*step)
         if done.returncode:
-            raise UserError(f"dvc {' '.join(step)}: {reason(done)}")
+            raise UserError(f"dvc {' '.join(step)}: {reason(done.stderr)}")
 
 
 def ensure_container(url: str) -> str:
@@ -176,7 +176,7 @@ def transfer(verb: str, job: cli.Job) -> None:
             time.sleep(2**attempt)
     done.stderr = text
     raise UserError(
-        f"dvc {verb} failed {ATTEMPTS} times: {reason(done)} Nothing was lost: run the same command again, it moves only what is missing."
+        f"dvc {verb} failed {ATTEMPTS} times: {reason(done.stderr)} Nothing was lost: run the same command again, it moves only what is missing."
     )
 
 
@@ -254,7 +254,7 @@ def restore(job: cli.Job) -> None:
     done = dvc("checkout", "--force", capture=True)
     if done.returncode:
         raise UserError(
-            f"dvc checkout: {reason(done)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` builds again."
+            f"dvc checkout: {reason(done.stderr)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` builds again."
         )
     take_from_git()
     prove(job)

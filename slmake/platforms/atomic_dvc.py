@@ -8,17 +8,19 @@ The receipts of `commit` are written once, to PENDING: who calls it compares aga
 """
 
 import contextlib
+import copy
 import functools
 import io
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dvc import rwlock
 from dvc.cli import main
+from dvc.dvcfile import FileMixin
 from dvc.exceptions import DvcException
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
@@ -89,6 +91,23 @@ def refuse_replaced(cache: StageCache, stage) -> None:
             raise DvcException(f"{out.def_path} was replaced while it was recorded")
 
 
+def load_once(load: Callable) -> Callable:
+    """Of DVC's function that reads and checks a YAML file: once as long as the file is the same. DVC does it for each stage that is named."""
+    kept: dict[tuple, tuple] = {}
+
+    @functools.wraps(load)
+    def loaded(self, **options: object) -> tuple:
+        if options or self.repo.fs.protocol != "local":
+            return load(self, **options)
+        status = os.stat(self.path)  # noqa: PTH116
+        mark = (self.path, status.st_ino, status.st_size, status.st_mtime_ns)
+        if mark not in kept:
+            kept[mark] = load(self)
+        return copy.deepcopy(kept[mark])  # DVC changes what it has read
+
+    return loaded
+
+
 def retry_sooner() -> None:
     """Let clients of Azure Blob wait about 4, 7 and 13 seconds between their tries, not 15, 18 and 24.
 
@@ -103,6 +122,7 @@ def retry_sooner() -> None:
 _common._dump_data = dump
 state._checksum = checksum
 rwlock._edit_rwlock = edit_rwlock
+FileMixin._load_yaml = load_once(FileMixin._load_yaml)
 
 if __name__ == "__main__":
     cli.end_with(os.environ.get(cli.ENGINE, ""))

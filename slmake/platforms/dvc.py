@@ -36,9 +36,9 @@ def dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess:
     )
 
 
-def reason(done: subprocess.CompletedProcess) -> str:
-    """DVC's own reason for a failure, one sentence; with the first name of a list that stands below it."""
-    lines = [line.strip() for line in (done.stderr or "").splitlines() if line.strip()] or ["no reason given"]
+def reason(shown: str | None) -> str:
+    """DVC's own reason for a failure, one sentence, of what it shows; with the first name of a list that stands below it."""
+    lines = [line.strip() for line in (shown or "").splitlines() if line.strip()] or ["no reason given"]
     errors = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
     said, *below = lines[errors[-1] if errors else -1 :]
     if cli.FULL in said:
@@ -68,10 +68,13 @@ def status(*names: str) -> dict[str, list[str | dict]]:
     Raises:
         StatusError: it fails.
     """
-    done = dvc("status", "--json", *names, capture=True)
-    if done.returncode:
-        raise StatusError(f"dvc status: {reason(done)}")
-    return json.loads(done.stdout or "{}")
+    from slmake.platforms.atomic_dvc import Repo
+
+    try:
+        with Repo() as repo:
+            return repo.status(targets=list(names) or None)
+    except Exception as error:  # as DVC's own command line: of whatever kind, it has one reason
+        raise StatusError(f"dvc status: {reason(f'ERROR: {error}')}") from None
 
 
 def changed(changes: list[str | dict], kind: str) -> dict[str, str]:

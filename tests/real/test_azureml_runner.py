@@ -55,7 +55,7 @@ def test_the_pipeline_ends_in_the_bytes_of_a_local_build(compiled, built, tmp_pa
 def test_a_finetune_that_loses_its_machine_resumes(compiled, built, tmp_path):
     """Killed after its first checkpoint, started again on another machine with the same mounts: it resumes, and ends in the same bytes."""
     project = Path(shutil.copytree(compiled, tmp_path / "project"))
-    change(project, "finetune", num_train_epochs=20.0, save_steps=2)
+    change(project, "finetune", num_train_epochs=6.0, save_steps=2)
     assert run(project, "python", "-m", "tools.azureml", "compile").returncode == 0
     step = yaml.safe_load((project / "azureml" / "pipeline.yml").read_text())["jobs"]["finetune"]
     runner = Runner(tmp_path / "machines", fresh=True)

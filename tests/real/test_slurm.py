@@ -58,7 +58,7 @@ def test_a_cancelled_finetune_goes_on_in_the_next_job(copy_of_clustered, built, 
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(["cp", "-a", built, undisturbed], check=True)
     for project in (undisturbed, copy_of_clustered):
-        change(project, "finetune", max_steps=400, save_steps=5, eval_steps=0)
+        change(project, "finetune", max_steps=120, save_steps=5, eval_steps=0)
     done = snakemake(undisturbed, "build/adapter")
     assert done.returncode == 0, done.stdout
 
