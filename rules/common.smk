@@ -38,7 +38,7 @@ try:
     if workflow.is_main_process:
         os.environ.pop(cli.PLANNED, None)
         os.environ.pop(cli.SOURCES, None)
-    PLAN = Plan(params.load("params.yaml"))
+    PLAN = Plan(params.load("params.yaml"), Path(workflow.main_snakefile))
     os.environ[cli.PLANNED] = json.dumps(params.sums(PLAN.params))  # every rule refuses other values (params.load)
     STAGES = PLAN.stages
     CONTAINER = PLAN.params.all.container

@@ -36,15 +36,69 @@ WITH_RESULT = ("slmake.params.dataset_files", "slmake.params.gates", "slmake.par
 
 
 def rule_digest(rule: str, snakefile: Path = Path("Snakefile")) -> str:
-    """SHA-256 of a rule's text in the Snakefile, 64 hex digits: its inputs, options and command. Without comments, layout, and SCHEDULING."""
-    text = snakefile.read_text(encoding="utf-8") if snakefile.is_file() else ""
-    own = re.search(rf"^rule {rule}:.*?(?=^\S|\Z)", text, re.M | re.S)
-    kept = hashlib.sha256()
-    with contextlib.suppress(tokenize.TokenError):  # Snakemake says what is wrong with it
-        for kind, word, *_, line in tokenize.generate_tokens(io.StringIO(own[0] if own else "").readline):
-            if kind not in LAYOUT and not line.strip().startswith(SCHEDULING):
-                kept.update(word.encode())  # one after the other: Python 3.12 splits texts with braces
+    """SHA-256 of a rule's text in the Snakefile, 64 hex digits: its inputs, options and command, and of what defines the names in it.
+
+    Without comments, layout, and SCHEDULING.
+    """
+    blocks = _blocks(snakefile)
+    own = _words("".join(block for block in blocks if block.startswith(f"rule {rule}:")))
+    kept = hashlib.sha256("".join(own).encode())  # one after the other: Python 3.12 splits texts with braces
+    waiting, others = (
+        set(re.findall(r"\w+", " ".join(own))),
+        [block for block in blocks if not block.startswith("rule ")],
+    )
+    while used := [block for block in others if waiting & _defined(block)]:
+        others = [block for block in others if block not in used]
+        for words in map(_words, used):
+            kept.update("".join(words).encode())
+            waiting |= set(re.findall(r"\w+", " ".join(words)))
     return kept.hexdigest()
+
+
+def snakefiles(snakefile: Path = Path("Snakefile")) -> list[Path]:
+    """A Snakefile and the files that it includes, directly and through others."""
+    text = snakefile.read_text(encoding="utf-8") if snakefile.is_file() else ""
+    included = [snakefile.parent / name for name in re.findall(r"""^include:\s*['"](.+?)['"]""", text, re.M)]
+    return [snakefile, *(file for other in included if other != snakefile for file in snakefiles(other))]
+
+
+def _blocks(snakefile: Path) -> list[str]:
+    """The parts of a Snakefile and of those that it includes, each from a line that is not indented to the next."""
+    texts = [file.read_text(encoding="utf-8") for file in snakefiles(snakefile) if file.is_file()]
+    return [
+        block
+        for text in texts
+        for block in re.findall(r"^[^\s#].*?(?=^(?!else:|elif )[^\s#)\]}]|\Z)", text, re.M | re.S)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    """The tokens of a part of a Snakefile that can change a result."""
+    words = []
+    with contextlib.suppress(tokenize.TokenError):  # Snakemake says what is wrong with it
+        for kind, word, *_, line in tokenize.generate_tokens(io.StringIO(text).readline):
+            if kind not in LAYOUT and not line.strip().startswith(SCHEDULING):
+                words.append(word)
+    return words
+
+
+def _defined(block: str) -> set[str]:
+    """Names that a part of a Snakefile defines; none, if it is not Python."""
+    try:
+        tree = ast.parse(block)
+    except (SyntaxError, ValueError, RecursionError):
+        return set()
+    return _stored(tree)
+
+
+def _stored(node: ast.AST) -> set[str]:
+    """Names that a node gives a value, but not those of functions' and comprehensions' own."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return set()
+    own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    return own.union(*map(_stored, ast.iter_child_nodes(node)))
 
 
 @functools.cache  # a parse of the Snakefile asks for the same rules a hundred times
@@ -70,8 +124,7 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
     waiting = [start]
     while waiting:
         name = waiting.pop()
-        skipped = any(name == module or name.startswith(f"{module}.") for module in WITHOUT_RESULT)
-        if name in seen or (skipped and name not in WITH_RESULT):
+        if name in seen or _without_result(name):
             continue
         file = file_of(name, root)
         if file is None:
@@ -85,6 +138,17 @@ def modules(start: str, root: Path = ROOT) -> list[str]:
     found = {path.relative_to(root).as_posix() for path in seen.values() if path.stat().st_size}
     own = seen[start].relative_to(root).as_posix()
     return [own, *sorted(found - {own})]
+
+
+def _without_result(name: str) -> bool:
+    skipped = any(name == module or name.startswith(f"{module}.") for module in WITHOUT_RESULT)
+    return skipped and name not in WITH_RESULT
+
+
+def modules_behind(name: str) -> list[str]:
+    """As `modules`; none where a name is no module, or one that no result depends on."""
+    file = None if _without_result(name) else file_of(name)
+    return modules(name) if file and file.stat().st_size else []
 
 
 def file_of(name: str, root: Path = ROOT) -> Path | None:

@@ -6,7 +6,7 @@ import os
 from operator import attrgetter
 from pathlib import Path
 
-from slmake.code_inputs import code, digest, rule_digest
+from slmake.code_inputs import code, digest, rule_digest, snakefiles
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
 from slmake.params.dataset_files import source_files
@@ -63,8 +63,8 @@ def _local(text: str) -> list[str]:
 class Plan:
     """What params.yaml asks for, as paths."""
 
-    def __init__(self, params: Params):
-        self.params, self.stages = params, params.stages
+    def __init__(self, params: Params, snakefile: Path = Path("Snakefile")):
+        self.params, self.stages, self.snakefile = params, params.stages, snakefile
         self.tuned = "build/merged" if "merge" in self.stages else "build/base"  # what is exported
         self.fetched_adapter = "merge" in self.stages and "finetune" not in self.stages
         self.adapter = "build/fetched-adapter" if self.fetched_adapter else "build/adapter"
@@ -205,7 +205,7 @@ class Plan:
         Its text in the Snakefile; and the files that it reads and no rule makes: code and locks, and what params.yaml names, byte for byte.
         """
         given = [file.as_posix() for name in self.given(rule) for file in files_of(Path(name)).values()]
-        return rule_digest(rule) + digest([*code(rule), *LOCKS]) + digest(given, exact=True)
+        return rule_digest(rule, self.snakefile) + digest([*code(rule), *LOCKS]) + digest(given, exact=True)
 
     def given(self, rule: str) -> list[str]:
         """Files that a rule reads byte for byte and no rule makes."""
@@ -246,8 +246,7 @@ class Plan:
             *self.metric_files,
             *self.task_files,
             *self.constraint,
-            "Snakefile",
-            "rules/common.smk",
+            *map(os.path.relpath, snakefiles(self.snakefile)),
             *sorted(files),
             *LOCKS,
             *sorted(path.as_posix() for path in Path("containers").glob("Containerfile*")),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from slmake.code_inputs import imports
+from slmake.code_inputs import code, imports, modules_behind
 
 
 def with_what_they_read(names: Iterable[str]) -> list[str]:
@@ -50,7 +50,10 @@ def _imports(file: Path) -> Iterator[Path]:
     """Files of the project that a Python file imports; the project's folder is where Python looks."""
     for name in imports(ast.parse(file.read_bytes()), Path(_as_named(file)).parent.parts):
         parts = name.split(".")
-        if parts[0] != "slmake":  # the pipeline's own code is an input already
+        if parts[0] == "slmake":  # the pipeline's own code is an input of its rules already, as far as they use it
+            own = set(code("evaluate")) & set(code("candidate"))
+            yield from (Path(path) for path in modules_behind(name) if path not in own)
+        else:
             ends = [
                 Path(*parts).with_suffix(".py"),
                 *(Path(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)),

@@ -26,6 +26,7 @@ from slmake.platforms.dvc import (
     reason,
     repair_lock,
     stages,
+    status,
 )
 from slmake.platforms.origins import metadata, refuse_damaged, refuse_other_origin, refuse_unbuilt
 
@@ -58,6 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         if [metadata(output) for output in known] != records:
             raise UserError(
                 "another build wrote outputs while they were recorded; nothing was recorded. Run `make` again."
+            )
+        edited = status(dvc_yaml.CODE, *wanted, receipts=PENDING)  # an input that was another while it was hashed
+        if edited:
+            what = next(name for name in [*edited, None] if name != dvc_yaml.CODE)
+            raise UserError(
+                f"an input of {what or 'the stages'} was edited while they were recorded; nothing was recorded. Run `make` again."
             )
         os.replace(PENDING, LOCK)
         note()

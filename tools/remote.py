@@ -270,8 +270,6 @@ def refuse_before_overwriting() -> None:
         raise UserError("a build is running here. If it was killed: `.venv/bin/snakemake --unlock`, then again.")
     with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
         dvc_yaml.update()
-    if Path(dvc_yaml.DIGESTS).is_dir():
-        dvc_yaml.write_digests()
     made = {path for stage in entries().values() for path in outs(stage)} | {out["path"] for out in receipts()}
     found = status()
     lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]

@@ -11,6 +11,14 @@ from pydantic import BaseModel
 from slmake.sources.secrets import scrub
 
 MOST_VALUES = 100_000  # of a file; an alias counts as what it stands for
+# Plain values of a type that YAML 1.2, which DVC reads, takes for others: 010, 1:30, 1_000, 0b1, yes, off, 0o17.
+AMBIGUOUS = {
+    "int": re.compile(r"[:_]|^[-+]?0[\db]"),
+    "float": re.compile(r"[:_]"),
+    "bool": re.compile(r"^(?!true$|false$)", re.I),
+    "str": re.compile(r"^[-+]?0o[0-7]+$"),
+}
+NEVER = re.compile(r"(?!)")
 
 
 class Loader(yaml.SafeLoader):
@@ -41,6 +49,20 @@ class Loader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2]
             problem = f"it looks like a value of type {kind} and is none: correct it, or put it in quotes if it is text"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+class ParamsLoader(Loader):
+    """For params.yaml, which DVC reads as YAML 1.2: values that are others there are errors."""
+
+    def construct_object(self, node, deep=False):
+        kind = node.tag.rpartition(":")[2]
+        if isinstance(node, yaml.ScalarNode) and node.style is None and AMBIGUOUS.get(kind, NEVER).search(node.value):
+            problem = (
+                f"YAML 1.1 and YAML 1.2 read `{node.value}` as different values, and DVC's record would have the other one: write "
+                f"{'true or false' if kind == 'bool' else 'the number in decimal digits alone'}, or put it in quotes if it is text"
+            )
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_object(node, deep)
 
 
 def _values(node: yaml.Node, counted: dict[int, int]) -> int:

@@ -20,7 +20,7 @@ from slmake.errors import UserError
 from slmake.params.adapter import Adapter
 from slmake.params.all import All, Stage
 from slmake.params.base import Model, Section
-from slmake.params.errors import Loader, lines, models_in, yaml_problem
+from slmake.params.errors import ParamsLoader, lines, models_in, yaml_problem
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
@@ -211,7 +211,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        data = yaml.load(path.read_text(encoding="utf-8"), ParamsLoader)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file. Run from the project's folder, or restore it with `git checkout {path}`."

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dvc import rwlock
 from dvc.cli import main
-from dvc.dvcfile import FileMixin
+from dvc.dvcfile import FileMixin, Lockfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
@@ -106,6 +106,24 @@ def load_once(load: Callable) -> Callable:
         return copy.deepcopy(kept[mark])  # DVC changes what it has read
 
     return loaded
+
+
+@contextlib.contextmanager
+def receipts_in(file: Path) -> Iterator[None]:
+    """Let DVC, in this process, read its receipts from this file in the place of dvc.lock."""
+    load = Lockfile._load
+
+    def loaded(self, **options: object) -> tuple:
+        other = copy.copy(self)
+        other.path = str(file.absolute())
+        return other._load_yaml(**options)
+
+    if file.name != LOCK.name:
+        Lockfile._load = loaded
+    try:
+        yield
+    finally:
+        Lockfile._load = load
 
 
 def retry_sooner() -> None:

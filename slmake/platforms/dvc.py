@@ -57,21 +57,28 @@ def entries() -> dict[str, dict]:
     import yaml
 
     try:
-        return dict(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"])
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: it is read at every start
+        return dict(yaml.load(Path("dvc.yaml").read_text(encoding="utf-8"), loader)["stages"])
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         raise UserError("dvc.yaml cannot be read. `make docs` writes it anew.") from None
 
 
-def status(*names: str) -> dict[str, list[str | dict]]:
-    """What `dvc status` finds changed, by stage; of all stages, if none is named.
+def status(*names: str, receipts: Path = LOCK) -> dict[str, list[str | dict]]:
+    """What `dvc status` finds changed, by stage; of all stages, if none is named. Digests of code are those of now.
+
+    Args:
+        receipts: what is compared with, in the place of dvc.lock.
 
     Raises:
         StatusError: it fails.
     """
-    from slmake.platforms.atomic_dvc import Repo
+    from slmake.platforms import dvc_yaml
+    from slmake.platforms.atomic_dvc import Repo, receipts_in
 
+    if Path(dvc_yaml.DIGESTS).is_dir():  # as DVC brings them from its cache, they may be of other code
+        dvc_yaml.write_digests()
     try:
-        with Repo() as repo:
+        with receipts_in(receipts), Repo() as repo:
             return repo.status(targets=list(names) or None)
     except Exception as error:  # as DVC's own command line: of whatever kind, it has one reason
         raise StatusError(f"dvc status: {reason(f'ERROR: {error}')}") from None

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from slmake import outputs
-from slmake.code_inputs import code, digest, modules, remember, rule_digest
+from slmake.code_inputs import code, digest, modules, remember, rule_digest, snakefiles
 from slmake.errors import UserError
 from slmake.params import Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
@@ -150,12 +150,17 @@ def digest_file(rule: str) -> str:
     return f"{DIGESTS}/{rule}"
 
 
-def digests(plan: Plan, rule: str) -> str:
-    """What the stage `code` writes into the file of a rule."""
+def digests(plan: Plan, rule: str, named: dict[str, dict]) -> str:
+    """What the stage `code` writes into the file of a rule; `named` are the stages of dvc.yaml."""
+    stage = MEMBERS.get(rule, rule)
+    made = [path for path in named.get(stage, {}).get("deps", []) if not path.startswith(DIGESTS)]
     parts = {
         "code": digest([*code(rule), *LOCKS]),
+        "inputs": hashlib.sha256(
+            "\0".join(made).encode()
+        ).hexdigest(),  # their names: DVC does not see that one is gone
         "rule": rule_digest(rule),
-        "section": hashlib.sha256(plan.section(MEMBERS.get(rule, rule)).encode()).hexdigest(),
+        "section": hashlib.sha256(plan.section(stage).encode()).hexdigest(),
     }
     return "".join(f"{name}: {value}\n" for name, value in parts.items())
 
@@ -167,9 +172,9 @@ def write_digests() -> None:
         UserError: params.yaml is refused.
     """
     Path(DIGESTS).mkdir(parents=True, exist_ok=True)
-    plan = Plan(load("params.yaml"))
+    plan, named = Plan(load("params.yaml")), entries()
     for rule in scripts():
-        path, text = Path(digest_file(rule)), digests(plan, rule)
+        path, text = Path(digest_file(rule)), digests(plan, rule, named)
         if not path.is_file() or path.read_text(encoding="ascii") != text:
             outputs.replace(path, text.encode())
 
@@ -195,6 +200,13 @@ def text() -> str:
     return HEADER + body
 
 
+def write(output: Path) -> None:
+    """Write dvc.yaml, and digests where there are some: other inputs of a stage are another digest, so that DVC runs it again."""
+    outputs.replace(output, text().encode())
+    if Path(DIGESTS).is_dir() and output == Path("dvc.yaml"):
+        write_digests()
+
+
 def given(checked: Params) -> set[str]:
     """Sections and parameters (`section.name`) that params.yaml has."""
     parameters = {f"{name}.{field}" for name, section in checked if section for field in section.model_fields_set}
@@ -205,8 +217,7 @@ def origin() -> str:
     """Digest of all that dvc.yaml depends on, and of itself."""
     files = [
         "dvc.yaml",
-        "Snakefile",
-        "rules/common.smk",
+        *snakefiles(),
         *modules("slmake.plan"),
         *modules("slmake.platforms.dvc_yaml"),
     ]
@@ -224,7 +235,7 @@ def update() -> None:
     """
     if NOTE.is_file() and NOTE.read_text() == origin():
         return
-    outputs.replace(Path("dvc.yaml"), text().encode())
+    write(Path("dvc.yaml"))
     if Path(".dvc").is_dir():
         _note_origin()
     remember()
@@ -243,12 +254,12 @@ def refuse_stale() -> None:
     if not (NOTE.is_file() and NOTE.read_text() == origin()):
         _refuse_other_entries()
         _note_origin()
-    plan = Plan(load("params.yaml"))
-    for path in map(Path, entries().get(os.environ["DVC_STAGE"], {}).get("deps", [])):
+    plan, named = Plan(load("params.yaml")), entries()
+    for path in map(Path, named.get(os.environ["DVC_STAGE"], {}).get("deps", [])):
         if (
             path.parent == Path(DIGESTS)
             and path.is_file()
-            and path.read_text(encoding="ascii") != digests(plan, path.name)
+            and path.read_text(encoding="ascii") != digests(plan, path.name, named)
         ):
             raise UserError(
                 f"{path} is of other code or parameters than those that are here now. `dvc repro {CODE}` writes it anew, and so does "
@@ -278,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.digests:
             write_digests()
             return
-        update() if args.before_build else outputs.replace(args.output, text().encode())
+        update() if args.before_build else write(args.output)
     except UserError as error:
         if not args.before_build:
             sys.exit(f"error: {error}")

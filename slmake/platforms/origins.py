@@ -16,6 +16,7 @@ from slmake.platforms.dvc import LOCK, NOTE, StatusError, changed, entries, now,
 from slmake.platforms.dvc_yaml import DIGESTS, MEMBERS
 
 PULLED = "SLMAKE_PULL"  # environment variable: what the outputs were compared with before they are noted as built, as `built_from` gives it
+CANDIDATES = "build/search/"  # made one after the other, as many as are asked for
 CLOCKS = 1.0  # seconds by which those of two machines may differ
 SHOWS_ALL = {"package", "report", "publish"}
 OTHER = "{} was built from other parameters, code or data than those that are here now; nothing was {}. Run `make`: it builds what changed."
@@ -35,14 +36,18 @@ def refuse_other_sources(plan: Plan) -> None:
 
 
 def inputs_of(rules: Iterable[tuple[str, Iterable[str]]]) -> dict[str, set[str]]:
-    """What each rule makes its outputs of that other rules have made, of pairs of its name and all of its inputs."""
-    return {
-        rule: {
-            path for path in map(str, paths) if path.startswith(("build/", "results/")) and not path.startswith(DIGESTS)
-        }
-        for rule, paths in rules
-        if rule not in (*MEMBERS, *MEMBERS.values())  # they are made one after the other, as many as are asked for
-    }
+    """What each rule makes its outputs of that other rules have made, of pairs of its name and all of its inputs.
+
+    Rules with wildcards count as the rule that gathers what they make, with which they have all inputs in common.
+    """
+    made_of: dict[str, set[str]] = {}
+    for rule, paths in rules:
+        made_of.setdefault(MEMBERS.get(rule, rule), set()).update(
+            path
+            for path in map(str, paths)
+            if path.startswith(("build/", "results/")) and not path.startswith((DIGESTS, CANDIDATES))
+        )
+    return made_of
 
 
 def inputs_by_dvc(named: dict[str, dict]) -> dict[str, set[str]]:
@@ -297,7 +302,9 @@ def of_now(paths: list[str]) -> list[str]:
 def _is_of_now(plan: Plan, made_of: dict[str, set[str]], record: dict, output: str) -> bool:
     """Whether Snakemake's record of an output has the parameters, code and data that are here now, and the inputs that its rule has now."""
     rule = record["rule"]
-    if rule in made_of and inputs_of([(rule, record["input"])]).get(rule) != made_of[rule]:
+    [(stage, inputs)] = inputs_of([(rule, record["input"])]).items()
+    gathered = stage in MEMBERS.values()  # each of its jobs reads a part of what the stage reads
+    if stage in made_of and not (inputs <= made_of[stage] if gathered else inputs == made_of[stage]):
         return False
     return {repr(text) for text in plan.built_from(rule, output)} <= set(record["params"])
 

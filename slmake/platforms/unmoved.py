@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 from slmake import outputs, params
+from slmake.code_inputs import snakefiles
 from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.platforms import dvc, dvc_yaml, origins
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
 SETTINGS = (
-    *("params.yaml", "Snakefile", "rules/common.smk"),
+    "params.yaml",
     *("dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local"),
 )
 
@@ -41,7 +42,11 @@ def remember(wanted: list[str]) -> None:
     names = [dvc_yaml.CODE, *wanted]
     named = dvc.entries()
     entries = [entry for name in names for entry in (*named[name]["deps"], *named[name]["outs"])]
-    paths = [*SETTINGS, *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)})]
+    paths = [
+        *SETTINGS,
+        *map(str, snakefiles()),
+        *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}),
+    ]
     seen = outputs.marks(paths)
     try:
         with Repo() as repo:

@@ -84,10 +84,12 @@ def seeds_page(result: dict, everything: params.Params) -> str:
     ]
     now = params.sums(everything)
     changed = [f"{name} in params.yaml" for name in BUILT_BY if result["params"].get(name) != now[name]]
+    current = inputs(everything)
+    changed += ["set of stages"] if result["inputs"].keys() != current.keys() else []
     changed += [
         f"code or input of {rule}"
-        for rule, digest in inputs(everything).items()
-        if result["inputs"].get(rule) != digest
+        for rule, digest in current.items()
+        if rule in result["inputs"] and result["inputs"][rule] != digest
     ]
     warning = (
         f'<p class="bad">These runs had another {escape(", another ".join(changed))}. Run <code>make seeds</code> again.</p>'

@@ -1,6 +1,7 @@
 """What the Snakefile asks for: paths, stages, inputs, and what an output is built from."""
 
 import ast
+import re
 import shutil
 
 import pytest
@@ -96,7 +97,6 @@ def test_remote_data_is_no_file_here(plan):
         ("data/dataset.json", {"prepare", "package"}),
         ("data/base/config.json", {"fetch_model"}),
         ("LICENSE", {"package"}),
-        ("rules/common.smk", {"package"}),
         ("containers/Containerfile", {"package"}),
         ("last.json", {"gates", "report"}),
         ("key.pem", {"package"}),
@@ -134,6 +134,44 @@ def test_a_rule_in_the_snakefile_counts_for_itself(plan, tmp_path):
         assert text.count(old) == 1
         snakefile.write_text(text.replace(old, new), encoding="utf-8")
         assert changed(before, digests(made)) == expected, new
+
+
+def test_what_a_rule_uses_of_the_snakefile_and_of_what_it_includes_counts_for_it(plan, tmp_path):
+    snakefile, common = tmp_path / "Snakefile", tmp_path / "rules" / "common.smk"
+    text = snakefile.read_text(encoding="utf-8").replace('nproc_per_node="auto"', "nproc_per_node=PROCESSES")
+    more = 'include: "rules/more.smk"\n\n\nrule all:'
+    snakefile.write_text(text.replace("rule all:", more), encoding="utf-8")
+    own = tmp_path / "rules" / "more.smk"
+    own.write_text(
+        "COUNT = 2\nif COUNT:\n    PROCESSES = COUNT\nelse:\n    PROCESSES = 1\nUNUSED = 1\n", encoding="utf-8"
+    )
+    made = plan()
+    assert "rules/more.smk" in made.materials()
+    optional = {
+        name for name in rules(made) if "optional(" in re.search(rf"^rule {name}:.*?(?=^\S|\Z)", text, re.M | re.S)[0]
+    }
+    assert optional
+    for file, old, new, expected in (
+        (own, "COUNT = 2", "COUNT = 3", {"finetune", "package"}),
+        (own, "    PROCESSES = 1", "    PROCESSES = 4", {"finetune", "package"}),
+        (own, "UNUSED = 1", "UNUSED = 2  # a comment", {"package"}),
+        (common, "def optional(*names):", "# a comment\n\ndef optional(*names):", {"package"}),
+        (common, 'f"--{name} {input[name]}"', 'f"--{name}={input[name]}"', optional | {"package"}),
+    ):
+        before, content = digests(made), file.read_text(encoding="utf-8")
+        assert content.count(old) == 1
+        file.write_text(content.replace(old, new), encoding="utf-8")
+        assert changed(before, digests(made)) == expected, new
+
+
+def test_another_snakefile_is_another_plan(plan, tmp_path):
+    made = plan()
+    other = tmp_path / "other.smk"
+    other.write_text((tmp_path / "Snakefile").read_text().replace('nproc_per_node="auto"', "nproc_per_node=2"))
+    second = Plan(made.params, other)
+    assert changed(digests(made), digests(second)) == {"finetune", "package"}
+    assert "other.smk" in second.materials()
+    assert "Snakefile" not in second.materials()
 
 
 def test_a_changed_lock_counts_for_every_rule(plan, tmp_path):

@@ -46,6 +46,13 @@ def test_modules_of_a_metric(project):
     ]  # fmt: skip
 
 
+def test_modules_of_the_pipeline_that_evaluate_itself_does_not_use(project):
+    write({"metrics/more.py": "from slmake.reporting.pages import escape\nfrom slmake.errors import UserError\n"})
+    found = with_what_they_read(["metrics/more.py"])
+    assert "slmake/reporting/pages.py" in found
+    assert not {"slmake/text.py", "slmake/errors.py"} & set(found)
+
+
 def test_files_of_a_task(project):
     assert sorted(with_what_they_read(["tasks/mine.yaml"])) == [
         *("data/x.jsonl", "metrics/deep/inner.py", "metrics/lists.py", "rows/a.jsonl"),

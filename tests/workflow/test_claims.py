@@ -220,3 +220,75 @@ def test_scores_are_compared_by_content_when_they_are_restored(repository, name)
     done = run(repository, "python", "-m", "tools.remote", "restore")
     assert done.returncode == 0, done.stdout
     assert (repository / name).read_text(encoding="utf-8") != json.dumps(scores)
+
+
+def restore(project: Path) -> subprocess.CompletedProcess:
+    return run(project, "python", "-m", "tools.remote", "restore")
+
+
+def test_a_data_file_that_is_gone_is_seen(repository):
+    """DVC compares the files that dvc.yaml names now: one that it names no more would be no change."""
+    rows = json.loads((repository / "data" / "dataset.json").read_text(encoding="utf-8"))
+    for number, part in enumerate((rows[:60], rows[60:])):
+        (repository / "data" / f"part-{number}.json").write_text(json.dumps(part), encoding="utf-8")
+    change(repository, "prepare", source="data/part-*.json")
+    change(repository, "all", stages=[])
+    assert build(repository).returncode == 0
+    before = (repository / "dvc.lock").read_bytes()
+    (repository / "data" / "part-1.json").unlink()
+    done = restore(repository)
+    assert done.returncode == 1, done.stdout
+    assert "prepare" in done.stdout
+    assert (repository / "dvc.lock").read_bytes() == before
+    assert "build/code/prepare" in run(repository, "dvc", "status", "prepare").stdout
+    shutil.rmtree(repository / ".snakemake")
+    assert build(repository).returncode == 1
+    assert (repository / "dvc.lock").read_bytes() == before
+    done = run(repository, "snakemake", "--cores", "all", "--force", "build/dataset")
+    assert done.returncode == 0, done.stdout
+    assert json.loads((repository / "results" / "dataset.json").read_text(encoding="utf-8"))["rows"]["read"] == 60
+
+
+def test_scores_of_a_model_that_is_no_stage_any_more_are_seen(repository):
+    change(repository, "all", stages=["finetune", "merge", "evaluate", "gates", "report"])
+    for name in (".snakemake", ".dvc/tmp", "benchmarks"):
+        shutil.rmtree(repository / name)
+    done = record(repository)
+    assert done.returncode == 1, done.stdout
+    assert "nothing says what results/metrics.json" in done.stdout
+
+
+def test_a_package_of_pulled_outputs_names_no_other_code(repository):
+    """What DVC brings of build/code is of the code that was there; it is not compared with that, but with the code that is here."""
+    for name in (".snakemake", ".dvc/tmp", "benchmarks", "build/package"):
+        shutil.rmtree(repository / name)
+    edit(repository, "slmake/training/schedule.py", "def batches(", "OTHER = 1\n\n    def batches(")
+    done = run(repository, "snakemake", "--cores", "all", "--force", "build/package")
+    assert done.returncode == 1, done.stdout
+    assert "build/adapter were built from; nothing was built" in done.stdout
+    assert not (repository / "build" / "package").exists()
+
+
+def test_what_another_snakefile_has_built_is_not_recorded(repository):
+    text = (repository / "Snakefile").read_text(encoding="utf-8")
+    assert text.count('nproc_per_node="auto"') == 1
+    (repository / "other.smk").write_text(text.replace('nproc_per_node="auto"', "nproc_per_node=1"), encoding="utf-8")
+    done = run(repository, "snakemake", "--cores", "all", "--snakefile", "other.smk", "build/adapter")
+    assert done.returncode == 0, done.stdout
+    done = record(repository)
+    assert done.returncode == 1
+    assert f"build/adapter {OTHER}" in done.stdout
+
+
+def test_candidates_of_another_model_are_seen(repository):
+    change(repository, "quantize", calibration="none", search={"block_size": [16, 32], "rows": 24})
+    change(repository, "gates", checks=[{"metric": "kl_mean", "maximum": 5.0}])
+    done = build(repository)
+    assert done.returncode == 0, done.stdout
+    assert record(repository).returncode == 0
+    change(repository, "all", stages=["quantize", "evaluate", "gates"])
+    triggers = ("--rerun-triggers", "mtime", "params", "code", "--forcerun", "quantize")
+    assert run(repository, "snakemake", "--cores", "all", *triggers).returncode == 0
+    done = record(repository)
+    assert done.returncode == 1, done.stdout
+    assert f"build/search/merged {OTHER}" in done.stdout or f"results/search.json {OTHER}" in done.stdout

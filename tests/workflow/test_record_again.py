@@ -27,6 +27,7 @@ def recorded(repository, monkeypatch) -> Path:
 
     monkeypatch.setattr(record, "dvc", refuse)
     monkeypatch.setattr(dvc, "dvc", refuse)
+    monkeypatch.setattr(atomic_dvc.Repo, "status", refuse)
     yield repository
     dvc.cache.cache_clear()
 
@@ -99,6 +100,30 @@ def test_an_edit_while_receipts_are_written_is_in_no_receipt(compared, monkeypat
     assert Path("dvc.lock").read_bytes() == before
 
 
+@pytest.mark.parametrize("edited", ["params.yaml", "data/dataset.json"])
+def test_what_is_edited_and_put_back_while_it_is_hashed_is_in_no_receipt(compared, monkeypatch, refused, edited):
+    before, file = Path("dvc.lock").read_bytes(), Path(edited)
+    content = file.read_bytes()
+
+    def commit_another(*arguments, **options):
+        file.write_bytes(
+            content.replace(b"joy", b"joys", 1) if "data" in edited else content.replace(b": 0.01", b": 0.5")
+        )
+        done = dvc.dvc(*arguments, **options)
+        assert done.returncode == 0
+        assert dvc.PENDING.read_bytes() != before
+        file.write_bytes(content)
+        return done
+
+    assert b": 0.01" in content or b"joy" in content
+    monkeypatch.setattr(record, "dvc", commit_another)
+    assert "was edited while they were recorded; nothing was recorded" in refused(record.main, [])
+    assert Path("dvc.lock").read_bytes() == before
+    monkeypatch.setattr(record, "dvc", dvc.dvc)
+    record.main([])
+    assert Path("dvc.lock").read_bytes() == before
+
+
 def test_make_asks_snakemake_only_if_a_file_moved(recorded, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(build, "run", lambda screen, targets: asked.append(targets))
@@ -125,7 +150,7 @@ def test_make_asks_snakemake_only_if_a_file_moved(recorded, monkeypatch, capsys)
 def test_what_moved_is_compared_and_what_is_right_is_noted_again(recorded, monkeypatch, refused):
     shutil.copy2("build/adapter/adapter_config.json", "copy")
     Path("copy").replace("build/adapter/adapter_config.json")
-    assert "dvc was called: ('status'" in refused(record.main, [])
+    assert "dvc was called: ('commit'" in refused(record.main, [])
     monkeypatch.undo()
     monkeypatch.chdir(recorded)
     record.main([])
@@ -160,16 +185,21 @@ def test_what_moves_while_it_is_compared_is_not_noted(recorded, monkeypatch, mom
     """An edit between the record and the comparison is found by its content; one after it by its time."""
     monkeypatch.undo()
     monkeypatch.chdir(recorded)
-    status = atomic_dvc.Repo.status
+    status, remember = atomic_dvc.Repo.status, unmoved.remember
 
     def edited(repo, **options):
         found = status(repo, **options) if moment == "after" else None
         Path("build/adapter/adapter_config.json").write_text("{}", encoding="utf-8")
         return status(repo, **options) if found is None else found
 
+    def remember_edited(wanted):
+        monkeypatch.setattr(atomic_dvc.Repo, "status", edited)
+        remember(wanted)
+
     Path("params.yaml").touch()
-    monkeypatch.setattr(atomic_dvc.Repo, "status", edited)
+    monkeypatch.setattr(unmoved, "remember", remember_edited)
     record.main([])
+    assert Path("build/adapter/adapter_config.json").read_text(encoding="utf-8") == "{}"
     assert not unmoved.unmoved()
     monkeypatch.undo()
     monkeypatch.chdir(recorded)

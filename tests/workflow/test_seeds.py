@@ -65,6 +65,16 @@ def test_runs_of_other_data_are_not_mixed(repository, monkeypatch, refused):
     assert not (repository / seeds.RESULT).exists()
 
 
+def test_a_build_goes_on_after_them(repository):
+    """They link the new base model, which is in no receipt yet."""
+    config = repository / "data" / "base" / "config.json"
+    config.write_text(config.read_text().replace("{", "{ ", 1))
+    done = call(repository, "--runs", "1")
+    assert done.returncode == 0, done.stdout
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_reports_page_shows_them(repository):
     assert call(repository, "--runs", "2").returncode == 0
     change(repository, "report", seeds="results/seeds.json")
@@ -80,6 +90,8 @@ def test_the_reports_page_shows_them(repository):
     change(repository, "finetune", learning_rate=0.02)
     result, everything = json.loads((repository / seeds.RESULT).read_text()), params.load(repository / "params.yaml")
     assert "had another finetune in params.yaml" in seeds_page(result, everything)
+    change(repository, "all", stages=["quantize", "evaluate", "gates", "report"])
+    assert "another set of stages" in seeds_page(result, params.load(repository / "params.yaml"))
     change(repository, "report", seeds="results/nowhere.json")
     done = snakemake(repository, "--dry-run")
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,30 @@ def test_empty_file(refused_text, content):
     message = refused_text(content)
     assert message.startswith("empty. Restore it with `git checkout ")
     assert message.endswith("params.yaml`.")
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "1:30", "1_000", "0b11", "1:30.5", "1_0.5"])
+def test_numbers_that_dvc_reads_differently_are_refused(tmp_path, text):
+    """DVC reads YAML 1.2: it would note 10, where YAML 1.1 has 8."""
+    path = tmp_path / "params.yaml"
+    path.write_text(f"{yaml.safe_dump(SMALLEST)}\nfinetune:\n  seed: {text}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"read `{text}` as different values")) as refused:
+        params.load(path)
+    assert "decimal digits" in str(refused.value)
+    path.write_text(f"{yaml.safe_dump(SMALLEST)}\nfinetune:\n  seed: 0\n", encoding="utf-8")
+    assert params.load(path).finetune.seed == 0
+
+
+@pytest.mark.parametrize("text", ["yes", "Off", "on", "NO", "True", "false", "'yes'", "0o17"])
+def test_truths_that_dvc_reads_differently_are_refused(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(f"{yaml.safe_dump(SMALLEST)}\nfinetune:\n  keep_best: {text}\n", encoding="utf-8")
+    if text in ("True", "false"):
+        assert params.load(path).finetune.keep_best is (text == "True")
+        return
+    with pytest.raises(UserError) as refused:
+        params.load(path)
+    assert ("different values" in str(refused.value)) == (text != "'yes'")
 
 
 def test_keys_and_dates_as_yaml_reads_them(tmp_path):
