@@ -123,7 +123,7 @@ class Exported:
             return [text]
         try:
             return [str(json.loads(text)[name]) for name in fields]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, RecursionError, TypeError):
             raise ValueError(
                 f"the template has the fields {', '.join(fields)}: give a JSON object with each."
             ) from None

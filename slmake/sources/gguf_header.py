@@ -47,7 +47,7 @@ class _Header:
 
     def need(self, size: int, what: str) -> None:
         if size > len(self.content) - self.place:
-            raise ValueError(f"{what} are declared, but the file ends {len(self.content) - self.place:,} bytes later")
+            raise ValueError(f"{what} are declared, but the file ends {len(self.content) - self.place:,} bytes later.")
 
     def skip(self, size: int, what: str) -> None:
         self.need(size, what)
@@ -77,4 +77,4 @@ class _Header:
         elif kind in BYTES:
             self.skip(BYTES[kind], f"the value of `{name}`")
         else:
-            raise ValueError(f"`{name}` is of an unknown type, or of arrays within arrays within arrays")
+            raise ValueError(f"`{name}` is of an unknown type, or of arrays within arrays within arrays.")
