@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Self
 
 from slmake import cli
-from slmake.data.parquet import MOST_UNPACKED, SMALL
 from slmake.errors import UserError
-from slmake.sources.base import Source, check_plain, not_of_form
+from slmake.sources.base import MOST_UNPACKED, SMALL, Source, check_plain, not_of_form
 from slmake.sources.secrets import scrub
 
 
