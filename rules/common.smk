@@ -66,7 +66,7 @@ except OSError as error:
 
 def code_of(rule):
     """Code, a user's own metrics and tasks included, and environment's locks, compared by content (see `built_from`)."""
-    own = {"candidate": PLAN.metric_files, "evaluate": PLAN.metric_files + PLAN.task_files}.get(rule, [])
+    own = PLAN.named(rule) if rule in ("rehearse", "candidate", "evaluate") else []
     return ancient([*code(rule), *own, *LOCKS])
 
 

@@ -15,14 +15,18 @@ from slmake import cli, constraints, memory, outputs, params
 from slmake.prompts import load_prompt
 from slmake.rehearsal import estimate
 from slmake.rehearsal.checks import rehearse
+from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.gates import check_labels
 
 
-def refuse_what_the_dataset_lacks(everything: params.Params, form: dict) -> None:
-    """Raise UserError where a constraint or a gate asks for labels or tools that the dataset does not have."""
+def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
+    """Raise UserError where a constraint or a gate asks for labels or tools that the dataset does not have, or a metric cannot be used."""
     for stage in ("evaluate", "package"):
         if stage in everything.all.stages:
             constraints.check(getattr(everything, stage).constrain, form, f"{stage}.constrain")
+    if {"evaluate", "quantize"} & set(everything.all.stages):  # the search of quantize scores its candidates, too
+        for metric in everything.evaluate.answer_metrics:
+            function_of(metric)
     if "gates" in everything.all.stages:
         check_labels(everything.gates, form["labels"])
 
@@ -38,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
-        refuse_what_the_dataset_lacks(everything, load_prompt(args.dataset))
+        refuse_what_is_not_there(everything, load_prompt(args.dataset))
         context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)

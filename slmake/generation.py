@@ -62,27 +62,22 @@ class Exported:
         context_length: tokens of prompt and answer together that it can read.
 
     Raises:
-        RuntimeError: ONNX Runtime cannot load it.
+        RuntimeError, ValueError: ONNX Runtime cannot load it, or genai_config.json is damaged.
     """
 
     def __init__(self, folder: Path, form: dict | None = None):
         import onnxruntime_genai as og
 
         self.folder, self.form = folder, form or {}
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        self.context_length = config["context_length"]
-        # ONNX Runtime GenAI refuses a cache that is smaller than a sliding window.
-        self.smallest_cache = config["decoder"].get("sliding_window", {}).get("window_size", 0)
-        providers = config["decoder"]["session_options"].get("provider_options", [])
-        self.provider = self.runs_on = next((name.lower() for entry in providers for name in entry), "cpu")
+        self.context_length, self.smallest_cache, session, self.provider = read(folder / "genai_config.json", _settings)
         settings = og.Config(str(folder))
-        if "intra_op_num_threads" not in config["decoder"]["session_options"]:
+        if "intra_op_num_threads" not in session:
             # As PyTorch does: OMP_NUM_THREADS, else a thread for each core (0). GenAI's own choice is half as fast on two cores.
             threads = os.environ.get("OMP_NUM_THREADS", "")
             options = {"intra_op_num_threads": int(threads) if threads.isdecimal() else 0}
             settings.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         try:
-            self.model = og.Model(settings)
+            self.model, self.runs_on = og.Model(settings), self.provider
         except Exception:
             if self.provider == "cpu":
                 raise
@@ -128,7 +123,7 @@ class Exported:
             return [text]
         try:
             return [str(json.loads(text)[name]) for name in fields]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, RecursionError, TypeError):
             raise ValueError(
                 f"the template has the fields {', '.join(fields)}: give a JSON object with each."
             ) from None
@@ -174,11 +169,8 @@ class Exported:
         if "normalization" in self.form:
             text = unicodedata.normalize(self.form["normalization"], text)
         ids = [*self.form.get("begin_token_ids", []), *map(int, self.tokenizer.encode(text))]
-        return (
-            truncate(ids, self.form["max_prompt_tokens"], self.form["kept_token_id"])
-            if "max_prompt_tokens" in self.form
-            else ids
-        )
+        limit = self.form.get("max_prompt_tokens")
+        return ids if limit is None else truncate(ids, limit, self.form["kept_token_id"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without its end token and outer white space."""
@@ -363,6 +355,34 @@ def truncate(ids: Sequence[int], limit: int, kept: int | None) -> Sequence[int]:
     return [*first, *ids[len(ids) - limit + len(first) :]]
 
 
+def read(file: Path, use: Callable):
+    """What `use` makes of a package's JSON file; raises ValueError, which names it, if it is damaged."""
+    try:
+        return use(json.loads(file.read_text(encoding="utf-8")))
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: the file is damaged ({error!r}). Get the package again.") from None
+
+
+def _settings(config: dict) -> tuple[int, int, dict, str]:
+    """Of genai_config.json: the context's length, the smallest cache, the session's options and the execution provider."""
+    decoder, length = config["model"]["decoder"], config["model"]["context_length"] + 0
+    names = [name.lower() for entry in decoder["session_options"].get("provider_options", []) for name in entry]
+    window = decoder.get("sliding_window", {}).get("window_size", 0)  # the runtime refuses a smaller cache
+    return length, window, decoder["session_options"], (names or ["cpu"])[0]
+
+
+def as_form(form: dict) -> dict:
+    """prompt.json; raises one of the errors that `read` takes for damage where it lacks what `Exported` needs."""
+    held = {"template_kwargs": {}, "answer_prefix": "", "trimmed_roles": [], **form, **form.get("chat", {})}
+    date.fromisoformat(held.get("date", "2024-01-01"))
+    kinds = {"prompt": (str, type(None)), "fields": list, "longest_answer_tokens": int}
+    kinds |= {"template_kwargs": dict, "answer_prefix": str, "trimmed_roles": list}
+    for name, kind in kinds.items():
+        if not isinstance(held[name], kind):
+            raise TypeError(f"{name} is {held[name]!r}")
+    return form
+
+
 def _first_line(error: Exception) -> str:
     """A reason of the runtime, which may go on with all of its state."""
     return str(error).strip().partition("\n")[0][:300]
@@ -387,10 +407,8 @@ def shown(text: str) -> str:
 
 def _refuse_unreadable(value: object) -> None:
     """Raise ValueError if a text in a JSON value is none that the runtime can read."""
-    if isinstance(value, dict):
-        _refuse_unreadable([*value, *value.values()])
-    elif isinstance(value, list):
-        for part in value:
+    if isinstance(value, (dict, list)):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
             _refuse_unreadable(part)
     elif isinstance(value, str) and "\0" in value:
         raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
@@ -407,22 +425,17 @@ def _trimmed(turn: dict, roles: list[str]) -> dict:
 def _messages(text: str) -> list[dict]:
     """The turns of a chat: those that a JSON list of messages holds, or the text as the user's only turn."""
     try:
-        turns = json.loads(text)
-    except ValueError:
+        turns, needed = json.loads(text), {"role", "content"}
+    except (ValueError, RecursionError):
         turns = None
-    if (
-        isinstance(turns, list)
-        and turns
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
-    ):
-        return turns
-    return [{"role": "user", "content": text}]
+    fits = isinstance(turns, list) and all(isinstance(turn, dict) and needed <= turn.keys() for turn in turns)
+    return turns if turns and fits else [{"role": "user", "content": text}]
 
 
 def main() -> None:
     here = Path(__file__).resolve().parent
     try:
-        model = Exported(here, json.loads((here / "prompt.json").read_text(encoding="utf-8")))
+        model = Exported(here, read(here / "prompt.json", as_form))
         print(shown(model.answer(*sys.argv[1:])))
         if model.runs_on != model.provider:
             print(f"run.py: {PROVIDERS[model.provider]} is not available here; the CPU answered", file=sys.stderr)

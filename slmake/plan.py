@@ -21,7 +21,7 @@ WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change 
 SECTIONS = {
     "rehearse": [
         *("rehearse", "finetune", "merge", "quantize", "all.stages"),
-        *("evaluate.constrain", "gates.checks", "package.constrain"),
+        *("evaluate.constrain", "evaluate.metrics", "gates.checks", "package.constrain"),
     ],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
@@ -217,6 +217,7 @@ class Plan:
             "fetch_model": [*self.model_source, *self.chat_template],
             "adapter": self.adapter_source,
             "prepare": self.data,
+            "rehearse": [*self.metric_files, *self.constraint],
             "candidate": self.metric_files,
             "evaluate": [*self.metric_files, *self.task_files],
             "gates": self.published_metrics,

@@ -12,7 +12,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 
 import argparse
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -438,8 +437,8 @@ def main() -> None:
     add_arguments(parser)
     options = parser.parse_args()
     try:
-        model = generation.Exported(here, json.loads((here / "prompt.json").read_text(encoding="utf-8")))
-        name = json.loads((here / "inference_model.json").read_text(encoding="utf-8"))["Name"]
+        model = generation.Exported(here, generation.read(here / "prompt.json", generation.as_form))
+        name = generation.read(here / "inference_model.json", lambda model: model["Name"])
         serve(model, name, options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"serve.py: error: {error}")

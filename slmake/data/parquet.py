@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from slmake.errors import UserError
+from slmake.sources.base import MOST_UNPACKED, SMALL
 
-MOST_UNPACKED, SMALL = 100, 2**28  # a packed file may become so many times as large, and so many bytes in any case
 BATCH = 100  # rows in memory at a time, at most: a row group may be the whole file
 
 

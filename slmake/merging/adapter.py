@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmake.errors import UserError
+from slmake.merging import scope
 from slmake.merging.adapter_config import by_pattern, read_config
 from slmake.merging.update import Update
 from slmake.model_folder import check_safetensors, refuse_odd_files, tensor_shapes
@@ -70,14 +71,15 @@ class Adapter:
         for name in self.shapes:
             self._add(name)
         self._check_complete()
+        scope.refuse_uncovered(self)
         modules = sorted({change.module for change in self.changes.values() if change.a or change.bias})
         self.ranks = by_pattern(self.config_path, self.config, "rank_pattern", modules)
         self.alphas = by_pattern(self.config_path, self.config, "alpha_pattern", modules)
 
     def _check_complete(self) -> None:
-        modules = {change.module.rpartition(".")[2] for change in self.changes.values() if change.replacement}
+        modules = {change.module for change in self.changes.values() if change.replacement}
         for name in self.config.get("modules_to_save") or []:
-            if name.rpartition(".")[2] not in modules:
+            if not any(scope.saves([name], module) for module in modules):
                 raise UserError(
                     f"{self.folder}: modules_to_save has {name}, but no tensor of it. Build the adapter again."
                 )

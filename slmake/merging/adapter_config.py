@@ -44,6 +44,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_text_or_list(value: object) -> bool:
+    return _is_text(value) or _list_of(_is_text)(value)
+
+
 REQUIRED = ("r", "lora_alpha")
 # Key -> what it must be, and whether a value is that; a key that is null or absent has PEFT's default, unless it is required.
 VALUES: dict[str, tuple[str, Callable[[object], bool]]] = {
@@ -52,6 +56,13 @@ VALUES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "rank_pattern": ("an object of patterns and positive whole numbers", _dict_of(_is_count)),
     "alpha_pattern": ("an object of patterns and finite numbers", _dict_of(_is_number)),
     "modules_to_save": ("a list of modules' names", _list_of(_is_text)),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"), ("a pattern, or a list of names", _is_text_or_list)
+    ),
+    "layers_to_transform": (
+        "a layer's number, or a list of such",
+        lambda value: _is_index(value) or _list_of(_is_index)(value),
+    ),
     "trainable_token_indices": (
         "a list of tokens' numbers, or an object of modules' names and such lists",
         lambda value: _list_of(_is_index)(value) or _dict_of(_list_of(_is_index))(value),

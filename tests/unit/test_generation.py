@@ -80,6 +80,13 @@ def test_texts_that_do_not_fit_are_refused(exported, texts, message):
             ask.ask(generation.Exported(exported, FORM), texts[0], None)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "5", '{"a": 1}', "no JSON"])
+def test_a_text_that_is_not_the_fields_is_refused(exported, text):
+    two = generation.Exported(exported, {**FORM, "prompt": "{a}-{b}", "fields": ["a", "b"]})
+    with pytest.raises(ValueError, match="the template has the fields a, b: give a JSON object with each"):
+        two.arguments(text)
+
+
 def test_begin_token_and_normalization_are_those_of_training(tmp_path, exported, base):
     """The closing token that this tokenizer adds is dropped, as in training."""
     folder = Path(shutil.copytree(exported, tmp_path / "onnx"))

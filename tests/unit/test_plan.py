@@ -235,11 +235,12 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         ("merge", {"onto": "dequantized"}, {"rehearse", "merge", "evaluate", "package"}),
         ("evaluate", {"constrain": "labels"}, {"rehearse", "evaluate", "package"}),
         ("package", {"constrain": "labels"}, {"rehearse", "package"}),
+        ("evaluate", {"metrics": ["json_valid"]}, {"rehearse", "evaluate", "package"}),
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
         ("all", {"stages": ["rehearse", "finetune", "merge"]}, {"rehearse"}),
     ],
-    ids=["onto", "answers", "packaged answers", "seed", "gate", "stages"],
+    ids=["onto", "answers", "packaged answers", "metrics", "seed", "gate", "stages"],
 )
 def test_a_parameter_reruns_the_rules_that_read_it(plan, section, changes, rerun):
     method = {"finetune": {"method": "qlora"}}
@@ -325,6 +326,15 @@ def test_what_a_build_makes_is_no_input_of_it(tmp_path, monkeypatch, section, so
     settings |= {section: {"source": source} | ({"sha256": None} if section == "fetch_model" else {})}
     problem = Plan(params.load(write_params(tmp_path / "params.yaml", **settings))).missing()
     assert f"params.yaml: {section}.source: {source}: a build writes and deletes its files there." in problem
+
+
+def test_rehearse_reads_the_files_of_metrics_and_constraints(plan, tmp_path):
+    schemas = [str(tmp_path / f"{name}.json") for name in ("metric", "answers", "packaged")]
+    metric, answers, packaged = ({"json_schema": file} for file in schemas)
+    made = plan(evaluate={"metrics": [metric], "constrain": answers}, package={"constrain": packaged})
+    assert made.named("rehearse") == schemas
+    assert made.named("evaluate") == schemas[:2]
+    assert made.named("finetune") == []
 
 
 def test_sections_in_parameters_are_text_too(tmp_path):

@@ -54,6 +54,8 @@ UNTIED = {
     "biases of adapted layers": {"bias": "lora_only"},
     "bias of B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
     "modules_to_save": {"modules_to_save": BOTH},
+    "modules_to_save of many parts": {"modules_to_save": ["mlp", "layers.0.self_attn"], "target_modules": ["q_proj"]},
+    "modules_to_save by the end of a name": {"modules_to_save": ["norm"]},
     "trained tokens": {"trainable_token_indices": {"embed_tokens": [3, 511], "lm_head": [3, 7, 100]}},
     "LoRA of embedding and head": {"target_modules": ["q_proj", *BOTH]},
     "DoRA of embedding and head": {"target_modules": ["q_proj", *BOTH], "use_dora": True},

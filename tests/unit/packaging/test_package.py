@@ -96,6 +96,35 @@ def test_run_py_refuses_in_one_line(packed, texts, message):
     assert done.stderr.count("\n") == 1
 
 
+DAMAGED = [
+    ("prompt.json", "[]"),
+    ("prompt.json", "{}"),
+    ("prompt.json", '{"prompt":'),
+    ("prompt.json", "[" * 100_000),
+    ("prompt.json", '{"prompt": "{a}", "fields": 5, "longest_answer_tokens": 3}'),
+    ("prompt.json", '{"prompt": null, "fields": [], "longest_answer_tokens": 3, "chat": {"date": 5}}'),
+    ("prompt.json", '{"prompt": null, "fields": [], "longest_answer_tokens": 3, "chat": {"date": "today"}}'),
+    ("prompt.json", '{"prompt": null, "fields": [], "longest_answer_tokens": 3, "chat": {"template_kwargs": []}}'),
+    ("genai_config.json", "{}"),
+    ("genai_config.json", '{"model": {"decoder": [], "context_length": 64}}'),
+    ("genai_config.json", '{"model":'),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), DAMAGED)
+def test_run_py_names_a_damaged_file_in_one_line(packed, tmp_path, name, text):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for path in packed.iterdir():
+        (shutil.copyfile if path.name in (name, "run.py") else os.symlink)(path, folder / path.name)
+    (folder / name).write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(folder / "run.py"), "a"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"run.py: error: {folder / name}: the file is damaged (")
+    assert done.stderr.endswith("). Get the package again.\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_run_py_imports_nothing_from_its_folder(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "package"))
     for name in ("json", "unicodedata", "onnxruntime_genai", "numpy"):

@@ -141,3 +141,29 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path, dataset, ca
     with pytest.raises(SystemExit):
         rehearse(tmp_path, base, dataset, all={"stages": ["rehearse", "quantize"]})
     assert "computes other logits than transformers: at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        (
+            {"json_schema": "schema.json"},
+            "evaluate.metrics: schema.json: not a JSON Schema: 5 is not valid under any of",
+        ),
+        ("mine.py:missing", "evaluate.metrics: mine.py:missing: there is no such function in the file."),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_refused_before_anything_runs(
+    tmp_path, base, dataset, capsys, monkeypatch, metric, reason
+):
+    from scripts import rehearse as script
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schema.json").write_text('{"type": 5}', encoding="utf-8")
+    (tmp_path / "mine.py").write_text("def other(prompt, expected, answer): return 1\n", encoding="utf-8")
+    monkeypatch.setattr(script, "rehearse", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit):
+        rehearse(tmp_path, base, dataset, evaluate={"metrics": [metric]})
+    assert reason in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="it began"):  # a build that scores nothing does not ask for it
+        rehearse(tmp_path, base, dataset, evaluate={"metrics": [metric]}, all={"stages": ["rehearse", "finetune"]})

@@ -224,8 +224,8 @@ def test_rehearse_refuses_what_the_dataset_does_not_have(stage, constraint, tmp_
     file = write_params(tmp_path / "params.yaml", **{stage: {"constrain": constraint}})
     form = {"labels": None}
     with pytest.raises(UserError, match=f"{stage}.constrain: {constraint}: the dataset"):
-        rehearse.refuse_what_the_dataset_lacks(params.load(file), form)
-    rehearse.refuse_what_the_dataset_lacks(params.load(file), {"labels": ["joy"], "tools": []})
+        rehearse.refuse_what_is_not_there(params.load(file), form)
+    rehearse.refuse_what_is_not_there(params.load(file), {"labels": ["joy"], "tools": []})
 
 
 @pytest.mark.parametrize("constraint", ["labels", "tools"])
@@ -241,3 +241,13 @@ def test_a_model_without_tools_in_its_template_is_refused(base, tmp_path, same_t
     folder = export(base, tmp_path / "onnx", "fp32")
     message = refused(run, tmp_path, same_tools, folder, constrain="tools", max_new_tokens=4)
     assert "evaluate.constrain: tools: this model takes no tools" in message
+
+
+@pytest.mark.parametrize("value", ["1e999", "1" + "0" * 400, "[" * 300 + "]" * 300, "[" * 9000 + "]" * 9000])
+def test_arguments_that_cannot_be_judged_do_not_fit(value):
+    """The scores of all other rows stand."""
+    parameters = {"properties": {"a": {"multipleOf": 0.01, "items": {"$ref": "#/properties/a"}}}}
+    tool = {"type": "function", "function": {"name": "pay", "parameters": parameters}}
+    answer = '<tool_call>\n{"name": "pay", "arguments": {"a": %s}}\n</tool_call>'
+    assert calls_fit(FORM, [tool], answer % "0.5")
+    assert not calls_fit(FORM, [tool], answer % value)

