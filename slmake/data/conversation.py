@@ -5,7 +5,7 @@ import json
 from typing import NamedTuple
 
 from slmake import prompts
-from slmake.text import parse_json
+from slmake.data import json_values
 
 REASONING = (
     "reasoning_content",
@@ -150,7 +150,9 @@ def _call(number: int, call: object) -> dict:
 
 def _parsed(text: str, what: str) -> object:
     try:
-        return parse_json(text)
+        return json_values.read_json(text)
+    except json_values.Refused as error:
+        raise ValueError(f"has {what} not JSON: {error}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
 
