@@ -62,3 +62,20 @@ def read_json(text: str) -> object:
     if text.startswith("\ufeff"):
         raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
     return _decoder.decode(text)
+
+
+def unlike(value: object) -> int | float | None:
+    """A number that a chat template of the runtime writes in another way than one of Python; None without any.
+
+    `generation.refuse_unreadable` refuses the same when a model is asked; that file is copied alone, so each has its own check.
+    """
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict | list):
+            waiting += part.values() if isinstance(part, dict) else part
+        elif (isinstance(part, int) and not -(2**63) <= part < 2**64) or (
+            isinstance(part, float) and not (abs(part) < 1e15 or 1e16 <= abs(part) < math.inf)
+        ):
+            return part
+    return None
