@@ -10,6 +10,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # this file's own folder: no file of a package may take a module's place
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -107,7 +108,7 @@ class Exported:
             raise ValueError(
                 f"this model takes {len(fields)} text{'s' * (len(fields) > 1)}: {asked}. Given: {len(arguments)}."
             )
-        _refuse_unreadable(list(arguments))
+        refuse_unreadable(list(arguments))
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
         return self.chat_prompt(_messages(arguments[0]), self.form.get("tools"))
@@ -122,8 +123,9 @@ class Exported:
         if self.form["prompt"] is None or len(fields) == 1:
             return [text]
         try:
-            return [str(json.loads(text)[name]) for name in fields]
-        except (ValueError, LookupError, RecursionError, TypeError):
+            given = json.loads(text)
+            return [_field_text(name, given[name]) for name in fields]
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
             raise ValueError(
                 f"the template has the fields {', '.join(fields)}: give a JSON object with each."
             ) from None
@@ -140,7 +142,7 @@ class Exported:
             ValueError: the template does not take these turns.
         """
         try:
-            _refuse_unreadable(messages)
+            refuse_unreadable([messages, tools])
             chat = self.form.get("chat", {})
             text = json.dumps([_trimmed(turn, chat.get("trimmed_roles", [])) for turn in messages])
         except RecursionError:
@@ -388,6 +390,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
+def _field_text(name: str, value: object) -> str:
+    """The text of a field, which training's rows have as text only; a whole number or a truth value as JSON writes it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return json.dumps(value)
+    raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as the training data has it.")
+
+
 def _literal(value: object) -> str:
     """A JSON value for a template: the runtime's reader takes no exponents."""
     if isinstance(value, dict):
@@ -397,7 +408,8 @@ def _literal(value: object) -> str:
     if isinstance(value, float):
         text = format(Decimal(repr(value)), "f")
         return text if "." in text else f"{text}.0"
-    return json.dumps(value, ensure_ascii=False)
+    escape = r"(\\\\)|\\u(00[01].)"  # which the runtime does not know in a template
+    return re.sub(escape, lambda found: found[1] or chr(int(found[2], 16)), json.dumps(value, ensure_ascii=False))
 
 
 def shown(text: str) -> str:
@@ -405,15 +417,21 @@ def shown(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if sys.stdout.isatty() else text
 
 
-def _refuse_unreadable(value: object) -> None:
-    """Raise ValueError if a text in a JSON value is none that the runtime can read."""
-    if isinstance(value, (dict, list)):
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            _refuse_unreadable(part)
+def refuse_unreadable(value: object) -> None:
+    """Raise ValueError if a text or a number in a JSON value is none that the runtime reads and writes as training did."""
+    if isinstance(value, dict):
+        refuse_unreadable([*value, *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            refuse_unreadable(part)
     elif isinstance(value, str) and "\0" in value:
         raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as Python keeps bytes of another encoding
         raise ValueError("the text is not UTF-8. Convert it, or set a UTF-8 locale.")
+    elif (isinstance(value, int) and not -(2**63) <= value < 2**64) or (
+        isinstance(value, float) and not (abs(value) < 1e15 or 1e16 <= abs(value) < math.inf)
+    ):
+        raise ValueError(f"the runtime writes the number {value} in another way than training. Give it as text.")
 
 
 def _trimmed(turn: dict, roles: list[str]) -> dict:

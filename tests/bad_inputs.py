@@ -265,7 +265,7 @@ DATA_FILES = [
     ("rows.jsonl", b'{"phrase": "a",\n\n"tone": "x"}\n', ": one JSON object over several lines. An array [...] of objects"),
     ("rows.json", b'{"phrase": "a", "tone"}\n{"phrase": "a"}\n', ": row 1: malformed JSON: "),
     ("rows.jsonl", b'{"phrase": "a", "tone": "x"}\n{"phrase": ' + b"9" * 5000 + b"}\n", ": row 2: a number with thousands of digits."),
-    ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": ' + b"9" * 5000 + b"}]", ": row 2: malformed JSON: parse error: integer"),
+    ("rows.json", b'[{"phrase": "a", "tone": "x"}, {"phrase": ' + b"9" * 5000 + b"}]", ": row 2: a number with thousands of digits."),
     ("rows.json", b'[{"phrase": "a"}, {"phrase": ' + b"[" * 2000, ": row 2: more than 100 levels of arrays and objects in each other."),
     ("rows.jsonl", b'{"phrase": "a"}\n{"phrase": ' + b"[" * 2000 + b"\n", ": row 2: more than 100 levels of arrays and objects in each other."),
     ("rows.csv", b'phrase,tone\n"unclosed,joy\nx,fear\n', ": malformed CSV: "),

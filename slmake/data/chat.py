@@ -1,21 +1,14 @@
-"""The base model's chat template: from turns to the text of a prompt and of an answer, in bounded time and memory."""
+"""The base model's chat template: from turns to the text of a prompt and of an answer."""
 
 import contextlib
 import datetime
-import os
 import re
-import resource
-import signal
-import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from slmake.data import bounded_jinja
 from slmake.data.conversation import Conversation
-from slmake.errors import UserError, first_line
+from slmake.errors import UserError
 
-SECONDS = 10  # of processor time for one conversation
-MEMORY = 2**31  # bytes for one conversation
 MARK = "\x00answer\x00"
 
 
@@ -185,61 +178,6 @@ class ChatTemplate:
 
     def _render(self, turns: list[dict], generation: bool, tools: list[dict] | None = None) -> tuple[str, list]:
         """The text of some turns, and start and end of each part that the template marks by `{% generation %}`."""
-        import jinja2
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-
-        try:
-            with bounded():
-                # Arguments reach a template as plain data only, so its clock is set in the environment that it is compiled in.
-                template = self.tokenizer.get_chat_template(tools=tools)
-                compiled = _compile_jinja_template(template)
-                compiled.environment.globals["strftime_now"] = self.date.strftime
-                texts, spans = render_jinja_template(
-                    [turns],
-                    tools=tools,
-                    chat_template=template,
-                    return_assistant_tokens_mask=self.marks_answers,
-                    add_generation_prompt=generation,
-                    **{**self.tokenizer.special_tokens_map, **self.options},
-                )
-                return texts[0], spans[0] if spans else []
-        except TimeoutError:
-            raise UserError(
-                f"prepare.messages: the base model's chat template does not end: stopped after {SECONDS} s. Use text_template, or another "
-                "base model."
-            ) from None
-        except (MemoryError, OverflowError):
-            raise UserError(
-                f"prepare.messages: the base model's chat template needs more than {MEMORY / 1e9:.0f} GB of memory for one conversation. "
-                "Use text_template, or another base model."
-            ) from None
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"the base model's chat template does not take it: {first_line(error)}") from None
-
-
-@contextlib.contextmanager
-def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """Bound a block's processor time and memory, in the main thread; TimeoutError or MemoryError beyond."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise TimeoutError
-
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    previous = signal.signal(signal.SIGVTALRM, stop)
-    try:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # no /proc, or a limit that may not be changed: bounded in time only
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            allowed = used + memory
-            if limits[0] == resource.RLIM_INFINITY or allowed < limits[0]:
-                resource.setrlimit(resource.RLIMIT_AS, (allowed, limits[1]))
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        template = self.tokenizer.get_chat_template(tools=tools)
+        variables = {**self.tokenizer.special_tokens_map, **self.options}
+        return bounded_jinja.render(template, turns, tools, generation, variables, self.date.strftime)

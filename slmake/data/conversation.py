@@ -5,7 +5,7 @@ import json
 from typing import NamedTuple
 
 from slmake import prompts
-from slmake.text import parse_json
+from slmake.data import json_values
 
 REASONING = (
     "reasoning_content",
@@ -95,7 +95,13 @@ def read_conversation(turns: object, tools: object = None, train_on: str = "all"
         raise ValueError(
             "has no turn to train on: `train` or `weight` leaves out every answer that prepare.train_on asks for"
         )
-    return Conversation(read, read_tools(tools), trained)
+    schemas = read_tools(tools)
+    number = json_values.unlike([schemas, [turn.get("tool_calls") for turn in read]])
+    if number is not None:
+        raise ValueError(
+            f"has the number {number} in its tools or calls, which the runtime writes in another way. Give it as text"
+        )
+    return Conversation(read, schemas, trained)
 
 
 def _turn(number: int, turn: object) -> dict:
@@ -150,7 +156,9 @@ def _call(number: int, call: object) -> dict:
 
 def _parsed(text: str, what: str) -> object:
     try:
-        return parse_json(text)
+        return json_values.read_json(text)
+    except json_values.Refused as error:
+        raise ValueError(f"has {what} not JSON: {error}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
 

@@ -4,9 +4,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slmake.errors import UserError
 from slmake.sources.base import MOST_UNPACKED, SMALL
 
+SINGLE = ("float32", "float16")
 BATCH = 100  # rows in memory at a time, at most: a row group may be the whole file
 
 
@@ -56,12 +59,42 @@ def rows_of(tables: Iterable[Any], features: Any) -> Iterator[dict]:
     import datasets
 
     kinds = {key: kind for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    single = {key: kind for key, kind in features.items() if _is_single(kind)}
     texts = datasets.Features({key: _without_media(kind) for key, kind in features.copy().items()})
     for table in tables:
         for row in map(texts.decode_example, table.to_pylist()):
             for key, kind in kinds.items():  # -1 is no label
                 row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+            for key, kind in single.items():
+                row[key] = _shortest(row[key], kind)
             yield {key: without_none(value) for key, value in row.items()}
+
+
+def _parts(kind: Any) -> Iterable[Any]:
+    """The columns that an object's or a list's column is made of."""
+    if isinstance(kind, dict | list):
+        return kind.values() if isinstance(kind, dict) else kind
+    return [kind.feature] if hasattr(kind, "feature") else []
+
+
+def _is_single(kind: Any) -> bool:
+    """Whether a column holds numbers of single or half precision."""
+    return getattr(kind, "dtype", None) in SINGLE or any(map(_is_single, _parts(kind)))
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """A value whose numbers are written as short as their precision allows: a float32 of 0.1 is no 0.10000000149011612."""
+    if isinstance(value, dict):
+        inner = kind.feature if hasattr(kind, "feature") else kind  # datasets' Sequence of an object
+        return {key: _shortest(part, inner[key]) for key, part in value.items()}
+    if isinstance(value, list):
+        inner = (
+            kind if isinstance(kind, dict) else next(iter(_parts(kind)), kind)
+        )  # an array of two dimensions is its own
+        return [_shortest(part, inner) for part in value]
+    if isinstance(value, float) and getattr(kind, "dtype", None) in SINGLE:
+        return float(str(getattr(np, kind.dtype)(value)))
+    return value
 
 
 def _without_media(kind: Any) -> Any:

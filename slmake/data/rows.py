@@ -5,6 +5,7 @@ not all of them by `datasets`. Every error names the file and the row.
 """
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import json
@@ -13,8 +14,10 @@ import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 
+from slmake.data import json_values
 from slmake.data.delimited import LONGEST_LINE, read_delimited
 from slmake.data.parquet import MOST_UNPACKED, SMALL, read_parquet
 from slmake.errors import UserError
@@ -28,6 +31,7 @@ TOO_DEEP = (
 _half_pair = re.compile(
     rb"\\u[dD](?:[89a-bA-B]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89a-bA-B]..\\u[dD])[c-fC-F])", re.DOTALL
 ).search
+TOO_LONG_NUMBER = "a number with thousands of digits. Write it as text, or remove it."
 BYTE_ORDER_MARKS = {  # UTF-32's first: UTF-16's are their beginning
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -148,12 +152,16 @@ def _rows_key(path: Path, name: str) -> str:
     Raises:
         UserError: none, or several.
     """
-    keys, depth, key, opened = [], 0, "", ""
+    keys, seen, depth, key, opened = [], set(), 0, "", ""
     try:
         for kind, value in _events(path):
             depth -= kind.startswith("end_")
             if depth == 1:
-                key = value if kind == "map_key" else key
+                if kind == "map_key":
+                    if value in seen:
+                        raise UserError(f"{name}: {json_values.twice(value)}.")
+                    seen.add(value)
+                    key = value
                 opened = key if kind == "start_array" else ""
             elif depth == 2 and kind == "start_map" and opened and opened not in keys:
                 keys.append(opened)
@@ -172,19 +180,23 @@ def _rows_key(path: Path, name: str) -> str:
     )
 
 
-def _events(path: Path) -> Iterator[tuple[str, object]]:
-    """ijson's events of a file, from its beginning; ValueError where it is malformed."""
+def _events(path: Path, exact: bool = False) -> Iterator[tuple[str, object]]:
+    """ijson's events of a file, from its beginning; ValueError where it is malformed.
+
+    Args:
+        exact: all events before an error are given, slowly; else the last ones may be missing.
+    """
     import ijson
     import ijson.backends.python as strict
 
     with open(path, "rb") as handle:
         with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            parser = strict if _half_pair(content) else ijson  # yajl makes a question mark of half a pair
+            parser = strict if exact or _half_pair(content) else ijson  # yajl makes a question mark of half a pair
         if handle.read(3) != b"\xef\xbb\xbf":
             handle.seek(0)
         try:
-            yield from parser.basic_parse(handle, use_float=True)
-        except ijson.JSONError as error:
+            yield from parser.basic_parse(handle)
+        except (ijson.JSONError, ArithmeticError) as error:  # an exponent that even a Decimal does not hold
             raise ValueError(str(error)) from None
 
 
@@ -210,11 +222,20 @@ def _json_items(path: Path, name: str, key: str) -> Iterator[dict]:
     except RecursionError:
         raise UserError(f"{name}: row {done + 1}: {TOO_DEEP}") from None
     except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # of int(), which takes the events before it with it
+            with contextlib.suppress(ValueError):
+                events = _events(path, exact=True)
+                done = 0
+                for _ in _items(_below(events, key) if key else events):
+                    done += 1
+            raise UserError(f"{name}: row {done + 1}: {TOO_LONG_NUMBER}") from None
         raise _malformed(path, name, done + 1, error) from None
 
 
 def _malformed(path: Path, name: str, row: int, error: ValueError) -> UserError:
     _check_utf8(path, name)
+    if isinstance(error, json_values.Refused):
+        return UserError(f"{name}: row {row}: {error}.")
     return UserError(f"{name}: row {row}: malformed JSON: {str(error).splitlines()[0][:200].rstrip('.')}.")
 
 
@@ -238,11 +259,15 @@ def _items(events: Iterable[tuple[str, object]]) -> Iterator[object]:
         else:
             if kind in ("end_map", "end_array"):
                 value, key = levels.pop()
+            elif type(value) is Decimal:
+                value = json_values.number(str(value))
             if len(levels) == 1:
                 yield value
             elif levels:
                 around = levels[-1][0]
                 if isinstance(around, dict):
+                    if key in around:
+                        raise json_values.twice(key)
                     around[key] = value
                 else:
                     around.append(value)
@@ -256,7 +281,7 @@ def _json_lines(path: Path, name: str) -> Iterator[dict]:
                 if len(line) == LONGEST_LINE:
                     raise UserError(f"{name}: row {number}: {LONGEST_LINE:,} bytes or more. Shorten or remove it.")
                 if line.strip():
-                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    value = json_values.read_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(value, dict):
                         raise UserError(f"{name}: row {number}: not an object but {type(value).__name__}.")
                     yield value
@@ -273,10 +298,10 @@ def _json_lines(path: Path, name: str) -> Iterator[dict]:
                         "object on each line."
                     ) from None
                 raise UserError(f"{name}: row {number}: malformed JSON: {bad.msg} (column {bad.colno}).") from None
+            except json_values.Refused as bad:
+                raise UserError(f"{name}: row {number}: {bad}.") from None
             except ValueError:  # of int()
-                raise UserError(
-                    f"{name}: row {number}: a number with thousands of digits. Write it as text, or remove it."
-                ) from None
+                raise UserError(f"{name}: row {number}: {TOO_LONG_NUMBER}") from None
 
 
 def _continues(line: bytes, following: bytes) -> bool:

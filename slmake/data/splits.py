@@ -1,8 +1,10 @@
 """Which rows are for training, evaluation and test, and which of them must not be there."""
 
 import json
+import re
 import unicodedata
 from collections import defaultdict
+from decimal import Decimal
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from slmake.data.template import SHOWN
 from slmake.errors import UserError
 
 SPLITS = ("train", "eval", "test")
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]{1,9})?")
 FEW_ANSWERS = 50  # up to this many different answers, the task is a classification
 
 
@@ -107,15 +110,21 @@ def check_labels(store: Store, split: np.ndarray, before: np.ndarray) -> list[st
 
 
 def similar_labels(labels: list[str]) -> list[str]:
-    """Warnings of labels that a reader takes for the same: they differ in case, Unicode form, invisible characters or white space."""
+    """Warnings of labels that a reader takes for the same: one number, or texts that differ in what is hardly seen."""
     groups = defaultdict(list)
     for label in labels:
         visible = "".join(char for char in unicodedata.normalize("NFKC", label) if unicodedata.category(char) != "Cf")
-        groups[" ".join(visible.casefold().split())].append(label)
+        key = " ".join(visible.casefold().split())
+        groups[Decimal(key) if NUMBER.fullmatch(key) else key].append(label)
     return [
-        f"the labels {' and '.join(map(json.dumps, group))} differ only in case, Unicode form or invisible characters, and are scored as "
-        "different answers"
-        for group in groups.values()
+        f"the labels {' and '.join(map(json.dumps, group))} "
+        + (
+            "are one number"
+            if isinstance(key, Decimal)
+            else "differ only in case, Unicode form or invisible characters"
+        )
+        + ", and are scored as different answers"
+        for key, group in groups.items()
         if len(group) > 1
     ]
 

@@ -293,6 +293,10 @@ def read_valid(name: str, template: PromptTemplate, rows: Iterable[object], befo
         raise UserError(f"{name}: no rows in it.")
     for key in template.fields if columns else []:
         if not seen[key]:
+            if key in columns:
+                raise UserError(
+                    f"{name}: the template's field `{key}` has no value in any row: all are null. Fill it in."
+                )
             near = difflib.get_close_matches(key, columns, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise UserError(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from slmake import outputs
+from slmake.data import bounded_jinja
 from slmake.errors import UserError, first_line
 
 NAME = "chat_template.jinja"  # where transformers and onnxruntime-genai look first
@@ -19,12 +20,12 @@ def replace_chat_template(folder: Path, file: Path) -> dict:
         UserError: there is no such file, or it is not a Jinja template.
     """
     import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     where = f"fetch_model.chat_template: {file}"
     try:
         content = file.read_bytes()
-        _compile_jinja_template(content.decode())
+        with bounded_jinja.refusals(where, "this template", "Correct the file."), bounded_jinja.bounded():
+            bounded_jinja.compiled(content.decode())
     except OSError:
         raise UserError(f"{where}: no such file. Correct the name, or bring the file back.") from None
     except (UnicodeDecodeError, jinja2.TemplateError) as error:

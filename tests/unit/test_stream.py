@@ -100,6 +100,8 @@ def test_an_answer_that_does_not_fit_is_refused_with_the_figures(model):
         (["a", "b"], '{"a": "1"}', None),
         (["a", "b"], "text", None),
         (["a", "b"], "[1]", None),
+        (["a", "b"], "[" * 100_000, None),
+        (["a", "b"], '{"a": 5, "b": true}', ["5", "true"]),
     ],
 )
 def test_texts_of_several_fields_are_a_json_object(model, fields, text, expected):
@@ -110,6 +112,13 @@ def test_texts_of_several_fields_are_a_json_object(model, fields, text, expected
     else:
         assert several.arguments(text) == expected
     assert generation.Exported(model.folder, CHAT).arguments(text) == [text]
+
+
+@pytest.mark.parametrize("value", ["null", "1e999", "1.0", '{"x": 1}', "[1]"])
+def test_values_that_training_has_no_text_of_are_refused(model, value):
+    several = generation.Exported(model.folder, {**TEXT, "prompt": "{a} {b}", "fields": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"the field b is .*: give it as a text, as the training data has it\."):
+        several.arguments(f'{{"a": "x", "b": {value}}}')
 
 
 def test_chats_show_tools_as_training_did(model, base):

@@ -1,6 +1,7 @@
 """Calls of functions: the form is the chat template's, guidance holds answers to it, and answers are read in it."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from served import CHAT, CLOCK, TEMPLATE, TEXT, WEATHER, export
 
 from slmake import generation
+from slmake.data.conversation import read_conversation
 from slmake.generation import Sampling, Stream
 from slmake.tool_calls import CallForm, json_guidance, refuse_endless
 
@@ -51,6 +53,24 @@ def test_a_call_that_is_cut_in_its_closing_mark_is_a_call(model):
     form, call = CallForm.of(model), '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}'
     for rest in ("", "\n</tool", "\n</tool_call>"):
         assert form.read(f"It is{call}{rest}", ["weather"]) == ("It is", [("weather", {"city": "Bern"})])
+
+
+@pytest.mark.parametrize("text", ["a\u0007b\u001b", "\\u0007", "\\\u0007", "\b\f\u007f\u2028", '"\\"'])
+def test_texts_of_a_tool_are_what_the_template_reads(model, text):
+    """The runtime's reader of templates knows no escapes with four digits."""
+    tool = {"type": "function", "function": {"name": "f", "description": text}}
+    prompt = model.chat_prompt([{"role": "user", "content": "Hi"}], [tool])
+    assert json.dumps(text, ensure_ascii=False) in prompt
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 1e15, math.inf])
+def test_numbers_that_the_runtime_writes_in_another_way_are_refused(model, number):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"const": number}}}}}
+    asked = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match=r"the runtime writes the number .* in another way than training\."):
+        model.chat_prompt(asked, [tool])
+    with pytest.raises(ValueError, match=r"has the number .* in its tools or calls"):
+        read_conversation([*asked, {"role": "assistant", "content": "Hello"}], [tool["function"]])
 
 
 @pytest.mark.parametrize("number", [1e-7, 1e22, 0.5, -3.0, 5])

@@ -7,7 +7,8 @@ import pytest
 from prepared import CHAT, WHOLE, other_chat
 from tiny import make_rows
 
-from slmake.data.chat import ChatTemplate, bounded
+from slmake.data.bounded_jinja import bounded, compiled
+from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
 from slmake.errors import UserError
 
@@ -132,6 +133,16 @@ def test_date_is_that_of_params_yaml(build, tmp_path, tokenizer_folder, date, wr
         ("{{ messages.x() }}", "the base model's chat template does not take it: "),
         ("{% for", "the base model's chat template does not take it: "),
         ("{{ ''.__class__.__mro__ }}", "the base model's chat template does not take it: "),
+        ("{% set x = 7**(9**9) %}", "does not take it: it computes with a whole number of more than 100000 bits"),
+        ("{{ 5|round(-9**9) }}{{ 5|round(9**9, 'ceil') }}{{ 7 % 4 }}", "this chat template does not show the answer"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "calls itself without end, or is nested too deeply"),
+        ("{{ " + "(" * 400 + "1" + ")" * 400 + " }}", "calls itself without end, or is nested too deeply"),
+        ("{{ " + "not " * 5000 + "1 }}", "calls itself without end, or is nested too deeply"),
+        ("{{ " + "1+" * 20_000 + "1 }}", "calls itself without end, or is nested too deeply"),
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "cannot be compiled: too many statically nested blocks"),
+        ("{% if messages %}" * 120 + "{% endif %}" * 120, "cannot be compiled: "),
+        ("{% break %}", "cannot be compiled: 'break' outside loop"),
+        ("{{ 'x' * 10**6 }}" + PLAIN, "makes a text of 1,000,"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("column", [False, True])
@@ -170,3 +181,11 @@ def test_bounds_leave_what_ends_in_time_alone():
     with pytest.raises(MemoryError), bounded(memory=2**28):
         bytearray(2**30)
     bytearray(2**20)
+
+
+def test_the_time_is_bounded_while_constants_are_computed():
+    """Jinja computes them when it compiles, and goes on after any Exception there."""
+    start = time.process_time()
+    with pytest.raises(TimeoutError), bounded(seconds=0.3):
+        compiled("{{ [1]|slice(10**7)|list|length }}")
+    assert time.process_time() - start < 3

@@ -1,6 +1,7 @@
 """Parquet files that were made to open something, or to fill the memory."""
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -78,3 +79,21 @@ def test_a_long_value_is_not_written_out_for_many_rows_at_a_time(tmp_path, monke
     with pytest.raises(UserError, match="it unpacks to more than 100 times its size"):
         list(read_rows(path))
     assert 1 <= sizes[0] <= 4
+
+
+def test_numbers_of_single_precision_are_as_short_as_they_were_written(tmp_path):
+    single = pa.list_(pa.float32())
+    kinds = {"tone": pa.float32(), "half": pa.float16(), "deep": pa.struct({"a": single}), "double": pa.float64()}
+    columns = [
+        [0.1, None, 16777216.0],
+        np.float16([0.1, 1, 2]),
+        [{"a": [0.7, None]}, None, {"a": None}],
+        [0.1, 2, 1 / 3],
+    ]
+    table = pa.table([pa.array(column, kind) for column, kind in zip(columns, kinds.values(), strict=True)], [*kinds])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    read = list(read_rows(tmp_path / "rows.parquet"))
+    assert [row["tone"] for row in read] == [0.1, None, 16777216.0]
+    assert [row["half"] for row in read] == [0.1, 1.0, 2.0]
+    assert read[0]["deep"] == {"a": [0.7, None]}
+    assert [row["double"] for row in read] == columns[-1]

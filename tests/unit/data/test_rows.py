@@ -12,6 +12,7 @@ from tiny import TONES, make_rows
 
 from slmake.data import rows
 from slmake.data.rows import read_rows
+from slmake.data.template import label_text
 from slmake.errors import UserError
 
 TRICKY = [
@@ -199,3 +200,46 @@ def test_a_row_has_a_longest_line(tmp_path, monkeypatch):
     path.write_text('{"a": "x"}\n{"a": "' + "y" * 200 + '"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="row 2: 100 bytes or more"):
         list(rows.read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "row 2: an object has the key `a` twice"),
+        ('{"a": {"c": [{"b": 1, "b": 1}]}}\n', "row 1: an object has the key `b` twice"),
+        ('{"a": 1}\n{"a": 1, "x": NaN}\n', "row 2: "),
+        ('{"a": 1}\n{"a": 1, "x": -Infinity}\n', "row 2: "),
+    ],
+)
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_what_python_reads_and_json_does_not_mean_is_refused(tmp_path, content, reason, ending):
+    """The last of two values would win in silence; NaN is a number here and an error there."""
+    file = tmp_path / f"rows{ending}"
+    file.write_text(content if ending == ".jsonl" else f"[{content.strip().replace(chr(10), ',')}]", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"{file}: {reason}")):
+        list(read_rows(file))
+
+
+def test_two_lists_of_rows_under_one_key_are_refused(tmp_path):
+    (tmp_path / "rows.json").write_text('{"data": [{"a": 1}],\n"data": [{"a": 2}]}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows\.json: an object has the key `data` twice\. Keep one of them\."):
+        list(read_rows(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_numbers_stay_as_they_are_written(tmp_path, ending):
+    """As text, such as a label's: a float holds 17 digits, and these are more."""
+    written = [
+        "12345678901234567890.0",
+        "0.12345678901234567890123",
+        "0.1",
+        "2.50",
+        "1e999",
+        "3",
+        "123456789012345678901",
+    ]
+    lines = [f'{{"tone": {number}}}' for number in written]
+    (tmp_path / f"rows{ending}").write_text("\n".join(lines) if ending == ".jsonl" else f"[{','.join(lines)}]")
+    read = [row["tone"] for row in read_rows(tmp_path / f"rows{ending}")]
+    assert [label_text(value) for value in read] == [*written[:3], "2.5", float("inf"), *written[5:]]
+    assert json.loads(json.dumps(read[:3])) == [float(number) for number in written[:3]]

@@ -300,6 +300,15 @@ def test_composed_and_decomposed_labels_are_reported(build, capsys):
     assert r'warning: the labels "glu\u0308cklich" and "gl\u00fccklich" differ only in' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("first", "second"), [("-0.0", "0.0"), ("1", "1.0"), ("100", "1e2")])
+def test_labels_that_are_one_number_are_reported(build, capsys, first, second):
+    rows = make_rows(96)
+    for i, row in enumerate(rows):
+        row["tone"] = [first, second, "7.5", "x"][i % 4]
+    build(rows, **WHOLE)
+    assert f'warning: the labels "{first}" and "{second}" are one number, and are' in capsys.readouterr().err
+
+
 def test_different_labels_are_not_reported(build, capsys):
     build(make_rows(96), **WHOLE)
     assert "warning" not in capsys.readouterr().err

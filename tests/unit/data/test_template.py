@@ -274,3 +274,11 @@ def test_field_that_no_row_has(refused, tmp_path):
     assert refused(source) == (
         f"{source}: the template's field `tone` is in no row. Fields there: phrase, tones. Did you mean `tones`?"
     )
+
+
+def test_a_field_that_is_null_everywhere_is_called_so(refused, tmp_path):
+    rows = [{"phrase": row["phrase"], "tone": None} for row in make_rows(24)]
+    source = write_rows(tmp_path / "rows.parquet", rows)
+    assert (
+        refused(source) == f"{source}: the template's field `tone` has no value in any row: all are null. Fill it in."
+    )
