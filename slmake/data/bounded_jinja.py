@@ -129,7 +129,7 @@ def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
             allowed = used + memory
             if limits[0] == resource.RLIM_INFINITY or allowed < limits[0]:
                 resource.setrlimit(resource.RLIMIT_AS, (allowed, limits[1]))
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # again each second: a callback of C may lose one
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again and again: a callback of C may lose one
         yield
     except Stopped:
         raise TimeoutError from None
