@@ -22,6 +22,10 @@ from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
+IN_PIECES = (
+    "it has a character that the model's tokenizer writes in several tokens, which onnxruntime-genai cannot follow. Leave the character "
+    "out, or write it as ASCII."
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,7 @@ class Exported:
         """The text that the model continues.
 
         Args:
-            arguments: a text for each field of the template; for a model of chats, what the user says, or the messages
-                so far as JSON.
+            arguments: a text for each field of the template; to a model of chats, what the user says, or messages as JSON.
 
         Raises:
             ValueError: too few or too many of them, or a text that the runtime cannot read.
@@ -105,9 +108,8 @@ class Exported:
         fields = self.form["fields"] if self.form["prompt"] is not None else ["text"]
         if len(arguments) != len(fields):
             asked = " ".join(f'"{name}"' for name in fields)
-            raise ValueError(
-                f"this model takes {len(fields)} text{'s' * (len(fields) > 1)}: {asked}. Given: {len(arguments)}."
-            )
+            count = f"{len(fields)} text{'s' * (len(fields) > 1)}"
+            raise ValueError(f"this model takes {count}: {asked}. Given: {len(arguments)}.")
         refuse_unreadable(list(arguments))
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
@@ -126,9 +128,8 @@ class Exported:
             given = json.loads(text)
             return [_field_text(name, given[name]) for name in fields]
         except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-            raise ValueError(
-                f"the template has the fields {', '.join(fields)}: give a JSON object with each."
-            ) from None
+            names = ", ".join(fields)
+            raise ValueError(f"the template has the fields {names}: give a JSON object with each.") from None
 
     def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None, answered: bool = False) -> str:
         """The text of a chat, by the chat template with the options and the date of training.
@@ -225,9 +226,8 @@ class Exported:
         Returns:
             The new token ids, without the end token.
         """
-        sampling = sampling or Sampling()
-        generator = self.generator(prompt, max(new_tokens, room), sampling)
-        return list(self.steps(generator, new_tokens, look, bool(sampling.guidance)))
+        generator = self.generator(prompt, max(new_tokens, room), sampling or Sampling())
+        return list(self.steps(generator, new_tokens, look, bool(sampling and sampling.guidance)))
 
     def steps(self, generator, new_tokens: int, look: Callable | None = None, held: bool = False) -> Iterator[int]:
         """Token ids as they are generated, without an end token (see `generate`).
@@ -247,12 +247,8 @@ class Exported:
             except RuntimeError as error:
                 if not held:
                     raise
-                if "satisfy the grammar" not in str(error):
-                    raise ValueError(f"answers cannot be held to this: {_first_line(error)}") from None
-                raise ValueError(
-                    "answers cannot be held to this: it has a character that the model's tokenizer writes in several tokens, which "
-                    "onnxruntime-genai cannot follow. Leave the character out, or write it as ASCII."
-                ) from None
+                reason = IN_PIECES if "satisfy the grammar" in str(error) else _first_line(error)
+                raise ValueError(f"answers cannot be held to this: {reason}") from None
             if generator.token_count() < length + made:  # an end token, which onnxruntime-genai leaves out
                 return
             yield int(generator.get_next_tokens()[0])
@@ -264,10 +260,8 @@ class Exported:
             ValueError: prompt and answer are longer than what the model reads.
         """
         if len(ids) + new_tokens > self.context_length:
-            raise ValueError(
-                f"the text is too long: {len(ids)} tokens with the template, and {new_tokens} for the answer; "
-                f"the model reads {self.context_length}. Shorten it."
-            )
+            counted = f"{len(ids)} tokens with the template, and {new_tokens} for the answer"
+            raise ValueError(f"the text is too long: {counted}; the model reads {self.context_length}. Shorten it.")
         return ids
 
     def answer(self, *arguments: str, new_tokens: int | None = None) -> str:
@@ -316,8 +310,7 @@ class Stream:
         self.model, self.prompt, self.new_tokens, self.stop, self.strip = model, prompt, new_tokens, stop, strip
         sampling = sampling or model.sampling
         self.generator, self.held = model.generator(prompt, new_tokens, sampling), bool(sampling.guidance)
-        self.text, self.finish = "", None
-        self.tokens: list[int] = []
+        self.text, self.finish, self.tokens = "", None, []
 
     def __iter__(self) -> Iterator[str]:
         for token in self.model.steps(self.generator, self.new_tokens, held=self.held):
@@ -339,8 +332,7 @@ class Stream:
             self.finish, whole = "stop", whole[: min(stopped)]
         elif not self.finish:
             whole = whole.rstrip(INCOMPLETE)
-            longest = len(whole) + 1
-            begun = [n for text in self.stop for n in range(1, min(len(text), longest)) if whole.endswith(text[:n])]
+            begun = [n for text in self.stop for n in range(1, len(text)) if whole.endswith(text[:n])]
             whole = whole[: len(whole) - max(begun, default=0)]
         whole = whole.rstrip() if self.strip else whole
         if not whole.startswith(self.text):  # shorter than before: more was held back
@@ -375,14 +367,9 @@ def _settings(config: dict) -> tuple[int, int, dict, str]:
 
 def as_form(form: dict) -> dict:
     """prompt.json; raises one of the errors that `read` takes for damage where it lacks what `Exported` needs."""
-    held = {"template_kwargs": {}, "answer_prefix": "", "trimmed_roles": [], **form, **form.get("chat", {})}
-    date.fromisoformat(held.get("date", "2024-01-01"))
-    kinds = {"prompt": (str, type(None)), "fields": list, "longest_answer_tokens": int}
-    kinds |= {"template_kwargs": dict, "answer_prefix": str, "trimmed_roles": list}
-    for name, kind in kinds.items():
-        if not isinstance(held[name], kind):
-            raise TypeError(f"{name} is {held[name]!r}")
-    return form
+    chat = form.get("chat", {})
+    _ = date.fromisoformat(chat.get("date", "2024-01-01")), {**chat.get("template_kwargs", {})}
+    return form | {"fields": list(form["fields"]), "longest_answer_tokens": form["longest_answer_tokens"] + 0}
 
 
 def _first_line(error: Exception) -> str:
@@ -392,11 +379,9 @@ def _first_line(error: Exception) -> str:
 
 def _field_text(name: str, value: object) -> str:
     """The text of a field, which training's rows have as text only; a whole number or a truth value as JSON writes it."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return json.dumps(value)
-    raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as the training data has it.")
+    if not isinstance(value, str | int):
+        raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as in the training data.")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _literal(value: object) -> str:
@@ -428,8 +413,8 @@ def refuse_unreadable(value: object) -> None:
         raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as Python keeps bytes of another encoding
         raise ValueError("the text is not UTF-8. Convert it, or set a UTF-8 locale.")
-    elif (isinstance(value, int) and not -(2**63) <= value < 2**64) or (
-        isinstance(value, float) and not (abs(value) < 1e15 or 1e16 <= abs(value) < math.inf)
+    elif isinstance(value, float | int) and not (
+        abs(value) < 1e15 or (1e16 <= abs(value) < math.inf if isinstance(value, float) else -(2**63) <= value < 2**64)
     ):
         raise ValueError(f"the runtime writes the number {value} in another way than training. Give it as text.")
 

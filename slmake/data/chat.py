@@ -5,7 +5,7 @@ import datetime
 import re
 from typing import NamedTuple
 
-from slmake.data import bounded_jinja
+from slmake import bounded_jinja
 from slmake.data.conversation import Conversation
 from slmake.errors import UserError
 

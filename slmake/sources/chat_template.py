@@ -4,8 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from slmake import outputs
-from slmake.data import bounded_jinja
+from slmake import bounded_jinja, outputs
 from slmake.errors import UserError, first_line
 
 NAME = "chat_template.jinja"  # where transformers and onnxruntime-genai look first

@@ -10,7 +10,18 @@ FLOORS = (
     *("scoring", "rehearsal", "reporting", "packaging", "platforms", "azureml"),
 )
 GROUND = (
-    *("cli", "code_inputs", "constraints", "errors", "generation", "json_schemas", "memory", "openai_api", "outputs"),
+    *(
+        "bounded_jinja",
+        "cli",
+        "code_inputs",
+        "constraints",
+        "errors",
+        "generation",
+        "json_schemas",
+        "memory",
+        "openai_api",
+        "outputs",
+    ),
     *("patterns", "planned", "prompts", "serve", "text", "tool_calls", "user_files"),
 )  # modules of slmake/ that all floors import
 BESIDE = {

@@ -8,7 +8,7 @@ import pytest
 from prepared import CHAT, WHOLE, other_chat
 from tiny import make_rows
 
-from slmake.data.bounded_jinja import bounded
+from slmake.bounded_jinja import bounded
 from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
 from slmake.errors import UserError
