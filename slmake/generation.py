@@ -10,7 +10,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # this file's own folder: no file of a package may take a module's place
 
 import json
-import math
 import os
 import re
 import unicodedata
@@ -380,7 +379,7 @@ def _first_line(error: Exception) -> str:
 def _field_text(name: str, value: object) -> str:
     """The text of a field, which training's rows have as text only; a whole number or a truth value as JSON writes it."""
     if not isinstance(value, str | int):
-        raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as in the training data.")
+        raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as the data has it.")
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -414,7 +413,8 @@ def refuse_unreadable(value: object) -> None:
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as Python keeps bytes of another encoding
         raise ValueError("the text is not UTF-8. Convert it, or set a UTF-8 locale.")
     elif isinstance(value, float | int) and not (
-        abs(value) < 1e15 or (1e16 <= abs(value) < math.inf if isinstance(value, float) else -(2**63) <= value < 2**64)
+        abs(value) < 1e15
+        or (1e16 <= abs(value) < float("inf") if isinstance(value, float) else -(2**63) <= value < 2**64)
     ):
         raise ValueError(f"the runtime writes the number {value} in another way than training. Give it as text.")
 

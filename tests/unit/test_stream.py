@@ -117,7 +117,7 @@ def test_texts_of_several_fields_are_a_json_object(model, fields, text, expected
 @pytest.mark.parametrize("value", ["null", "1e999", "1.0", '{"x": 1}', "[1]"])
 def test_values_that_training_has_no_text_of_are_refused(model, value):
     several = generation.Exported(model.folder, {**TEXT, "prompt": "{a} {b}", "fields": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"the field b is .*: give it as a text, as the training data has it\."):
+    with pytest.raises(ValueError, match=r"the field b is .*: give it as a text, as the data has it\."):
         several.arguments(f'{{"a": "x", "b": {value}}}')
 
 
