@@ -88,9 +88,8 @@ def _shortest(value: Any, kind: Any) -> Any:
         inner = kind.feature if hasattr(kind, "feature") else kind  # datasets' Sequence of an object
         return {key: _shortest(part, inner[key]) for key, part in value.items()}
     if isinstance(value, list):
-        inner = (
-            kind if isinstance(kind, dict) else next(iter(_parts(kind)), kind)
-        )  # an array of two dimensions is its own
+        # An array of two dimensions is its own column.
+        inner = kind if isinstance(kind, dict) else next(iter(_parts(kind)), kind)
         return [_shortest(part, inner) for part in value]
     if isinstance(value, float) and getattr(kind, "dtype", None) in SINGLE:
         return float(str(getattr(np, kind.dtype)(value)))

@@ -33,9 +33,8 @@ def refuse_uncovered(adapter) -> None:
             raise _left_out(adapter, change.a, "target_modules, exclude_modules or layers_to_transform")
     for name, change in adapter.changes.items():
         whole = change.replacement or ""
-        if (
-            change.a and whole == f"base_model.model.{name}"
-        ):  # PEFT has the adapted module's own weight as base_layer.weight
+        # PEFT has the adapted module's own weight as base_layer.weight.
+        if change.a and whole == f"base_model.model.{name}":
             raise _left_out(adapter, whole, "it is the weight of an adapted module, and modules_to_save")
         if ".modules_to_save" in whole and not saves(config.get("modules_to_save"), change.module):
             raise _left_out(adapter, whole, "modules_to_save")

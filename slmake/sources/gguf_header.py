@@ -6,14 +6,10 @@ from pathlib import Path
 
 BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a scalar, by its type's number
 STRING, ARRAY = 8, 9
-SMALLEST = {
-    STRING: 8,
-    ARRAY: 12,
-} | BYTES  # a string begins with its length, an array with its values' type and their number
-KEY, TENSOR = (
-    8 + 4 + 1,
-    8 + 4 + 4 + 8,
-)  # the smallest entries: length of a name, type, value; and that, dimensions, type, offset
+# A string begins with its length, an array with its values' type and their number.
+SMALLEST = {STRING: 8, ARRAY: 12} | BYTES
+# The smallest entries: length of a name, type, value; and that, dimensions, type, offset.
+KEY, TENSOR = (8 + 4 + 1, 8 + 4 + 4 + 8)
 NESTED = 8  # arrays within arrays
 
 
