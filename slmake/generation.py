@@ -127,8 +127,8 @@ class Exported:
             given = json.loads(text)
             return [_field_text(name, given[name]) for name in fields]
         except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-            names = ", ".join(fields)
-            raise ValueError(f"the template has the fields {names}: give a JSON object with each.") from None
+            reason = f"the template has the fields {', '.join(fields)}: give a JSON object with each."
+            raise ValueError(reason) from None
 
     def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None, answered: bool = False) -> str:
         """The text of a chat, by the chat template with the options and the date of training.
@@ -289,8 +289,7 @@ class Stream:
         strip: leave out outer white space, as `Exported.decode` does.
 
     Attributes:
-        text: the answer so far.
-        tokens: its token ids.
+        text, tokens: the answer so far, and its token ids.
         finish: why it ended, `stop` (an end token or a stop string) or `length`; None before.
 
     Raises:
@@ -331,7 +330,8 @@ class Stream:
             self.finish, whole = "stop", whole[: min(stopped)]
         elif not self.finish:
             whole = whole.rstrip(INCOMPLETE)
-            begun = [n for text in self.stop for n in range(1, len(text)) if whole.endswith(text[:n])]
+            longest = len(whole) + 1
+            begun = [n for text in self.stop for n in range(1, min(len(text), longest)) if whole.endswith(text[:n])]
             whole = whole[: len(whole) - max(begun, default=0)]
         whole = whole.rstrip() if self.strip else whole
         if not whole.startswith(self.text):  # shorter than before: more was held back

@@ -13,10 +13,12 @@ from slmake.sources.secrets import scrub
 MOST_VALUES = 100_000  # of a file; an alias counts as what it stands for
 # Plain values of a type that YAML 1.2, which DVC reads, takes for others: 010, 1:30, 1_000, 0b1, yes, off, 0o17.
 AMBIGUOUS = {
-    "int": re.compile(r"[:_]|^[-+]?0[\db]"),
-    "float": re.compile(r"[:_]"),
-    "bool": re.compile(r"^(?!true$|false$)", re.I),
-    "str": re.compile(r"^[-+]?0o[0-7]+$"),
+    "int": re.compile(
+        r"[-+]?(0[0-7_]*[0-7]|0b_*[01][01_]*|0x[0-9a-f]+_[0-9a-f_]*|\d[\d_]*(:[0-5]?\d)+|\d+_[\d_]*)", re.I
+    ),
+    "float": re.compile(r"[-+]?\d[\d_.]*(_|:[0-5]?\d)[\d_.:]*"),
+    "bool": re.compile(r"yes|no|on|off", re.I),
+    "str": re.compile(r"[-+]?(0o[0-7]+|0\d+)"),
 }
 NEVER = re.compile(r"(?!)")
 
@@ -56,7 +58,11 @@ class ParamsLoader(Loader):
 
     def construct_object(self, node, deep=False):
         kind = node.tag.rpartition(":")[2]
-        if isinstance(node, yaml.ScalarNode) and node.style is None and AMBIGUOUS.get(kind, NEVER).search(node.value):
+        if (
+            isinstance(node, yaml.ScalarNode)
+            and node.style is None
+            and AMBIGUOUS.get(kind, NEVER).fullmatch(node.value)
+        ):
             problem = (
                 f"YAML 1.1 and YAML 1.2 read `{node.value}` as different values, and DVC's record would have the other one: write "
                 f"{'true or false' if kind == 'bool' else 'the number in decimal digits alone'}, or put it in quotes if it is text"

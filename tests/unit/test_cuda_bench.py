@@ -66,7 +66,7 @@ def test_the_result_goes_into_the_document(result):
     bars = document.bars_table({"cuda": result})
     assert "lora, rows of 16 tokens: tokens/s over transformers' Trainer, sdpa" in bars
     assert {line["met"] for line in result["bars"]} == {None}  # nothing is asked of a tiny model
-    assert "30 of 30 checks passed." in result["notes"]
+    assert "34 of 34 checks passed." in result["notes"]
     assert "| llama, lora, float32: loss against float64 |" in document.markdown("one GPU", {"cuda": result}, [])
 
 
@@ -98,8 +98,8 @@ def test_a_check_that_ends_in_an_error_has_failed(monkeypatch):
         monkeypatch.setattr(gpu_checks, name, lambda *_: [("right", 0.0, 0.0)])
     monkeypatch.setattr(gpu_checks, "merged", broken)
     checks = gpu_checks.run(None, None)
-    assert [check["met"] for check in checks] == [True, True, False, True, True]
-    assert checks[2]["note"] == "RuntimeError: an illegal memory access"
+    assert [check["met"] for check in checks] == [True, True, True, False, True, True]
+    assert checks[3]["note"] == "RuntimeError: an illegal memory access"
     assert "**failed** RuntimeError: an illegal memory access" in str(cuda.tables(checks, {}))
 
 

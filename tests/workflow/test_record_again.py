@@ -150,7 +150,7 @@ def test_make_asks_snakemake_only_if_a_file_moved(recorded, monkeypatch, capsys)
 def test_what_moved_is_compared_and_what_is_right_is_noted_again(recorded, monkeypatch, refused):
     shutil.copy2("build/adapter/adapter_config.json", "copy")
     Path("copy").replace("build/adapter/adapter_config.json")
-    assert "dvc was called: ('commit'" in refused(record.main, [])
+    assert "dvc was called: (" in refused(record.main, [])
     monkeypatch.undo()
     monkeypatch.chdir(recorded)
     record.main([])

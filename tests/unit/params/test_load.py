@@ -151,7 +151,7 @@ def test_empty_file(refused_text, content):
     assert message.endswith("params.yaml`.")
 
 
-@pytest.mark.parametrize("text", ["010", "-010", "1:30", "1_000", "0b11", "1:30.5", "1_0.5"])
+@pytest.mark.parametrize("text", ["010", "-010", "089", "0x1_f", "1:30", "1_000", "0b11", "1:30.5", "1_0.5"])
 def test_numbers_that_dvc_reads_differently_are_refused(tmp_path, text):
     """DVC reads YAML 1.2: it would note 10, where YAML 1.1 has 8."""
     path = tmp_path / "params.yaml"

@@ -116,7 +116,7 @@ def test_quantized_forward_and_straight_through_gradients():
     quantized = qat.round_to_nearest(weight + scaling * b @ a, 4, 16)
     for value in (x, a, b):
         value.requires_grad_(True)
-    y = lora_linear.LoraLinear.apply(x, lora_linear.Frozen(quantized), bias, scaling, False, a, b)[0]
+    y = lora_linear.LoraLinear.apply(x, lora_linear.Frozen(quantized), bias, scaling, False, None, a, b)[0]
     torch.testing.assert_close(y, x @ quantized.T + bias, rtol=1e-12, atol=1e-12)
     y.backward(grad)
     flat, g = x.detach().reshape(-1, 16), grad.reshape(-1, 24)
