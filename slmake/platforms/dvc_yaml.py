@@ -153,12 +153,11 @@ def digest_file(rule: str) -> str:
 def digests(plan: Plan, rule: str, named: dict[str, dict]) -> str:
     """What the stage `code` writes into the file of a rule; `named` are the stages of dvc.yaml."""
     stage = MEMBERS.get(rule, rule)
+    # Their names: DVC does not see that one is gone.
     made = [path for path in named.get(stage, {}).get("deps", []) if not path.startswith(DIGESTS)]
     parts = {
         "code": digest([*code(rule), *LOCKS]),
-        "inputs": hashlib.sha256(
-            "\0".join(made).encode()
-        ).hexdigest(),  # their names: DVC does not see that one is gone
+        "inputs": hashlib.sha256("\0".join(made).encode()).hexdigest(),
         "rule": rule_digest(rule),
         "section": hashlib.sha256(plan.section(stage).encode()).hexdigest(),
     }

@@ -11,10 +11,7 @@ from slmake.plan import Plan
 from slmake.platforms import dvc, dvc_yaml, origins
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
-SETTINGS = (
-    "params.yaml",
-    *("dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local"),
-)
+SETTINGS = (*("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local"),)
 
 
 def unmoved() -> bool:
@@ -35,10 +32,6 @@ def unmoved() -> bool:
 
 def remember(wanted: list[str]) -> None:
     """Note the files of these stages, if DVC finds by content that they are what the receipts say, and none moves meanwhile."""
-    from dvc.exceptions import DvcException
-
-    from slmake.platforms.atomic_dvc import Repo
-
     names = [dvc_yaml.CODE, *wanted]
     named = dvc.entries()
     entries = [entry for name in names for entry in (*named[name]["deps"], *named[name]["outs"])]
@@ -49,9 +42,8 @@ def remember(wanted: list[str]) -> None:
     ]
     seen = outputs.marks(paths)
     try:
-        with Repo() as repo:
-            changed = repo.status(targets=names)
-    except DvcException:  # another DVC is at work: the next record compares again
+        changed = dvc.status(*names)
+    except dvc.StatusError:  # another DVC is at work: the next record compares again
         return
     if not changed and outputs.marks(paths) == seen:
         outputs.note_built(origins.of_now([out for name in wanted for out in dvc.outs(named[name])]))

@@ -28,13 +28,17 @@ def flip(path: Path) -> None:
     path.chmod(mode)
 
 
+def restore(project: Path) -> subprocess.CompletedProcess:
+    return run(project, "python", "-m", "tools.remote", "restore")
+
+
 def test_restore_certifies_nothing_that_rotted_with_the_cache(repository):
     """DVC links outputs from its cache and believes what may not be written there: an edit in place changes both."""
     (repository / ADAPTER).unlink()
     run(repository, "dvc", "checkout", "--force", "build/adapter")
     flip(repository / ADAPTER)
     assert "make restore" in build(repository).stdout
-    done = run(repository, "python", "-m", "tools.remote", "restore")
+    done = restore(repository)
     assert done.returncode == 1, done.stdout
     assert (
         f"{ADAPTER} is not what its receipt says, and DVC had no whole copy of it; nothing was marked as up to date"
@@ -44,7 +48,7 @@ def test_restore_certifies_nothing_that_rotted_with_the_cache(repository):
     shutil.rmtree(repository / "build" / "adapter")
     done = build(repository)
     assert done.returncode == 0, done.stdout
-    done = run(repository, "python", "-m", "tools.remote", "restore")
+    done = restore(repository)
     assert done.returncode == 0, done.stdout
 
 
@@ -217,13 +221,9 @@ def test_a_file_that_looks_like_an_option_is_refused(repository):
 def test_scores_are_compared_by_content_when_they_are_restored(repository, name):
     scores = json.loads((repository / name).read_text(encoding="utf-8"))
     (repository / name).write_text(json.dumps(scores), encoding="utf-8")
-    done = run(repository, "python", "-m", "tools.remote", "restore")
+    done = restore(repository)
     assert done.returncode == 0, done.stdout
     assert (repository / name).read_text(encoding="utf-8") != json.dumps(scores)
-
-
-def restore(project: Path) -> subprocess.CompletedProcess:
-    return run(project, "python", "-m", "tools.remote", "restore")
 
 
 def test_a_data_file_that_is_gone_is_seen(repository):
