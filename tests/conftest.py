@@ -20,6 +20,7 @@ from scripts import prepare
 
 # Tiny models gain nothing from threads, and waiting threads of several processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where Snakemake gives a rule two, they sleep while they wait
 # Scripts are modules: a process that a test starts elsewhere finds them, too (`project.environment` takes this out again).
 os.environ["PYTHONPATH"] = str(ROOT)
 # What a shell starts in the background ignores SIGINT, and so would the scripts that tests interrupt.
