@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing.util
 import os
+import re
 import runpy
 import select
 import signal
@@ -183,7 +184,7 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
         stream = open(number, mode, lines, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    multiprocessing.util.spawnv_passfds = _fork_server
+    multiprocessing.util.spawnv_passfds = _fork
     Path("/proc/self/comm").write_text(f"{NAME}{Path(command[0]).name}")
     sys.executable = str(Path(command[0]).with_name("python"))
     sys.argv = command
@@ -191,10 +192,14 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
     sys.path[:1] = [folder, *outside] if Path(command[0]).name == "python" else outside
 
 
-def _fork_server(path: bytes, args: list[str], passed: list[int], spawn=multiprocessing.util.spawnv_passfds) -> int:
-    """Stands in for multiprocessing's way to start its fork server, which imports the libraries itself: here it is a fork, too."""
-    if "multiprocessing.forkserver" not in args[-1]:
+def _fork(path: bytes, args: list[str], passed: list[int], spawn=multiprocessing.util.spawnv_passfds) -> int:
+    """Stands in for how multiprocessing starts its fork server and its processes, which import the libraries themselves: here they are forks."""
+    option = args.index("-c")
+    code = args[option + 1]
+    if not re.search(r"multiprocessing\.(forkserver|spawn) import", code):
         return spawn(path, args, passed)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     if child := os.fork():
         return child
     try:
@@ -203,9 +208,14 @@ def _fork_server(path: bytes, args: list[str], passed: list[int], spawn=multipro
                 with contextlib.suppress(OSError):  # the listing's own
                     os.close(int(name))
         torch = importlib.import_module("torch")
-        threads = torch.get_num_threads()
+        threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
         os.register_at_fork(after_in_child=lambda: torch.set_num_threads(threads))  # its pool of threads is not copied
-        exec(args[-1], {})
+        torch.set_num_threads(threads)
+        atexit._clear()  # what the parent does at its end
+        sys.argv = ["-c", *args[option + 2 :]]
+        exec(code, {})
+    except BaseException as error:
+        _finish(error)
     finally:
         os._exit(1)
 
