@@ -34,6 +34,10 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# OpenMP's threads wait for each other in a loop of this many turns before they sleep (GNU's default: 300,000). With other work on
+# the processor, the one that waits takes the time of the one that works: training was three times as fast with this. Alone, it is as fast.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 # A process that has loaded PyTorch and Transformers spends a second or two at its end looking for garbage among their objects.
 atexit.register(gc.freeze)
 

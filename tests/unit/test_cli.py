@@ -344,3 +344,16 @@ def test_nothing_phones_home():
     for given, printed in (({}, "1 1\n"), ({"DO_NOT_TRACK": "0"}, "1 0\n")):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **given})
         assert done.stdout == printed
+
+
+@pytest.mark.parametrize(
+    ("given", "printed"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_soon_sleep_where_they_wait(given, printed):
+    """Beside other work, a thread that waits in a loop takes the time of the one that it waits for; the user's own setting stays."""
+    code = "import os, slmake.cli; print(os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    plain["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **given})
+    assert done.stdout.strip() == printed
