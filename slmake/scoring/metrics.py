@@ -1,9 +1,14 @@
 """Scores of answers, seeded bootstrap intervals, and the distance between two models' logits. NumPy only."""
 
+import unicodedata
+
 import numpy as np
 
 PERCENTILES = (2.5, 97.5)  # of a 95% interval
 BLOCK = 64  # rows of logits that are compared at once
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"  # scripts without spaces between words
+# What ROUGE-L counts: letters of these scripts one by one, words of all others; each with its vowel signs and accents.
+WORD = rf"(?V1)[[{UNSPACED}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]*"
 
 
 def is_right(expected: str, answer: str) -> bool:
@@ -87,10 +92,21 @@ def _macro_f1(hits: np.ndarray, errors: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def rouge_l(expected: list[str], answers: list[str]) -> float:
-    """Mean ROUGE-L F-measure (Lin 2004), as torchmetrics computes it: words in lower case, without punctuation."""
+    """Mean ROUGE-L F-measure (Lin 2004), as torchmetrics computes it: words in lower case, without punctuation.
+
+    Its own words are of the letters a to z only; these are of every script (see WORD), and the same for English.
+    """
+    import regex
     from torchmetrics.functional.text.rouge import rouge_score
 
-    return float(rouge_score(answers, expected, rouge_keys="rougeL")["rougeL_fmeasure"])
+    scores = rouge_score(
+        answers,
+        expected,
+        rouge_keys="rougeL",
+        normalizer=lambda text: unicodedata.normalize("NFC", text.lower()),
+        tokenizer=regex.compile(WORD).findall,
+    )
+    return float(scores["rougeL_fmeasure"])
 
 
 def parity(reference: np.ndarray, other: np.ndarray) -> dict:

@@ -118,6 +118,38 @@ def test_score_of_open_text(tmp_path, base):
 
 
 @pytest.mark.parametrize(
+    ("expected", "answer", "value"),
+    [
+        ("Кошка сидит на окне", "кошка лежит на окне!", 0.75),
+        ("Das schöne Mädchen", "das schäne Mudchen", 1 / 3),
+        ("Das scho\u0308ne Mädchen", "das schöne Mädchen", 1.0),  # the accent as a character of its own
+        ("किताब यहाँ है", "किताब वहाँ है", 2 / 3),  # vowel signs are no letters
+        ("猫は窓辺にいる。", "犬は窓辺にいる", 6 / 7),
+        ("แมวนั่ง", "แมวนอน", 2 * 3 / 11),  # 5 letters, one with a sign, and 6
+        ("القطة على النافذة", "القطة على النافذة", 1.0),
+        ("7", "٧", 0.0),
+        ("?!", "?!", 0.0),
+    ],
+)
+def test_rouge_l_of_every_script(expected, answer, value):
+    assert metrics_module.rouge_l([expected], [answer]) == pytest.approx(value, abs=1e-6)
+
+
+def test_rouge_l_of_english_is_that_of_torchmetrics():
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    expected = ["The cat’s on Room_5's mat — 1,000.50 of them!", "It's “fine” ❤️, e.g. x_1 <b>", "", "a  b\nc"]
+    answers = ["the cat's in room 5: 1,000.5", "Its fine e g x 1 ❤️ b", "no", "A-B\tC."]
+    own = [metrics_module.rouge_l([e], [a]) for e, a in zip(expected, answers, strict=True)]
+    theirs = [
+        float(rouge_score(a, e, rouge_keys="rougeL")["rougeL_fmeasure"]) for e, a in zip(expected, answers, strict=True)
+    ]
+    assert own == theirs
+    assert 0.0 in own
+    assert 1.0 in own
+
+
+@pytest.mark.parametrize(
     ("text", "lines", "answer"),
     [
         ("joy", 1, "joy"),
