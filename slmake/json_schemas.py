@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Validator:
 
         _check_parts(kind, schema)
         own = {"pattern": _pattern, "patternProperties": _pattern_properties, "uniqueItems": _unique_items}
-        own |= {"additionalProperties": _additional_properties}
+        own |= {"additionalProperties": _additional_properties, "multipleOf": _multiple_of}
         counted = extend(kind, own)
         fields = [(field.name, field.alias) for field in attrs.fields(counted) if field.init]
 
@@ -174,7 +175,7 @@ def _check_parts(kind: type, schema: dict) -> None:
         waiting += [(inner, within.in_subresource(inner)) for inner in part.subresources()]
 
 
-# jsonschema's own checks of four keywords, but with patterns that are matched within a time limit, and in linear time.
+# jsonschema's own checks of some keywords, but with patterns that are matched within a time limit, in linear time, and with exact numbers.
 
 
 def _pattern(validator: Any, pattern: str, instance: object, schema: dict) -> Iterator[Any]:
@@ -213,6 +214,17 @@ def _unique_items(validator: Any, wanted: bool, instance: object, schema: dict) 
 
     if wanted and validator.is_type(instance, "array") and len(set(map(_hashable, instance))) < len(instance):
         yield ValidationError("an item is there twice")
+
+
+def _multiple_of(validator: Any, step: float, instance: object, schema: dict) -> Iterator[Any]:
+    """By decimals as they are written: in binary, 19.99 is no multiple of 0.01. A float has at most some hundred."""
+    from jsonschema.exceptions import ValidationError
+
+    if not validator.is_type(instance, "number"):
+        return
+    value, unit = (Fraction(number if isinstance(number, int) else repr(number)) for number in (instance, step))
+    if value % unit:
+        yield ValidationError(f"not a multiple of {step!r}")
 
 
 def _hashable(value: object) -> object:

@@ -58,13 +58,13 @@ def test_json_valid():
     assert scored("json_valid", "{}", *answers) == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("answer", ['{"price": 1e999}', '{"price": 1%s}' % ("0" * 400), "[" * 300 + "]" * 300])
+@pytest.mark.parametrize("answer", ['{"price": 1e999}', '{"price": 1%s}' % ("0" * 5000), "[" * 300 + "]" * 300])
 def test_an_answer_that_cannot_be_judged_is_not_valid_and_stops_nothing(tmp_path, answer):
     file = tmp_path / "schema.json"
     schema = {"properties": {"price": {"multipleOf": 0.01}}, "items": {"$ref": "#"}}
     file.write_text(json.dumps(schema), encoding="utf-8")
     score = answer_metrics.function_of(parse({"json_schema": str(file)}))
-    assert [score("", "", text) for text in ('{"price": 0.25}', answer)] == [1.0, 0.0]
+    assert [score("", "", text) for text in ('{"price": 19.99}', answer)] == [1.0, 0.0]
 
 
 def test_json_schema(tmp_path):
