@@ -212,7 +212,7 @@ def _additional_properties(validator: Any, wanted: object, instance: object, sch
 def _unique_items(validator: Any, wanted: bool, instance: object, schema: dict) -> Iterator[Any]:
     from jsonschema.exceptions import ValidationError
 
-    if wanted and validator.is_type(instance, "array") and len(set(map(_hashable, instance))) < len(instance):
+    if wanted and validator.is_type(instance, "array") and len(set(map(hashable, instance))) < len(instance):
         yield ValidationError("an item is there twice")
 
 
@@ -227,8 +227,8 @@ def _multiple_of(validator: Any, step: float, instance: object, schema: dict) ->
         yield ValidationError(f"not a multiple of {step!r}")
 
 
-def _hashable(value: object) -> object:
+def hashable(value: object) -> object:
     """What is equal for equal JSON values: 1 and 1.0 are, 1 and true are not."""
     if isinstance(value, dict):
-        return dict, frozenset((name, _hashable(part)) for name, part in value.items())
-    return (list, *map(_hashable, value)) if isinstance(value, list) else (isinstance(value, bool), value)
+        return dict, frozenset((name, hashable(part)) for name, part in value.items())
+    return (list, *map(hashable, value)) if isinstance(value, list) else (isinstance(value, bool), value)

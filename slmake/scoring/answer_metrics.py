@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,18 @@ from slmake.text import parse_json
 # Of (prompt, expected, answer) to a number; None where the metric has nothing to say of this row.
 Score = Callable[[str, str, str], float | None]
 LARGEST = 1e100  # a number of a metric, so that sums and squares of many are finite
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?")
+# A number in a text, with the hyphen or Unicode's minus where it cannot be that of a range such as 3-5.
+NUMBER = re.compile(
+    r"""(?:(?<![^\W_])(?<!%)[-+\u2212])?
+    (?:
+        (?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d*)?  # 1,234,567.8
+        | (?<!\d,)(?P<comma>(?:[1-9]\d{0,2}(?:\.\d{3})+|\d+),\d+(?![,.]?\d))  # 3,14 or 1.234.567,8
+        | \d+(?:\.\d*)?
+        | (?<!\d)\.\d+
+    )
+    (?:[eE][-+\u2212]?\d+)?""",
+    re.VERBOSE,
+)
 
 
 def contains(prompt: str, expected: str, answer: str) -> float:
@@ -92,8 +104,13 @@ def tool_name(prompt: str, expected: str, answer: str) -> float | None:
 def tool_arguments(prompt: str, expected: str, answer: str) -> float | None:
     """Whether the answer calls the expected tools with the expected values, order apart; None where none is expected."""
     wanted = tool_calls(expected)
-    calls = [sorted(json.dumps(call, sort_keys=True) for call in both) for both in (wanted, tool_calls(answer))]
-    return float(calls[0] == calls[1]) if wanted else None
+    if not wanted:
+        return None
+    try:
+        calls = [Counter(map(json_schemas.hashable, both)) for both in (wanted, tool_calls(answer))]
+    except RecursionError:  # nested as no expected answer is
+        return 0.0
+    return float(calls[0] == calls[1])
 
 
 def read_json(answer: str) -> tuple[Any] | None:
@@ -109,9 +126,18 @@ def read_json(answer: str) -> tuple[Any] | None:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text, as arithmetic datasets are scored; thousands separated by commas are read, too."""
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].rstrip("%").replace(",", "")) if numbers else None
+    """The last number in a text, as arithmetic datasets are scored.
+
+    A comma before groups of three digits separates thousands; a single one before fewer or more is a decimal comma (3,14); of several, as
+    in 1,2,3, each separates two numbers.
+    """
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
+        return None
+    written = numbers[-1][0].replace("\u2212", "-")
+    if numbers[-1]["comma"]:
+        written = written.replace(".", "").replace(",", ".")
+    return float(written.replace(",", ""))
 
 
 def tool_calls(text: str) -> list[dict]:

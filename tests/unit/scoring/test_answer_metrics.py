@@ -85,6 +85,64 @@ def test_numeric_takes_the_last_number():
     assert scored({"numeric": 0.05}, "= 1250.5", *answers) == [1, 1, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("\u22125", -5),
+        ("it is -5", -5),
+        ("**-5**, +6", 6),
+        ("10^-3", -3),
+        ("3-5", 5),  # a range, as the next two
+        ("5%-10%", 10),
+        ("a\u22123", 3),
+        ("2024-05-17", 17),
+        ("17.05.2024", 2024),
+        ("1,234,567", 1234567),
+        ("$1,000.50.", 1000.5),
+        ("-1,234%", -1234),
+        ("3,14", 3.14),  # a decimal comma
+        ("-0,125.", -0.125),
+        ("1234,567", 1234.567),
+        ("1.234,56", 1234.56),
+        ("1.234.567,8e1", 12345678),
+        ("[1,2,3]", 3),
+        ("[1,2,345]", 345),
+        ("12,34,567", 567),
+        ("1, 2", 2),
+        ("12,", 12),
+        (".5", 0.5),
+        ("5.", 5),
+        ("1e5", 1e5),
+        ("1.5e\u22123", 0.0015),
+        ("½ x²", None),
+        ("9" * 5000, float("inf")),
+    ],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert answer_metrics.last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "same"),
+    [
+        ('{"n": 1}', '{"n": 1.0}', 1),
+        ('{"n": [{"m": 2.50}]}', '{"n": [{"m": 25e-1}]}', 1),
+        ('{"n": 1, "m": null}', '{"m": null, "n": 1e0}', 1),
+        ('{"n": 1}', '{"n": true}', 0),
+        ('{"n": 0}', '{"n": null}', 0),
+        ('{"n": 1}', '{"n": "1"}', 0),
+        ('{"n": [1, 2]}', '{"n": [2, 1]}', 0),
+        ('{"n": 1}', "[" * 450 + "]" * 450, 0),
+    ],
+)
+def test_arguments_that_are_equal_in_json_are_equal(expected, given, same):
+    calls = [f'{{"name": "f", "arguments": {arguments}}}' for arguments in (expected, given)]
+    as_text = f'{{"name": "f", "arguments": {json.dumps(given)}}}'
+    assert scored("tool_arguments", calls[0], calls[1], as_text) == [same, same]
+    twice, both = f"{calls[0]}{calls[0]}", f"{calls[1]}{calls[0]}"
+    assert scored("tool_arguments", twice, both, calls[0]) == [same, 0]
+
+
 @pytest.mark.parametrize("form", WRITTEN)
 def test_tool_calls_of_every_form(form):
     assert answer_metrics.tool_calls(WRITTEN[form]) == [CALL]
