@@ -21,10 +21,8 @@ from slmake.export.build import build
 from slmake.scoring import metrics, selection
 from slmake.scoring.measure import drop, measure
 from slmake.scoring.onnx_runner import OnnxRunner
-from slmake.scoring.questions import Questions
+from slmake.scoring.questions import TUNING, Questions
 from slmake.scoring.transformers_runner import TransformersRunner
-
-SPLITS = ("eval", "train")
 
 
 def as_section(section: params.Quantize, options: dict) -> params.Quantize:
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         section, scoring = everything.quantize, everything.evaluate
         if section.search is None:
             raise UserError("quantize.search is not set, so there are no candidates.")
-        questions = Questions(args.dataset, section.search.rows, SPLITS)
+        questions = Questions(args.dataset, section.search.rows, TUNING)
         new_tokens = scoring.max_new_tokens or questions.form["longest_answer_tokens"]
         weights = metrics.resamples(questions.scored, scoring.bootstrap_samples, scoring.seed, questions.groups())
         with outputs.written(args.output) as (folder,):

@@ -14,13 +14,13 @@ from pathlib import Path
 from slmake import cli, constraints, memory, outputs, params
 from slmake.prompts import load_prompt
 from slmake.rehearsal import estimate
-from slmake.rehearsal.checks import rehearse
+from slmake.rehearsal.checks import rehearse, try_metrics
 from slmake.scoring.answer_metrics import function_of
-from slmake.scoring.gates import check_labels
+from slmake.scoring.gates import check_figures
 
 
 def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
-    """Raise UserError where a constraint or a gate asks for labels or tools that the dataset does not have, or a metric cannot be used."""
+    """Raise UserError where a constraint or a gate asks for what the dataset does not have, or a metric's file cannot be used."""
     for stage in ("evaluate", "package"):
         if stage in everything.all.stages:
             constraints.check(getattr(everything, stage).constrain, form, f"{stage}.constrain")
@@ -28,7 +28,7 @@ def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
         for metric in everything.evaluate.answer_metrics:
             function_of(metric)
     if "gates" in everything.all.stages:
-        check_labels(everything.gates, form["labels"])
+        check_figures(everything.gates, form["labels"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
         refuse_what_is_not_there(everything, load_prompt(args.dataset))
+        try_metrics(everything, args.dataset)
         context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)

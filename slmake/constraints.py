@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slmake import json_schemas
 from slmake.errors import UserError
-from slmake.generation import Exported
+from slmake.generation import Exported, Sampling
 from slmake.tool_calls import CallForm, json_guidance
 
 MISSING = {
@@ -66,6 +66,19 @@ def tool_guidance(model: Exported, tools: list[dict] | None, where: str) -> tupl
         return CallForm.of(model).guidance(model, tools, optional=True)
     except ValueError as error:
         raise UserError(f"{where}: tools: {error}") from None
+
+
+def refuse_unfollowed(model: Exported, chosen: tuple[str, str] | None, where: str) -> None:
+    """Let the runtime make some guidance, without asking.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        model.generator([0], 1, Sampling(guidance=chosen))
+    except ValueError as error:
+        reason = str(error).rstrip(".:")  # a first line of several may end so
+        raise UserError(f"{where}: {reason}. Write it in another way, or set it to none.") from None
 
 
 def tokens_needed(constraint: str | dict[str, str], form: dict) -> int:

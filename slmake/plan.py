@@ -21,7 +21,7 @@ WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change 
 SECTIONS = {
     "rehearse": [
         *("rehearse", "finetune", "merge", "quantize", "all.stages"),
-        *("evaluate.constrain", "evaluate.metrics", "gates.checks", "package.constrain"),
+        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "gates.checks", "package.constrain"),
     ],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],

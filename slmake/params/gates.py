@@ -27,6 +27,10 @@ OF_ROWS = (
     "outside_labels",
     "answer_perplexity",
 )  # of rows with expected answers; also per_class.…
+OF_LABELS = (  # of a classification only; also per_class.…
+    *("macro_f1", "outside_labels", "restricted_accuracy", "restricted_macro_f1", "constrained_macro_f1"),
+)
+OF_OPEN_TEXT = ("rouge_l", "constrained_rouge_l", "sampled_rouge_l")
 OF_TEXTS = ("perplexity",)  # of the fixed texts, where there is no dataset
 METRICS = (*OF_ROWS, *OF_TEXTS, "size_bytes", *PARITY, *TIMINGS)
 PER_CLASS = ("precision", "recall", "f1")

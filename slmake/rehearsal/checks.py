@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
-from slmake import cli, outputs, params
+from slmake import cli, constraints, outputs, params
 from slmake.errors import UserError
 from slmake.export.families import mixture_of_experts, unsupported
+from slmake.prompts import load_prompt
 from slmake.rehearsal import chain, twin
+from slmake.scoring import answer_metrics, constrained, onnx_runner
+from slmake.scoring.questions import TUNING, Questions
 
 LONGEST = 8192  # tokens of the longest prompt that is tried
 
@@ -48,7 +51,47 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
         job.say("its adapter merges")
     if "quantize" in stages:
         checks["export"] = compare_export(everything, base, model, dataset, scratch, job)
+        try_constraints(everything, dataset, scratch / "asked")
     return checks
+
+
+def try_metrics(everything: params.Params, dataset: Path) -> None:
+    """Score the expected answers as if they were given, by all metrics but the user's own functions, which may take long.
+
+    Raises:
+        UserError: a metric has nothing to say of the rows that will be asked, or an error on one.
+    """
+    stages, search = everything.all.stages, everything.quantize.search
+    built_in = [metric for metric in everything.evaluate.answer_metrics if metric.kind]
+    asked = [(everything.evaluate.max_samples, ("test",))] if "evaluate" in stages else []
+    asked += [(search.rows, TUNING)] if search and "quantize" in stages else []
+    for limit, splits in asked if built_in else ():
+        questions = Questions(dataset, limit, splits)
+        answer_metrics.values_of(built_in, questions, questions.expected)
+
+
+def try_constraints(everything: params.Params, dataset: Path, exported: Path) -> None:
+    """Let the runtime make the guidance that `evaluate.constrain` and `package.constrain` ask for.
+
+    Args:
+        exported: the twin's export, whose tokenizer is that of the real one.
+
+    Raises:
+        UserError: it cannot follow one of them.
+    """
+    evaluate, package = (
+        getattr(everything, stage).constrain if stage in everything.all.stages else "none"
+        for stage in ("evaluate", "package")
+    )
+    if evaluate == package == "none":
+        return
+    form = load_prompt(dataset)
+    model = onnx_runner.load(exported, form)
+    if evaluate != "none":
+        constrained.refuse_unfollowed(model, evaluate, Questions(dataset, everything.evaluate.max_samples))
+    if package != "none":
+        model.form = constraints.constrained(form, package, lambda _: model)
+        constraints.refuse_unfollowed(model, model.sampling.guidance, "package.constrain")
 
 
 def compare_export(

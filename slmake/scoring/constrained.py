@@ -1,5 +1,6 @@
 """The exported model's answers when guidance holds them to a constraint, beside its free ones."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slmake import cli
+from slmake import cli, constraints
 from slmake.constraints import guidance, tokens_needed, tool_guidance
 from slmake.errors import UserError
 from slmake.generation import Exported
@@ -39,18 +40,13 @@ def ask(
     Raises:
         UserError: the constraint cannot be made into guidance, or the tokenizer cannot write what it asks for.
     """
-    plain, by_tools = guidance(constraint, questions.form, WHERE), {}
+    held = guidance_of_rows(model, constraint, questions)
     new_tokens = max(new_tokens, tokens_needed(constraint, questions.form))
     texts, waits = [], []
     try:
         with job.progress(questions.scored, f"rows of {name}, constrained") as bar:
             for i in [*range(min(WARM_UP, questions.scored)), *range(questions.scored)]:
-                chosen = plain
-                if constraint == "tools":
-                    tools = json.dumps(questions.tools[i])
-                    if tools not in by_tools:
-                        by_tools[tools] = tool_guidance(model, questions.tools[i], WHERE)
-                    chosen = by_tools[tools]
+                chosen = held(i)
                 prompt = questions.runtime_prompt(model, i)
                 row, sampling = OnnxRow(len(prompt)), replace(model.sampling, guidance=chosen)
                 texts.append(model.decode(model.generate(prompt, new_tokens, row.look, sampling=sampling)))
@@ -64,6 +60,32 @@ def ask(
     return Constrained(
         texts[-questions.scored :], {f"constrained_{key}": value for key, value in timings.items()}, valid
     )
+
+
+def guidance_of_rows(
+    model: Exported, constraint: str | dict[str, str], questions: Questions
+) -> Callable[[int], tuple[str, str] | None]:
+    """What gives the guidance of a row: the same for all rows, or for those with the same tools.
+
+    Raises:
+        UserError: the constraint cannot be made into guidance; of tools when a row is asked for.
+    """
+    plain = guidance(constraint, questions.form, WHERE)
+    by_tools = functools.cache(lambda tools: tool_guidance(model, json.loads(tools), WHERE))
+    return lambda i: by_tools(json.dumps(questions.tools[i])) if constraint == "tools" else plain
+
+
+def refuse_unfollowed(model: Exported, constraint: str | dict[str, str], questions: Questions) -> None:
+    """Let the runtime make the guidance of all rows, without asking them.
+
+    Raises:
+        UserError: it cannot, or a row's tools have schemas that cannot be checked.
+    """
+    if constraint == "tools":
+        refuse_uncheckable(questions)
+    held = guidance_of_rows(model, constraint, questions)
+    for chosen in dict.fromkeys(map(held, range(questions.scored))):
+        constraints.refuse_unfollowed(model, chosen, WHERE)
 
 
 def refuse_uncheckable(questions: Questions) -> None:

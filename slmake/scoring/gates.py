@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slmake import outputs, params
 from slmake.errors import UserError
-from slmake.params.gates import OF_TEXTS, PARITY, TIMINGS
+from slmake.params.gates import OF_LABELS, OF_OPEN_TEXT, OF_TEXTS, PARITY, TIMINGS
 from slmake.text import columns
 
 MODELS = ("base", "adapter", "merged", "int4", "int8", "fp16", "fp32")  # in the order they are made
@@ -80,13 +80,20 @@ def advice(entry: dict, metrics: dict) -> str:
     )
 
 
-def check_labels(section: params.Gates, labels: list[str] | None) -> None:
-    """Raise UserError if a gate is on the figure of a label that the dataset does not have.
+def check_figures(section: params.Gates, labels: list[str] | None) -> None:
+    """Raise UserError if a gate is on a figure that answers of this dataset do not have, or on that of a label that is not there.
 
     Args:
         labels: the dataset's; None for open text.
     """
     for name, gate in section.every().items():
+        if gate.metric in (OF_OPEN_TEXT if labels else OF_LABELS):
+            kinds = ("open text", "a classification")
+            of, here = kinds if labels else kinds[::-1]
+            instead = "accuracy or macro_f1" if labels else "accuracy or rouge_l, or set prepare.labels"
+            raise UserError(
+                f"gates.{name}: {gate.metric} is a figure of {of}, and the dataset is {here}. Bound {instead}, or take the gate out."
+            )
         if gate.metric.startswith("per_class."):
             _figure(
                 name,

@@ -19,6 +19,7 @@ COLUMNS = (
     "labels",
     *("turns", "tools", "rows", "row_answers", "row_lengths"),  # not in every dataset
 )
+TUNING = ("eval", "train")  # splits of the rows by which quantize.search chooses, never those of test
 COMPARED = 512  # largest number of prompts whose logits parity compares, so that a large test split fits into memory
 
 

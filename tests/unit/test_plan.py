@@ -236,11 +236,12 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         ("evaluate", {"constrain": "labels"}, {"rehearse", "evaluate", "package"}),
         ("package", {"constrain": "labels"}, {"rehearse", "package"}),
         ("evaluate", {"metrics": ["json_valid"]}, {"rehearse", "evaluate", "package"}),
+        ("evaluate", {"max_samples": 7}, {"rehearse", "evaluate", "package"}),
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
         ("all", {"stages": ["rehearse", "finetune", "merge"]}, {"rehearse"}),
     ],
-    ids=["onto", "answers", "packaged answers", "metrics", "seed", "gate", "stages"],
+    ids=["onto", "answers", "packaged answers", "metrics", "rows", "seed", "gate", "stages"],
 )
 def test_a_parameter_reruns_the_rules_that_read_it(plan, section, changes, rerun):
     method = {"finetune": {"method": "qlora"}}
@@ -264,6 +265,7 @@ def test_a_package_is_of_every_section_that_its_provenance_names(plan):
 @pytest.mark.parametrize(
     ("section", "fields", "expected"),
     [
+        ("evaluate", {"max_samples": 7}, {"rehearse", "evaluate", "package"}),
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
         ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "merge", "package", "report"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),

@@ -9,7 +9,7 @@ from tiny import make_model, write_params
 
 from slmake import model_folder, params
 from slmake.errors import UserError
-from slmake.rehearsal import chain, estimate, twin
+from slmake.rehearsal import chain, checks, estimate, twin
 from slmake.rehearsal.estimate import Need
 
 
@@ -167,3 +167,37 @@ def test_a_metric_that_cannot_be_used_is_refused_before_anything_runs(
     assert reason in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="it began"):  # a build that scores nothing does not ask for it
         rehearse(tmp_path, base, dataset, evaluate={"metrics": [metric]}, all={"stages": ["rehearse", "finetune"]})
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        (
+            {"numeric": 0.5},
+            r"evaluate\.metrics: numeric on row \d+ \(answer '\w+'\): the expected answer holds no number",
+        ),
+        ("tool_name", "evaluate.metrics: tool_name has nothing to score in any row. Take it out."),
+    ],
+)
+def test_a_metric_that_no_answer_could_meet_is_refused(tmp_path, dataset, metric, reason):
+    """On the rows that are asked: of evaluate, and of the search of quantize."""
+    quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
+    search = {"search": {"budget": 2, "rows": 8, "int8_nodes": [[], ["*/attn/*"]]}}
+    evaluate = {"evaluate": {"metrics": ["contains", metric]}}
+
+    def tried(stages: list[str], **sections: dict) -> None:
+        file = write_params(tmp_path / "params.yaml", all={"stages": ["rehearse", *stages]}, **sections)
+        checks.try_metrics(params.load(file), dataset)
+
+    for stages, more in ((["evaluate"], {}), (["quantize"], search)):
+        with pytest.raises(UserError, match=reason):
+            tried(stages, quantize=quantize | more, **evaluate)
+        tried(stages, quantize=quantize | more, evaluate={"metrics": ["contains", "json_valid", {"regex": "[a-z]+"}]})
+    tried(["quantize"], quantize=quantize, **evaluate)  # nothing is scored
+
+
+def test_a_function_of_ones_own_is_not_run(tmp_path, dataset, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def fails(prompt, expected, answer): return 1 / 0\n", encoding="utf-8")
+    file = write_params(tmp_path / "params.yaml", evaluate={"metrics": ["mine.py:fails"]})
+    checks.try_metrics(params.load(file), dataset)

@@ -12,6 +12,7 @@ from scripts import evaluate
 from slmake import params
 from slmake.constraints import constrained, guidance
 from slmake.errors import UserError
+from slmake.rehearsal import checks
 
 FORM = {"labels": ["joy", "a.b c"], "prompt": "x"}
 QUANTIZE = {"precision": "fp32", "calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
@@ -93,6 +94,31 @@ def test_an_answer_that_is_cut_is_not_valid(tmp_path, dataset, onnx):
 def test_what_the_runtime_cannot_follow_is_refused(tmp_path, dataset, onnx, refused, constraint, reason):
     assert reason in refused(run, tmp_path, dataset, onnx, constrain=constraint, max_new_tokens=12)
     assert not (tmp_path / "metrics.json").exists()
+
+
+UNFOLLOWED = [{"uniqueItems": True}, {"not": {}}, {"if": {}}, {"oneOf": [{"type": "object"}, {}]}]
+UNFOLLOWED += [{"type": "string", "format": "uri"}]
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "package"])
+def test_rehearse_refuses_what_the_runtime_cannot_follow(tmp_path, dataset, onnx, stage):
+    def tried(constraint: str | dict, **sections: dict) -> None:
+        given = {stage: {"constrain": constraint}} | sections
+        file = write_params(tmp_path / "params.yaml", **given, quantize=QUANTIZE)
+        checks.try_constraints(params.load(file), dataset, onnx)
+
+    schema = {"json_schema": str(tmp_path / "schema.json")}
+    for part in UNFOLLOWED:
+        given = {"type": "object", "properties": {"a": part}}
+        (tmp_path / "schema.json").write_text(json.dumps(given), encoding="utf-8")
+        with pytest.raises(UserError, match=f"{stage}.constrain: answers cannot be held to this json_schema: .*or set"):
+            tried(schema)
+    with pytest.raises(UserError, match=f"{stage}.constrain: answers cannot be held to this regex: .*or set it to"):
+        tried({"regex": "(?!x)[a-z]+"})
+    tried({"regex": "(?!x)[a-z]+"}, all={"stages": ["rehearse", "finetune", "merge", "quantize"]})  # asks nobody
+    (tmp_path / "schema.json").write_text('{"properties": {"a": {"multipleOf": 0.01}}}', encoding="utf-8")
+    for constraint in ("none", "labels", {"regex": "[a-z]+"}, schema):
+        tried(constraint)
 
 
 @pytest.mark.parametrize(

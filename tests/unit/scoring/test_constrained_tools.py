@@ -16,6 +16,7 @@ from slmake import generation, params
 from slmake.constraints import constrained
 from slmake.errors import UserError
 from slmake.generation import Sampling
+from slmake.rehearsal import checks
 from slmake.scoring.constrained import calls_fit
 from slmake.tool_calls import CallForm
 
@@ -226,6 +227,34 @@ def test_rehearse_refuses_what_the_dataset_does_not_have(stage, constraint, tmp_
     with pytest.raises(UserError, match=f"{stage}.constrain: {constraint}: the dataset"):
         rehearse.refuse_what_is_not_there(params.load(file), form)
     rehearse.refuse_what_is_not_there(params.load(file), {"labels": ["joy"], "tools": []})
+
+
+@pytest.mark.parametrize(
+    ("city", "reasons"),
+    [
+        ({"minItems": 1}, {}),
+        (
+            {"uniqueItems": True},
+            dict.fromkeys(["evaluate", "package"], "answers cannot be held to this lark_grammar: "),
+        ),
+        (
+            {"pattern": "^(a|a)*$"},
+            {"evaluate": "tools: the parameters of 'weather' are no JSON Schema that can be checked"},
+        ),
+    ],
+)
+def test_rehearse_tries_the_tools_of_the_dataset(tmp_path, chat_base, onnx, city, reasons):
+    parameters = {"type": "object", "properties": {"city": city}}
+    dataset = prepared(
+        tmp_path, chat_base, [[{"type": "function", "function": {"name": "weather", "parameters": parameters}}]]
+    )
+    for stage in ("evaluate", "package"):
+        checked = params.load(write_params(tmp_path / "params.yaml", **{stage: {"constrain": "tools"}}))
+        if stage in reasons:
+            with pytest.raises(UserError, match=rf"{stage}\.constrain: {reasons[stage]}"):
+                checks.try_constraints(checked, dataset, onnx)
+        else:
+            checks.try_constraints(checked, dataset, onnx)
 
 
 @pytest.mark.parametrize("constraint", ["labels", "tools"])

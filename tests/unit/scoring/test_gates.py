@@ -399,6 +399,18 @@ def test_a_gate_on_a_label_that_no_row_has_is_found_before_training(labels, refu
     section = params.Gates(checks=[params.Gate(metric="per_class.joy.f1", minimum=0.5)])
     if refused:
         with pytest.raises(UserError, match=r"gates\.checks\[0\]: no label `joy`"):
-            gates.check_labels(section, labels)
+            gates.check_figures(section, labels)
     else:
-        gates.check_labels(section, labels)
+        gates.check_figures(section, labels)
+
+
+@pytest.mark.parametrize("of", ["labels", "text"])
+def test_a_gate_on_a_figure_of_other_answers_is_found_before_training(of):
+    of_labels = ["macro_f1", "outside_labels", "restricted_accuracy", "constrained_macro_f1"]
+    figures = {"labels": of_labels, "text": ["rouge_l", "constrained_rouge_l", "sampled_rouge_l"]}
+    here, other = (["joy"], None) if of == "labels" else (None, ["joy"])
+    for metric in figures[of]:
+        section = params.Gates(min_accuracy=0.5, checks=[params.Gate(metric=metric, minimum=0.5)])
+        gates.check_figures(section, here)
+        with pytest.raises(UserError, match=rf"gates\.checks\[0\]: {metric} is a figure of .* Bound accuracy or"):
+            gates.check_figures(section, other)

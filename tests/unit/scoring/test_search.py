@@ -11,7 +11,7 @@ from slmake import params
 from slmake.errors import UserError
 from slmake.export import proposals
 from slmake.scoring import selection
-from slmake.scoring.questions import Questions
+from slmake.scoring.questions import TUNING, Questions
 
 MANY = {
     "algo_config": ["default", "rtn", "k_quant"],
@@ -218,7 +218,7 @@ def test_candidates_are_built_measured_and_the_winner_taken_over(tmp_path, base,
     zero, one = measure("0", *reference), measure("1", *reference)
     assert merged["rows"] == 20
     test_rows = set(Questions(dataset).rows)
-    assert not test_rows & set(Questions(dataset, 20, candidate.SPLITS).rows)
+    assert not test_rows & set(Questions(dataset, 20, TUNING).rows)
     assert [found["options"]["block_size"] for found in (zero, one)] == [16, 32]
     assert zero["metrics"]["size_bytes"] > one["metrics"]["size_bytes"]
     assert 0 < zero["parity"]["kl_mean"] < one["parity"]["kl_mean"] * 1.5
