@@ -65,20 +65,41 @@ class Conversation(NamedTuple):
         return "\n".join(said)
 
 
-def read_conversation(turns: object, tools: object = None, train_on: str = "all") -> Conversation:
+def special_tokens(tokenizer) -> dict[int, str]:
+    """The texts of a tokenizer's special tokens, which the runtime leaves out of an answer, by their numbers."""
+    added = tokenizer.added_tokens_decoder
+    return {number: token.content for number, token in added.items() if token.special and token.content}
+
+
+def without_closing(answer: str, special: tuple[str, ...]) -> str:
+    """An answer without the special tokens at its end, which close it and are no part of its text, as the runtime gives it.
+
+    Args:
+        special: texts of the tokenizer's special tokens, none of them empty.
+    """
+    kept = answer.rstrip()
+    while kept.endswith(special):
+        answer = kept = kept.removesuffix(next(filter(kept.endswith, special))).rstrip()
+    return answer
+
+
+def read_conversation(
+    turns: object, tools: object = None, train_on: str = "all", special: tuple[str, ...] = ()
+) -> Conversation:
     """Check a row's turns and tools.
 
     Args:
         turns: a list of messages; `content` is text, a list of parts of type text, or absent beside `tool_calls`.
         tools: a list of JSON schemas, the same as JSON text, or None.
         train_on: `all` or `last`; `train: false` or `weight: 0` leaves an assistant's turn out.
+        special: texts of the tokenizer's special tokens. The chat template closes the assistant's turns, so those at their end go.
 
     Raises:
         ValueError: what is wrong, as the end of a sentence that begins with the field's name.
     """
     if not isinstance(turns, list) or not turns:
         raise ValueError("is not a list of messages")
-    read = [_turn(number, turn) for number, turn in enumerate(turns, 1)]
+    read = [_turn(number, turn, special) for number, turn in enumerate(turns, 1)]
     if read[-1]["role"] != "assistant":
         raise ValueError("does not end with the assistant's turn")
     if _is_empty(read[-1]):
@@ -104,7 +125,7 @@ def read_conversation(turns: object, tools: object = None, train_on: str = "all"
     return Conversation(read, schemas, trained)
 
 
-def _turn(number: int, turn: object) -> dict:
+def _turn(number: int, turn: object, special: tuple[str, ...]) -> dict:
     """One turn with text as content, without the keys that say whether it is trained."""
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise ValueError(WITHOUT_TEXT)
@@ -125,6 +146,8 @@ def _turn(number: int, turn: object) -> dict:
         if not kept["tool_calls"]:
             del kept["tool_calls"]
     kept["content"] = _content(number, kept.get("content", "" if "tool_calls" in kept else None))
+    if role == "assistant":
+        kept["content"] = without_closing(kept["content"], special)
     return kept
 
 

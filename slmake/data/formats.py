@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from slmake import params
 from slmake.data.chat import ChatTemplate
-from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, special_tokens
+from slmake.data.conversation import special_tokens
+from slmake.data.template import Conversations, FieldTemplate, PromptTemplate
 from slmake.errors import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}

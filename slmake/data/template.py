@@ -3,14 +3,13 @@
 import difflib
 import json
 import math
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from slmake import params, prompts
 from slmake.data.chat import Answer, ChatTemplate
-from slmake.data.conversation import HALF_PAIR, Conversation, read_conversation
+from slmake.data.conversation import HALF_PAIR, Conversation, read_conversation, special_tokens, without_closing
 from slmake.data.store import Row
 from slmake.errors import UserError
 
@@ -55,8 +54,7 @@ class FieldTemplate(PromptTemplate):
 
     Args:
         convert: makes the template's fields of a row's; ValueError where it cannot.
-        special: texts of the tokenizer's special tokens. At the end of an answer they close it, and are not part of its text, as the runtime
-            gives it.
+        special: texts of the tokenizer's special tokens (see `without_closing`).
     """
 
     def __init__(
@@ -67,8 +65,7 @@ class FieldTemplate(PromptTemplate):
         special: Iterable[str] = (),
     ):
         self.labels, self.chat, self.convert = section.labels, chat, convert
-        closing = "|".join(map(re.escape, filter(None, special))) or "(?!)"
-        self.closing = re.compile(rf"\s*(({closing})\s*)+$")
+        self.special = tuple(special)
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -136,7 +133,7 @@ class FieldTemplate(PromptTemplate):
                 )
             elif not prompts.encodes(value):
                 problems.append(f"field `{name}` {HALF_PAIR}")
-            elif name == self.answer and not self.closing.sub("", value).strip():
+            elif name == self.answer and not without_closing(value, self.special).strip():
                 problems.append(f"field `{name}` is an empty answer")
         return problems
 
@@ -148,9 +145,11 @@ class FieldTemplate(PromptTemplate):
             text = label_text(values[key])
             values[key] = label_of(text, self.labels) if self.labels else text
         own = "\n".join(values[name] for name in self.prompt_fields)
-        answer = self.said.format(**values)
-        answer = self.closing.sub("", answer if self.chat else answer.rstrip("\n"))
-        return self.head.format(**values), answer, own if self.prompt_fields else answer, self.tail.format(**values)
+        said, tail = self.said.format(**values), self.tail.format(**values)
+        answer = without_closing(said if self.chat else said.rstrip("\n"), self.special)
+        if self.chat:  # which closes the answer itself
+            tail = tail.replace(said, answer, 1)
+        return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
 
     def inference(self) -> dict:
         written = {
@@ -180,6 +179,7 @@ class Conversations(PromptTemplate):
             )
         self.name, self.chat, self.train_on, self.fields = name, chat, train_on, [name]
         self.turns_of = turns_of or (lambda row: field(row, name))
+        self.special = tuple(special_tokens(chat.tokenizer).values())
 
     def conversation(self, row: dict) -> Conversation:
         """The conversation of a row.
@@ -187,7 +187,7 @@ class Conversations(PromptTemplate):
         Raises:
             ValueError: what is wrong with it.
         """
-        return read_conversation(self.turns_of(row), row.get("tools"), self.train_on)
+        return read_conversation(self.turns_of(row), row.get("tools"), self.train_on, self.special)
 
     def problems(self, row: dict) -> list[str]:
         if field(row, self.name) is None:
@@ -227,11 +227,6 @@ class Conversations(PromptTemplate):
                 "trimmed_roles": self.chat.trimmed_roles(),
             },
         }
-
-
-def special_tokens(tokenizer) -> dict[int, str]:
-    """The texts of a tokenizer's special tokens, which the runtime leaves out of an answer, by their numbers."""
-    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def field(row: dict, name: str) -> object:

@@ -11,9 +11,9 @@ import numpy as np
 
 from slmake import params
 from slmake.data.chat import Answer
-from slmake.data.conversation import Conversation
+from slmake.data.conversation import Conversation, special_tokens
 from slmake.data.store import Row
-from slmake.data.template import SHOWN, PromptTemplate, special_tokens
+from slmake.data.template import SHOWN, PromptTemplate
 from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out

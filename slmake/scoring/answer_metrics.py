@@ -116,9 +116,8 @@ def tool_arguments(prompt: str, expected: str, answer: str) -> float | None:
 def read_json(answer: str) -> tuple[Any] | None:
     """The document in an answer as a tuple of one, since `null` is a document, too; None for no document."""
     text = answer.strip()
-    if block := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.DOTALL):
-        text = block[1]
-
+    if block := re.fullmatch(r"```(?:json)?[^\S\n]*\n(.*)```", text, re.DOTALL):
+        text = block[1].strip()
     try:
         return (parse_json(text),)
     except (ValueError, RecursionError):

@@ -3,10 +3,11 @@
 from collections import Counter
 
 import pytest
-from prepared import END, TEMPLATE, WHOLE, flat, write_rows
+from prepared import CHAT, END, TEMPLATE, WHOLE, flat, write_rows
 from tiny import make_rows
 
 from slmake.data import tokenize
+from slmake.data.conversation import without_closing
 
 
 def test_loss_is_on_the_answer_only(build, tokenizer):
@@ -38,6 +39,50 @@ def test_what_closes_the_template_is_not_part_of_the_answer(build, closing):
     for built in (in_template, build(rows, name="rows", text_template=TEMPLATE)):
         assert {example["answer"] for example in built.train} == {"joy", "fear", "sadness", "surprise"}
         assert built.prompt["labels"] == ["fear", "joy", "sadness", "surprise"]
+
+
+@pytest.mark.parametrize("layout", ["templates", "messages", "alpaca"])
+def test_what_closes_the_answers_of_a_chat_is_trained_once(build, tokenizer, layout):
+    """The chat template closes an answer: an end token that the rows bring, too, would be learned twice and expected of the runtime."""
+
+    def rows(closing: str) -> list[dict]:
+        given = [row | {"tone": row["tone"] + closing} for row in make_rows(24)]
+        if layout == "templates":
+            return given
+        if layout == "alpaca":
+            return [{"instruction": row["phrase"], "output": row["tone"]} for row in given]
+        return [
+            {"messages": [{"role": "user", "content": row["phrase"]}, {"role": "assistant", "content": row["tone"]}]}
+            for row in given
+        ]
+
+    turns = [{"role": "user", "content": "{phrase}"}, {"role": "assistant", "content": "{tone}"}]
+    fields = {**CHAT, **WHOLE, "messages": turns if layout == "templates" else None}
+    plain, closed = build(rows(""), name="plain", **fields), build(rows(" <|end|><|end|>\n"), **fields)
+    assert closed.train == plain.train
+    assert [example["answer"] for example in closed.train] == [row["tone"] for row in make_rows(24)]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("joy</s> <pad>\n", "joy"),
+        ("joy </s>", "joy"),
+        ("a</s>b \n", "a</s>b \n"),
+        ("</s>", ""),
+        (" ", " "),
+        ("joy\u00a0</s>", "joy"),
+    ],
+)
+def test_only_what_closes_an_answer_goes(text, answer):
+    assert without_closing(text, ("<pad>", "</s>")) == answer
+    assert without_closing(text, ()) == text
+
+
+@pytest.mark.timeout(20)
+def test_long_white_space_in_an_answer_takes_no_time():
+    text = "a" + " " * 10**6 + "b"
+    assert without_closing(text + "</s>" * 1000, ("</s>",)) == text
 
 
 def test_answer_starts_at_the_named_field(build, tokenizer):

@@ -49,13 +49,21 @@ def test_json_valid():
         '{"a": [1, null]}',
         " null ",
         '```json\n{"a": 1}\n```',
+        '```  \n\n{"a": 1}\n\n```',
+        '```json {"a": 1}\n```',
         "{'a': 1}",
         '{"a": NaN}',
         '{"a": 1} done',
         "[" * 9999,
         "",
     ]
-    assert scored("json_valid", "{}", *answers) == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert scored("json_valid", "{}", *answers) == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.timeout(20)
+def test_a_long_run_of_line_ends_takes_no_time():
+    lines = "\n" * 10**6
+    assert scored("json_valid", "{}", f"```{lines}x", f"```{lines}{{}}{lines}```") == [0, 1]
 
 
 @pytest.mark.parametrize("answer", ['{"price": 1e999}', '{"price": 1%s}' % ("0" * 5000), "[" * 300 + "]" * 300])
