@@ -14,6 +14,8 @@ REASONING = (
 )  # fields that some templates write before an answer, and some drop
 ROLES = ("system", "user", "assistant", "tool")
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
+FLAGS = ("train", "loss", "weight")  # of a turn: whether it is trained; `loss` is ms-swift's
+MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
 WITHOUT_TEXT = "has a message without text in `role` and `content`"
 
 
@@ -83,6 +85,24 @@ def without_closing(answer: str, special: tuple[str, ...]) -> str:
     return answer
 
 
+def refuse_unread(row: dict) -> None:
+    """Refuse a field of a row of chats or instructions that changes what must be trained, and that is not read.
+
+    Raises:
+        ValueError: what is wrong, as the end of a sentence that begins with the answer's field.
+    """
+    for name in MARKS:
+        if row.get(name) is False:
+            raise ValueError(
+                f"stands beside `{name}`: false, which marks a bad answer (KTO), and would be trained. Remove such rows, or the field "
+                f"`{name}` where it means something else"
+            )
+    if row.get("functions"):
+        raise ValueError(
+            "stands beside `functions`, the old form of `tools`. Write them as `tools`, and each `function_call` as `tool_calls`"
+        )
+
+
 def read_conversation(
     turns: object, tools: object = None, train_on: str = "all", special: tuple[str, ...] = ()
 ) -> Conversation:
@@ -91,7 +111,7 @@ def read_conversation(
     Args:
         turns: a list of messages; `content` is text, a list of parts of type text, or absent beside `tool_calls`.
         tools: a list of JSON schemas, the same as JSON text, or None.
-        train_on: `all` or `last`; `train: false` or `weight: 0` leaves an assistant's turn out.
+        train_on: `all` or `last`; `train: false`, `loss: false` or `weight: 0` leaves an assistant's turn out.
         special: texts of the tokenizer's special tokens. The chat template closes the assistant's turns, so those at their end go.
 
     Raises:
@@ -114,7 +134,7 @@ def read_conversation(
     trained = [number for number in chosen if _is_trained(number + 1, turns[number])]
     if not trained:
         raise ValueError(
-            "has no turn to train on: `train` or `weight` leaves out every answer that prepare.train_on asks for"
+            "has no turn to train on: `train`, `loss` or `weight` leaves out every answer that prepare.train_on asks for"
         )
     schemas = read_tools(tools)
     number = json_values.unlike([schemas, [turn.get("tool_calls") for turn in read]])
@@ -136,12 +156,14 @@ def _turn(number: int, turn: object, special: tuple[str, ...]) -> dict:
         raise ValueError(
             f"has {thought} in turn {number}, which chat templates treat differently; write it into content, as the model shall write it"
         )
-    kept = {key: value for key, value in turn.items() if value is not None and key not in ("train", "weight")}
+    if turn.get("function_call"):
+        raise ValueError(f"has function_call in turn {number}, the old form of tool calls; write it as tool_calls")
+    kept = {key: value for key, value in turn.items() if value is not None and key not in FLAGS}
     if "tool_calls" in kept:
         if role != "assistant":
             raise ValueError(f"has tool_calls in turn {number}, of the {role}; only the assistant calls tools")
         kept["tool_calls"] = [
-            _call(number, call) for call in _listed(kept["tool_calls"], f"tool_calls in turn {number}")
+            _call(number, call) for call in listed(kept["tool_calls"], f"tool_calls in turn {number}")
         ]
         if not kept["tool_calls"]:
             del kept["tool_calls"]
@@ -186,8 +208,12 @@ def _parsed(text: str, what: str) -> object:
         raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
 
 
-def _listed(value: object, what: str) -> list:
-    """A list, also of its JSON text."""
+def listed(value: object, what: str) -> list:
+    """A list, also of its JSON text.
+
+    Raises:
+        ValueError: it is neither.
+    """
     value = _parsed(value, f"{what} as text that is") if isinstance(value, str) else value
     if not isinstance(value, list):
         raise ValueError(f"has {what} that are not a list")
@@ -202,7 +228,7 @@ def read_tools(tools: object) -> list[dict] | None:
     """
     if tools is None or tools == "":
         return None
-    schemas = _listed(tools, "`tools`")
+    schemas = listed(tools, "`tools`")
     for number, schema in enumerate(schemas, 1):
         function = schema.get("function", schema) if isinstance(schema, dict) else None
         given = function if isinstance(function, dict) else {}
@@ -234,9 +260,10 @@ def _check_order(turns: list[dict]) -> None:
 
 
 def _is_trained(number: int, turn: dict) -> bool:
-    train, weight = turn.get("train"), turn.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise ValueError(f"has {train!r} as `train` in turn {number}; it is true or false")
+    weight = turn.get("weight")
+    for flag in ("train", "loss"):
+        if not isinstance(turn.get(flag), bool | None):
+            raise ValueError(f"has {turn[flag]!r} as `{flag}` in turn {number}; it is true or false")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise ValueError(f"has {weight!r} as `weight` in turn {number}; it is 0 or 1")
-    return train is not False and weight != 0
+    return turn.get("train") is not False and turn.get("loss") is not False and weight != 0

@@ -3,7 +3,7 @@
 template            any fields; text_template or messages says how they become text
 messages            a list of {role, content, tool_calls}, and `tools` (OpenAI, TRL)
 sharegpt            `conversations`: a list of {from, value}, and `tools` (ShareGPT, LLaMA-Factory)
-alpaca              `instruction`, an optional `input`, `output`, an optional `system` (Stanford Alpaca)
+alpaca              `instruction`, an optional `input`, `output`, an optional `system` (Stanford Alpaca) and `history` (LLaMA-Factory)
 prompt_completion   `prompt` and `completion`: texts, or lists of {role, content} (TRL)
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from slmake import params
 from slmake.data.chat import ChatTemplate
-from slmake.data.conversation import special_tokens
+from slmake.data.conversation import FLAGS, listed, refuse_unread, special_tokens
 from slmake.data.template import Conversations, FieldTemplate, PromptTemplate
 from slmake.errors import UserError
 
@@ -58,7 +58,7 @@ def prompt_template(
         return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields, special=special)
     if any(isinstance(row.get("prompt"), list) for row in rows):
         return Conversations("completion", chat(), section.train_on, prompt_completion_turns)
-    return FieldTemplate(_with_template(section, PROMPT_COMPLETION), special=special)
+    return FieldTemplate(_with_template(section, PROMPT_COMPLETION), convert=prompt_completion_fields, special=special)
 
 
 def _with_template(section: params.Prepare, template: str) -> params.Prepare:
@@ -111,7 +111,7 @@ def sharegpt_turns(row: dict, column: str) -> object:
     converted = _system(row)
     for turn in turns:
         role, value = turn.get("from"), turn.get("value")
-        flags = {key: turn[key] for key in ("train", "weight") if key in turn}
+        flags = {key: turn[key] for key in FLAGS if key in turn}
         if role == "function_call":  # LLaMA-Factory's: one call as JSON text, or a list of them
             single = isinstance(value, str) and not value.lstrip().startswith("[")
             calls = f"[{value}]" if single else [value] if isinstance(value, dict) else value
@@ -127,8 +127,14 @@ def alpaca_fields(row: dict) -> dict:
     """Instruction with its input, if it has one, and output.
 
     Raises:
-        ValueError: one of them is not text.
+        ValueError: one of them is not text, or there is more in the row that a text cannot hold.
     """
+    refuse_unread(row)
+    _refuse_history(row)
+    return _alpaca(row)
+
+
+def _alpaca(row: dict) -> dict:
     for name, needed in (("instruction", True), ("input", False), ("output", True)):
         if not isinstance(row.get(name), str) and (needed or row.get(name) is not None):
             raise ValueError(f"is there, but `{name}` is not text")
@@ -137,10 +143,32 @@ def alpaca_fields(row: dict) -> dict:
 
 
 def alpaca_turns(row: dict) -> list[dict]:
-    """An instruction as the user's turn and its output as the assistant's; a `system` field is the first turn."""
-    fields = alpaca_fields(row)
-    question = {"role": "user", "content": fields["instruction"]}
-    return [*_system(row), question, {"role": "assistant", "content": fields["output"]}]
+    """An instruction as the user's turn and its output as the assistant's, behind those of `system` and of `history`.
+
+    Raises:
+        ValueError: one of them is not text, or `history` is no list of pairs.
+    """
+    fields, earlier = _alpaca(row), listed(row.get("history") or [], "`history`")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        raise ValueError("has a `history` that is not a list of pairs, the user's text and the assistant's")
+    pairs = [*earlier, [fields["instruction"], fields["output"]]]
+    turns = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return _system(row) + turns
+
+
+def prompt_completion_fields(row: dict) -> dict:
+    """The row, whose prompt and completion are texts.
+
+    Raises:
+        ValueError: there is more in it that a text cannot hold.
+    """
+    refuse_unread(row)
+    _refuse_history(row)
+    return row
 
 
 def prompt_completion_turns(row: dict) -> list:
@@ -153,6 +181,14 @@ def prompt_completion_turns(row: dict) -> list:
         raise ValueError("and `prompt` are not two lists of messages")
     given = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
     return given + row["completion"]
+
+
+def _refuse_history(row: dict) -> None:
+    if row.get("history") and isinstance(row["history"], list):
+        raise ValueError(
+            "stands behind a `history` of earlier turns, which would be lost. Write the rows as `messages`, or use `format: alpaca` and a "
+            "base model with a chat template"
+        )
 
 
 def _system(row: dict) -> list[dict]:

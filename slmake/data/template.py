@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 from slmake import params, prompts
 from slmake.data.chat import Answer, ChatTemplate
-from slmake.data.conversation import HALF_PAIR, Conversation, read_conversation, special_tokens, without_closing
+from slmake.data.conversation import (
+    HALF_PAIR,
+    Conversation,
+    read_conversation,
+    refuse_unread,
+    special_tokens,
+    without_closing,
+)
 from slmake.data.store import Row
 from slmake.errors import UserError
 
@@ -187,6 +194,7 @@ class Conversations(PromptTemplate):
         Raises:
             ValueError: what is wrong with it.
         """
+        refuse_unread(row)
         return read_conversation(self.turns_of(row), row.get("tools"), self.train_on, self.special)
 
     def problems(self, row: dict) -> list[str]:

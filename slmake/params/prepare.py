@@ -96,7 +96,7 @@ class Prepare(Section):
     format: Format = Field(
         "auto",
         description="What the rows are: `template` (any fields; needs `text_template` or `messages`), `messages` (a list of role and content), "
-        "`sharegpt` (`conversations` of from and value), `alpaca` (`instruction`, `input`, `output`), `prompt_completion` (`prompt`, "
+        "`sharegpt` (`conversations` of from and value), `alpaca` (`instruction`, `input`, `output`, `history`), `prompt_completion` (`prompt`, "
         "`completion`). `auto`: by `text_template` or `messages` where one is given, else by the first rows, which is reported.",
     )
     text_template: str | None = Field(
@@ -112,7 +112,7 @@ class Prepare(Section):
     )
     train_on: Literal["all", "last"] = Field(
         "all",
-        description="Conversations: the loss is on every assistant turn, or on the last. `train: false` or `weight: 0` on a turn leaves it out. "
+        description="Conversations: the loss is on every assistant turn, or on the last. `train: false`, `loss: false` or `weight: 0` on a turn leaves it out. "
         "Each answer is learned behind what the model sees before it when it is asked; where a chat template changes earlier turns, as "
         "Qwen3's does, an answer becomes a sequence of its own.",
     )

@@ -72,6 +72,67 @@ def test_prompts_and_completions_as_text(build):
     assert built.prompt["prompt"] == "{prompt}"
 
 
+def test_earlier_turns_of_an_instruction(build, tokenizer):
+    """LLaMA-Factory's `history`: its pairs are turns behind the system's, and their answers are trained, as in any chat."""
+    row = {"instruction": "Do it", "output": "yes", "system": "Be short.", "history": [["First?", "no"], ["So?", "ok"]]}
+    rows = [row, {**row, "history": []}, {**row, "history": None}]
+    first, *others = build(rows, **NONE, **WHOLE).train
+    assert first["prompt"] == (
+        "<|start|>system\nBe short.<|end|>\n<|start|>user\nFirst?<|end|>\n<|start|>assistant\nno<|end|>\n<|start|>user\nSo?<|end|>\n"
+        "<|start|>assistant\nok<|end|>\n<|start|>user\nDo it<|end|>\n<|start|>assistant\n"
+    )
+    assert first["turns"] == [3, 5, 7]
+    assert [example["turns"] for example in others] == [[3], [3]]
+
+
+@pytest.mark.parametrize("history", [[["First?"]], ["First?"], {"a": 1}])
+def test_earlier_turns_that_are_no_pairs(refused, history):
+    message = refused([{"instruction": "Do it", "output": "yes", "history": history}], **NONE)
+    assert "row 1: field `output` has `history`" in message or "field `output` has a `history`" in message
+
+
+@pytest.mark.parametrize("names", [("instruction", "output"), ("prompt", "completion")])
+def test_earlier_turns_that_a_text_cannot_hold(refused, plain, names):
+    row = dict(zip(names, ("Do it", "yes"), strict=True))
+    message = refused([{**row, "history": [["First?", "no"]]}], base=plain, **NONE)
+    assert (
+        f"row 1: field `{names[1]}` stands behind a `history` of earlier turns, which would be lost. Write" in message
+    )
+
+
+TEXTS = [{"prompt": f"Q: {row['phrase']}\nA: ", "completion": row["tone"]} for row in ROWS]
+
+
+@pytest.mark.parametrize("mark", ["label", "kto_tag"])
+@pytest.mark.parametrize("rows", [*LAYOUTS.values(), TEXTS], ids=[*LAYOUTS, "texts"])
+def test_answers_marked_as_bad_are_not_trained(refused, rows, mark):
+    """Rows of preferences (KTO), of which a trainer of answers would learn the bad ones, too."""
+    marked = [{**row, mark: i % 2 == 0} for i, row in enumerate(rows)]
+    message = refused(marked, **NONE)
+    assert "12 bad values in 24 rows" in message
+    assert (
+        f"stands beside `{mark}`: false, which marks a bad answer (KTO), and would be trained. Remove such rows"
+        in message
+    )
+
+
+def test_labels_that_mark_no_bad_answer(build):
+    """Good answers only, other kinds of labels, and truth values that are the answer itself."""
+    for i, label in enumerate([True, "false", 0, None]):
+        rows = [{**row, "label": label} for row in TEXTS[:4] + TEXTS[8:12]]
+        assert len(build(rows, name=f"kept{i}", **NONE, **WHOLE).train) == 8
+    rows = [{"phrase": row["phrase"], "label": i % 2 == 0} for i, row in enumerate(ROWS)]
+    built = build(rows, name="answers", text_template="{phrase}\n{label}", **WHOLE)
+    assert [row["answer"] for row in built.train[:2]] == ["true", "false"]
+
+
+def test_the_old_form_of_tools_is_refused(refused):
+    rows = [{**row, "functions": [{"name": "f", "parameters": {}}]} for row in LAYOUTS["messages"]]
+    assert "row 1: field `messages` stands beside `functions`, the old form of `tools`. Write them" in refused(
+        rows, **NONE
+    )
+
+
 @pytest.mark.parametrize("layout", ["messages", "sharegpt"])
 def test_chats_need_a_chat_template(refused, plain, layout):
     assert "tokenizer has no chat template" in refused(LAYOUTS[layout], base=plain, **NONE)
