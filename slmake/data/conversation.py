@@ -12,7 +12,8 @@ REASONING = (
     "reasoning",
     "thinking",
 )  # fields that some templates write before an answer, and some drop
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES["developer"] = "system"  # as the server reads it
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
 FLAGS = ("train", "loss", "weight")  # of a turn: whether it is trained; `loss` is ms-swift's
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
@@ -149,9 +150,9 @@ def _turn(number: int, turn: object, special: tuple[str, ...]) -> dict:
     """One turn with text as content, without the keys that say whether it is trained."""
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise ValueError(WITHOUT_TEXT)
-    role = turn["role"]
-    if role not in ROLES:
-        raise ValueError(f"has the role {role!r} in turn {number}; known are {', '.join(ROLES)}")
+    if turn["role"] not in ROLES:
+        raise ValueError(f"has the role {turn['role']!r} in turn {number}; known are {', '.join(ROLES)}")
+    role = ROLES[turn["role"]]
     if role == "assistant" and (thought := next((key for key in REASONING if turn.get(key)), None)):
         raise ValueError(
             f"has {thought} in turn {number}, which chat templates treat differently; write it into content, as the model shall write it"
@@ -167,6 +168,7 @@ def _turn(number: int, turn: object, special: tuple[str, ...]) -> dict:
         ]
         if not kept["tool_calls"]:
             del kept["tool_calls"]
+    kept["role"] = role
     kept["content"] = _content(number, kept.get("content", "" if "tool_calls" in kept else None))
     if role == "assistant":
         kept["content"] = without_closing(kept["content"], special)
@@ -251,7 +253,7 @@ def _check_order(turns: list[dict]) -> None:
             raise ValueError(f"has an empty turn of the assistant (turn {number})")
         if role == "system" and before is not None:
             raise ValueError(f"has a system turn behind others (turn {number}); it must be the first")
-        if role == "tool" and not (calls or (before and before["role"] == "tool")):
+        if role == "tool" and (before is None or before["role"] not in ("assistant", "tool")):  # a call may be text
             raise ValueError(f"has a tool's turn (turn {number}) that follows no call of the assistant")
         if role != "tool" and calls:
             raise ValueError(f"has a tool call in turn {number - 1} and no tool's turn behind it")

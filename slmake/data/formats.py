@@ -12,11 +12,12 @@ from collections.abc import Callable
 from slmake import params
 from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import FLAGS, listed, refuse_unread, special_tokens
-from slmake.data.template import Conversations, FieldTemplate, PromptTemplate
+from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, label_text
 from slmake.errors import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 ROLES |= {"model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+ROLES |= {"developer": "system"}
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 PROMPT_COMPLETION = "{prompt}{completion}"
 
@@ -127,7 +128,7 @@ def alpaca_fields(row: dict) -> dict:
     """Instruction with its input, if it has one, and output.
 
     Raises:
-        ValueError: one of them is not text, or there is more in the row that a text cannot hold.
+        ValueError: one of them is not text (an output may be a number), or there is more in the row that a text cannot hold.
     """
     refuse_unread(row)
     _refuse_history(row)
@@ -135,6 +136,7 @@ def alpaca_fields(row: dict) -> dict:
 
 
 def _alpaca(row: dict) -> dict:
+    row = {**row, "output": label_text(row.get("output"))}
     for name, needed in (("instruction", True), ("input", False), ("output", True)):
         if not isinstance(row.get(name), str) and (needed or row.get(name) is not None):
             raise ValueError(f"is there, but `{name}` is not text")

@@ -256,11 +256,12 @@ def test_first_turn_that_is_too_long_alone(prepared, tokenizer):
         ([user("a"), SYSTEM, assistant("b")], "has a system turn behind others (turn 2); it must be the first"),
         ([user("a"), assistant("b"), assistant("c")], "has two turns of the assistant in a row (turns 2 and 3)"),
         ([user("a"), tool("3"), assistant("b")], "has a tool's turn (turn 2) that follows no call of the assistant"),
+        ([tool("3"), assistant("b")], "has a tool's turn (turn 1) that follows no call of the assistant"),
         ([user("a"), call(), user("b"), assistant("c")], "has a tool call in turn 2 and no tool's turn behind it"),
         ([user("a"), assistant(" "), user("b"), assistant("c")], "has an empty turn of the assistant (turn 2)"),
         ([user("a"), assistant("b"), user("c"), assistant("")], "ends with an empty answer"),
         ([user("a"), assistant(None)], "has a message without text in `role` and `content`"),
-        ([user("a"), {"role": "critic", "content": "b"}], "has the role 'critic' in turn 2; known are system, user, assistant, tool"),
+        ([user("a"), {"role": "critic", "content": "b"}], "has the role 'critic' in turn 2; known are system, user, assistant, tool, developer"),
         ([user("a"), call("{part:"), tool("3"), assistant("c")], "has a call of stock in turn 2 whose arguments are not JSON: '{part:'"),
         ([user("a"), call([1]), tool("3"), assistant("c")], "has a call of stock in turn 2 whose arguments are not a JSON object"),
         ([user("a"), assistant("", tool_calls=[{"function": {}}])], "has a tool call without a function's name in turn 2"),
@@ -327,6 +328,27 @@ def test_first_greeting_is_context(prepared, tokenizer):
     (example,) = prepared([[assistant("Hello."), user("a"), assistant("b")]], template=PLAIN).train
     assert learned(tokenizer, example) == ["b" + END]
     assert "Hello." in example["prompt"]
+
+
+def test_calls_written_as_text(prepared, tokenizer):
+    """As Hermes' function calling data has them: the assistant's text is the call, and a tool answers it."""
+    text = '<tool_call>\n{"name": "stock", "arguments": {}}\n</tool_call>'
+    turns = [("human", "Any tubes?"), ("gpt", text), ("tool", "3"), ("tool", "4"), ("gpt", "Seven.")]
+    row = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    (example,) = prepared([row]).train
+    assert learned(tokenizer, example) == [text + END, "Seven." + END]
+
+
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_a_developers_turn_is_a_systems(prepared, names):
+    """As the server reads it."""
+    column, role, content = names
+    rows = [
+        [{role: first, content: "Be short."}, {role: "user", content: "a"}, {role: "assistant", content: "b"}]
+        for first in ("developer", "system")
+    ]
+    developer, system = prepared([{column: row} for row in rows], template=PLAIN).train
+    assert developer["input_ids"] == system["input_ids"]
 
 
 def test_half_a_surrogate_pair():

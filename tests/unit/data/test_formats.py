@@ -57,6 +57,19 @@ def test_inputs_and_system_fields(build):
     assert "<|start|>user\nDo 1\n\nthis<|end|>" in second["prompt"]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_numbers_as_outputs(build, plain, chat):
+    """As text, like the labels of a template."""
+    rows = [{"instruction": f"Do {i}", "output": output} for i, output in enumerate([7, 2.5, True, "yes"])]
+    built = build(rows, **({} if chat else {"base": plain}), **NONE, **WHOLE)
+    assert [row["answer"] for row in built.train] == ["7", "2.5", "true", "yes"]
+
+
+def test_outputs_that_are_no_text(refused):
+    rows = [{"instruction": "Do it", "output": output} for output in ("yes", [1])]
+    assert "row 2: field `output` is there, but `output` is not text" in refused(rows, **NONE)
+
+
 def test_alpaca_without_a_chat_template(build, plain):
     rows = [{"instruction": f"Do {i}", "input": "this" * (i % 2) or None, "output": "yes"} for i in range(8)]
     built = build(rows, base=plain, **NONE, **WHOLE)
