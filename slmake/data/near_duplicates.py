@@ -3,6 +3,8 @@
 Two texts are near duplicates if the Jaccard similarity of their sets of word 3-shingles reaches a threshold. MinHash
 signatures (Broder 1997, "On the resemblance and containment of documents") cut into bands find the candidates; every
 candidate is then checked exactly. With 16 bands of 4 hashes, a pair at similarity 0.8 is missed once in 5,000.
+
+Shingles that most rows share, as those of a long instruction, say nothing about two of them: they are left out.
 """
 
 import functools
@@ -13,12 +15,16 @@ import xxhash
 
 BANDS, WIDTH = 16, 4
 SHINGLE = 3  # words
+FEWEST = 20  # rows, by which it can be told what most of them share
+SAMPLE = 1000  # rows that are looked at for it
+NONE = np.empty(0, np.uint64)
 
 # Scripts written without spaces count by character.
 _words = re.compile(
     r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
 ).findall
-_random = np.random.default_rng(20240229)  # fixed: signatures are no knob
+SEED = 20240229  # fixed: signatures are no knob
+_random = np.random.default_rng(SEED)
 _MULTIPLY = _random.integers(1, 2**63, BANDS * WIDTH, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _ADD = _random.integers(0, 2**63, BANDS * WIDTH, dtype=np.uint64)
 _MIX = _random.integers(1, 2**63, WIDTH, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -29,19 +35,38 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def shingles(text: str) -> np.ndarray:
-    """uint64 [n], sorted and unique: hashes of the word 3-shingles of a text (of all its words, if it has fewer)."""
+def shingles(text: str, common: np.ndarray = NONE) -> np.ndarray:
+    """uint64 [n], sorted and unique: hashes of the word 3-shingles of a text (of all its words, if it has fewer).
+
+    Args:
+        common: shingles that are left out, but for a text that has no others.
+    """
     words = _words(text.casefold())
     if len(words) < SHINGLE:
         parts = [" ".join(words) or normalized(text)]
     else:
         parts = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
-    return np.unique(np.array([xxhash.xxh3_64_intdigest(part.encode()) for part in parts], dtype=np.uint64))
+    found = np.unique(np.array([xxhash.xxh3_64_intdigest(part.encode()) for part in parts], dtype=np.uint64))
+    own = np.setdiff1d(found, common, assume_unique=True) if len(common) else found
+    return own if len(own) else found
 
 
-def band_keys(texts: list[str]) -> np.ndarray:
+def common_shingles(store, split: np.ndarray) -> np.ndarray:
+    """uint64 [n], sorted: shingles that more than half of the rows have, judged by a sample; none where the rows are few."""
+    numbers = np.flatnonzero(split >= 0)
+    if len(numbers) < FEWEST:
+        return NONE
+    if len(numbers) > SAMPLE:
+        numbers = np.sort(np.random.default_rng(SEED).choice(numbers, SAMPLE, replace=False))
+    found, counts = np.unique(
+        np.concatenate([shingles(store.row(number).text) for number in numbers]), return_counts=True
+    )
+    return found[2 * counts > len(numbers)]
+
+
+def band_keys(texts: list[str], common: np.ndarray = NONE) -> np.ndarray:
     """uint64 [texts, BANDS]: texts that share a key in any band are candidates."""
-    sets = [shingles(text) for text in texts]
+    sets = [shingles(text, common) for text in texts]
     starts = np.cumsum([0] + [len(shingle_set) for shingle_set in sets[:-1]])
     flat = np.concatenate(sets)
     keys = np.empty((len(texts), BANDS), dtype=np.uint64)
@@ -112,6 +137,7 @@ class _NearCopies:
 
     def __init__(self, store, split: np.ndarray, heldout: np.ndarray, threshold: float):
         self.store, self.split, self.threshold = store, split, threshold
+        self.common = common_shingles(store, split)
         # Half of each key is enough: every candidate is checked, and a false one is rare.
         self.keys = np.empty((BANDS, len(heldout)), dtype=np.uint32)
         self.owners = np.empty((BANDS, len(heldout)), dtype=np.int32)
@@ -124,11 +150,12 @@ class _NearCopies:
         for band, keys in enumerate(self.keys):
             order = np.argsort(keys, kind="stable")
             self.keys[band], self.owners[band] = keys[order], heldout[order]
-        self._heldout_shingles = functools.lru_cache(maxsize=1024)(lambda number: shingles(store.row(number).text))
+        self._heldout_shingles = functools.lru_cache(maxsize=1024)(
+            lambda number: shingles(store.row(number).text, self.common)
+        )
 
-    @staticmethod
-    def _keys(texts: list[str]) -> np.ndarray:
-        return (band_keys(texts).T >> np.uint64(32)).astype(np.uint32)
+    def _keys(self, texts: list[str]) -> np.ndarray:
+        return (band_keys(texts, self.common).T >> np.uint64(32)).astype(np.uint32)
 
     def find(self, numbers: np.ndarray, texts: list[str]) -> np.ndarray:
         """int64 [rows]: a near copy of each row in a later split, or -1."""
@@ -148,7 +175,7 @@ class _NearCopies:
             others, bands = np.unique(same[self.split[same] > self.split[numbers[i]]], return_counts=True)
             if not len(others):
                 continue
-            own = shingles(texts[i])
+            own = shingles(texts[i], self.common)
             for other in others[np.argsort(-bands, kind="stable")]:  # likely ones first
                 if _similarity(own, self._heldout_shingles(int(other))) >= self.threshold:
                     result[i] = other

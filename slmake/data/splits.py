@@ -83,7 +83,8 @@ def check_labels(store: Store, split: np.ndarray, before: np.ndarray) -> list[st
         if (before == 0).any():
             raise UserError(
                 f"prepare: all {(before == 0).sum()} training rows repeat eval or test rows and were left out as duplicates. Add other "
-                "rows: the same few texts again and again teach nothing that held-out rows could measure."
+                "rows: the same few texts again and again teach nothing that held-out rows could measure. Or raise near_duplicate_threshold, up to "
+                "1.0 (exact copies only), where rows that are alike are still different examples."
             )
         raise UserError("prepare: no row is left for training. Lower eval_fraction and test_fraction, or add rows.")
     answers, codes = store.answers(), store.answer_codes()

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from slmake.data import near_duplicates
 from slmake.data.near_duplicates import BANDS, band_keys, copies_of_heldout, jaccard, normalized, shingles
 from slmake.data.store import Row, Store
 
@@ -198,6 +199,54 @@ def test_near_copies_in_text_without_spaces(copies, text):
 )  # fmt: skip
 def test_other_scripts(copies, train, test):
     assert copies([(TRAIN, train), (TRAIN, test[: len(test) // 2]), (TEST, test)]) == [(0, 2)]
+
+
+# What most rows share
+
+
+def instructed(rng: random.Random, count: int, instruction: list[str], length: int = 10) -> list[str]:
+    return [" ".join(instruction + words(rng, length)) for _ in range(count)]
+
+
+def test_a_long_instruction_makes_no_copies(copies):
+    """Rows are compared by their own words, however long the text is that most of them share; copies are still found."""
+    rng = random.Random(5)
+    instruction = words(rng, 120)
+    texts = instructed(rng, 60, instruction)
+    assert jaccard(texts[0], texts[1]) > 0.8
+    near = " ".join(changed_at(texts[50].split(), 129))  # 9 of 11 shingles are shared
+    rows = [(TRAIN, text) for text in texts[:40]] + [(TEST, text) for text in texts[40:]]
+    assert copies(rows) == []
+    assert copies([*rows, (TRAIN, near), (TRAIN, texts[55])], threshold=0.8) == [(60, 50), (61, 55)]
+    assert copies(rows[:20] + rows[40:60], threshold=0.99) == []
+
+
+def test_what_half_of_the_rows_share_counts(copies):
+    """As it does where rows are few: nothing is known of what they share."""
+    rng = random.Random(6)
+    shared, others = instructed(rng, 20, words(rng, 120)), instructed(rng, 20, [])
+    splits = [TRAIN, TEST] * 10
+    rows = list(zip(splits, shared, strict=True))
+    assert len(copies([*rows, *zip(splits, others, strict=True)])) == 10
+    assert copies(rows) == []
+    assert len(copies(rows[:18])) == 9
+
+
+def test_rows_of_shared_words_only_are_compared_whole(copies):
+    """Thirty rows of one text: without what they share, nothing would be left of them."""
+    text = "one and the same text for all of these rows"
+    assert copies([(TRAIN, text)] * 20 + [(TRAIN, text + "!")] + [(TEST, text)]) == [(i, 21) for i in range(21)]
+
+
+def test_what_most_rows_share_is_judged_by_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "SAMPLE", 30)
+    rng = random.Random(7)
+    instruction = words(rng, 20)
+    with Store(tmp_path / "rows.sqlite", few_answers=50) as store:
+        store.add(Row("file", i, text, "answer", text) for i, text in enumerate(instructed(rng, 300, instruction)))
+        common = near_duplicates.common_shingles(store, np.zeros(300, np.int8))
+        assert common.tolist() == shingles(" ".join(instruction)).tolist()
+        assert len(near_duplicates.common_shingles(store, np.full(300, LEFT_OUT, np.int8))) == 0
 
 
 # Which split gives way

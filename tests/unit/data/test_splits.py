@@ -79,6 +79,7 @@ def test_nothing_left_to_train_on(refused, tmp_path):
     source = write_rows(tmp_path / "rows.json", make_rows(24))
     message = refused({"train": source, "test": source}, eval_fraction=0.0)
     assert message.startswith("prepare: all 24 training rows repeat eval or test rows and were left out as duplicates.")
+    assert "Or raise near_duplicate_threshold, up to 1.0 (exact copies only)" in message
 
 
 @pytest.mark.parametrize(("count", "fields"), [(1, {}), (24, {"test_fraction": 0.0}), (24, {"max_samples": 1})])
