@@ -15,14 +15,14 @@ LONGEST_LINE = 2**26  # bytes of a row or of a field
 def read_delimited(
     path: Path, name: str, tabs: bool, fields: Iterable[str], say: Callable[[str], None]
 ) -> Iterator[dict]:
-    """Rows of a file that is valid UTF-8.
+    """Rows of a file that is valid UTF-8, without columns that have no name, such as pandas' index.
 
     Args:
         tabs: the delimiter is the tab, as in .tsv; otherwise it is detected.
         fields: columns that must be there, by which one of two possible delimiters is chosen.
 
     Raises:
-        UserError: two delimiters are possible, a row does not fit the header, or a quote is not closed.
+        UserError: two delimiters are possible, a row does not fit the header, a quote is not closed, or one may be text.
     """
     # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
     csv.field_size_limit(LONGEST_LINE)
@@ -31,21 +31,34 @@ def read_delimited(
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")
     number = 0
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle, delimiter=delimiter, strict=True)
+        lines: list[str] = []  # of the row that is read
+        reader = csv.reader((lines.append(line) or line for line in handle), delimiter=delimiter, strict=True)
         try:
             columns = next(reader, [])
-            if len(set(columns)) != len(columns) or not all(columns):
+            named = list(filter(None, columns))
+            if len(set(named)) != len(named) or not named:
                 raise UserError(
-                    f"{name}: row 1: the header has an empty or repeated column name: {', '.join(columns)}."
+                    f"{name}: row 1: the header has {'a repeated' if named else 'no'} column name: {', '.join(columns)}."
                 )
-            for values in filter(None, reader):
+            lines.clear()
+            for values in reader:
+                parts = [line for line in lines if line.strip()]
+                lines.clear()
+                if not values:
+                    continue
                 number += 1
+                if delimiter == "\t" and len(parts) > 1 and all(part.count("\t") == len(columns) - 1 for part in parts):
+                    raise UserError(
+                        f"{name}: row {number} (the lines up to {reader.line_num}): {len(parts)} lines with {len(columns)} columns each, or one "
+                        "row: the first line opens a quote that the last one closes. If quotes are text there, write each as two and the "
+                        "field between quotes; if not, save the rows as JSON Lines."
+                    )
                 if len(values) != len(columns):
                     raise UserError(
                         f"{name}: row {number} (line {reader.line_num}): {len(values)} values for {len(columns)} columns separated by "
                         f"{DELIMITERS[delimiter]}. Put text with such a character between double quotes."
                     )
-                yield dict(zip(columns, values, strict=True))
+                yield {column: value for column, value in zip(columns, values, strict=True) if column}
         except csv.Error as error:
             raise UserError(f"{name}: malformed CSV: row {number + 1} (line {reader.line_num}): {error}") from None
 

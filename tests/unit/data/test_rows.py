@@ -1,10 +1,13 @@
 """Rows of every file format, and files that cannot be read."""
 
+import csv
 import gzip
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from prepared import WHOLE, Built, write_rows
@@ -134,6 +137,48 @@ def test_commas_are_not_reported(build, tmp_path, capsys):
 def test_tsv_has_tabs(build, tmp_path):
     (tmp_path / "rows.tsv").write_text(delimited("\t", make_rows(24)), encoding="utf-8")
     assert len(build(tmp_path / "rows.tsv", **WHOLE).train) == 24
+
+
+def write_quoted(path: Path, lines: Iterable[Iterable[str]], delimiter: str) -> None:
+    """Fields with the delimiter, a quote or a line end in them stand between quotes."""
+    with open(path, "w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle, delimiter=delimiter).writerows(lines)
+
+
+@pytest.mark.parametrize("ending", [".tsv", ".csv"])
+def test_quotes_that_may_be_text_are_refused(refused, tmp_path, ending):
+    """Files with tabs are often written without quoting: a row would take in the next ones, with the last one's label."""
+    rows = ['"I am here, he said.\tjoy', "between\tjoy", "", 'I am gone, she said."\tfear', *["plain\tjoy"] * 12]
+    source = tmp_path / f"rows{ending}"
+    source.write_text("\n".join(["phrase\ttone", "first\tjoy", *rows]), encoding="utf-8")
+    message = refused(source)
+    assert (
+        f"{source}: row 2 (the lines up to 6): 3 lines with 2 columns each, or one row: the first line opens a quote"
+        in message
+    )
+
+
+@pytest.mark.parametrize("text", ["one\ntwo", "one\ttwo", 'a "quoted"\n\nword', "\n", "one\n\ttwo\tthree"])
+def test_quotes_that_enclose_a_field_with_tabs_and_line_ends(tmp_path, text):
+    """Only one reading of the lines has the header's columns."""
+    rows = [{"phrase": text, "tone": "joy"}, {"phrase": "plain", "tone": text}]
+    write_quoted(tmp_path / "rows.tsv", [["phrase", "tone"], *(row.values() for row in rows)], "\t")
+    assert list(read_rows(tmp_path / "rows.tsv")) == rows
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_columns_without_a_name_are_not_read(build, tmp_path, ending):
+    """As pandas writes its index, and a delimiter at the end of every line makes one."""
+    source, rows = tmp_path / f"rows{ending}", make_rows(24)
+    lines = ["", "phrase", "tone", ""], *([str(i), row["phrase"], row["tone"], ""] for i, row in enumerate(rows))
+    write_quoted(source, lines, "\t" if ending == ".tsv" else ",")
+    assert list(read_rows(source)) == [{"phrase": row["phrase"], "tone": row["tone"]} for row in rows]
+    assert len(build(source, **WHOLE).train) == 24
+
+
+def test_a_header_without_names(refused, tmp_path):
+    (tmp_path / "rows.csv").write_text(",\na,joy\n", encoding="utf-8")
+    assert "row 1: the header has no column name" in refused(tmp_path / "rows.csv")
 
 
 def test_two_possible_delimiters_are_refused_with_both_readings(refused, build, tmp_path):
