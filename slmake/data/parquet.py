@@ -1,6 +1,7 @@
 """Rows of Arrow tables and of Parquet files, as a stream: no media is decoded, and what comes out of a file is bounded."""
 
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ BATCH = 100  # rows in memory at a time, at most: a row group may be the whole f
 
 
 def read_parquet(path: Path, name: str) -> Iterator[dict]:
-    """Rows of a file, as `rows_of` gives them.
+    """Rows of a file, as `rows_of` gives them; columns of types that `datasets` does not know (maps, UUIDs) as pyarrow does.
 
     Raises:
         UserError: it is damaged, or becomes much larger than it is, as where millions of rows repeat one value.
@@ -25,15 +26,19 @@ def read_parquet(path: Path, name: str) -> Iterator[dict]:
     unpacked, most = 0, max(SMALL, MOST_UNPACKED * path.stat().st_size)
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            features, others = _known(file.schema_arrow)
             sizes = [_size(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
             unpacked, batch = sum(sizes), most // max([1, *sizes])
             for part in file.iter_batches(max(1, min(batch, BATCH))) if unpacked <= most else ():
-                table = datasets.table.table_cast(pyarrow.Table.from_batches([part]), features.arrow_schema)
-                unpacked += table.nbytes
+                table = pyarrow.Table.from_batches([part])
+                rest = table.select(others)
+                table = datasets.table.table_cast(table.drop_columns(others), features.arrow_schema)
+                unpacked += table.nbytes + rest.nbytes
                 if unpacked > most:
                     break
-                yield from rows_of([table], features)
+                # A table without columns gives no rows: one of the two may be shorter.
+                for row, other in zip_longest(rows_of([table], features), rest.to_pylist(), fillvalue={}):
+                    yield row | {key: without_none(value) for key, value in other.items()}
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not a readable Parquet file: {reason}. Download or write it again.") from None
@@ -41,6 +46,27 @@ def read_parquet(path: Path, name: str) -> Iterator[dict]:
         raise UserError(
             f"{name}: it unpacks to more than {MOST_UNPACKED} times its size, which no dataset does. Write it as JSON Lines where you trust it."
         )
+
+
+def _known(schema: Any) -> tuple[Any, list[str]]:
+    """What `datasets` calls the columns of an Arrow schema, and the names of those whose types it does not know."""
+    import datasets
+    import pyarrow
+
+    def named(columns: Iterable[Any]) -> Any:
+        return datasets.Features.from_arrow_schema(pyarrow.schema(columns, schema.metadata))
+
+    others = []
+    try:
+        return named(schema), others
+    except ValueError:
+        pass
+    for column in schema:
+        try:
+            named([column])
+        except ValueError:
+            others.append(column.name)
+    return named(column for column in schema if column.name not in others), others
 
 
 def _size(group: Any) -> int:

@@ -97,3 +97,33 @@ def test_numbers_of_single_precision_are_as_short_as_they_were_written(tmp_path)
     assert [row["half"] for row in read] == [0.1, 1.0, 2.0]
     assert read[0]["deep"] == {"a": [0.7, None]}
     assert [row["double"] for row in read] == columns[-1]
+
+
+UNKNOWN = {
+    "map": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())),
+    "uuid": pa.array([b"0" * 16, None], pa.uuid()),
+    "list of maps": pa.array(
+        [[{"kind": [("a", "b")]}], []], pa.list_(pa.struct({"kind": pa.map_(pa.string(), pa.string())}))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_columns_of_other_types_do_not_stand_in_the_way(tmp_path, kind):
+    """What `datasets` has no name for is read as it is; the other columns are read as ever."""
+    features = datasets.Features(
+        {"tone": datasets.ClassLabel(names=["joy", "fear"]), "share": datasets.Value("float32")}
+    )
+    known = pa.Table.from_pylist([{"tone": 1, "share": 0.1}, {"tone": 0, "share": 0.5}], features.arrow_schema)
+    pyarrow.parquet.write_table(known.add_column(0, "other", UNKNOWN[kind]), tmp_path / "rows.parquet")
+    first, second = read_rows(tmp_path / "rows.parquet")
+    assert (first["tone"], first["share"], second["tone"]) == ("fear", 0.1, "joy")
+    assert [first["other"], second["other"]] == UNKNOWN[kind].to_pylist()
+
+
+def test_a_column_of_another_type_that_the_template_needs(refused, tmp_path):
+    table = pa.table({"phrase": ["a", "b"], "tone": UNKNOWN["map"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert 'row 1: field `tone` is list, not text: [["a", 1]]' in refused(tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(table.select(["tone"]), tmp_path / "rows.parquet")
+    assert "field `phrase` is in no row. Fields there: tone" in refused(tmp_path / "rows.parquet")
