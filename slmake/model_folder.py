@@ -173,6 +173,25 @@ def refuse_oversized(source: Path, config: dict, tensors: int, elements: int) ->
                 )
 
 
+def refuse_quantized(source: Path, config: dict) -> None:
+    """Refuse a model whose weights are quantized: cast or merged without their scales, they would be another model's.
+
+    Raises:
+        UserError: naming the method.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        found = next(
+            (part[key] for key in ("quantization_config", "compression_config") if part.get(key) is not None), None
+        )
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise UserError(
+                f"{source}: quantization_config says that the weights are quantized ({method or 'by an unnamed method'}); a base model is "
+                "needed in full precision. On the hub that is mostly the repository of the same name without -FP8, -AWQ, -GPTQ or "
+                "-bnb-4bit. If these weights are not quantized, take quantization_config out of config.json."
+            )
+
+
 def refuse_not_finite(files: Iterable[Path], source: str) -> None:
     """Refuse weights with NaN or infinite values; one tensor is in memory at a time.
 
@@ -350,6 +369,7 @@ def check_loadable(folder: Path) -> None:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json is damaged: not a JSON object. Download it again.")
+    refuse_quantized(folder / "config.json", config)
     shapes = [shape for file in weight_files(folder) for shape in tensor_shapes(file).values()]
     refuse_oversized(folder / "config.json", config, len(shapes), sum(map(math.prod, shapes)))
     from transformers import AutoConfig, AutoTokenizer

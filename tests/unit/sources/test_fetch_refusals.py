@@ -166,6 +166,23 @@ def test_configuration_of_another_model(tmp_path, capsys, broken, fields, reason
     assert re.search(reason, refused(tmp_path, capsys, broken))
 
 
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_quantized_weights_are_refused_by_their_method(tmp_path, capsys, broken, method, dtype):
+    change(broken, "config.json", quantization_config={"quant_method": method})
+    message = refused(tmp_path, capsys, broken, dtype=dtype)
+    assert f"{broken}/config.json: quantization_config says that the weights are quantized ({method})" in message
+    assert "the repository of the same name without -FP8" in message
+
+
+def test_quantized_text_part_is_refused_and_an_empty_mark_is_not(tmp_path, capsys, broken):
+    change(broken, "config.json", quantization_config=None)
+    fetch(tmp_path, broken)
+    change(broken, "config.json", text_config={"quantization_config": {}})
+    (tmp_path / "again").mkdir()
+    assert "(by an unnamed method)" in refused(tmp_path / "again", capsys, broken)
+
+
 def test_tensor_that_is_missing_is_not_made_up(tmp_path, capsys, broken):
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b"model.layers.0.mlp.up_proj", b"model.layers.0.mlp.up_prom"))
