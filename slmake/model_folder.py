@@ -147,6 +147,9 @@ def refuse_odd_files(folder: Path) -> None:
 
 # Keys of config.json that are a size or a count; none exceeds the number of elements in the weights.
 SIZE = re.compile(r"^(n|num|d)_|_(size|dim|heads|layers|rank)$")
+# Keys that are a number of tokens; the export makes tables of that length. The longest of real models is 10,485,760.
+POSITIONS = re.compile(r"position_embeddings$|^(max_seq(uence)?_len(gth)?|seq_length)$")
+MOST_POSITIONS = 2**24
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_encoder_layers")
 
 
@@ -171,6 +174,17 @@ def refuse_oversized(source: Path, config: dict, tensors: int, elements: int) ->
                     f"{source}: {key} is {value:,}, but the weights have only {limit:,} {unit}: it is the configuration of another "
                     "model, or damaged. Download the model again."
                 )
+            if POSITIONS.search(key):
+                refuse_long_context(source, key, value)
+
+
+def refuse_long_context(source: Path, key: str, value: float) -> None:
+    """UserError if a context is longer than any model's."""
+    if not value <= MOST_POSITIONS:
+        raise UserError(
+            f"{source}: {key} is {value:,} tokens, more than any model reads; at most {MOST_POSITIONS:,} are accepted. Put the length that "
+            "the model was trained for there, or get the model from where you trust it."
+        )
 
 
 def refuse_quantized(source: Path, config: dict) -> None:

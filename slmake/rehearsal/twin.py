@@ -13,6 +13,7 @@ from slmake.model_folder import KEPT
 SEED = 20240101
 LEAST_LAYERS = 2
 EXPERTS = 4
+MOST_POSITIONS = 2**17  # the export's tables have a row for each; a rehearsal's texts are much shorter
 # Configuration fields that hold the number of experts, by the names of the architectures that have them.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 LAYER_LISTS = ("layer_types", "no_rope_layers")  # configuration fields with an entry for each layer
@@ -34,7 +35,7 @@ def period(layer_types: list) -> int:
 
 
 def shrink(config):
-    """Shrink a transformers configuration in place: a whole period of layer types, one key-value head with its query heads.
+    """Shrink a transformers configuration in place: a whole period of layer types, one key-value head with its query heads, less context.
 
     Args:
         config: a `transformers.PretrainedConfig` of a causal language model.
@@ -53,6 +54,8 @@ def shrink(config):
         "hidden_size": heads * head_dim,
         "intermediate_size": 2 * heads * head_dim,
     }
+    if (getattr(config, "max_position_embeddings", None) or 0) > MOST_POSITIONS:
+        changes["max_position_embeddings"] = MOST_POSITIONS
     experts = next((name for name in EXPERT_COUNTS if getattr(config, name, None)), None)
     if experts:
         changes[experts] = min(EXPERTS, getattr(config, experts))

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from slmake.errors import UserError, first_line, is_failure
-from slmake.model_folder import refuse_incomplete
+from slmake.model_folder import refuse_incomplete, refuse_long_context
 from slmake.sources import gguf_header
 
 # Fields that are a size or a count; a context's length is no part of the weights.
@@ -86,9 +86,11 @@ def _refuse_oversized(file: Path, reader) -> None:
     """Refuse sizes that the file's tensors cannot have, before transformers allocates memory for them."""
     elements = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors)
     for name, field in reader.fields.items():
+        value = field.parts[field.data[0]][0] if len(field.data) == 1 else 0
+        if name.endswith(".context_length"):
+            refuse_long_context(file, name, value)
         if name.startswith(("GGUF.", "general.", "tokenizer.")) or "context" in name or "rope" in name:
             continue
-        value = field.parts[field.data[0]][0] if len(field.data) == 1 else 0
         limit = len(reader.tensors) if name.endswith(".block_count") else elements
         if SIZE.search(name) and value > limit:
             unit = "tensors" if name.endswith(".block_count") else "values"

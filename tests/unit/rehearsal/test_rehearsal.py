@@ -38,6 +38,11 @@ def test_a_twin_keeps_heads_vocabulary_and_windows():
     assert small.hidden_size == 512
 
 
+@pytest.mark.parametrize(("context", "kept"), [(512, 512), (10_485_760, 2**17)])
+def test_a_twin_has_no_tables_of_millions_of_positions(context, kept):
+    assert twin.shrink(config("LlamaConfig", max_position_embeddings=context)).max_position_embeddings == kept
+
+
 def test_the_twin_of_a_sharded_model_has_its_own_weights(tmp_path, base):
     """Models of several gigabytes come in shards, with an index that names them."""
     from safetensors.torch import load_file, save_file

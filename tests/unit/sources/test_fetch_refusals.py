@@ -387,6 +387,36 @@ def test_sizes_that_the_weights_cannot_have_are_refused_at_once(
     assert limit in message
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_position_embeddings": 10**8},
+        {"max_position_embeddings": float("inf")},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10**9}},
+    ],
+)
+@pytest.mark.timeout(10)
+def test_a_context_longer_than_any_models_is_refused_at_once(tmp_path, capsys, broken, fields):
+    change(broken, "config.json", **fields)
+    message = refused(tmp_path, capsys, broken)
+    assert "position_embeddings is " in message
+    assert "more than any model reads; at most 16,777,216 are accepted" in message
+
+
+def test_the_longest_context_of_a_real_model_is_accepted(tmp_path, broken):
+    change(broken, "config.json", max_position_embeddings=10_485_760)
+    fetch(tmp_path, broken)
+
+
+@pytest.mark.timeout(10)
+def test_a_gguf_with_a_context_longer_than_any_models_is_refused(tmp_path, capsys, gguf_file):
+    content, path = bytearray(gguf_file.read_bytes()), tmp_path / "long.gguf"
+    at = content.index(b"llama.context_length") + len("llama.context_length") + 4  # behind the type
+    content[at : at + 4] = struct.pack("<I", 10**8)
+    path.write_bytes(content)
+    assert f"{path}: llama.context_length is 100,000,000 tokens" in refused(tmp_path, capsys, path)
+
+
 @pytest.mark.parametrize(("key", "limit"), [("block_count", "20 tensors"), ("feed_forward_length", "values")])
 @pytest.mark.timeout(10)
 def test_gguf_of_impossible_size_is_refused_at_once(tmp_path, capsys, gguf_file, key, limit):
