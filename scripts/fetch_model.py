@@ -23,6 +23,7 @@ from slmake.model_folder import (
     weight_files,
 )
 from slmake.sources import mlflow
+from slmake.sources.base_class import restore_prefix
 from slmake.sources.chat_template import replace_chat_template
 from slmake.sources.fetching import downloading
 from slmake.sources.fetching import fetch as fetch_source
@@ -50,6 +51,7 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
         check_loadable(path)
         check_complete(path)
         copy_folder(path, target, section.dtype)
+    restore_prefix(target)
     return record
 
 

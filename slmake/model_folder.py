@@ -265,6 +265,16 @@ def copy_folder(source: Path, target: Path, dtype: str) -> None:
         outputs.write_json(index, content)
 
 
+def meta_model(folder: Path):
+    """A folder's modules, as transformers makes them, without memory for weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def refuse_incomplete(source: Path, report: dict) -> None:
     """Refuse weights that do not fit their configuration: transformers would replace missing ones by random numbers.
 

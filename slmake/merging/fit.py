@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slmake.errors import UserError
 from slmake.merging.adapter import Adapter, Change
+from slmake.model_folder import meta_model
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -146,16 +147,6 @@ def _check_shapes(adapter, base, name: str, change: Change, shape: list[int], be
         before = (shape[0], before[1])  # rows may be added
     if change.replacement and before is not None and tuple(before) != shape:
         raise _other_base(adapter, base, f"the adapter's {name} has the shape {shape}, the base's {tuple(before)}.")
-
-
-def meta_model(base: Path):
-    """The base's modules, as transformers makes them, without memory for weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def embeddings(base: Path) -> tuple[str, str | None, bool]:

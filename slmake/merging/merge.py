@@ -24,10 +24,10 @@ from threading import Lock
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import DTYPES, Adapter
-from slmake.merging.fit import Plan, meta_model, plan, tokenizer_files
+from slmake.merging.fit import Plan, plan, tokenizer_files
 from slmake.merging.shards import BufferPool, Buffers, Output, Shard, as_bytes, in_order, pieces
 from slmake.merging.update import ROWS, Update
-from slmake.model_folder import KEPT, element_bits, tensor_shapes, weight_files
+from slmake.model_folder import KEPT, element_bits, meta_model, tensor_shapes, weight_files
 
 NAMES = {value: key for key, value in DTYPES.items()}
 PIECE = 2**20  # elements of a weight that are merged at a time: as many as stay in the processor's cache

@@ -12,6 +12,7 @@ import pytest
 from fetch_script import fetch, refused
 from tiny import ROOT, run_script, write_params
 
+from slmake import model_folder
 from slmake.outputs import folder_digest
 from slmake.sources import wheel as wheel_module
 
@@ -99,6 +100,34 @@ def test_cast_up_to_float32_replaces_the_old_dtype_key(tmp_path, base):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "float32"
     assert "torch_dtype" not in config
+
+
+def without_prefix(folder: Path, target: Path) -> Path:
+    """A model folder as the base class saves it: without the prefix of a causal language model."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        tensors = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    for index in target.glob("*.index.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {name.removeprefix("model."): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content), encoding="utf-8")
+    return target
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("whole", "auto"), ("whole", "bfloat16"), ("shards", "auto")])
+def test_weights_of_the_base_class_get_the_names_that_an_adapter_has(tmp_path, base, sharded, kind, dtype):
+    from safetensors.torch import load_file
+
+    source = base if kind == "whole" else sharded
+    folder, _ = fetch(tmp_path, without_prefix(source, tmp_path / "bare"), dtype=dtype)
+    expected = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
+    found = {name: value for file in model_folder.weight_files(folder) for name, value in load_file(file).items()}
+    assert found.keys() == expected.keys()
+    assert all((found[name] == value.to(found[name].dtype)).all() for name, value in expected.items())
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("where", ["field", "behind the source"])
