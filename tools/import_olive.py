@@ -23,6 +23,7 @@ from slmake.olive.models import BRANCH
 from slmake.params.errors import Loader, yaml_problem
 from slmake.sources import hub
 from slmake.sources.schemes import parse
+from slmake.sources.secrets import scrub
 
 
 def read(path: Path) -> dict:
@@ -75,11 +76,11 @@ def pin_branches(imported: reader.Reader, job: cli.Job) -> None:
                 kind = "dataset" if name == "prepare" else "model"
                 commit = hub.commit_of(parse(source), kind) if source.endswith("@main") else None
             except (UserError, ValueError, OSError) as error:
-                job.log(f"{source}: the hub cannot be asked for its commit: {error}")
+                job.log(f"{scrub(source)}: the hub cannot be asked for its commit: {error}")
                 continue
             sources[split] = source.removesuffix("main") + commit if commit else source
             note = f"{name}.source: {sources[split]!r}, the commit of the branch today"
-            imported.rows[i] = row._replace(kind="renamed", note=note)
+            imported.rows[i] = row._replace(kind="renamed", note=scrub(note))
         section["source"] = sources.get(None, sources)
 
 

@@ -4,6 +4,7 @@ import re
 
 from slmake.olive import fields, models
 from slmake.olive.fields import OFF, Drop
+from slmake.sources.secrets import scrub
 
 FORMS = ("json", "jsonl", "csv", "parquet", "text")
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
@@ -179,7 +180,7 @@ def place_rows(reader, base: str, loading: Loading, split: str) -> None:
         elif key != "data_files" and value in OFF:
             reader.row("dropped", field, "absent")
         elif key != "data_files":
-            reader.unknown(field, f"{str(value)[:60]!r}: put the chosen rows into the file")
+            reader.unknown(field, f"{scrub(str(value))[:60]!r}: put the chosen rows into the file")
 
 
 def file_for(name: str, split: str) -> str:

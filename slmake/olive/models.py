@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from slmake.olive.fields import OFF, TRACED, Drop
+from slmake.sources.secrets import scrub
 
 REMOTE_CODE = Drop("no code of a model repository is run; the model must be native to transformers")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the hub, unless a folder's name is at its beginning
@@ -160,7 +161,7 @@ def resource(reader, field: str, value: object) -> str | None:
             return value
         return None
     if not isinstance(value, dict) or "type" not in value:
-        reader.unknown(field, f"neither a path nor a resource: {str(value)[:60]}")
+        reader.unknown(field, f"neither a path nor a resource: {scrub(str(value))[:60]}")
         return None
     kind = str(value["type"]).lower()
     config = value.get("config") or {key: inner for key, inner in value.items() if key != "type"}

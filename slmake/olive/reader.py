@@ -13,6 +13,7 @@ import yaml
 from slmake.olive import fields
 from slmake.params import Params
 from slmake.params.all import Stage
+from slmake.sources.secrets import scrub
 
 KINDS = {
     "same": "taken over",
@@ -66,7 +67,7 @@ class Reader:
     # -- what a rule may do ----------------------------------------------------------------------------------------
 
     def row(self, kind: str, field: str, note: str) -> None:
-        self.rows.append(Row(kind, field, note))
+        self.rows.append(Row(kind, scrub(field), scrub(note)))
 
     def unknown(self, field: str, why: str = "no such field is known") -> None:
         self.row("unknown", field, why)
@@ -78,7 +79,8 @@ class Reader:
             self.settings[name] = value
         else:
             self.params[section][name] = value
-        short = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:56]} …"
+        short = scrub(repr(value))  # before it is cut: half a password is no longer recognized
+        short = short if len(short) < 60 else f"{short[:56]} …"
         same = field.rpartition(".")[2] == name
         self.row(
             "same" if same else "renamed",

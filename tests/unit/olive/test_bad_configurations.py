@@ -142,6 +142,37 @@ def test_paths_of_another_machine_are_to_be_filled_in(tmp_path, path):
     assert loaded(imported, tmp_path).fetch_model.source == path
 
 
+SECRETS = [
+    "https://store.blob.core.windows.net/c/x.json?sv=1&sig=s3cr3tS3CR3T",
+    "https://me:s3cr3tS3CR3T@host/x.json",
+    "https://me:s3cr3tS3CR3T-that-is-longer-than-a-cell-of-the-table-is@host/x.json",
+]
+
+
+@pytest.mark.parametrize("address", [*SECRETS, [SECRETS[0], "b.json"], {"train": SECRETS[2], "test": "b.json"}])
+@pytest.mark.parametrize("field", ["model_path", "adapter_path", "data_files", "data_dir", "token"])
+def test_no_credential_is_printed(tmp_path, capsys, address, field):
+    config = tutorial()
+    block = (
+        config["input_model"] if field.endswith("path") else config["data_configs"][0]["load_dataset_config"]["params"]
+    )
+    block[field] = address
+    (tmp_path / "olive.json").write_text(json.dumps(config), encoding="utf-8")
+    error_of([str(tmp_path / "olive.json"), "--output", str(tmp_path / "imported")])
+    printed = "".join(capsys.readouterr())
+    assert field in printed
+    assert "s3cr3t" not in printed
+
+
+def test_an_address_without_a_credential_is_printed_as_it_is():
+    address = "https://host/x.json?download=true"
+    imported = read(tutorial(data=address))
+    assert (
+        notes(imported, "renamed")["data_configs.0.load_dataset_config.params.data_files"]
+        == f"prepare.source: {address}"
+    )
+
+
 VALUES = [None, True, 0, -1, 10**400, 1e308, float("nan"), "", "x", "<path>", "C:\\x", "a" * 5000, [], {}, [[]], [None], {"": ""}, "{0}", "train[:150%]",
           {"type": "azureml_datastore"}, "\ud800", "a\0b", ["cpu", 1]]  # fmt: skip
 
