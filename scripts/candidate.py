@@ -6,7 +6,8 @@
 
 Reads the section `quantize`. Writes measured.json (options, scores on the tuning rows, parity with merged, cost) and the
 exported model in model/. A candidate that the builder refuses, or that does not load, is a result and not a failure: measured.json
-says why. The tuning rows are those of eval, and of train where eval has too few; never those of test.
+says why. A machine that fails, or a file that changes meanwhile, says nothing of the candidate: then the rule fails. The tuning
+rows are those of eval, and of train where eval has too few; never those of test.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli, outputs, params
-from slmake.errors import UserError
+from slmake.errors import NotBuildable, UserError
 from slmake.export import proposals
 from slmake.export.build import build
 from slmake.scoring import metrics, selection
@@ -85,10 +86,10 @@ def measure_candidate(
     model.mkdir()
     try:
         build(as_section(section, options), args.model, args.dataset, model, folder / ".cache", job)
-        run = OnnxRunner(model).ask(questions, new_tokens, job, f"candidate {number}")
-    except UserError as error:
+    except NotBuildable as error:
         outputs.remove(model)
         return result | {"failed": str(error)}
+    run = OnnxRunner(model).ask(questions, new_tokens, job, f"candidate {number}")
     answers, scores = measure(questions, run, weights, scoring.answer_metrics)
     scores["size_bytes"] = outputs.folder_size(model)
     reference = outputs.read_json(args.reference / "measured.json", "answers", output=args.reference)

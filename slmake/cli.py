@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from slmake.errors import UserError, is_failure
+from slmake.errors import UserError, is_failure, is_out_of_memory
 from slmake.text import printable
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
@@ -213,14 +213,13 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             _fail(current, str(error))
         except (KeyboardInterrupt, Interrupted):
             _fail(current, "interrupted. Run the same command again to resume.", code=130)
-        except MemoryError:
-            traceback.print_exc()
-            _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
         except BaseException as error:
             if not is_failure(error):
                 raise
             if log_path or not (_is_full(error) or _is_refused(error) or _is_path(error)):
                 traceback.print_exc()
+            if is_out_of_memory(error):
+                _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
             if _is_full(error) or isinstance(error, OSError):
                 _fail(current, explain_os_error(error))
             text = str(error).strip().splitlines()
@@ -315,8 +314,6 @@ def explain_os_error(error: Exception) -> str:
         return f"your disk quota is used up{where}. Free some space and run the same command again."
     if _is_refused(error):
         return f"cannot write here{where}: {error.strerror}. Check the folder's owner and permissions."
-    if error.errno == errno.ENOMEM:
-        return "out of memory. Use smaller batches or a machine with more memory."
     if _is_path(error):
         return f"{error.filename}: {error.strerror}. Name another path."
     return f"{type(error).__name__}: {error}"

@@ -20,7 +20,8 @@ def build(
         execution provider of the trial as `runs_on`.
 
     Raises:
-        UserError: no model there, or an export that is refused, is not what was asked for, or does not run.
+        NotBuildable: an export that is refused, is not what was asked for, or does not run.
+        UserError: no model there, or one that cannot be exported at all.
     """
     if not (model / "config.json").exists():
         raise UserError(f"{model}: no model here. Build it with `snakemake --cores all {model}`.")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from slmake import outputs, params
-from slmake.errors import UserError
+from slmake.errors import NotBuildable, is_of_machine
 from slmake.export.builder_fixes import fixed
 from slmake.export.builder_fixes import replaced as replaced_name
 from slmake.export.streaming import streamed
@@ -56,14 +56,14 @@ def int8_overrides(section: params.Quantize, model: Path, parts: tuple[str, ...]
     """The builder's structured overrides for `int8_nodes` and `matmul_mixed_precision`; it accepts exact names only.
 
     Raises:
-        UserError: a pattern that matches no name.
+        NotBuildable: a pattern that matches no name.
     """
     depth = json.loads((model / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 0)
     names = [f"/model/layers.{layer}/{part}/MatMul" for layer in range(depth) for part in parts] + ["/lm_head/MatMul"]
     for pattern in section.int8_nodes:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             examples = f"{names[0]} and {names[-1]}"
-            raise UserError(f"quantize.int8_nodes: `{pattern}` matches no node. Names look like {examples}.")
+            raise NotBuildable(f"quantize.int8_nodes: `{pattern}` matches no node. Names look like {examples}.")
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in section.int8_nodes)]
     presets = [part.strip().split(":") for part in (section.matmul_mixed_precision or "").split(",") if part.strip()]
     overrides = [{"match": {"name": name}, "exclude": True} for name in section.nodes_to_exclude]
@@ -117,7 +117,7 @@ def export(
         Names of the builder's faults (`builder_fixes.FIXES`) that were worked around for this model.
 
     Raises:
-        UserError: the builder refuses the model or the options; the message has its reason.
+        NotBuildable: the builder refuses the model or the options; the message has its reason.
     """
     from onnxruntime_genai.models import builder
 
@@ -133,13 +133,13 @@ def export(
                 builder.create_model(*arguments, **builder.parse_extra_options(*arguments, extra, **structured))
             return sorted(needed)
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
-            if getattr(error, "errno", None):  # the machine's fault, not the model's
+            if is_of_machine(error) or getattr(error, "errno", None):
                 raise
             unknown = {
                 part for part in parts if "did not match an emitted node" in str(error) and f"/{part}/" in str(error)
             }
             if not unknown:
-                raise UserError(
+                raise NotBuildable(
                     f"the model builder refused {model}: {type(error).__name__}: {error}. "
                     "Check the section quantize, or the model's architecture."
                 ) from error
@@ -175,7 +175,7 @@ def set_accuracy_levels(section: params.Quantize, folder: Path) -> None:
     """Write `node_accuracy_levels` into the exported graph; the file of weights stays as it is.
 
     Raises:
-        UserError: a pattern that matches no quantized product.
+        NotBuildable: a pattern that matches no quantized product.
     """
     import onnx
 
@@ -185,7 +185,7 @@ def set_accuracy_levels(section: params.Quantize, folder: Path) -> None:
     names = [node.name.removesuffix("_Q4").removesuffix("_Q8") for node in nodes]
     for pattern in section.node_accuracy_levels:
         if not fnmatch.filter(names, pattern):
-            raise UserError(
+            raise NotBuildable(
                 f"quantize.node_accuracy_levels: `{pattern}` matches no node. Names look like {names[0]} and {names[-1]}."
             )
     for node in nodes:

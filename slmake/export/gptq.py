@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from slmake import cli, params
-from slmake.errors import UserError
+from slmake.errors import NotBuildable
 from slmake.export.decoder_layers import DecoderLayers
 from slmake.training.data import Data
 
@@ -196,20 +196,20 @@ def calibrate(
         What reads the rounded weight, by tensor name.
 
     Raises:
-        UserError: no training rows, or no module that will have 4 bits.
+        NotBuildable: no training rows, or no module that will have 4 bits.
     """
     from transformers import AutoModelForCausalLM
 
     rows = Data(dataset / "train.parquet")
     if not len(rows):
-        raise UserError("quantize.calibration: gptq needs training prompts, and the train split is empty.")
+        raise NotBuildable("quantize.calibration: gptq needs training prompts, and the train split is empty.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True
     ).eval()
     modules = in_four_bits(section, network)
     if not modules:
-        raise UserError(
+        raise NotBuildable(
             "quantize.calibration: gptq rounds to 4 bits, but with these int8_nodes no product has 4 bits. Set it to none."
         )
     decoder = DecoderLayers(network, device, scratch)
@@ -286,7 +286,7 @@ def check_weights(folder: Path, rounded: Mapping[str, Callable[[], Rounded]]) ->
         rounded: what gives the rounded weight, by tensor name.
 
     Raises:
-        UserError: a product is missing from the graph, or the exporter rounded it to other levels.
+        NotBuildable: a product is missing from the graph, or the exporter rounded it to other levels.
     """
     import onnx
 
@@ -298,7 +298,7 @@ def check_weights(folder: Path, rounded: Mapping[str, Callable[[], Rounded]]) ->
         alternatives = reversed(node_names(name.removesuffix(".weight")))
         names = next((names for names in alternatives if all(name in nodes for name in names)), None)
         if names is None:
-            raise UserError(f"the export has no 4-bit product for {name}: set quantize.calibration to none.")
+            raise NotBuildable(f"the export has no 4-bit product for {name}: set quantize.calibration to none.")
         parts_of.setdefault(tuple(names), []).append(name)
     for names, parts in parts_of.items():
         expected = np.concatenate([rounded[name]().dequantized().numpy() for name in parts])
@@ -307,7 +307,7 @@ def check_weights(folder: Path, rounded: Mapping[str, Callable[[], Rounded]]) ->
         allowed = 1e-5 * np.abs(expected).max() + half * HALF_ROUNDING * np.abs(expected)
         wrong = expected.shape != exported.shape or np.abs(exported - expected) > allowed
         if np.mean(wrong) > half * HALF_TIES:
-            raise UserError(
+            raise NotBuildable(
                 f"the exporter changed {int(np.sum(wrong))} of GPTQ's weights of {', '.join(names)}: "
                 "set quantize.calibration to none."
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slmake import params
-from slmake.errors import UserError, first_line
+from slmake.errors import NotBuildable, first_line, is_of_machine
 from slmake.export.builder import level_of
 from slmake.generation import Exported
 
@@ -186,13 +186,13 @@ def check_graph(section: params.Quantize, folder: Path) -> dict:
         The graph's `summary`.
 
     Raises:
-        UserError: the graph differs from the request; every difference is named.
+        NotBuildable: the graph differs from the request; every difference is named.
     """
     graph = read_graph(folder)
     checks = FULL_PRECISION if section.precision in ("fp16", "fp32") else QUANTIZED
     wrong = [difference for check in checks.values() for difference in check(section, graph)]
     if wrong:
-        raise UserError(
+        raise NotBuildable(
             "the model builder did not do what the section quantize asks for:\n  "
             + "\n  ".join(wrong)
             + "\nChange these options: this version of the builder does not honour them for this model."
@@ -204,13 +204,15 @@ def check_generates(folder: Path, tokens: int = 4) -> Trial:
     """Load an export as a user does, and generate a few tokens greedily.
 
     Raises:
-        UserError: ONNX Runtime refuses the model; the message has its reason.
+        NotBuildable: ONNX Runtime refuses the model; the message has its reason.
     """
     try:
         model = Exported(folder)
         return Trial(model.generate(model.encode("The quick brown fox"), tokens), model.runs_on)
     except Exception as error:
-        raise UserError(
+        if is_of_machine(error):
+            raise
+        raise NotBuildable(
             f"ONNX Runtime cannot run the exported model: {first_line(error)}. "
             "Other options of the section quantize may work: algo_config k_quant, is_symmetric true, no matmul_mixed_precision."
         ) from error

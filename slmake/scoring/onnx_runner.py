@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError, first_line
+from slmake.errors import UserError, first_line, is_of_machine
 from slmake.generation import Exported
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.questions import Questions
@@ -24,6 +24,8 @@ def load(folder: Path, form: dict | None = None) -> Exported:
     try:
         return Exported(folder, form)
     except Exception as error:
+        if is_of_machine(error):
+            raise
         raise UserError(
             f"{folder}: ONNX Runtime cannot load this model: {first_line(error)}. "
             "Build it again: remove the folder and run snakemake."

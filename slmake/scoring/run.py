@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError
+from slmake.errors import UserError, is_of_machine
 from slmake.scoring.questions import Questions
 
 WARM_UP = 3
@@ -89,10 +89,8 @@ def readable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
-        if getattr(error, "errno", None):  # the machine's fault, not the model's
+        if is_of_machine(error) or getattr(error, "errno", None):
             raise
         reason = str(error).strip().splitlines()
         raise UserError(

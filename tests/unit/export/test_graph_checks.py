@@ -118,3 +118,12 @@ def test_missing_file_is_found(damaged, name):
     (damaged / name).unlink()
     with pytest.raises(UserError, match="ONNX Runtime cannot run the exported model: "):
         graph_checks.check_generates(damaged)
+
+
+def test_a_machine_that_fails_is_not_the_models_fault(damaged, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(graph_checks, "Exported", fail)
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        graph_checks.check_generates(damaged)

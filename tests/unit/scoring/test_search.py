@@ -243,7 +243,8 @@ def test_candidates_are_built_measured_and_the_winner_taken_over(tmp_path, base,
         assert (tmp_path / "onnx" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_candidate_that_cannot_be_built_is_a_finding(tmp_path, base, dataset):
+def only_candidate(tmp_path, base, dataset) -> list[str]:
+    """The arguments for the one candidate of a search, whose pattern matches no node."""
     file = write_params(
         tmp_path / "params.yaml",
         quantize={
@@ -265,10 +266,33 @@ def test_a_candidate_that_cannot_be_built_is_a_finding(tmp_path, base, dataset):
         "--reference",
         tmp_path / "merged",
     ]
-    candidate.main([str(a) for a in [*arguments, "--output", tmp_path / "0"]])
+    return [str(a) for a in [*arguments, "--output", tmp_path / "0"]]
+
+
+def test_a_candidate_that_cannot_be_built_is_a_finding(tmp_path, base, dataset):
+    candidate.main(only_candidate(tmp_path, base, dataset))
     found = json.loads((tmp_path / "0" / "measured.json").read_text(encoding="utf-8"))
     assert "`*/nothing/*` matches no node" in found["failed"]
     assert not (tmp_path / "0" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("slmake/export/gptq.py changed after this build was planned."), "gptq.py changed after this build"),
+        (RuntimeError("std::bad_alloc"), "out of memory. Use smaller batches"),
+    ],
+    ids=["changed code", "memory"],
+)
+def test_what_says_nothing_of_a_candidate_fails_the_rule(tmp_path, base, dataset, monkeypatch, capsys, error, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(candidate, "build", fail)
+    with pytest.raises(SystemExit):
+        candidate.main(only_candidate(tmp_path, base, dataset))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "0").exists()
 
 
 def test_winner_that_is_gone_is_named(tmp_path, base, capsys):
