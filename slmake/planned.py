@@ -42,7 +42,11 @@ def write(files: Mapping[str, list[str]]) -> str:
         }
         for rule, names in files.items()
     }
-    _drop_stale_bytecode({name for plan in plans.values() for name in plan["code"]})
+    read = {
+        name for plan in plans.values() for kind in plan.values() for name in kind
+    }  # a metric's file is loaded, too
+    own = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))  # what no result depends on, too
+    _drop_stale_bytecode({*own, *map(Path, read)})
     remember()  # rules need not hash again what was hashed here
     text = json.dumps(plans).encode()
     path = FOLDER / f"slmake.plan.{hashlib.sha256(text).hexdigest()[:16]}"
@@ -55,12 +59,12 @@ def write(files: Mapping[str, list[str]]) -> str:
     return path.as_posix()
 
 
-def _drop_stale_bytecode(names: set[str]) -> None:
-    """Remove compiled code that is older than its file's inode: Python takes it for the file's where size and time are the same."""
-    for name in names:
-        compiled = Path(importlib.util.cache_from_source(str(ROOT / name)))
+def _drop_stale_bytecode(files: set[Path]) -> None:
+    """Remove compiled code that is no younger than its file's inode: Python takes it for the file's where size and time are the same."""
+    for file in (file for file in files if file.suffix == ".py"):
+        compiled = Path(importlib.util.cache_from_source(str(file)))
         with contextlib.suppress(OSError):
-            if compiled.stat().st_mtime_ns < (ROOT / name).stat().st_ctime_ns:
+            if compiled.stat().st_mtime_ns <= file.stat().st_ctime_ns:
                 compiled.unlink()
 
 

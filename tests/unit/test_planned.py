@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import py_compile
 import sys
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_nothing_watches_after_the_rule(plan):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert sys.meta_path == before
+
+
+@pytest.mark.parametrize("edited", [True, False], ids=["edited", "as it was"])
+def test_a_metric_of_the_same_size_and_time_is_compiled_again(plan, edited):
+    """`cp -p` and `rsync -t` leave a file's former time, by which Python takes former bytecode for its own."""
+    file = plan.with_name("mine.py")
+    file.write_text("VALUE = 1\n", encoding="utf-8")
+    os.utime(file, (1e9, 1e9))
+    compiled = Path(py_compile.compile(str(file)))
+    later = file.stat().st_ctime_ns + (0 if edited else 1)
+    os.utime(compiled, ns=(later, later))
+    planned.write({"evaluate": [str(file)]})
+    assert compiled.exists() != edited
 
 
 def test_names_of_figures_and_metrics_are_code():
