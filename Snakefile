@@ -260,7 +260,7 @@ rule quantize:
     input:
         code=code_of("quantize"),
         model=PLAN.tuned,
-        dataset=when(PLAN.params.quantize.calibration == "gptq", "build/dataset"),
+        dataset="build/dataset",  # gptq's texts, and the prompt that goes beside the model
         search=when(PLAN.search, "results/search.json"),
         candidates=PLAN.candidates,
     output:
@@ -275,13 +275,12 @@ rule quantize:
         runtime=240,
     params:
         **built_from("quantize"),
-        dataset=optional("dataset"),
         search=when(PLAN.search, "--search results/search.json --candidates build/search"),
     shell:
         "python -m scripts.quantize"
         " --params params.yaml"
         " --model {input.model}"
-        " {params.dataset}"
+        " --dataset {input.dataset}"
         " {params.search}"
         " --output {output.model}"
         " --log {log}"

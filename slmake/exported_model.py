@@ -11,17 +11,21 @@ from slmake.scoring import onnx_runner
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="the exported model's folder (default: the one params.yaml builds)")
-    parser.add_argument("--dataset", type=Path, default=Path("build/dataset"), help="folder with prompt.json")
+    parser.add_argument(
+        "--dataset", type=Path, default=Path("build/dataset"), help="folder with prompt.json, for a model without one"
+    )
 
 
 def load(args: argparse.Namespace) -> Exported:
-    """The model, with the prompts that it was trained on and the constraint of `package.constrain`.
+    """The model, with the constraint of `package.constrain` and the prompts that it was trained on.
+
+    They lie beside it, because build/dataset may be of other parameters already: of `make preview`, or a build that was interrupted.
 
     Raises:
         UserError: it is not there, or ONNX Runtime cannot load it.
     """
-    form = prompts.load_prompt(args.dataset)
     folder = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
+    form = prompts.load_prompt(folder if (folder / "prompt.json").is_file() else args.dataset)
     model = onnx_runner.load(folder, form)
     if Path(args.params).is_file():
         model.form = constrained(form, params.section(args.params, "package").constrain, lambda _: model)

@@ -42,9 +42,8 @@ def write(files: Mapping[str, list[str]]) -> str:
         }
         for rule, names in files.items()
     }
-    read = {
-        name for plan in plans.values() for kind in plan.values() for name in kind
-    }  # a metric's file is loaded, too
+    # A metric's file is loaded, too.
+    read = {name for plan in plans.values() for kind in plan.values() for name in kind}
     own = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))  # what no result depends on, too
     _drop_stale_bytecode({*own, *map(Path, read)})
     remember()  # rules need not hash again what was hashed here

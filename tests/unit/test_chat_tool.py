@@ -1,14 +1,16 @@
 """`make chat` and `make ask`: a conversation in a terminal, and one question, for models of chats and of texts."""
 
+import argparse
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from served import CHAT, TEXT, export
 
-from slmake import generation
+from slmake import exported_model, generation
 from tools import ask, chat
 
 
@@ -122,3 +124,14 @@ def test_ask_answers_every_kind_of_model(onnx, tmp_path, capsys, form):
     for text in asked if form is CHAT else asked[:1]:
         ask.main([*arguments, text])
         assert capsys.readouterr().out.startswith(f"{model.answer(text, new_tokens=4)}  (")
+
+
+def test_a_model_is_asked_with_the_prompt_beside_it(onnx, tmp_path):
+    """The dataset may be of another template since; a model of elsewhere may have none."""
+    folder, other = tmp_path / "model", {**TEXT, "prompt": "Another {phrase}?\n"}
+    shutil.copytree(onnx, folder)
+    (tmp_path / "prompt.json").write_text(json.dumps(other), encoding="utf-8")
+    args = argparse.Namespace(model=folder, dataset=tmp_path, params="none")
+    assert exported_model.load(args).prompt("We danced") == "Another We danced?\n"
+    (folder / "prompt.json").write_text(json.dumps(TEXT), encoding="utf-8")
+    assert exported_model.load(args).prompt("We danced") == TEXT["prompt"].format(phrase="We danced")

@@ -10,6 +10,7 @@ from scripts import candidate, quantize, search
 from slmake import params
 from slmake.errors import UserError
 from slmake.export import proposals
+from slmake.prompts import load_prompt
 from slmake.scoring import selection
 from slmake.scoring.questions import TUNING, Questions
 
@@ -238,7 +239,8 @@ def test_candidates_are_built_measured_and_the_winner_taken_over(tmp_path, base,
         "--candidates",
         tmp_path / "search",
     ]
-    quantize.main([str(a) for a in [*arguments, "--output", tmp_path / "onnx"]])
+    quantize.main([str(a) for a in [*arguments, "--dataset", dataset, "--output", tmp_path / "onnx"]])
+    assert load_prompt(tmp_path / "onnx") == load_prompt(dataset)
     for path in (tmp_path / "search" / "1" / "model").iterdir():
         assert (tmp_path / "onnx" / path.name).read_bytes() == path.read_bytes()
 
