@@ -353,6 +353,7 @@ rule package:
         base_report="results/base.json",
         dataset_report="results/dataset.json",
         adapter=when(PLAN.fetched_adapter, "results/adapter.json"),
+        losses=when("finetune" in STAGES, "results/train_loss.csv"),
         metrics="results/metrics.json",
         gates="results/gates.json",
         search=when(PLAN.search, "results/search.json"),
@@ -368,7 +369,7 @@ rule package:
         runtime=30,
     params:
         **built_from("package"),
-        reports=optional("adapter", "search"),
+        reports=optional("adapter", "losses", "search"),
     shell:
         "python -m scripts.package"
         " --params params.yaml"

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base-report", type=Path, required=True, help="what fetch_model read (base.json)")
     parser.add_argument("--dataset-report", type=Path, required=True, help="what prepare read (dataset.json)")
     parser.add_argument("--adapter", type=Path, help="what adapter read (adapter.json), if it was not trained here")
+    parser.add_argument("--losses", type=Path, help="the loss curve of finetune, if the model was trained here")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of evaluate")
     parser.add_argument("--gates", type=Path, required=True, help="gates.json of gates")
     parser.add_argument("--search", type=Path, help="search.json of search, if the exported model is its winner")

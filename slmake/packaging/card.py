@@ -5,6 +5,8 @@ import re
 
 import yaml
 
+from slmake import params
+from slmake.scoring.gates import table
 from slmake.text import code_span, markdown, one_line, printable
 
 NAMES = {"base": "base", "adapter": "base with adapter", "merged": "fine-tuned and merged"}
@@ -94,10 +96,11 @@ def parity_table(parity: dict) -> list[str]:
     return lines
 
 
-def scored_on(metrics: dict, quantize: dict) -> str:
-    """What the scores are of, in a paragraph."""
+def scored_on(metrics: dict, quantize: dict, limit: int | None = None) -> str:
+    """What the scores are of, in a paragraph; `limit` is `evaluate.max_samples`."""
     if metrics["test_rows"]:
-        return f"On the {metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter."
+        first = "first " * (metrics["test_rows"] == limit)
+        return f"On the {first}{metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter."
     calibrated = " The weights were calibrated with the same texts, so the figures flatter them." * (
         quantize["calibration"] == "gptq"
     )
@@ -150,20 +153,38 @@ def origin(record: dict) -> str:
 
 def ingredients(facts: dict) -> list[str]:
     """Base model, adapter and data."""
-    rows = facts["dataset"]["rows"]
+    rows, scored = facts["dataset"]["rows"], facts["metrics"]["test_rows"]
+    held = "for the scores below" if scored != facts["limit"] else f"(the scores below are of the first {scored})"
     lines = ["## What it was made from", "", f"- Base model: {origin(facts['base'])}"]
     if facts["adapter"]:
         lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter']['source'])}.")
     lines += [f"- Data ({split}): {origin(source)}" for split, source in facts["dataset"]["source"].items()]
     return [
         *lines,
-        f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out for the scores below."
+        f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out {held}."
         if facts["dataset"]["source"]
         else "- No dataset: the model was not scored on a task.",
         "",
         "provenance.intoto.json has the digest of every input, script, parameter and environment; bom.cdx.json is the bill of materials.",
         "",
     ]
+
+
+def training_part(settings: dict, trained: dict | None) -> list[str]:
+    """The settings of a training, and how far it went.
+
+    Args:
+        settings: the section `finetune`.
+        trained: `step` and `epoch` at its end.
+    """
+    # max_steps overrides the number of epochs.
+    names = ("max_steps" if name == "num_train_epochs" and settings["max_steps"] else name for name in TRAINING)
+    lines = ["## Training", "", *settings_table({name: settings[name] for name in names})]
+    if trained:
+        kept = settings["early_stopping_patience"] or settings["keep_best"]
+        chosen = " The adapter with the best loss on the eval rows was kept." * bool(kept)
+        lines += [f"It was trained for {trained['step']:.0f} steps, {trained['epoch']:g} epochs.{chosen}", ""]
+    return lines
 
 
 def settings_table(settings: dict) -> list[str]:
@@ -202,10 +223,27 @@ def held_answers(package: str | dict, evaluate: str | dict, scores: dict) -> str
     return f"The answers above are free. run.py and serve.py hold theirs to {code_span(json.dumps(package))}; held so, {share}."
 
 
-def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[str]:
+def gates_part(gates: list[dict]) -> list[str]:
+    """The gates that the model passed, but not those on time: their figures differ from run to run, and the package must not."""
+    if not gates:
+        return ["No gate was set for this model.", ""]
+    listed = [gate for gate in gates if gate["metric"] not in params.TIMINGS]
+    lines = ["Gates that this model passed:", ""] * bool(listed)
+    lines += [*(f"    {line.strip()}" for line in table(listed).splitlines()), ""] if listed else []
+    if len(listed) == len(gates):
+        return lines
+    also = "also " * bool(listed)
+    return [
+        *lines,
+        f"It {also}passed gates on time. They are not listed, because their figures differ from run to run.",
+        "",
+    ]
+
+
+def scores(facts: dict, classes: bool, gates: list[dict]) -> list[str]:
     """What was measured on the held-out rows, or on the fixed texts, and the gates that it passed."""
     metrics, last = facts["metrics"], facts["last"]
-    lines = ["## Scores", "", scored_on(metrics, facts["quantize"]), ""]
+    lines = ["## Scores", "", scored_on(metrics, facts["quantize"], facts["limit"]), ""]
     if device := metrics.get("providers", {}).get(last):
         lines += [
             f"They were computed on {device['scored_on']}, because {device['exported_for']}, which this model was exported for, was not "
@@ -223,28 +261,28 @@ def scores(facts: dict, classes: bool, gates: list[dict], table: str) -> list[st
         token = "first answer token" if metrics["test_rows"] else "next token"
         lines += [f"Step by step, over the distribution of the {token}:", ""]
         lines += [*parity_table(metrics["parity"]), ""]
-    lines += ["Gates that this model passed:" if gates else "No gate was set for this model.", ""]
-    return lines + ([*(f"    {line.strip()}" for line in table.splitlines()), ""] if gates else [])
+    return lines + gates_part(gates)
 
 
-def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict], table: str) -> str:
+def write(section, facts: dict, form: dict, training: dict | None, gates: list[dict]) -> str:
     """The whole card.
 
     Args:
         section: the section `package` of params.yaml.
-        facts: `base`, `dataset`, `metrics`, `last`, `models`, `adapter`, `licences`, `constrained` (see `held_answers`), `quantize` (the
-            section as a dictionary, with the options that a search chose), `search` (search.json, or None).
+        facts: `base`, `dataset`, `metrics`, `limit` (evaluate.max_samples), `last`, `models`, `adapter`, `trained` (see `training_part`),
+            `licences`, `constrained` (see `held_answers`), `quantize` (the section as a dictionary, with the options that a search
+            chose), `search` (search.json, or None).
         form: prompt.json.
         training: the section `finetune` as a dictionary; None without fine-tuning.
-        gates: the judged gates, and `table` their text.
+        gates: the judged gates.
     """
     head = single_lines(metadata(section, facts["base"], facts["metrics"], facts["last"], form["labels"]))
     head = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=10**6)
     lines = ["---", head.rstrip(), "---", "", f"# {markdown(section.name)}", "", prose(section.intended_use), ""]
     lines += [*usage(form), *ingredients(facts)]
     if training:
-        lines += ["## Training", "", *settings_table({key: training[key] for key in TRAINING})]
-    lines += [*quantization(facts), *scores(facts, bool(form["labels"]), gates, table)]
+        lines += training_part(training, facts["trained"])
+    lines += [*quantization(facts), *scores(facts, bool(form["labels"]), gates)]
     licences = ", ".join(map(markdown, sorted(set(facts["licences"]))))
     lines += ["## Limits", "", prose(section.limitations), "", "## Licence", ""]
     lines += [f"{markdown(section.license)}. The texts are in licenses/: {licences}.", ""]

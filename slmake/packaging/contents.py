@@ -12,8 +12,9 @@ from slmake.outputs import read_json, write_json
 from slmake.packaging import card, checksums, local_runtimes, provenance, sbom
 from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
+from slmake.reporting.csv_files import read_csv
 from slmake.scoring import onnx_runner
-from slmake.scoring.gates import MODELS, table
+from slmake.scoring.gates import MODELS
 
 
 def copy_licences(files: list[str], target: Path) -> list[str]:
@@ -53,6 +54,18 @@ def providers(quantize: dict, metrics: dict) -> dict:
     return {name: metrics.get("providers", {}).get(name, same)} if name in metrics else {}
 
 
+def trained(losses: Path) -> dict:
+    """The `step` and `epoch` at which a training ended: those of the last line of its loss curve.
+
+    Raises:
+        UserError: the file is not there, damaged or empty.
+    """
+    lines = read_csv(losses, ("step", "epoch"))
+    if not lines:
+        raise UserError(f"{losses} has no line. Remove it and run snakemake: it is built again.")
+    return lines[-1]
+
+
 def pack(everything: params.Params, args, folder: Path) -> dict:
     """Fill `folder`; returns the facts that card and bill of materials tell."""
     section = everything.package
@@ -66,17 +79,17 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     local_runtimes.write(folder, section.name, form)
     shutil.copyfile(args.metrics, folder / "metrics.json")
     metrics = read_json(args.metrics, "test_rows")
-    gates = [
-        gate for gate in read_json(args.gates, "gates")["gates"] if gate["metric"] not in params.TIMINGS
-    ]  # they differ from run to run
+    gates = read_json(args.gates, "gates")["gates"]
     models = [name for name in MODELS if name in metrics]
     search = read_json(args.search) if args.search else None
     tuned = "finetune" in everything.all.stages
     facts = {
         "base": read_json(args.base_report, "source"),
         "adapter": read_json(args.adapter, "source") if args.adapter else None,
+        "trained": trained(args.losses) if args.losses else None,
         "dataset": read_json(args.dataset_report, "source", "rows"),
         "metrics": metrics,
+        "limit": everything.evaluate.max_samples,
         "models": models,
         "last": models[-1],
         "quantize": everything.quantize.model_dump(mode="json") | (search["options"] if search else {}),
@@ -87,7 +100,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
         "architecture": read_json(args.model / "genai_config.json", "model", output=args.model)["model"]["type"],
     }
     training = everything.finetune.model_dump(mode="json") if tuned else None
-    text = card.write(section, facts, form, training, gates, table(gates))
+    text = card.write(section, facts, form, training, gates)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
     files = checksums.digests(folder, ())

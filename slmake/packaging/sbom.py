@@ -51,9 +51,15 @@ def performance(scores: dict, rows: str) -> list[dict]:
     return metrics
 
 
-def base_model(record: dict) -> dict:
-    """The base model as a component."""
-    component: dict = {"type": "machine-learning-model", "bom-ref": "base-model", "name": record["source"]}
+def made_from(facts: dict) -> list[dict]:
+    """The models that were read, as components: the base model, and an adapter that was made elsewhere."""
+    names = {"base-model": facts["base"], "adapter": facts.get("adapter")}
+    return [fetched(name, record) for name, record in names.items() if record]
+
+
+def fetched(name: str, record: dict) -> dict:
+    """A model that was read, as a component."""
+    component: dict = {"type": "machine-learning-model", "bom-ref": name, "name": record["source"]}
     return component | ({"hashes": hashes(record["sha256"])} if record.get("sha256") else {})
 
 
@@ -103,7 +109,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     """A CycloneDX 1.6 machine-learning bill of materials (https://cyclonedx.org/docs/1.6/json/).
 
     Args:
-        facts: `task`, `architecture`, `base` (results/base.json), `dataset` (results/dataset.json), `metrics`, `last`.
+        facts: `task`, `architecture`, `base` (results/base.json), `adapter` (results/adapter.json, or None), `dataset` (results/dataset.json), `metrics`, `last`.
         files: SHA-256 of the package's files.
         lock: the environment's lock file.
     """
@@ -141,7 +147,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     }
     if build_time():
         metadata["timestamp"] = build_time()
-    parts = ["base-model", *(component["bom-ref"] for component in [*splits, *contents])]
+    parts = [*made_from(facts), *splits, *contents]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -149,8 +155,8 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
         "version": 1,
         "metadata": metadata,
-        "components": [base_model(facts["base"]), *splits, *contents, *libraries(lock)],
-        "dependencies": [{"ref": "model", "dependsOn": parts}],
+        "components": [*parts, *libraries(lock)],
+        "dependencies": [{"ref": "model", "dependsOn": [component["bom-ref"] for component in parts]}],
     }
 
 

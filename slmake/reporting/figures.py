@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from slmake.reporting.pages import models_of, read_csv
+from slmake.reporting.csv_files import read_csv
+from slmake.reporting.pages import models_of
 from slmake.text import one_line
 
 LONGEST = 40  # characters of a label in a figure

@@ -8,9 +8,10 @@ from pathlib import Path
 from slmake import params
 from slmake.errors import UserError
 from slmake.export.proposals import described
+from slmake.reporting.csv_files import read_csv
 from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
 from slmake.scoring.metrics import is_right
-from slmake.text import csv_text, printable
+from slmake.text import printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; margin: 24px; max-width: 1100px; background: #fff }
@@ -322,29 +323,6 @@ def rows_page(examples: list[dict]) -> str:
         )
         parts.append(f'<h2>{escape(example["title"])}</h2>\n<div class="row">{text}</div>')
     return page("Rows as the model sees them", *parts)
-
-
-def read_csv(path: Path, numbers: tuple[str, ...]) -> list[dict]:
-    """The lines of a CSV file that a rule wrote; the columns named in `numbers` as numbers.
-
-    Raises:
-        UserError: it is damaged: no header, a column that is missing, a cell that is no number.
-    """
-    with open(path, newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        try:
-            lacking = [name for name in numbers if name not in (reader.fieldnames or [])]
-            if lacking:
-                raise ValueError(f"it has no column `{lacking[0]}`")
-            rows = [
-                {name: csv_text(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
-                for row in reader
-            ]
-            return [row | {name: float(row[name] or "") for name in numbers} for row in rows]
-        except (ValueError, csv.Error) as error:
-            raise UserError(
-                f"{path}, line {max(1, reader.line_num)}, is damaged: {error}. Remove it and run snakemake: it is built again."
-            ) from None
 
 
 def read_predictions(path: Path, asked: int) -> list[dict]:

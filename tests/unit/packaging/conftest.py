@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from package_script import GATE, SCORES, pack
+from package_script import GATE, SCORES, SLOW, pack
 
 from slmake import params
 from slmake.export import builder
@@ -18,7 +18,6 @@ METRICS = {
         "fp32_vs_merged": {"prompts": 64, "kl_mean": 0.02, "kl_max": 0.3, "top1_agreement": 0.95, "logit_diff_max": 0.1}
     },
 }
-SLOW = GATE | {"gate": "checks[0]", "metric": "latency_ms_p50", "kind": "maximum", "bound": 900.0, "value": 123.4}
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ GATE = {
     "value": 0.8,
     "passed": True,
 }
+SLOW = GATE | {"gate": "checks[0]", "metric": "latency_ms_p50", "kind": "maximum", "bound": 900.0, "value": 123.4}
 FILES = {
     *(
         "README.md",

@@ -10,6 +10,7 @@ import yaml
 from slmake import params
 from slmake.packaging import card
 from slmake.reporting import figures, pages
+from slmake.reporting.csv_files import read_csv
 from slmake.text import csv_cell
 
 LABELS = (
@@ -83,7 +84,7 @@ def test_pages_show_the_texts(tmp_path):
         writer = csv.DictWriter(handle, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    read = pages.read_csv(file, ("row",))
+    read = read_csv(file, ("row",))
     assert [row["merged"] for row in read] == list(LABELS[1:])
     page = pages.wrong_page(read, ["merged"], 20)
     assert "<td>=1+1</td>" in page
@@ -119,9 +120,10 @@ def test_the_card_shows_labels_and_has_one_head():
         "licences": ["LICENSE"],
         "constrained": card.held_answers({"regex": "a|<b>"}, "none", METRICS["merged"]),
         "adapter": None,
+        "limit": None,
     }
     form = {"labels": list(LABELS), "fields": ["phrase"], "prompt": "### Text: {phrase}\r# Not a heading\n<b>{tone}"}
-    text = card.write(section, facts, form, None, [], "")
+    text = card.write(section, facts, form, None, [])
     assert "The answers above are free. run.py and serve.py hold theirs to" in text
     assert "held so, they were not scored" in text
     _, head, body = re.split(r"^---$", text, maxsplit=2, flags=re.M)

@@ -1,0 +1,93 @@
+"""What the model card says of training, rows and gates, and the bill of materials of the models that were read."""
+
+import json
+
+import pytest
+from package_script import GATE, SLOW, pack
+
+from slmake import params
+from slmake.errors import UserError
+from slmake.packaging import card, contents, sbom
+
+CURVE = "step,epoch,loss,learning_rate\n2,0.25,2.1,0.0002\n3,0.375,2.0,0.0001\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown", "hidden"),
+    [
+        ({"num_train_epochs": 6.0}, "| `num_train_epochs` | `6.0` |", "max_steps"),
+        ({"max_steps": 3}, "| `max_steps` | `3` |", "num_train_epochs"),
+        ({"keep_best": True}, "0.375 epochs. The adapter with the best loss on the eval rows was kept.", "max_steps"),
+    ],
+    ids=["epochs", "steps", "best"],
+)
+def test_the_card_says_how_far_the_training_went(tmp_path, settings, shown, hidden):
+    file = tmp_path / "train_loss.csv"
+    file.write_text(CURVE, encoding="utf-8")
+    section = params.Finetune(**settings).model_dump(mode="json")
+    text = "\n".join(card.training_part(section, contents.trained(file)))
+    assert "It was trained for 3 steps, 0.375 epochs." in text
+    assert shown in text
+    assert hidden not in text
+    assert text.count("was kept") == bool(settings.get("keep_best"))
+
+
+@pytest.mark.parametrize("curve", ["", "step,epoch\n", "step,epoch\n3,many\n"], ids=["empty", "no line", "no number"])
+def test_a_damaged_loss_curve_is_refused(tmp_path, curve):
+    file = tmp_path / "train_loss.csv"
+    file.write_text(curve, encoding="utf-8")
+    with pytest.raises(UserError, match="Remove it and run snakemake"):
+        contents.trained(file)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows", "scores"),
+    [
+        (None, "24 held out for the scores below.", "On the 24 held-out rows."),
+        (100, "24 held out for the scores below.", "On the 24 held-out rows."),
+        (8, "24 held out (the scores below are of the first 8).", "On the first 8 held-out rows."),
+    ],
+)
+def test_the_card_says_which_rows_were_scored(limit, rows, scores):
+    metrics = {"test_rows": min(limit or 24, 24)}
+    dataset = {"rows": {"train": 40, "eval": 8, "test": 24}, "source": {"train": {"source": "data/rows.json"}}}
+    facts = {"base": {"source": "data/base"}, "adapter": None, "dataset": dataset, "metrics": metrics, "limit": limit}
+    assert rows in "\n".join(card.ingredients(facts))
+    assert card.scored_on(metrics, {}, limit).startswith(scores)
+
+
+@pytest.mark.parametrize(
+    ("gates", "listed", "text"),
+    [
+        ([], False, "No gate was set for this model."),
+        ([GATE], True, "Gates that this model passed:"),
+        ([SLOW], False, "It passed gates on time. They are not listed"),
+        ([GATE, SLOW], True, "It also passed gates on time. They are not listed"),
+    ],
+    ids=["none", "score", "time", "both"],
+)
+def test_the_card_says_that_there_are_gates_on_time(gates, listed, text):
+    lines = "\n".join(card.gates_part(gates))
+    assert text in lines
+    assert ("min_accuracy" in lines) == listed
+    assert ("on time" in lines) == (SLOW in gates)
+    assert "latency" not in lines
+
+
+def test_the_bill_of_materials_names_an_adapter_made_elsewhere(parts, packed, tmp_path):
+    def models(folder) -> tuple[list[tuple], list[str]]:
+        """The models that were read, each with its name and digest, and what the package depends on."""
+        bom = json.loads((folder / "bom.cdx.json").read_text(encoding="utf-8"))
+        read = [part for part in bom["components"] if part["type"] == "machine-learning-model"]
+        named = [(part["bom-ref"], part["name"], part.get("hashes", [{}])[0].get("content")) for part in read]
+        return named, bom["dependencies"][0]["dependsOn"]
+
+    base = ("base-model", "hf:org/name@1234", None)
+    named, needed = models(packed)
+    assert (named, "adapter" in needed) == ([base], False)
+    record = tmp_path / "adapter.json"
+    record.write_text(json.dumps({"source": "data/adapter", "sha256": "a" * 64}), encoding="utf-8")
+    named, needed = models(pack(parts, tmp_path / "run", ["--adapter", record]))
+    assert named == [base, ("adapter", "data/adapter", "a" * 64)]
+    assert {"base-model", "adapter"} <= set(needed)
+    assert sbom.made_from({"base": {"source": "x"}, "adapter": None})[0]["name"] == "x"
