@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slmake import outputs, params
 from slmake.errors import UserError
-from slmake.plan import WITHOUT_PACKAGE, Plan
+from slmake.plan import Plan
 from slmake.platforms.dvc import LOCK, NOTE, StatusError, changed, entries, now, outs, receipts, stages, status
 from slmake.platforms.dvc_yaml import DIGESTS, MEMBERS
 
@@ -85,9 +85,10 @@ def refuse_replaced(plan: Plan, made_of: dict[str, set[str]], rebuilt: Collectio
 def refuse_other_upstream(
     plan: Plan, made_of: dict[str, set[str]], running: Collection[str], rebuilt: Collection[str]
 ) -> None:
-    """Refuse to write what names all parameters, code and data (SHOWS_ALL) beside outputs that were built from others.
+    """Refuse to write what names all parameters, code and data (SHOWS_ALL) of outputs that were built from others.
 
-    Snakemake builds those again, unless its options keep it from it; and DVC runs a rule alone, with `dvc repro -s`.
+    Snakemake builds those again, unless its options keep it from it; and DVC runs a rule alone, with `dvc repro -s`. Only what such a
+    rule is made from counts: where a gate is missed, `make report` says why beside a package of the former build.
 
     Args:
         made_of: other rules' outputs that a rule reads, by rule, as `inputs_of` gives them.
@@ -97,10 +98,12 @@ def refuse_other_upstream(
     Raises:
         UserError: there is one.
     """
-    if not (SHOWS_ALL & set(running) and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
+    showing = SHOWS_ALL & set(running)
+    if not (showing and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
         return
     named, moved, known, unknown = entries(), [], [], {}
-    for stage in (name for name in plan.rules if name in named and name not in WITHOUT_PACKAGE):
+    upstream = _upstream(named, showing)
+    for stage in (name for name in plan.rules if name in upstream):
         for output in (output for output in outs(named[stage]) if output not in rebuilt):
             record, unmoved = metadata(output), outputs.as_built(output)
             if record and unmoved and not _is_of_now(plan, made_of, record, output):
@@ -116,6 +119,19 @@ def refuse_other_upstream(
     # Under DVC they may be the same, linked anew; else `refuse_replaced` has compared them.
     if "DVC_STAGE" in os.environ and (others := list(_other_than_recorded(moved))):
         raise UserError(OTHER.format(others[0][0], "built"))
+
+
+def _upstream(named: dict[str, dict], rules: Collection[str]) -> set[str]:
+    """The stages of dvc.yaml whose outputs some of them are made from, directly and through others."""
+    made_by = {output: name for name, stage in named.items() for output in outs(stage)}
+    found: set[str] = set()
+    waiting = [name for name in rules if name in named]
+    while waiting:
+        deps = named[waiting.pop()].get("deps", [])
+        new = {made_by[path] for path in deps if path in made_by} - found
+        found |= new
+        waiting += new
+    return found
 
 
 def refuse_unbuilt(wanted: list[str]) -> list[str]:

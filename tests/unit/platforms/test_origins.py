@@ -1,0 +1,52 @@
+"""Of what a rule is made that shows all parameters: outputs that were built from others stop it, and no other ones do."""
+
+import shutil
+
+import pytest
+from tiny import ROOT
+
+from slmake import params
+from slmake.errors import UserError
+from slmake.plan import Plan
+from slmake.platforms import origins
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch) -> Plan:
+    """A plan of the project's own params.yaml, all of whose outputs Snakemake has a record of."""
+    plan = Plan(params.load(ROOT / "params.yaml"))
+    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(origins, "metadata", lambda output: {"starttime": 1.0, "endtime": 1.0})
+    return plan
+
+
+def look(plan: Plan, monkeypatch, rule: str, old: str) -> None:
+    """What a build of a rule alone is told, where one output is of other parameters."""
+    monkeypatch.setattr(origins, "_is_of_now", lambda plan, made_of, record, output: output != old)
+    origins.refuse_other_upstream(plan, {}, [rule], [])
+
+
+@pytest.mark.parametrize(
+    ("rule", "old"),
+    [
+        *(("report", name) for name in ("results/metrics.json", "build/onnx-int4", "build/adapter", "build/dataset")),
+        *(("package", name) for name in ("results/gates.json", "build/base")),
+    ],
+)
+def test_what_a_rule_is_made_from_must_be_of_now(plan, monkeypatch, rule, old):
+    with pytest.raises(UserError, match=f"{old} was built from other parameters, code or data"):
+        look(plan, monkeypatch, rule, old)
+
+
+@pytest.mark.parametrize(
+    ("rule", "old"),
+    [
+        *(("report", name) for name in ("build/package", "results/gates.json", "results/rehearsal.json")),
+        ("package", "build/report/overview.html"),
+        ("merge", "build/adapter"),  # it shows its own parameters alone
+    ],
+)
+def test_what_lies_beside_may_be_of_a_former_build(plan, monkeypatch, rule, old):
+    """A gate that is missed leaves the former package, and `make report` says by how much."""
+    look(plan, monkeypatch, rule, old)
