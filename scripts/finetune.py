@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, "
                 f"{trainer.schedule.steps} steps, {group.world} processes"
             )
+            since = f" since step {trainer.step}" * (trainer.step > 0)  # where it resumed
             done = trainer.run()
             trainer.save_adapter(folder)
             write_curve(train_loss, ["step", "epoch", "loss", "learning_rate"], trainer.train_curve)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         early = " (stopped early)" if done["stopped"] else ""
         speed = done["tokens"] / done["seconds"] if done["seconds"] else 0
         job.say(
-            f"{done['steps']} steps{early}, loss {trainer.train_curve[-1][2]:.3f}{end}, {speed:.0f} tokens/s, {job.seconds():.0f} s: {args.output}"
+            f"{done['steps']} steps{early}, loss {trainer.train_curve[-1][2]:.3f}{end}, {speed:.0f} tokens/s, {job.seconds():.0f} s{since}: {args.output}"
         )
 
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),
             "scores.html": scores_page(metrics),
             "gates.html": page("Gates", f"<p>{escape(problem)}</p>") if problem else gates_page(gates),
-            "cost.html": cost_page(timings, args.benchmarks, Plan(everything).rules),
+            "cost.html": cost_page(timings, args.benchmarks, Plan(everything).timed),
             "wrong_answers.html": wrong_page(
                 predictions, models_of(metrics), everything.report.wrong_answers, task=metrics["test_rows"] > 0
             ),

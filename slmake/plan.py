@@ -238,6 +238,13 @@ class Plan:
         chosen |= set(when(self.fetched_adapter, "adapter")) | set(when(self.search, ["candidate", "search"]))
         return [rule for rule in RULES if rule in chosen]
 
+    @property
+    def timed(self) -> list[str]:
+        """Names of Snakemake's benchmark files of this build: its rules, and of a search each candidate and the merged model."""
+        rules = [rule for rule in self.rules if rule != "candidate"]
+        measured = [Path(folder).name for folder in self.candidates]
+        return [*rules, *(f"candidate-{name}" for name in when(self.search, ["merged", *measured]))]
+
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""
         files = {file for rule in self.rules if rule not in WITHOUT_PACKAGE for file in code(rule)}

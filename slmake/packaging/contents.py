@@ -7,12 +7,12 @@ from pathlib import Path
 
 from slmake import params, serve
 from slmake.constraints import constrained
+from slmake.csv_files import read_csv
 from slmake.errors import UserError
 from slmake.outputs import read_json, write_json
 from slmake.packaging import card, checksums, local_runtimes, provenance, sbom
 from slmake.plan import SECTIONS
 from slmake.prompts import load_prompt
-from slmake.reporting.csv_files import read_csv
 from slmake.scoring import onnx_runner
 from slmake.scoring.gates import MODELS
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from slmake.reporting.csv_files import read_csv
+from slmake.csv_files import read_csv
 from slmake.reporting.pages import models_of
 from slmake.text import one_line
 

@@ -6,9 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from slmake import params
+from slmake.csv_files import read_csv
 from slmake.errors import UserError
 from slmake.export.proposals import described
-from slmake.reporting.csv_files import read_csv
 from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
 from slmake.scoring.metrics import is_right
 from slmake.text import printable
@@ -267,11 +267,11 @@ def cost_page(timings: dict, benchmarks: Path, built: Collection[str]) -> str:
     """Seconds and memory of every rule, and what each model costs to run.
 
     Args:
-        benchmarks: the folder of Snakemake's benchmark files, in which rules of earlier builds may have some, too.
-        built: the rules of this build.
+        benchmarks: the folder of Snakemake's benchmark files, in which rules and candidates of earlier builds may have some, too.
+        built: names of those of this build.
     """
     rules = []
-    files = [file for file in benchmarks.glob("*.tsv") if file.stem.partition("-")[0] in built]
+    files = [file for file in benchmarks.glob("*.tsv") if file.stem in built]
     for file in sorted(files, key=lambda path: path.stat().st_mtime):
         with open(file, encoding="utf-8") as handle:
             runs = list(csv.DictReader(handle, delimiter="\t"))

@@ -15,6 +15,7 @@ GROUND = (
         "cli",
         "code_inputs",
         "constraints",
+        "csv_files",
         "errors",
         "generation",
         "json_schemas",

@@ -49,6 +49,15 @@ def test_when():
     assert when(None, "a") == when([], ["a"]) == []
 
 
+def test_a_search_is_timed_candidate_by_candidate(plan):
+    assert plan().timed == plan().rules
+    few = plan(quantize={"search": {"block_size": [16, 32]}})
+    assert few.timed == [
+        *(rule for rule in few.rules if rule != "candidate"),
+        *("candidate-merged", "candidate-0", "candidate-1"),
+    ]
+
+
 def test_paths_follow_the_stages(plan):
     whole = plan()
     assert (whole.tuned, whole.onnx, whole.shipped) == ("build/merged", "build/onnx-int4", "build/package")

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from slmake import params
+from slmake.csv_files import read_csv
 from slmake.packaging import card
 from slmake.reporting import figures, pages
-from slmake.reporting.csv_files import read_csv
 from slmake.text import csv_cell
 
 LABELS = (

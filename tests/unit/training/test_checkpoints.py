@@ -62,14 +62,16 @@ def resumed_from(messages: str) -> int:
 def test_killed_run_goes_on_and_gives_the_bytes_of_an_undisturbed_one(tmp_path, base, dataset, killed, capsys):
     """With dropout; a half-written later checkpoint is not used."""
     undisturbed = tune(tmp_path / "undisturbed", base, dataset, **{**KILLED, "save_steps": 1000})
-    capsys.readouterr()
+    assert "since step" not in capsys.readouterr().err
     folder = Path(shutil.copytree(killed, tmp_path / "killed"))
     (run,) = (folder / "checkpoints").iterdir()
     last = max(int(path.name[5:]) for path in run.glob("step-*"))
     (run / ".step-00000039.partial").mkdir()
     (run / ".step-00000039.partial" / "tensors.safetensors").write_bytes(b"half")
     tune(folder, base, dataset, **KILLED)
-    assert resumed_from(capsys.readouterr().err) == last >= 5
+    said = capsys.readouterr().err
+    assert resumed_from(said) == last >= 5
+    assert f" s since step {last}: " in said  # the seconds are not those of the whole training
     assert contents(folder) == contents(undisturbed)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
 
