@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -31,20 +32,22 @@ from slmake.platforms.dvc import (
     cached,
     changed,
     damaged,
+    data_files,
     dvc,
     entries,
     md5,
     note,
+    objects,
     outs,
     reason,
     receipts,
-    recorded,
     repair_lock,
     rotten,
+    shared,
     stages,
     status,
 )
-from slmake.platforms.origins import PULLED, built_from, note_outputs
+from slmake.platforms.origins import PULLED, built_from, edited, note_outputs, unkept
 from slmake.platforms.screen import without_location
 from slmake.sources.secrets import holds_secret, masked
 
@@ -184,18 +187,21 @@ def push(job: cli.Job) -> None:
     """Upload, and check that everything that the receipts name lies there in its full size; what does not is uploaded again.
 
     `dvc push` takes the object of a folder for a proof that its files are there. It is not, where a blob was deleted or cut
-    later, or where a file that two folders share failed: only the first folder counts as failed then.
+    later, or where a file that two folders share failed: only the first folder counts as failed then. It passes over what is not here.
 
     Raises:
-        UserError: see `transfer`; an object of the cache is damaged; or a blob is still not what it should be.
+        UserError: see `transfer`; something recorded is whole neither here nor there; data is not what its `.dvc` file says; an object
+            of the cache is damaged; or a blob is still not what it should be.
     """
     there = stored()  # says what is wrong with the account or the network before anything moves
-    here = recorded()
-    if bad := rotten(name for name, size in here.items() if there.get(name) != size):
+    files = [str(path) for path in data_files()]
+    if data := edited(status(*files)) if files else []:
+        path, file = data[0]
         raise UserError(
-            f"{cached(bad[0])} is damaged: it is not what its name says, so nothing was uploaded. Remove it, then `make restore` says which "
-            "output has to be built again."
+            f"{path} is not what {file} says, so nothing was uploaded. `.venv/bin/dvc add {path}` records it as it is, then `make`; or "
+            "remove it, and `make restore` brings back what was recorded."
         )
+    here = held(there)
     transfer("push", job)
     there = stored()
     if bad := [name for name, size in here.items() if there.get(name) != size]:
@@ -210,24 +216,70 @@ def push(job: cli.Job) -> None:
     )
 
 
-def upload(names: list[str]) -> None:
-    """Upload objects of the cache, over what is there, by MD5; folders last."""
+def held(there: dict[str, int]) -> dict[str, int]:
+    """Bytes of every object of the receipts that DVC's cache here holds, by its MD5 as in `stored`, which gives `there`.
+
+    Raises:
+        UserError: one is damaged; or the cache and the remote together lack one, or have it cut.
+    """
+    named = [(out, objects(out["md5"], lambda name: listed(name) if name in there else None)) for out in shared()]
+    here = {name: cached(name).stat().st_size for _, names in named for name in names if cached(name).is_file()}
+    if bad := rotten(name for name, size in here.items() if there.get(name) != size):
+        raise UserError(
+            f"{cached(bad[0])} is damaged: it is not what its name says, so nothing was uploaded. Remove it, then `make restore` says which "
+            "output has to be built again."
+        )
+    sizes = there | here
+    for out, names in named:
+        missing = {name for name in names if name not in sizes}
+        size = sum(sizes.get(name, 0) for name in names if not name.endswith(".dir"))
+        if missing or size != out.get("size", size):
+            how = f"objects in neither: {len(missing)}" if missing else "the remote has it cut"
+            again = f".venv/bin/dvc add {out['path']}" if out["stage"].endswith(".dvc") else "make"
+            raise UserError(
+                f"{out['path']} is whole neither in DVC's cache here nor in the remote ({how}), so nothing was uploaded. `{again}` puts "
+                "it into the cache again; then the same command again."
+            )
+    return here
+
+
+def each(names: list[str], send: Callable) -> list:
+    """What a request gives for each of some objects, by MD5; it takes the Azure SDK's client of the object's blob, and the MD5."""
     from slmake.sources import blob
 
     account, container, path = place()
     fs = blob.filesystem(account)
 
-    async def put(name: str) -> None:
-        client = fs.service_client.get_container_client(container)
+    def client(name: str):
         target = "/".join(filter(None, [path, "files/md5", name[:2], name[2:]]))
-        with open(cached(name), "rb") as handle:
-            await client.upload_blob(target, handle, overwrite=True, **blob.RETRIES)
+        return fs.service_client.get_blob_client(container, target)
 
     try:
-        for name in sorted(names, key=lambda name: name.endswith(".dir")):
-            blob.run(fs, functools.partial(put, name))
+        return [blob.run(fs, functools.partial(send, client(name), name)) for name in names]
     except Exception as error:
         raise blob.explain(error, f"azure://{container}/{path}") from None
+
+
+def listed(name: str) -> bytes | None:
+    """A folder's list of files, by its MD5, as the remote has it; None where it is damaged there."""
+    from slmake.sources import blob
+
+    async def get(client, name: str) -> bytes:
+        return await (await client.download_blob(**blob.RETRIES)).readall()
+
+    [content] = each([name], get)
+    return content if hashlib.md5(content).hexdigest() == name.removesuffix(".dir") else None
+
+
+def upload(names: list[str]) -> None:
+    """Upload objects of the cache, over what is there, by MD5; folders last."""
+    from slmake.sources import blob
+
+    async def put(client, name: str) -> None:
+        with open(cached(name), "rb") as handle:
+            await client.upload_blob(handle, overwrite=True, **blob.RETRIES)
+
+    each(sorted(names, key=lambda name: name.endswith(".dir")), put)
 
 
 def pull(job: cli.Job) -> None:
@@ -261,7 +313,7 @@ def restore(job: cli.Job) -> None:
 
 
 def refuse_before_overwriting() -> None:
-    """Bring dvc.yaml up to date; refuse where a build runs, or where outputs of other parameters, code or data would be overwritten.
+    """Bring dvc.yaml up to date; refuse where a build runs, or where what is edited, or of other parameters, code or data, would be lost.
 
     Raises:
         UserError: what takes the outputs' place would be refused.
@@ -270,8 +322,16 @@ def refuse_before_overwriting() -> None:
         raise UserError("a build is running here. If it was killed: `.venv/bin/snakemake --unlock`, then again.")
     with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
         dvc_yaml.update()
-    made = {path for stage in entries().values() for path in outs(stage)} | {out["path"] for out in receipts()}
     found = status()
+    if data := unkept(found):
+        path, file = data[0]
+        raise UserError(
+            f"{path} is not what {file} says, and DVC's cache does not have it as it is, so nothing was overwritten. "
+            f"`.venv/bin/dvc add {path}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
+        )
+    # Data of a `.dvc` file is brought back only where it is another; else outputs may be of what it is now.
+    made = {out["path"] for out in receipts() if not out["stage"].endswith(".dvc") or out["stage"] in found}
+    made |= {path for stage in entries().values() for path in outs(stage)}
     lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]
     for stage, changes in found.items():
         deps = [dep for dep in changed(changes, "deps") if dep not in made]

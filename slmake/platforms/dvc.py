@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -145,7 +145,7 @@ def outs(stage: dict) -> list[str]:
 
 
 def receipts() -> list[dict]:
-    """What the receipts say of every output that DVC keeps: `path` and `md5` (32 hex digits, `.dir` behind those of folders).
+    """What the receipts say of every output: `path`, `md5` (32 hex digits, `.dir` behind those of folders), and `stage`, as in `status`.
 
     Raises:
         UserError: a file of receipts is damaged.
@@ -153,27 +153,61 @@ def receipts() -> list[dict]:
     import yaml
 
     outs = []
-    for path in filter(Path.is_file, [Path("dvc.lock"), *Path().glob("*.dvc"), *Path("data").rglob("*.dvc")]):
+    for path in filter(Path.is_file, [Path("dvc.lock"), *data_files()]):
         try:
             receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (ValueError, yaml.YAMLError):
             raise UserError(f"{path} is damaged. Bring it back with `git checkout {path}`.") from None
-        for stage in [receipt, *receipt.get("stages", {}).values()]:  # paths are relative to the file that names them
-            outs += [
-                out | {"path": (path.parent / out["path"]).as_posix()} for out in stage.get("outs", []) if "md5" in out
+        for name, stage in [(path.as_posix(), receipt), *receipt.get("stages", {}).items()]:
+            outs += [  # paths are relative to the file that names them
+                out | {"path": (path.parent / out["path"]).as_posix(), "stage": name}
+                for out in stage.get("outs", [])
+                if "md5" in out
             ]
     return outs
 
 
-def recorded() -> dict[str, int]:
-    """Bytes of every object that the receipts name and DVC's cache here holds, by its MD5 as in `stored`."""
-    found: dict[str, int] = {}
-    for name in (out["md5"] for out in receipts()):
-        members = json.loads(cached(name).read_bytes()) if name.endswith(".dir") and cached(name).is_file() else []
-        for md5 in [name, *(entry["md5"] for entry in members)]:
-            if cached(md5).is_file():
-                found[md5] = cached(md5).stat().st_size
-    return found
+def data_files() -> list[Path]:
+    """The `.dvc` files, each of which names data that DVC keeps in the place of Git."""
+    return [path for path in [*Path().glob("*.dvc"), *Path("data").rglob("*.dvc")] if path.is_file()]
+
+
+def shared() -> list[dict]:
+    """The receipts of what `dvc push` uploads: not those of stages that dvc.yaml has no more, nor of what Git keeps."""
+    named = entries()
+    options = [out for stage in named.values() for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    in_git = {path for out in options if isinstance(out, dict) for path in out if not out[path].get("cache", True)}
+    return [
+        out
+        for out in receipts()
+        if out["path"] not in in_git and (out["stage"].endswith(".dvc") or out["stage"].partition("@")[0] in named)
+    ]
+
+
+def objects(name: str, elsewhere: Callable[[str], bytes | None] = lambda name: None) -> list[str]:
+    """Names of an output's objects, by its own: itself and, of a folder, its files, as often as they are in it.
+
+    Args:
+        elsewhere: gives a folder's list of files that the cache lacks; None: its files are not known.
+
+    Raises:
+        UserError: a folder's list is damaged.
+    """
+    if not name.endswith(".dir"):
+        return [name]
+    content = cached(name).read_bytes() if cached(name).is_file() else elsewhere(name)
+    try:
+        return [name, *(entry["md5"] for entry in json.loads(content or b"[]"))]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{cached(name)} is damaged: it is not what its name says. Remove it; `make` and `make pull` bring it again."
+        ) from None
+
+
+def recorded() -> list[str]:
+    """Every object that the receipts name and DVC's cache here holds, by its MD5 as in `receipts`."""
+    names = dict.fromkeys(name for out in receipts() for name in objects(out["md5"]))
+    return [name for name in names if cached(name).is_file()]
 
 
 def rotten(names: Iterable[str]) -> list[str]:

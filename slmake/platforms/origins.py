@@ -12,7 +12,20 @@ from pathlib import Path
 from slmake import outputs, params
 from slmake.errors import UserError
 from slmake.plan import Plan
-from slmake.platforms.dvc import LOCK, NOTE, StatusError, changed, entries, now, outs, receipts, stages, status
+from slmake.platforms.dvc import (
+    LOCK,
+    NOTE,
+    StatusError,
+    cached,
+    changed,
+    entries,
+    md5,
+    now,
+    outs,
+    receipts,
+    stages,
+    status,
+)
 from slmake.platforms.dvc_yaml import DIGESTS, MEMBERS
 
 PULLED = "SLMAKE_PULL"  # environment variable: what the outputs were compared with before they are noted as built, as `built_from` gives it
@@ -186,7 +199,7 @@ def refuse_damaged(wanted: list[str]) -> None:
         return
     damaged = [(path, how, stage) for stage in found for path, how in changed(found[stage], "outs").items()]
     if any(how == "not in cache" for _, how, _ in damaged):
-        damaged = list(_compared(damaged))
+        damaged = list(compared(damaged))
     if damaged:
         path, how, stage = damaged[0]
         raise UserError(
@@ -230,7 +243,7 @@ def _refuse_changed(unknown: dict[str, str], undone: str) -> None:
         for stage in found
         if all(isinstance(change, dict) and "changed outs" in change for change in found[stage])
     }
-    kept -= {stage for _, _, stage in _compared(lost)}
+    kept -= {stage for _, _, stage in compared(lost)}
     doubtful = [unknown[stage] for stage in found if stage not in kept]
     if doubtful:
         raise _unknown(doubtful, undone)
@@ -244,7 +257,7 @@ def _unknown(paths: list[str], undone: str) -> UserError:
     )
 
 
-def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+def compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
     """The damaged ones of some outputs: those that are "not in cache" (DVC did not look at them) are compared with their receipts.
 
     `dvc commit` puts an output that is what it was into the cache again.
@@ -252,6 +265,22 @@ def _compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, s
     yield from (entry for entry in damaged if entry[1] != "not in cache")
     unseen = {path: stage for path, how, stage in damaged if how == "not in cache"}
     yield from ((path, how, unseen[path]) for path, how in _other_than_recorded(unseen))
+
+
+def edited(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
+    """Data that is here and is not what its `.dvc` file says, and that file, of what `status` gives."""
+    files = [name for name in found if name.endswith(".dvc")]
+    differ = [(path, how, file) for file in files for path, how in changed(found[file], "outs").items()]
+    return [(path, file) for path, _, file in compared(differ) if Path(path).exists()]
+
+
+def unkept(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
+    """Those of `edited` that DVC's cache does not have as they are: what takes their place destroys them."""
+    return [
+        (path, file)
+        for path, file in edited(found)
+        if not all(cached(md5(name)).is_file() for name in [Path(path), *Path(path).rglob("*")] if name.is_file())
+    ]
 
 
 def _other_than_recorded(paths: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 
 import pytest
 import yaml
@@ -122,6 +123,16 @@ def test_push_brings_back_what_is_gone_though_dvc_remembers_it(pushed, clone, bl
     assert done.returncode == 0, done.stdout
     assert "of what DVC took for granted, 1 blobs were missing or cut" in done.stdout
     assert {blob.name: blob.size for blob in blobs.list_blobs()} == before
+    # What is whole there need not be here; what is in neither place is no success.
+    shutil.rmtree(clone / ".dvc" / "cache")
+    done = remote(clone, "push")
+    assert done.returncode == 0, done.stdout
+    content = blobs.download_blob(gone).readall()
+    blobs.delete_blob(gone)
+    done = remote(clone, "push")
+    assert done.returncode == 1
+    assert "build/onnx-int4 is whole neither in DVC's cache here nor in the remote" in done.stdout
+    blobs.upload_blob(gone, content)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""tools/remote.py in a tiny DVC repository, with a folder in the place of the blob store: what is missing, cut or edited."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from slmake import cli
+from slmake.errors import UserError
+from slmake.platforms import atomic_dvc, dvc, dvc_yaml
+from tools import remote
+
+STAGES = """\
+stages:
+  merge:
+    cmd: merge
+    deps: [data/rows.json, data/texts]
+    outs: [build/merged, results/scores.csv, {results/metrics.json: {cache: false}}]
+"""
+JOB = cli.Job("remote", sys.stderr, None)
+DATA, FOLDER, WEIGHTS = Path("data/rows.json"), Path("data/texts"), Path("build/merged/model.safetensors")
+
+
+def write(path: Path | str, text: str) -> None:
+    """Write a file as a new one: that of before may be linked with DVC's cache."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def record() -> None:
+    with atomic_dvc.Repo() as repo:
+        repo.commit("merge", force=True)
+
+
+def add(path: Path) -> None:
+    with atomic_dvc.Repo() as repo:
+        repo.add(str(path))
+
+
+def copy(names: list[str]) -> None:
+    """Stands in for `upload`."""
+    for name in names:
+        shutil.copy(dvc.cached(name), Path("there", name))
+
+
+def in_this_process(*arguments: str, capture: bool = False) -> SimpleNamespace:
+    """Stands in for `dvc`."""
+    return SimpleNamespace(returncode=atomic_dvc.main(list(arguments)), stderr="")
+
+
+def objects(*paths: Path) -> list[Path]:
+    """Where the cache keeps files of outputs, and lists of folders."""
+    listed = {out["path"]: out["md5"] for out in dvc.receipts()}
+    return [dvc.cached(listed.get(str(path)) or dvc.md5(path)) for path in paths]
+
+
+def there(path: Path) -> Path:
+    """Where the stand-in for the remote keeps an object of the cache."""
+    return Path("there", path.parent.name + path.name)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """A repository with a recorded stage, and with a file and a folder of data that DVC tracks; an empty remote in `there`."""
+    folder = tmp_path_factory.mktemp("recorded") / "project"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        atomic_dvc.Repo.init(no_scm=True).close()
+        for path in (DATA, FOLDER / "a.txt", FOLDER / "b.txt", WEIGHTS, "build/merged/config.json"):
+            write(path, f"first {path}")
+        shutil.copy(WEIGHTS, "build/merged/again.safetensors")  # its bytes are one object
+        for path in ("results/scores.csv", "results/metrics.json", "dvc.yaml"):
+            write(path, STAGES)
+        add(DATA)
+        add(FOLDER)
+        record()
+        Path("there").mkdir()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def repository(recorded, tmp_path, monkeypatch):
+    """A copy of it."""
+    shutil.copytree(recorded, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    dvc.cache.cache_clear()
+    monkeypatch.setattr(remote, "dvc", in_this_process)
+    monkeypatch.setattr(remote, "stored", lambda: {path.name: path.stat().st_size for path in Path("there").iterdir()})
+    monkeypatch.setattr(remote, "transfer", lambda verb, job: None)
+    monkeypatch.setattr(remote, "upload", copy)
+    monkeypatch.setattr(remote, "listed", lambda name: Path("there", name).read_bytes())
+    monkeypatch.setattr(remote, "place", lambda: ("", "models", "tones"))
+    monkeypatch.setattr(remote, "prove", lambda job: None)
+    monkeypatch.setattr(dvc_yaml, "update", lambda: None)
+    yield
+    dvc.cache.cache_clear()
+
+
+def push() -> None:
+    remote.push(JOB)
+
+
+def test_push_uploads_all_that_is_recorded_but_what_git_keeps():
+    push()
+    kept = {there(path).name for path in objects(DATA, FOLDER, Path("build/merged"), Path("results/scores.csv"))}
+    kept |= {there(path).name for path in objects(*FOLDER.iterdir(), WEIGHTS, Path("build/merged/config.json"))}
+    assert {path.name for path in Path("there").iterdir()} == kept
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, WEIGHTS.parent, Path("results/scores.csv"), DATA, FOLDER / "a.txt", None])
+def test_push_refuses_what_is_in_neither_place(path):
+    """None: the whole cache. `dvc push` passes over it, and a colleague's `dvc pull` would fail for good."""
+    shutil.rmtree(".dvc/cache") if path is None else objects(path)[0].unlink()
+    with pytest.raises(UserError, match="whole neither in DVC's cache here nor in the remote"):
+        push()
+    assert not list(Path("there").iterdir())
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, WEIGHTS.parent, DATA, None])
+def test_push_needs_nothing_here_that_is_there(path):
+    """As after `dvc pull` of some outputs."""
+    push()
+    before = remote.stored()
+    shutil.rmtree(".dvc/cache") if path is None else objects(path)[0].unlink()
+    push()
+    assert remote.stored() == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
+def test_push_refuses_what_is_gone_or_cut_there_and_not_here(damage):
+    push()
+    [weights, folder] = objects(WEIGHTS, WEIGHTS.parent)
+    weights.unlink()
+    folder.unlink()  # then the list is that of the remote
+    damage(there(weights))
+    with pytest.raises(UserError, match="build/merged is whole neither"):
+        push()
+
+
+def test_push_mends_what_is_gone_there_and_is_here():
+    push()
+    before = remote.stored()
+    there(objects(WEIGHTS)[0]).unlink()
+    push()
+    assert remote.stored() == before
+
+
+def test_push_refuses_a_damaged_list_of_a_folder():
+    [folder] = objects(WEIGHTS.parent)
+    folder.chmod(0o644)
+    folder.write_bytes(folder.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"\.dir is damaged: it is not what its name says"):
+        push()
+
+
+@pytest.mark.parametrize("path", [DATA, FOLDER / "a.txt", FOLDER / "new.txt"])
+@pytest.mark.parametrize("built", [False, True], ids=["", "the outputs are of it"])
+def test_edited_data_is_neither_overwritten_nor_taken_for_pushed(path, built):
+    write(path, "edited")
+    if built:
+        record()
+    shutil.rmtree("build")
+    Path("there/object").touch()  # `pull` refuses an empty remote
+    for command in (remote.restore, remote.pull, remote.push):
+        with pytest.raises(UserError, match=rf"is not what data/{path.parts[1]}\.dvc says.* nothing was (over|up)"):
+            command(JOB)
+    assert path.read_text() == "edited"
+    remote.outputs.remove(Path("data", path.parts[1]))  # as the message says
+    remote.restore(JOB)
+    assert (FOLDER / "a.txt").read_text() == f"first {FOLDER / 'a.txt'}"
+    assert DATA.read_text() == f"first {DATA}"
+    assert WEIGHTS.read_text() == f"first {WEIGHTS}"
+
+
+def test_data_that_the_cache_has_is_replaced_by_that_of_another_commit():
+    receipt = Path("data/rows.json.dvc").read_bytes()
+    write(DATA, "second")
+    add(DATA)
+    Path("data/rows.json.dvc").write_bytes(receipt)  # as `git checkout` does
+    remote.restore(JOB)
+    assert DATA.read_text() == f"first {DATA}"
+
+
+def test_outputs_of_newly_added_data_are_not_overwritten():
+    write(DATA, "second")
+    add(DATA)
+    write(WEIGHTS, "of the second")
+    with pytest.raises(UserError, match=r"merge was recorded with other data/rows\.json than are here"):
+        remote.restore(JOB)
+    assert WEIGHTS.read_text() == "of the second"
