@@ -1,6 +1,5 @@
 """Published models in Azure Blob: immutable folders by digest, and a pointer to the latest."""
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -12,8 +11,9 @@ from slmake.sources import blob, download
 from slmake.sources.blob import AzureBlob
 
 POINTER = "latest.json"
-MANIFEST = "manifest.json"  # beside the model's files, the same but for `previous`
+MANIFEST = "manifest.json"  # beside the model's files, the pointer that was first set to them, without `previous`
 RACES = 20  # how often the pointer may move under our hands
+AGAIN = "publish again, where it was built: `.venv/bin/snakemake --cores all --force results/published.json`"
 
 
 class Store:
@@ -35,14 +35,16 @@ class Store:
         except Exception as error:
             raise blob.explain(error, f"{self.url}/{name}".rstrip("/")) from None
 
-    def sizes(self, digest: str) -> dict[str, tuple[int, str]]:
-        """Size and uploaded SHA-256 of the blobs below a digest, by name."""
+    def sizes(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Size and uploaded SHA-256 of the blobs below a folder ("", or with `/` at its end), by name."""
 
         async def walk():
-            sizes, start = {}, f"{self.source.path}/{digest}/"
+            sizes, start = {}, f"{self.source.path}/{folder}"
             container = self.fs.service_client.get_container_client(self.source.name)
             async for item in container.list_blobs(start, include=["metadata"], **blob.RETRIES):
-                sizes[item.name.removeprefix(start)] = (item.size, (item.metadata or {}).get("sha256", ""))
+                metadata = item.metadata or {}
+                if not metadata.get("hdi_isfolder"):  # where the account has folders, they are listed, too
+                    sizes[item.name.removeprefix(start)] = (item.size, metadata.get("sha256", ""))
             return sizes
 
         return self.run(walk)
@@ -59,6 +61,19 @@ class Store:
                 if str(error.error_code) == "BlobNotFound":
                     return None
                 raise
+
+        return self.run(get, name)
+
+    def content_of(self, name: str) -> tuple[int, str]:
+        """Size and SHA-256 of all that a blob has, downloaded."""
+
+        async def get():
+            whole, size = hashlib.sha256(), 0
+            stream = await self.client(name).download_blob(max_concurrency=4, **blob.RETRIES)
+            async for chunk in stream.chunks():
+                whole.update(chunk)
+                size += len(chunk)
+            return size, whole.hexdigest()
 
         return self.run(get, name)
 
@@ -94,6 +109,21 @@ def as_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def read_object(content: bytes) -> dict:
+    """A JSON object; an empty one, if it is damaged."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_of(content: bytes, manifest: dict) -> bool:
+    """Whether what is there is the manifest of the same files; they may have been measured again."""
+    there = read_object(content)
+    return all(there.get(key) == manifest[key] for key in ("digest", "files"))
+
+
 def describe(model: Path, metrics: Path | None) -> dict:
     """The manifest of a model folder: digest, metrics, and its files with sha256 and size in bytes.
 
@@ -122,20 +152,21 @@ def publish(store: Store, model: Path, manifest: dict, job: cli.Job) -> dict:
         UserError: no access, out of reach, or the pointer moved RACES times meanwhile.
     """
     digest, files = manifest["digest"], manifest["files"]
-    there = store.sizes(digest)
+    there = store.sizes(f"{digest}/")
     missing = [name for name, file in files.items() if there.get(name) != (file["size_bytes"], file["sha256"])]
     with job.progress(sum(files[name]["size_bytes"] for name in missing), "B") as bar:
         for name in missing:
             store.upload(model / name, f"{digest}/{name}", files[name]["sha256"])
             bar.update(files[name]["size_bytes"])
-    content = as_bytes(manifest)
-    if missing or MANIFEST not in there:
-        whole = hashlib.sha256(content).hexdigest()
-        if there.get(MANIFEST) != (len(content), whole) and not store.swap(f"{digest}/{MANIFEST}", content, None):
-            job.log("the manifest is there already")
+    now = store.read(f"{digest}/{MANIFEST}")
+    whole = now and is_of(now[0], manifest)
+    if not whole and not store.swap(f"{digest}/{MANIFEST}", as_bytes(manifest), now[1] if now else None):
+        job.log("someone else wrote the manifest at the same moment")
     for _ in range(RACES):
         now = store.read(POINTER)
-        pointer = json.loads(now[0]) if now else {}
+        pointer = read_object(now[0]) if now else {}
+        if now and not pointer:
+            job.say(f"{POINTER} is damaged: it is written anew, without the digest that was latest before")
         before = pointer.get("digest")
         if before == digest:  # published before, perhaps with other scores
             before = pointer.get("previous")
@@ -160,45 +191,40 @@ def verify(store: Store, job: cli.Job) -> dict:
     """Download what the pointer or manifest names and compare every byte's sum and every size. Returns the manifest.
 
     Raises:
-        UserError: no pointer there, or files that are missing, cut, changed or too many; all of them are named.
+        UserError: no pointer there, out of reach, or files that are missing, cut, changed or too many; all of them are named.
     """
     pointer = store.read(POINTER) or store.read(MANIFEST)
     if pointer is None:
         raise UserError(
             f"{store.url}: neither {POINTER} nor {MANIFEST} is there. Name what was published to, or its folder DIGEST."
         )
+    manifest = read_object(pointer[0])
     try:
-        manifest = json.loads(pointer[0])
         digest, files = manifest["digest"], manifest["files"]
-        sums = {name: file["sha256"] for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{store.url}: the manifest is damaged. Publish again.") from None
-    folder = "" if store.source.path.endswith(digest) else f"{digest}/"
-    bad = [] if download.digest_of(sums) == digest else [f"the manifest's sums do not make its digest {digest}"]
-
-    async def digest_of_blob(name: str) -> tuple[str, int]:
-        whole, size = hashlib.sha256(), 0
-        stream = await store.client(f"{folder}{name}").download_blob(max_concurrency=4, **blob.RETRIES)
-        async for chunk in stream.chunks():
-            whole.update(chunk)
-            size += len(chunk)
-        return whole.hexdigest(), size
-
-    with job.progress(sum(file["size_bytes"] for file in files.values()), "B") as bar:
-        for name, file in files.items():
-            try:
-                actual, size = store.run(functools.partial(digest_of_blob, name), name)
-            except UserError as error:
-                bad.append(str(error))
+        right = {name: (file["size_bytes"], file["sha256"]) for name, file in files.items()}
+        made = download.digest_of({name: sha256 for name, (_, sha256) in right.items()})
+        total = sum(size for size, _ in right.values())
+        folder = "" if store.source.path.endswith(digest) else f"{digest}/"
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{store.url}: the manifest is damaged; {AGAIN}.") from None
+    bad = [] if made == digest else [f"the manifest's sums do not make its digest {digest}"]
+    there = store.sizes(folder)
+    kept = store.read(f"{folder}{MANIFEST}")
+    if not (kept and is_of(kept[0], manifest)):
+        bad.append(f"{MANIFEST}: not that of these files")
+    bad += [f"{name}: not among the files that were published" for name in sorted(there.keys() - {*files, MANIFEST})]
+    with job.progress(total, "B") as bar:
+        for name, (size, sha256) in right.items():
+            if name not in there:
+                bad.append(f"{name}: missing")
                 continue
-            if (actual, size) != (file["sha256"], file["size_bytes"]):
-                bad.append(
-                    f"{name}: {size} bytes with sha256 {actual}, expected {file['size_bytes']} with {file['sha256']}"
-                )
-            bar.update(file["size_bytes"])
+            found, actual = store.content_of(f"{folder}{name}")
+            if (found, actual) != (size, sha256):
+                bad.append(f"{name}: {found} bytes with sha256 {actual}, expected {size} with {sha256}")
+            bar.update(size)
     if bad:
         lines = "\n".join(f"  {line}" for line in bad)
         raise UserError(
-            f"{store.url}: {len(bad)} of {len(files)} files are not what was published; publish again.\n{lines}"
+            f"{store.url}/{folder}: not what was published. Delete the blobs that are named below; then {AGAIN}.\n{lines}"
         )
     return manifest

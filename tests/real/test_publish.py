@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, run_script, write_params
+from tiny import run_script, write_params
 
+from slmake.cli import Job
+from slmake.errors import UserError
 from slmake.outputs import folder_digest
+from slmake.packaging import blob_store
 from slmake.sources import blob
+from slmake.sources.schemes import parse
 
 pytestmark = pytest.mark.real
 
@@ -80,24 +84,42 @@ def test_the_same_model_with_other_scores_moves_the_pointer(tmp_path, blob_serve
         assert latest["previous"] is None
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+DAMAGE = {  # which blob, and what the message says of it
+    **dict.fromkeys(("flip", "cut", "flip, with its metadata"), ("DIGEST/model.onnx.data", "model.onnx.data: ")),
+    "delete": ("DIGEST/model.onnx.data", "model.onnx.data: missing"),
+    "one more": ("DIGEST/sub/more.json", "sub/more.json: not among the files that were published"),
+    "manifest": ("DIGEST/manifest.json", "manifest.json: not that of these files"),
+    "pointer": ("latest.json", "the manifest is damaged; publish again"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_verify_names_a_damaged_blob_and_publishing_again_mends_it(tmp_path, blob_server, container, damage):
+    store, job = (
+        blob_store.Store(parse(f"az://{container}/models/tones", must_pin=False)),
+        Job("publish", sys.stderr, None),
+    )
     model = make_exported(tmp_path / "model")
-    assert run_script("publish", *arguments(tmp_path, container, model)).returncode == 0
-    blob = blob_server.client().get_blob_client(container, f"models/tones/{folder_digest(model)}/model.onnx.data")
-    content = bytearray((model / "model.onnx.data").read_bytes())
-    content[3_000_000] ^= 1
+    manifest = blob_store.describe(model, None)
+    blob_store.publish(store, model, manifest, job)
+    place, said = DAMAGE[damage]
+    path = f"models/tones/{place.replace('DIGEST', folder_digest(model))}"
+    damaged = blob_server.client().get_blob_client(container, path)
+    content = bytearray(b"{}" if damage == "one more" else damaged.download_blob().readall())
+    content[len(content) // 2] ^= "flip" in damage
     if damage == "delete":
-        blob.delete_blob()
+        damaged.delete_blob()
     else:
-        blob.upload_blob(bytes(content) if damage == "flip" else bytes(content[:-1]), overwrite=True)
-    url = f"az://{container}/models/tones"
-    done = run_script("publish", "--verify", url)
-    assert done.returncode == 1
-    assert "1 of 3 files are not what was published; publish again." in done.stderr
-    assert "model.onnx.data" in done.stderr
-    assert run_script("publish", *arguments(tmp_path, container, model, "again")).returncode == 0
-    assert run_script("publish", "--verify", url).returncode == 0
+        metadata = damaged.get_blob_properties().metadata if "metadata" in damage else None  # as a disk flips it
+        damaged.upload_blob(bytes(content[: None if "flip" in damage else -9]), overwrite=True, metadata=metadata)
+    with pytest.raises(UserError) as refused:
+        blob_store.verify(store, job)
+    assert said in str(refused.value)
+    if damage in ("one more", "flip, with its metadata"):
+        assert "Delete the blobs that are named below; then publish again" in str(refused.value)
+        damaged.delete_blob()
+    blob_store.publish(store, model, manifest, job)
+    assert blob_store.verify(store, job) == manifest | {"previous": None}
 
 
 def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
@@ -128,11 +150,6 @@ def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
 
 def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, container, monkeypatch):
     """Exactly between reading and writing, somebody else's pointer appears: the condition fails, and theirs becomes `previous`."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    from slmake import cli
-    from slmake.packaging import blob_store
-    from slmake.sources.schemes import parse
-
     model = make_exported(tmp_path / "model")
     store = blob_store.Store(parse(f"az://{container}/models/tones", must_pin=False))
     theirs, swaps = {"digest": "f" * 64}, []
@@ -148,7 +165,7 @@ def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, conta
         return original(name, content, etag)
 
     monkeypatch.setattr(store, "swap", swap)
-    blob_store.publish(store, model, blob_store.describe(model, None), cli.Job("publish", sys.stderr, None))
+    blob_store.publish(store, model, blob_store.describe(model, None), Job("publish", sys.stderr, None))
     assert swaps[0] is None
     assert len(swaps) == 2
     assert pointer(blob_server, container)["previous"] == "f" * 64
