@@ -115,7 +115,7 @@ def refuse_other_upstream(
     if not (showing and Path("dvc.yaml").exists()):  # a step of Azure ML has no dvc.yaml
         return
     named, moved, known, unknown = entries(), [], [], {}
-    upstream = _upstream(named, showing)
+    upstream = _upstream(named, made_of, showing)
     for stage in (name for name in plan.rules if name in upstream):
         for output in (output for output in outs(named[stage]) if output not in rebuilt):
             record, unmoved = metadata(output), outputs.as_built(output)
@@ -134,13 +134,14 @@ def refuse_other_upstream(
         raise UserError(OTHER.format(others[0][0], "built"))
 
 
-def _upstream(named: dict[str, dict], rules: Collection[str]) -> set[str]:
-    """The stages of dvc.yaml whose outputs some of them are made from, directly and through others."""
+def _upstream(named: dict[str, dict], made_of: dict[str, set[str]], rules: Collection[str]) -> set[str]:
+    """The stages of dvc.yaml whose outputs some rules read, directly and through others; `publish` is a rule, but no stage."""
     made_by = {output: name for name, stage in named.items() for output in outs(stage)}
     found: set[str] = set()
-    waiting = [name for name in rules if name in named]
+    waiting = list(rules)
     while waiting:
-        deps = named[waiting.pop()].get("deps", [])
+        name = waiting.pop()
+        deps = {*made_of.get(name, ()), *named.get(name, {}).get("deps", [])}
         new = {made_by[path] for path in deps if path in made_by} - found
         found |= new
         waiting += new

@@ -111,6 +111,8 @@ def test_a_missed_gate_fails_and_keeps_the_metrics(copy_of_built):
     assert not (copy_of_built / "results" / "gates.json").exists()
     assert (copy_of_built / "build" / "package" / "model.onnx").exists()
     assert (copy_of_built / "build" / "onnx-int4" / "model.onnx").exists()
+    change(copy_of_built, "gates", min_accuracy=0.99)
+    assert snakemake(copy_of_built, "build/report/overview.html").returncode == 0  # the package is of a former build
 
 
 def test_a_misspelt_parameter_stops_before_any_job(copy_of_built):

@@ -24,7 +24,8 @@ def plan(tmp_path, monkeypatch) -> Plan:
 def look(plan: Plan, monkeypatch, rule: str, old: str) -> None:
     """What a build of a rule alone is told, where one output is of other parameters."""
     monkeypatch.setattr(origins, "_is_of_now", lambda plan, made_of, record, output: output != old)
-    origins.refuse_other_upstream(plan, {}, [rule], [])
+    made_of = {"publish": {"results/metrics.json", "build/onnx-int4"}}  # which is no stage of DVC
+    origins.refuse_other_upstream(plan, made_of, [rule], [])
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def look(plan: Plan, monkeypatch, rule: str, old: str) -> None:
     [
         *(("report", name) for name in ("results/metrics.json", "build/onnx-int4", "build/adapter", "build/dataset")),
         *(("package", name) for name in ("results/gates.json", "build/base")),
+        *(("publish", name) for name in ("results/metrics.json", "build/merged")),
     ],
 )
 def test_what_a_rule_is_made_from_must_be_of_now(plan, monkeypatch, rule, old):
