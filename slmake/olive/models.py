@@ -99,9 +99,15 @@ def adapter(reader, field: str, value: object) -> None:
         reader.row("dropped", field, "absent")
         return
     text = resource(reader, field, value)
-    if text is None or text.startswith("azureml"):
+    if text is None:
         return
-    if HUB.fullmatch(text) and not text.startswith(LOCAL):
+    if text.startswith("azureml:") and not text.startswith("azureml://"):
+        reader.put(field, "adapter.source", "data/adapter")
+        reader.row("todo", field, f"put the folder of {text} into data/adapter: a workspace's model is not read here")
+    elif text.startswith("azureml://datastores/"):
+        reader.put(field, "adapter.source", f"{text}#etag=UNKNOWN")
+        pin(reader, field, text)
+    elif HUB.fullmatch(text) and not text.startswith(LOCAL):
         reader.put(field, "adapter.source", f"hf:{text}@main")
         reader.row("todo", field, BRANCH)
     else:

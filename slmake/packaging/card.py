@@ -183,7 +183,8 @@ def training_part(settings: dict, trained: dict | None) -> list[str]:
     if trained:
         kept = settings["early_stopping_patience"] or settings["keep_best"]
         chosen = " The adapter with the best loss on the eval rows was kept." * bool(kept)
-        lines += [f"It was trained for {trained['step']:.0f} steps, {trained['epoch']:g} epochs.{chosen}", ""]
+        epochs = f"{trained['epoch']:g} epoch{'s' * (trained['epoch'] != 1)}"
+        lines += [f"It was trained for {trained['step']:.0f} steps, {epochs}.{chosen}", ""]
     return lines
 
 

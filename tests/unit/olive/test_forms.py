@@ -270,6 +270,29 @@ def test_an_adapter_from_elsewhere_is_merged(tmp_path, passes):
     assert loaded(read(content), tmp_path).adapter.source == "hf:org/adapter@main"
 
 
+@pytest.mark.parametrize(
+    ("resource", "source", "todo"),
+    [
+        (
+            {"type": "azureml_model", "config": {"name": "tones", "version": "3"}},
+            "data/adapter",
+            "put the folder of azureml:tones:3 into data/adapter",
+        ),
+        (
+            "azureml://datastores/mine/paths/adapters/tones",
+            "azureml://datastores/mine/paths/adapters/tones#etag=UNKNOWN",
+            "python -m tools.pin",
+        ),
+    ],
+)
+def test_an_adapter_of_azure_ml_is_not_passed_over(tmp_path, resource, source, todo):
+    content = small({"type": "MergeAdapterWeights"}, BUILDER)
+    content["input_model"]["adapter_path"] = resource
+    imported = read(content)
+    assert imported.params["adapter"]["source"] == source
+    assert todo in notes(imported, "todo")["input_model.adapter_path"]
+
+
 def test_pass_flows(tmp_path):
     content = tutorial(old=False) | {"pass_flows": [["builder"], ["lora", "merge", "builder"]]}
     imported = read(content)
