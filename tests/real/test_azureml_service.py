@@ -13,6 +13,7 @@ from pathlib import Path
 import preloaded
 import pytest
 import yaml
+from aml_runner import THREADS
 from aml_server import Fault, clean_environment, error
 from aml_service import CONTAINERS, GROUP, STORE, SUBSCRIPTION, WORKSPACE, AzureML
 from azurite import ACCOUNT, Azurite, program
@@ -57,7 +58,7 @@ STREAMS = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 def environment(aml) -> dict[str, str]:
     """What leads to the stand-in, and to nothing else of Azure."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return clean_environment() | {"PATH": path, "OMP_NUM_THREADS": "1", "HOME": str(aml.folder)} | aml.environment()
+    return clean_environment() | {"PATH": path, **THREADS, "HOME": str(aml.folder)} | aml.environment()
 
 
 def azureml(aml, project: Path, *arguments: str, **options) -> subprocess.CompletedProcess:

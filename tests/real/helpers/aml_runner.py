@@ -14,6 +14,8 @@ import yaml
 
 from slmake.azureml.step import sums
 
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # as tests/conftest.py sets it
+
 
 class Runner:
     """Steps and pipelines below `folder`; `image` is a .sif file, or None for the Python that runs the tests.
@@ -47,7 +49,7 @@ class Runner:
         assert "${{" not in filled, filled
         before = {name: sums(path) for name, path in mounted.items()}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {"PATH": path, "LANG": "C.UTF-8", "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+        variables = {"PATH": path, "LANG": "C.UTF-8", "HOME": str(self.folder), **THREADS}
         if not (self.fresh or self.image):
             preloaded.program("python", variables)
         done = start(
@@ -77,7 +79,8 @@ class Runner:
             return ["bash", "-c", command]
         binds = ",".join(f"{path.parent}:{path.parent}" for path in mounts)
         base = ["apptainer", "exec", "--cleanenv", "--home", str(work), "--bind", binds, "--pwd", str(work)]
-        return [*base, "--env", "OMP_NUM_THREADS=1", self.image, "bash", "-c", command]
+        threads = ",".join(f"{name}={value}" for name, value in THREADS.items())
+        return [*base, "--env", threads, self.image, "bash", "-c", command]
 
     def pipeline(self, file: Path) -> dict[str, Path]:
         """Run a whole pipeline.yml; where each of its outputs lies, by name."""
