@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from slmake.errors import UserError, is_failure, is_out_of_memory
+from slmake.errors import UserError, is_failure
+from slmake.machine_errors import is_out_of_memory
 from slmake.text import printable
 
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 SOURCES = "SLMAKE_SOURCES"  # environment variable: a file with the code and files that it was planned with
 ENGINE = "SLMAKE_ENGINE"  # environment variable: the process that started this one, as `engine` writes it
+OUT_OF_MEMORY = "out of memory. Use smaller batches or a machine with more memory."
 STARTED = time.time_ns()  # every script imports this module first
 # Nothing phones home. Set before any library is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -219,7 +221,7 @@ def job(name: str, log_path: Path | None = None, interactive: bool = False) -> I
             if log_path or not (_is_full(error) or _is_refused(error) or _is_path(error)):
                 traceback.print_exc()
             if is_out_of_memory(error):
-                _fail(current, "out of memory. Use smaller batches or a machine with more memory.")
+                _fail(current, OUT_OF_MEMORY)
             if _is_full(error) or isinstance(error, OSError):
                 _fail(current, explain_os_error(error))
             text = str(error).strip().splitlines()
@@ -314,6 +316,8 @@ def explain_os_error(error: Exception) -> str:
         return f"your disk quota is used up{where}. Free some space and run the same command again."
     if _is_refused(error):
         return f"cannot write here{where}: {error.strerror}. Check the folder's owner and permissions."
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
     if _is_path(error):
         return f"{error.filename}: {error.strerror}. Name another path."
     return f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ from slmake.scoring import onnx_runner
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="the exported model's folder (default: the one params.yaml builds)")
     parser.add_argument(
-        "--dataset", type=Path, default=Path("build/dataset"), help="folder with prompt.json, for a model without one"
+        "--dataset", type=Path, help="folder with prompt.json (default: the model's, else build/dataset)"
     )
 
 
@@ -25,7 +25,8 @@ def load(args: argparse.Namespace) -> Exported:
         UserError: it is not there, or ONNX Runtime cannot load it.
     """
     folder = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
-    form = prompts.load_prompt(folder if (folder / "prompt.json").is_file() else args.dataset)
+    beside = folder if (folder / "prompt.json").is_file() else Path("build/dataset")
+    form = prompts.load_prompt(args.dataset or beside)
     model = onnx_runner.load(folder, form)
     if Path(args.params).is_file():
         model.form = constrained(form, params.section(args.params, "package").constrain, lambda _: model)

@@ -2,7 +2,7 @@
 
     python -m tools.ask "I never thought I'd see you again!"
 
-Reads the ONNX model and prompt.json of the dataset. Prints the answer and its latency; imports onnxruntime-genai only. A model of
+Reads the ONNX model and the prompt.json beside it. Prints the answer and its latency; imports onnxruntime-genai only. A model of
 chats takes what the user says, or a JSON list of messages.
 """
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import datetime
+import functools
 import re
 from typing import NamedTuple
 
 from slmake import bounded_jinja
-from slmake.data.conversation import Conversation
+from slmake.data.conversation import Conversation, special_tokens
 from slmake.errors import UserError
 
 MARK = "\x00answer\x00"
@@ -97,7 +98,7 @@ class ChatTemplate:
                 continue
             turn = conversation.turns[number]
             head, tail = self.split(conversation.since(start, number + 1), conversation.tools)
-            text = turn["content"] if "tool_calls" not in turn else self._without_special_tokens(tail)
+            text = self._decoded(turn["content"] if "tool_calls" not in turn else tail.strip())
             answers.append(Answer(head, text, tail, number + 1))
         return answers
 
@@ -145,11 +146,21 @@ class ChatTemplate:
                 )
         self.kinds.add(kind)
 
-    def _without_special_tokens(self, text: str) -> str:
-        """A text as the tokenizer decodes it."""
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
-        return text.strip()
+    def _decoded(self, text: str) -> str:
+        """A text without special tokens, as the runtime gives it."""
+        for token in special_tokens(self.tokenizer).values():
+            if token in text:
+                text = text.replace(token, "").strip()
+        return text
+
+    @functools.cached_property
+    def closing(self) -> tuple[str, ...]:
+        """Special tokens that are no part of an answer at its end: what the template writes behind one, end token and padding."""
+        tail = ""
+        with contextlib.suppress(ValueError):  # a template that takes no such turns
+            _, tail = self.split([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
+        behind = {token for token in special_tokens(self.tokenizer).values() if token in tail.rpartition(MARK)[2]}
+        return tuple(sorted(behind | set(filter(None, [self.tokenizer.eos_token, self.tokenizer.pad_token]))))
 
     def answer_prefix(self) -> str:
         """What the template writes between its generation prompt and an answer, for one plain question."""

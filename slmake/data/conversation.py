@@ -74,15 +74,15 @@ def special_tokens(tokenizer) -> dict[int, str]:
     return {number: token.content for number, token in added.items() if token.special and token.content}
 
 
-def without_closing(answer: str, special: tuple[str, ...]) -> str:
-    """An answer without the special tokens at its end, which close it and are no part of its text, as the runtime gives it.
+def without_closing(answer: str, closing: tuple[str, ...]) -> str:
+    """An answer without the special tokens at its end that close it and are no part of its text, as the runtime gives it.
 
     Args:
-        special: texts of the tokenizer's special tokens, none of them empty.
+        closing: texts of these tokens, none of them empty.
     """
     kept = answer.rstrip()
-    while kept.endswith(special):
-        answer = kept = kept.removesuffix(next(filter(kept.endswith, special))).rstrip()
+    while kept.endswith(closing):
+        answer = kept = kept.removesuffix(next(filter(kept.endswith, closing))).rstrip()
     return answer
 
 
@@ -105,7 +105,7 @@ def refuse_unread(row: dict) -> None:
 
 
 def read_conversation(
-    turns: object, tools: object = None, train_on: str = "all", special: tuple[str, ...] = ()
+    turns: object, tools: object = None, train_on: str = "all", closing: tuple[str, ...] = ()
 ) -> Conversation:
     """Check a row's turns and tools.
 
@@ -113,14 +113,14 @@ def read_conversation(
         turns: a list of messages; `content` is text, a list of parts of type text, or absent beside `tool_calls`.
         tools: a list of JSON schemas, the same as JSON text, or None.
         train_on: `all` or `last`; `train: false`, `loss: false` or `weight: 0` leaves an assistant's turn out.
-        special: texts of the tokenizer's special tokens. The chat template closes the assistant's turns, so those at their end go.
+        closing: special tokens with which the chat template closes the assistant's turns: those at the end of a turn go.
 
     Raises:
         ValueError: what is wrong, as the end of a sentence that begins with the field's name.
     """
     if not isinstance(turns, list) or not turns:
         raise ValueError("is not a list of messages")
-    read = [_turn(number, turn, special) for number, turn in enumerate(turns, 1)]
+    read = [_turn(number, turn, closing) for number, turn in enumerate(turns, 1)]
     if read[-1]["role"] != "assistant":
         raise ValueError("does not end with the assistant's turn")
     if _is_empty(read[-1]):
@@ -146,7 +146,7 @@ def read_conversation(
     return Conversation(read, schemas, trained)
 
 
-def _turn(number: int, turn: object, special: tuple[str, ...]) -> dict:
+def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
     """One turn with text as content, without the keys that say whether it is trained."""
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise ValueError(WITHOUT_TEXT)
@@ -171,7 +171,7 @@ def _turn(number: int, turn: object, special: tuple[str, ...]) -> dict:
     kept["role"] = role
     kept["content"] = _content(number, kept.get("content", "" if "tool_calls" in kept else None))
     if role == "assistant":
-        kept["content"] = without_closing(kept["content"], special)
+        kept["content"] = without_closing(kept["content"], closing)
     return kept
 
 

@@ -47,7 +47,11 @@ def read_delimited(
                 if not values:
                     continue
                 number += 1
-                if delimiter == "\t" and len(parts) > 1 and all(part.count("\t") == len(columns) - 1 for part in parts):
+                if (
+                    delimiter == "\t"
+                    and min(len(parts), len(columns)) > 1
+                    and all(part.count("\t") == len(columns) - 1 for part in parts)
+                ):
                     raise UserError(
                         f"{name}: row {number} (the lines up to {reader.line_num}): {len(parts)} lines with {len(columns)} columns each, or one "
                         "row: the first line opens a quote that the last one closes. If quotes are text there, write each as two and the "

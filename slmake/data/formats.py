@@ -7,6 +7,8 @@ alpaca              `instruction`, an optional `input`, `output`, an optional `s
 prompt_completion   `prompt` and `completion`: texts, or lists of {role, content} (TRL)
 """
 
+import contextlib
+import json
 from collections.abc import Callable
 
 from slmake import params
@@ -150,7 +152,7 @@ def alpaca_turns(row: dict) -> list[dict]:
     Raises:
         ValueError: one of them is not text, or `history` is no list of pairs.
     """
-    fields, earlier = _alpaca(row), listed(row.get("history") or [], "`history`")
+    fields, earlier = _alpaca(row), _history(row)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise ValueError("has a `history` that is not a list of pairs, the user's text and the assistant's")
     pairs = [*earlier, [fields["instruction"], fields["output"]]]
@@ -185,11 +187,21 @@ def prompt_completion_turns(row: dict) -> list:
     return given + row["completion"]
 
 
+def _history(row: dict) -> list:
+    """LLaMA-Factory's earlier turns of a row, also of their JSON text; other text in a field of this name is something else."""
+    history = row.get("history")
+    if isinstance(history, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            history = json.loads(history)
+        history = history if isinstance(history, list) else []
+    return listed(history or [], "`history`")
+
+
 def _refuse_history(row: dict) -> None:
-    if row.get("history") and isinstance(row["history"], list):
+    if isinstance(row.get("history"), list | str) and _history(row):
         raise ValueError(
             "stands behind a `history` of earlier turns, which would be lost. Write the rows as `messages`, or use `format: alpaca` and a "
-            "base model with a chat template"
+            "base model with a chat template; where the prompt has these turns already, name its fields in text_template"
         )
 
 

@@ -14,7 +14,6 @@ from slmake.data.conversation import (
     Conversation,
     read_conversation,
     refuse_unread,
-    special_tokens,
     without_closing,
 )
 from slmake.data.store import Row
@@ -186,7 +185,6 @@ class Conversations(PromptTemplate):
             )
         self.name, self.chat, self.train_on, self.fields = name, chat, train_on, [name]
         self.turns_of = turns_of or (lambda row: field(row, name))
-        self.special = tuple(special_tokens(chat.tokenizer).values())
 
     def conversation(self, row: dict) -> Conversation:
         """The conversation of a row.
@@ -195,7 +193,7 @@ class Conversations(PromptTemplate):
             ValueError: what is wrong with it.
         """
         refuse_unread(row)
-        return read_conversation(self.turns_of(row), row.get("tools"), self.train_on, self.special)
+        return read_conversation(self.turns_of(row), row.get("tools"), self.train_on, self.chat.closing)
 
     def problems(self, row: dict) -> list[str]:
         if field(row, self.name) is None:

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from slmake import outputs, params
-from slmake.errors import NotBuildable, is_of_machine
+from slmake.errors import NotBuildable
 from slmake.export.builder_fixes import fixed
 from slmake.export.builder_fixes import replaced as replaced_name
 from slmake.export.streaming import streamed
+from slmake.machine_errors import is_of_machine
 
 
 def builder_options(section: params.Quantize) -> dict[str, str]:

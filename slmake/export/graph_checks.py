@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slmake import params
-from slmake.errors import NotBuildable, first_line, is_of_machine
+from slmake.errors import NotBuildable, first_line
 from slmake.export.builder import level_of
 from slmake.generation import Exported
+from slmake.machine_errors import is_of_machine
 
 
 class Trial(NamedTuple):

@@ -218,9 +218,9 @@ def verify(store: Store, job: cli.Job) -> dict:
             if name not in there:
                 bad.append(f"{name}: missing")
                 continue
-            found, actual = store.content_of(f"{folder}{name}")
-            if (found, actual) != (size, sha256):
-                bad.append(f"{name}: {found} bytes with sha256 {actual}, expected {size} with {sha256}")
+            size_there, sha256_there = store.content_of(f"{folder}{name}")
+            if (size_there, sha256_there) != (size, sha256):
+                bad.append(f"{name}: {size_there} bytes with sha256 {sha256_there}, expected {size} with {sha256}")
             bar.update(size)
     if bad:
         lines = "\n".join(f"  {line}" for line in bad)

@@ -96,10 +96,16 @@ def parity_table(parity: dict) -> list[str]:
     return lines
 
 
-def scored_on(metrics: dict, quantize: dict, limit: int | None = None) -> str:
-    """What the scores are of, in a paragraph; `limit` is `evaluate.max_samples`."""
+def limited(facts: dict) -> bool:
+    """Whether evaluate.max_samples left out rows."""
+    scored = facts["metrics"]["test_rows"]
+    return scored == facts["limit"] and scored < facts["dataset"]["rows"]["test"]
+
+
+def scored_on(metrics: dict, quantize: dict, limited: bool = False) -> str:
+    """What the scores are of, in a paragraph."""
     if metrics["test_rows"]:
-        first = "first " * (metrics["test_rows"] == limit)
+        first = "first " * limited
         return f"On the {first}{metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter."
     calibrated = " The weights were calibrated with the same texts, so the figures flatter them." * (
         quantize["calibration"] == "gptq"
@@ -154,7 +160,7 @@ def origin(record: dict) -> str:
 def ingredients(facts: dict) -> list[str]:
     """Base model, adapter and data."""
     rows, scored = facts["dataset"]["rows"], facts["metrics"]["test_rows"]
-    held = "for the scores below" if scored != facts["limit"] else f"(the scores below are of the first {scored})"
+    held = f"(the scores below are of the first {scored})" if limited(facts) else "for the scores below"
     lines = ["## What it was made from", "", f"- Base model: {origin(facts['base'])}"]
     if facts["adapter"]:
         lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter']['source'])}.")
@@ -244,7 +250,7 @@ def gates_part(gates: list[dict]) -> list[str]:
 def scores(facts: dict, classes: bool, gates: list[dict]) -> list[str]:
     """What was measured on the held-out rows, or on the fixed texts, and the gates that it passed."""
     metrics, last = facts["metrics"], facts["last"]
-    lines = ["## Scores", "", scored_on(metrics, facts["quantize"], facts["limit"]), ""]
+    lines = ["## Scores", "", scored_on(metrics, facts["quantize"], limited(facts)), ""]
     if device := metrics.get("providers", {}).get(last):
         lines += [
             f"They were computed on {device['scored_on']}, because {device['exported_for']}, which this model was exported for, was not "

@@ -137,15 +137,15 @@ def refuse_other_upstream(
 def _upstream(named: dict[str, dict], made_of: dict[str, set[str]], rules: Collection[str]) -> set[str]:
     """The stages of dvc.yaml whose outputs some rules read, directly and through others; `publish` is a rule, but no stage."""
     made_by = {output: name for name, stage in named.items() for output in outs(stage)}
-    found: set[str] = set()
+    upstream: set[str] = set()
     waiting = list(rules)
     while waiting:
         name = waiting.pop()
         deps = {*made_of.get(name, ()), *named.get(name, {}).get("deps", [])}
-        new = {made_by[path] for path in deps if path in made_by} - found
-        found |= new
+        new = {made_by[path] for path in deps if path in made_by} - upstream
+        upstream |= new
         waiting += new
-    return found
+    return upstream
 
 
 def refuse_unbuilt(wanted: list[str]) -> list[str]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError, first_line, is_of_machine
+from slmake.errors import UserError, first_line
 from slmake.generation import Exported
+from slmake.machine_errors import is_of_machine
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, Run, empty_run, peak_bytes, percentiles, reset_peak

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError, is_of_machine
+from slmake.errors import UserError
+from slmake.machine_errors import is_of_machine
 from slmake.scoring.questions import Questions
 
 WARM_UP = 3

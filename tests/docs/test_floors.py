@@ -19,6 +19,7 @@ GROUND = (
         "errors",
         "generation",
         "json_schemas",
+        "machine_errors",
         "memory",
         "openai_api",
         "outputs",

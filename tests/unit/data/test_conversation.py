@@ -339,6 +339,15 @@ def test_calls_written_as_text(prepared, tokenizer):
     assert learned(tokenizer, example) == [text + END, "Seven." + END]
 
 
+def test_special_tokens_that_close_no_turn_are_trained(prepared, tokenizer):
+    """As LFM2's end of a call: without it the model would learn to open calls only. The runtime shows none of them."""
+    text = "<|start|>f(x=1)<|start|>"
+    rows = [[user("a"), assistant(text), user("b"), assistant("c" + END)], [user("b"), assistant(text)]]
+    first, second = prepared(rows).train
+    assert learned(tokenizer, first) == [text + END, "c" + END]
+    assert [first["answer"], second["answer"]] == ["c", "f(x=1)"]
+
+
 @pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
 def test_a_developers_turn_is_a_systems(prepared, names):
     """As the server reads it."""

@@ -107,10 +107,16 @@ def test_earlier_turns_that_are_no_pairs(refused, history):
 @pytest.mark.parametrize("names", [("instruction", "output"), ("prompt", "completion")])
 def test_earlier_turns_that_a_text_cannot_hold(refused, plain, names):
     row = dict(zip(names, ("Do it", "yes"), strict=True))
-    message = refused([{**row, "history": [["First?", "no"]]}], base=plain, **NONE)
-    assert (
-        f"row 1: field `{names[1]}` stands behind a `history` of earlier turns, which would be lost. Write" in message
-    )
+    for history in ([["First?", "no"]], '[["First?", "no"]]'):
+        message = refused([{**row, "history": history}], base=plain, **NONE)
+        assert f"row 1: field `{names[1]}` stands behind a `history` of earlier turns, which would be lost." in message
+
+
+@pytest.mark.parametrize("with_chat", [True, False])
+def test_a_text_called_history_is_no_turn(build, plain, with_chat):
+    rows = [{"instruction": f"Do {i}", "output": "yes", "history": "User: hi"} for i in range(4)]
+    built = build(rows, base=None if with_chat else plain, **NONE, **WHOLE)
+    assert "User: hi" not in built.train[0]["prompt"]
 
 
 TEXTS = [{"prompt": f"Q: {row['phrase']}\nA: ", "completion": row["tone"]} for row in ROWS]

@@ -164,6 +164,8 @@ def test_quotes_that_enclose_a_field_with_tabs_and_line_ends(tmp_path, text):
     rows = [{"phrase": text, "tone": "joy"}, {"phrase": "plain", "tone": text}]
     write_quoted(tmp_path / "rows.tsv", [["phrase", "tone"], *(row.values() for row in rows)], "\t")
     assert list(read_rows(tmp_path / "rows.tsv")) == rows
+    write_quoted(tmp_path / "column.tsv", [["phrase"], [text], ["plain"]], "\t")
+    assert list(read_rows(tmp_path / "column.tsv")) == [{"phrase": text}, {"phrase": "plain"}]
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])

@@ -45,6 +45,7 @@ def test_a_damaged_loss_curve_is_refused(tmp_path, curve):
     [
         (None, "24 held out for the scores below.", "On the 24 held-out rows."),
         (100, "24 held out for the scores below.", "On the 24 held-out rows."),
+        (24, "24 held out for the scores below.", "On the 24 held-out rows."),
         (8, "24 held out (the scores below are of the first 8).", "On the first 8 held-out rows."),
     ],
 )
@@ -53,7 +54,7 @@ def test_the_card_says_which_rows_were_scored(limit, rows, scores):
     dataset = {"rows": {"train": 40, "eval": 8, "test": 24}, "source": {"train": {"source": "data/rows.json"}}}
     facts = {"base": {"source": "data/base"}, "adapter": None, "dataset": dataset, "metrics": metrics, "limit": limit}
     assert rows in "\n".join(card.ingredients(facts))
-    assert card.scored_on(metrics, {}, limit).startswith(scores)
+    assert card.scored_on(metrics, {}, card.limited(facts)).startswith(scores)
 
 
 @pytest.mark.parametrize(
