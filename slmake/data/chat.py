@@ -43,6 +43,7 @@ class ChatTemplate:
         texts = template.values() if isinstance(template, dict) else [template]  # `default`, `tool_use`
         self.marks_answers = any(re.search(r"{%-?\s*generation\s*-?%}", text) for text in texts)
         self.kinds: set[tuple] = set()  # of conversations, that the template is known to show
+        self.special = tuple(special_tokens(tokenizer).values())
 
     def split(self, turns: list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
         """Prompt and answer text of a conversation that ends with the assistant's turn.
@@ -148,7 +149,7 @@ class ChatTemplate:
 
     def _decoded(self, text: str) -> str:
         """A text without special tokens, as the runtime gives it."""
-        for token in special_tokens(self.tokenizer).values():
+        for token in self.special:
             if token in text:
                 text = text.replace(token, "").strip()
         return text
@@ -159,7 +160,7 @@ class ChatTemplate:
         tail = ""
         with contextlib.suppress(ValueError):  # a template that takes no such turns
             _, tail = self.split([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
-        behind = {token for token in special_tokens(self.tokenizer).values() if token in tail.rpartition(MARK)[2]}
+        behind = {token for token in self.special if token in tail.rpartition(MARK)[2]}
         return tuple(sorted(behind | set(filter(None, [self.tokenizer.eos_token, self.tokenizer.pad_token]))))
 
     def answer_prefix(self) -> str:
