@@ -157,10 +157,10 @@ class ChatTemplate:
     @functools.cached_property
     def closing(self) -> tuple[str, ...]:
         """Special tokens that are no part of an answer at its end: what the template writes behind one, end token and padding."""
-        tail = ""
+        whole = ""
         with contextlib.suppress(ValueError):  # a template that takes no such turns
-            _, tail = self.split([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
-        behind = {token for token in self.special if token in tail.rpartition(MARK)[2]}
+            whole, _ = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], False)
+        behind = {token for token in self.special if token in whole.partition(MARK)[2]}
         return tuple(sorted(behind | set(filter(None, [self.tokenizer.eos_token, self.tokenizer.pad_token]))))
 
     def answer_prefix(self) -> str:

@@ -126,12 +126,20 @@ def test_ask_answers_every_kind_of_model(onnx, tmp_path, capsys, form):
         assert capsys.readouterr().out.startswith(f"{model.answer(text, new_tokens=4)}  (")
 
 
-def test_a_model_is_asked_with_the_prompt_beside_it(onnx, tmp_path):
-    """The dataset may be of another template since; a model of elsewhere may have none."""
-    folder, other = tmp_path / "model", {**TEXT, "prompt": "Another {phrase}?\n"}
+def test_a_model_is_asked_with_the_prompt_beside_it(onnx, tmp_path, monkeypatch):
+    """build/dataset may be of another template since; a model of elsewhere may have none, and who names a dataset means it."""
+    monkeypatch.chdir(tmp_path)
+    folder, dataset, other = (
+        tmp_path / "model",
+        tmp_path / "build" / "dataset",
+        {**TEXT, "prompt": "Another {phrase}?\n"},
+    )
     shutil.copytree(onnx, folder)
-    (tmp_path / "prompt.json").write_text(json.dumps(other), encoding="utf-8")
-    args = argparse.Namespace(model=folder, dataset=tmp_path, params="none")
+    dataset.mkdir(parents=True)
+    (dataset / "prompt.json").write_text(json.dumps(other), encoding="utf-8")
+    args = argparse.Namespace(model=folder, dataset=None, params="none")
     assert exported_model.load(args).prompt("We danced") == "Another We danced?\n"
     (folder / "prompt.json").write_text(json.dumps(TEXT), encoding="utf-8")
     assert exported_model.load(args).prompt("We danced") == TEXT["prompt"].format(phrase="We danced")
+    args.dataset = dataset
+    assert exported_model.load(args).prompt("We danced") == "Another We danced?\n"
