@@ -12,9 +12,8 @@ MACHINE = (errno.EAGAIN, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, er
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, by the exception's kind or its words."""
-    if isinstance(
-        error, ImportError
-    ):  # "cannot allocate memory in static TLS block" is a matter of which library is loaded first
+    # "cannot allocate memory in static TLS block" depends on which library is loaded first.
+    if isinstance(error, ImportError):
         return False
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in MEMORY)
 

@@ -31,8 +31,9 @@ def read_delimited(
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")
     number = 0
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        lines: list[str] = []  # of the row that is read
-        reader = csv.reader((lines.append(line) or line for line in handle), delimiter=delimiter, strict=True)
+        lines: list[str] = []  # of the row that is read, where tabs are between the columns
+        kept = (lines.append(line) or line for line in handle) if delimiter == "\t" else handle
+        reader = csv.reader(kept, delimiter=delimiter, strict=True)
         try:
             columns = next(reader, [])
             named = list(filter(None, columns))
@@ -42,16 +43,13 @@ def read_delimited(
                 )
             lines.clear()
             for values in reader:
-                parts = [line for line in lines if line.strip()]
+                parts = [line for line in lines if line.strip()] if len(lines) > 1 else []
                 lines.clear()
                 if not values:
                     continue
                 number += 1
-                if (
-                    delimiter == "\t"
-                    and min(len(parts), len(columns)) > 1
-                    and all(part.count("\t") == len(columns) - 1 for part in parts)
-                ):
+                several = min(len(parts), len(columns)) > 1
+                if several and all(part.count("\t") == len(columns) - 1 for part in parts):
                     raise UserError(
                         f"{name}: row {number} (the lines up to {reader.line_num}): {len(parts)} lines with {len(columns)} columns each, or one "
                         "row: the first line opens a quote that the last one closes. If quotes are text there, write each as two and the "

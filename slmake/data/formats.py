@@ -132,9 +132,7 @@ def alpaca_fields(row: dict) -> dict:
     Raises:
         ValueError: one of them is not text (an output may be a number), or there is more in the row that a text cannot hold.
     """
-    refuse_unread(row)
-    _refuse_history(row)
-    return _alpaca(row)
+    return _alpaca(prompt_completion_fields(row))
 
 
 def _alpaca(row: dict) -> dict:

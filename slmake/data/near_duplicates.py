@@ -46,9 +46,9 @@ def shingles(text: str, common: np.ndarray = NONE) -> np.ndarray:
         parts = [" ".join(words) or normalized(text)]
     else:
         parts = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
-    found = np.unique(np.array([xxhash.xxh3_64_intdigest(part.encode()) for part in parts], dtype=np.uint64))
-    own = np.setdiff1d(found, common, assume_unique=True) if len(common) else found
-    return own if len(own) else found
+    hashes = np.unique(np.array([xxhash.xxh3_64_intdigest(part.encode()) for part in parts], dtype=np.uint64))
+    own = np.setdiff1d(hashes, common, assume_unique=True) if len(common) else hashes
+    return own if len(own) else hashes
 
 
 def common_shingles(store, split: np.ndarray) -> np.ndarray:
@@ -58,10 +58,9 @@ def common_shingles(store, split: np.ndarray) -> np.ndarray:
         return NONE
     if len(numbers) > SAMPLE:
         numbers = np.sort(np.random.default_rng(SEED).choice(numbers, SAMPLE, replace=False))
-    found, counts = np.unique(
-        np.concatenate([shingles(store.row(number).text) for number in numbers]), return_counts=True
-    )
-    return found[2 * counts > len(numbers)]
+    every = np.concatenate([shingles(store.row(number).text) for number in numbers])
+    hashes, counts = np.unique(every, return_counts=True)
+    return hashes[2 * counts > len(numbers)]
 
 
 def band_keys(texts: list[str], common: np.ndarray = NONE) -> np.ndarray:

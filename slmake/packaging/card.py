@@ -235,16 +235,14 @@ def gates_part(gates: list[dict]) -> list[str]:
     if not gates:
         return ["No gate was set for this model.", ""]
     listed = [gate for gate in gates if gate["metric"] not in params.TIMINGS]
-    lines = ["Gates that this model passed:", ""] * bool(listed)
-    lines += [*(f"    {line.strip()}" for line in table(listed).splitlines()), ""] if listed else []
-    if len(listed) == len(gates):
-        return lines
-    also = "also " * bool(listed)
-    return [
-        *lines,
-        f"It {also}passed gates on time. They are not listed, because their figures differ from run to run.",
-        "",
-    ]
+    lines = []
+    if listed:
+        lines += ["Gates that this model passed:", ""]
+        lines += [*(f"    {line.strip()}" for line in table(listed).splitlines()), ""]
+    if len(listed) < len(gates):
+        passed = "also passed" if listed else "passed"
+        lines += [f"It {passed} gates on time. They are not listed, because their figures differ from run to run.", ""]
+    return lines
 
 
 def scores(facts: dict, classes: bool, gates: list[dict]) -> list[str]:

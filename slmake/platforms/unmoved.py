@@ -11,7 +11,7 @@ from slmake.plan import Plan
 from slmake.platforms import dvc, dvc_yaml, origins
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
-SETTINGS = (*("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local"),)
+SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local")
 
 
 def unmoved() -> bool:

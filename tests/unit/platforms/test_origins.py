@@ -22,7 +22,7 @@ def plan(tmp_path, monkeypatch) -> Plan:
 
 
 def look(plan: Plan, monkeypatch, rule: str, old: str) -> None:
-    """What a build of a rule alone is told, where one output is of other parameters."""
+    """Check the outputs that a rule is built from, where the output `old` was built with other parameters."""
     monkeypatch.setattr(origins, "_is_of_now", lambda plan, made_of, record, output: output != old)
     made_of = {"publish": {"results/metrics.json", "build/onnx-int4"}}  # which is no stage of DVC
     origins.refuse_other_upstream(plan, made_of, [rule], [])
