@@ -193,7 +193,7 @@ def _become(streams: list[int], command: list[str], folder: str, environment: di
 
 
 def _fork(path: bytes, args: list[str], passed: list[int], spawn=multiprocessing.util.spawnv_passfds) -> int:
-    """Stands in for how multiprocessing starts its fork server and its processes, which import the libraries themselves: here they are forks."""
+    """Replaces `spawnv_passfds`: fork multiprocessing's fork server and processes, which would import the libraries again."""
     option = args.index("-c")
     code = args[option + 1]
     if not re.search(r"multiprocessing\.(forkserver|spawn) import", code):

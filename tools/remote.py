@@ -217,7 +217,7 @@ def push(job: cli.Job) -> None:
 
 
 def held(there: dict[str, int]) -> dict[str, int]:
-    """Bytes of every object of the receipts that DVC's cache here holds, by its MD5 as in `stored`, which gives `there`.
+    """Sizes in bytes of the recorded objects in the local DVC cache, by MD5. `there` has those of the remote, from `stored`.
 
     Raises:
         UserError: one is damaged; or the cache and the remote together lack one, or have it cut.
@@ -244,7 +244,7 @@ def held(there: dict[str, int]) -> dict[str, int]:
 
 
 def each(names: list[str], send: Callable) -> list:
-    """What a request gives for each of some objects, by MD5; it takes the Azure SDK's client of the object's blob, and the MD5."""
+    """The results of `send` for each object, by MD5. `send` takes the Azure SDK's client of the object's blob, and the MD5."""
     from slmake.sources import blob
 
     account, container, path = place()

@@ -173,7 +173,7 @@ def data_files() -> list[Path]:
 
 
 def shared() -> list[dict]:
-    """The receipts of what `dvc push` uploads: not those of stages that dvc.yaml has no more, nor of what Git keeps."""
+    """The receipts of outputs that `dvc push` uploads: without stages that dvc.yaml no longer has, and without files in Git."""
     named = entries()
     options = [out for stage in named.values() for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
     in_git = {path for out in options if isinstance(out, dict) for path in out if not out[path].get("cache", True)}
@@ -185,7 +185,7 @@ def shared() -> list[dict]:
 
 
 def objects(name: str, elsewhere: Callable[[str], bytes | None] = lambda name: None) -> list[str]:
-    """Names of an output's objects, by its own: itself and, of a folder, its files, as often as they are in it.
+    """MD5 names of an output's objects: the output itself and, for a folder, each of its files (repeated if it holds copies).
 
     Args:
         elsewhere: gives a folder's list of files that the cache lacks; None: its files are not known.

@@ -269,14 +269,14 @@ def compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, st
 
 
 def edited(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
-    """Data that is here and is not what its `.dvc` file says, and that file, of what `status` gives."""
+    """Paths of data that differs from its `.dvc` file, each with that file, according to `status`."""
     files = [name for name in found if name.endswith(".dvc")]
     differ = [(path, how, file) for file in files for path, how in changed(found[file], "outs").items()]
     return [(path, file) for path, _, file in compared(differ) if Path(path).exists()]
 
 
 def unkept(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
-    """Those of `edited` that DVC's cache does not have as they are: what takes their place destroys them."""
+    """Those of `edited` whose present content is not in DVC's cache: overwriting them would destroy it."""
     return [
         (path, file)
         for path, file in edited(found)

@@ -127,7 +127,7 @@ def test_ask_answers_every_kind_of_model(onnx, tmp_path, capsys, form):
 
 
 def test_a_model_is_asked_with_the_prompt_beside_it(onnx, tmp_path, monkeypatch):
-    """build/dataset may be of another template since; a model of elsewhere may have none, and who names a dataset means it."""
+    """The prompt is that of a dataset that is named, else the model's own, else that of build/dataset."""
     monkeypatch.chdir(tmp_path)
     folder, dataset, other = (
         tmp_path / "model",

@@ -351,7 +351,7 @@ def test_nothing_phones_home():
     [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_threads_soon_sleep_where_they_wait(given, printed):
-    """Beside other work, a thread that waits in a loop takes the time of the one that it waits for; the user's own setting stays."""
+    """A waiting thread that spins slows down the one that it waits for. The user's own setting stays."""
     code = "import os, slmake.cli; print(os.environ.get('GOMP_SPINCOUNT'))"
     plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     plain["PYTHONPATH"] = str(ROOT)

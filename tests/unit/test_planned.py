@@ -90,7 +90,7 @@ def test_nothing_watches_after_the_rule(plan):
 
 @pytest.mark.parametrize("edited", [True, False], ids=["edited", "as it was"])
 def test_a_metric_of_the_same_size_and_time_is_compiled_again(plan, edited):
-    """`cp -p` and `rsync -t` leave a file's former time, by which Python takes former bytecode for its own."""
+    """`cp -p` and `rsync -t` keep a file's time, so Python would load the bytecode of the file's former content."""
     file = plan.with_name("mine.py")
     file.write_text("VALUE = 1\n", encoding="utf-8")
     os.utime(file, (1e9, 1e9))

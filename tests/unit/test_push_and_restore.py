@@ -24,7 +24,7 @@ DATA, FOLDER, WEIGHTS = Path("data/rows.json"), Path("data/texts"), Path("build/
 
 
 def write(path: Path | str, text: str) -> None:
-    """Write a file as a new one: that of before may be linked with DVC's cache."""
+    """Write a new file: the old one may be a hard link into DVC's cache."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)

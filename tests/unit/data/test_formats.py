@@ -136,7 +136,7 @@ def test_answers_marked_as_bad_are_not_trained(refused, rows, mark):
 
 
 def test_labels_that_mark_no_bad_answer(build):
-    """Good answers only, other kinds of labels, and truth values that are the answer itself."""
+    """Accepted: good answers only, labels that are text, and truth values that are the answer itself."""
     for i, label in enumerate([True, "false", 0, None]):
         rows = [{**row, "label": label} for row in TEXTS[:4] + TEXTS[8:12]]
         assert len(build(rows, name=f"kept{i}", **NONE, **WHOLE).train) == 8

@@ -222,7 +222,7 @@ def test_a_long_instruction_makes_no_copies(copies):
 
 
 def test_what_half_of_the_rows_share_counts(copies):
-    """As it does where rows are few: nothing is known of what they share."""
+    """With few rows, no shingle counts as common."""
     rng = random.Random(6)
     shared, others = instructed(rng, 20, words(rng, 120)), instructed(rng, 20, [])
     splits = [TRAIN, TEST] * 10

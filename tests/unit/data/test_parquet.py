@@ -110,7 +110,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_columns_of_other_types_do_not_stand_in_the_way(tmp_path, kind):
-    """What `datasets` has no name for is read as it is; the other columns are read as ever."""
+    """Columns of types that `datasets` does not know are read by pyarrow, the others as before."""
     features = datasets.Features(
         {"tone": datasets.ClassLabel(names=["joy", "fear"]), "share": datasets.Value("float32")}
     )

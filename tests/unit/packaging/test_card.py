@@ -1,4 +1,4 @@
-"""What the model card says of training, rows and gates, and the bill of materials of the models that were read."""
+"""Model card: training, rows and gates. Bill of materials: the models that were read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Of what a rule is made that shows all parameters: outputs that were built from others stop it, and no other ones do."""
+"""A rule that shows all parameters stops if an output it is built from has other parameters, and for no other output."""
 
 import shutil
 

@@ -185,7 +185,7 @@ def test_a_metric_that_cannot_be_used_is_refused_before_anything_runs(
     ],
 )
 def test_a_metric_that_no_answer_could_meet_is_refused(tmp_path, dataset, metric, reason):
-    """On the rows that are asked: of evaluate, and of the search of quantize."""
+    """Metrics are tried on the rows that evaluate asks, and on those of quantize.search."""
     quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
     search = {"search": {"budget": 2, "rows": 8, "int8_nodes": [[], ["*/attn/*"]]}}
     evaluate = {"evaluate": {"metrics": ["contains", metric]}}
