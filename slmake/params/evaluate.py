@@ -63,7 +63,8 @@ class Evaluate(Section):
         64,
         ge=1,
         le=100_000,
-        description="Compare logits over at least this many prompts: where the test split is smaller, prompts of eval and train are added.",
+        description="Compare logits over at least this many prompts: where the test split is smaller, prompts of eval and train are added. "
+        "The adapter is asked this many; it is the same function as the merged model, which is asked all.",
     )
     latency_rows: int = Field(
         16, ge=0, le=10_000, description="Test rows that merged (or base) answers one by one to measure its latency."

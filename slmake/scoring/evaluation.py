@@ -89,12 +89,14 @@ def refuse_early(section: params.Evaluate, questions: Questions) -> None:
 def add_facts(
     metrics: dict, facts: dict, answers: dict, onnx: str, section: params.Evaluate, questions, weights
 ) -> None:
-    """Add to `metrics`, and to the answers, what `ask_all` found out about the exported model."""
+    """Add to `metrics`, and to the answers, what `ask_all` found out beside the models' own answers."""
     if "constrained" in facts:
         answers[f"{onnx}_constrained"], scores = constrained.measure(
             questions, facts["constrained"], answers[onnx], weights, section.answer_metrics
         )
         metrics[onnx] |= scores
+    if "adapter_rows_asked" in facts:
+        metrics["adapter"]["rows_asked"] = facts["adapter_rows_asked"]
     if "tokenizer" in facts:
         metrics["parity"] = metrics.get("parity", {}) | {"tokenizer": facts["tokenizer"]}
     if "provider" in facts:

@@ -8,7 +8,7 @@ import numpy as np
 
 from slmake import cli, params
 from slmake.params.metrics import AnswerMetric
-from slmake.scoring import answer_metrics, constrained, metrics, sampled, tokenizers
+from slmake.scoring import adapter_answers, answer_metrics, constrained, metrics, sampled, tokenizers
 from slmake.scoring.onnx_runner import OnnxRunner
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run
@@ -71,8 +71,9 @@ def compare(
     compared: dict = {"parity": {}, "drop": {}}
     for before, after in pairwise(names):
         if (before, after) not in (("base", "adapter"), ("base", "merged")):  # these are meant to differ
-            logits = (np.vstack(runs[name].logits) for name in (before, after))
-            compared["parity"][f"{after}_vs_{before}"] = metrics.parity(*logits)
+            logits = zip(runs[before].logits, runs[after].logits, strict=True)
+            asked = zip(*(pair for pair in logits if pair[0] is not None), strict=True)  # of an adapter not all rows
+            compared["parity"][f"{after}_vs_{before}"] = metrics.parity(*map(np.vstack, asked))
     whole = [("base", names[-1])] if "base" in names and len(names) > 2 else []
     for before, after in [] if questions.without_dataset else [*pairwise(names), *whole]:
         lost = drop(questions, answers[before], answers[after], weights, more)
@@ -115,23 +116,45 @@ def ask_all(
             facts["provider"] = {"exported_for": exported.model.provider, "scored_on": exported.model.runs_on}
         del exported  # one model is in memory at a time
     timed = "merged" if "merged" in folders else "base"
+    some_rows = "adapter" in folders and "merged" in folders and not section.sampling
+    asked = adapter_answers.rows_to_ask(questions, section.parity_prompts) if some_rows else None
     model = None
     for name in ("base", "adapter", "merged"):
         if name not in folders:
             continue
         if name == "adapter":
-            model = model or TransformersRunner(folders["adapter_base"], section.batch_size)
-            model.add_adapter(folders[name], quantized)
-            model.latency_rows = 0
+            model = _with_adapter(model, section, folders, quantized)
         else:
             del model
             gc.collect()
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
-        runs[name] = model.ask(questions, new_tokens, job, name)
+        runs[name] = model.ask(questions, new_tokens, job, name, asked if name == "adapter" else None)
         if section.sampling:
             runs[name].sampled = model.sample(questions, new_tokens, section.sampling, job, name)
+    if asked is not None:
+        unclear = adapter_answers.unclear(runs["adapter"], runs["merged"], asked)
+        adapter_answers.fill(runs["adapter"], runs["merged"], set(range(len(questions.rows))) - {*asked, *unclear})
+        if unclear:
+            del model
+            gc.collect()
+            again = _with_adapter(None, section, folders, quantized).ask(questions, new_tokens, job, "adapter", unclear)
+            adapter_answers.join(runs["adapter"], again, unclear)
+        facts["adapter_rows_asked"] = len(asked) + len(unclear)
     return {name: runs[name] for name in ("base", "adapter", "merged", onnx) if name in runs}, facts
+
+
+def _with_adapter(
+    model: TransformersRunner | None,
+    section: params.Evaluate,
+    folders: dict[str, Path],
+    quantized: params.Finetune | None,
+) -> TransformersRunner:
+    """The adapter on its base: on the model that is in memory, or else on a new one."""
+    model = model or TransformersRunner(folders["adapter_base"], section.batch_size)
+    model.add_adapter(folders["adapter"], quantized)
+    model.latency_rows = 0
+    return model
 
 
 def _tokenizer(folders: dict[str, Path], onnx: str):

@@ -27,6 +27,8 @@ class Run:
         logits: one float32 array [positions, vocabulary] per prompt that parity compares (`Questions.positions`).
         timings: seconds, milliseconds, tokens per second and bytes, for benchmark.json.
         sampled: sampled texts [n][scored rows], where `evaluate.sampling` asks for them.
+        margins: float64 [prompts], how much lower the second-best token (in logits) or label (in log probability) is, the
+            least of the answer's steps; infinite where it is not measured.
     """
 
     texts: list[str]
@@ -35,6 +37,7 @@ class Run:
     logits: list[np.ndarray]
     timings: dict = field(default_factory=dict)
     sampled: list[list[str]] = field(default_factory=list)
+    margins: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class Runner(Protocol):
@@ -52,9 +55,8 @@ class Runner(Protocol):
 
 def empty_run(questions: Questions) -> Run:
     count = len(questions.prompts)
-    return Run(
-        [""] * count, [-1] * count if questions.label_tokens else [], np.zeros(count), [None] * questions.compared
-    )
+    choices = [-1] * count if questions.label_tokens else []
+    return Run([""] * count, choices, np.zeros(count), [None] * questions.compared, margins=np.full(count, np.inf))
 
 
 def reset_peak() -> None:

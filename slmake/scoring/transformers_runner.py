@@ -29,6 +29,12 @@ def _sampler(sampling: AnswerSampling, device):
     return lambda logits: torch.multinomial(warp(None, logits).softmax(-1), 1, generator=generator)[:, 0]
 
 
+def _leads(logits) -> np.ndarray:
+    """How far the highest logit is above the next one, float64 [...], of logits [..., vocabulary]."""
+    best, second = logits.topk(2, dim=-1).values.double().unbind(-1)
+    return (best - second).cpu().numpy()
+
+
 class TransformersRunner:
     """A Hugging Face model, with or without an adapter, asked in batches of similar length in its own data type.
 
@@ -87,12 +93,17 @@ class TransformersRunner:
             if name in names:
                 weight.data = fake_quantize(weight.data, dtype, section.quant_type, section.double_quant).to(weight)
 
-    def ask(self, questions: Questions, new_tokens: int, job: cli.Job, name: str) -> Run:
-        """See `Runner`."""
+    def ask(self, questions: Questions, new_tokens: int, job: cli.Job, name: str, rows: list[int] | None = None) -> Run:
+        """See `Runner`.
+
+        Args:
+            rows: ask these questions only; all by default.
+        """
         import torch
 
         run, began = empty_run(questions), time.monotonic()
-        order = sorted(range(len(run.texts)), key=lambda i: -len(questions.prompts[i]))
+        chosen = range(len(run.texts)) if rows is None else rows
+        order = sorted(chosen, key=lambda i: -len(questions.prompts[i]))
         seconds = {"prefill": 0.0, "decode": 0.0}
         tokens = {"prefill": 0, "decode": 0}
         with job.progress(len(order), f"rows of {name}") as bar, torch.inference_mode():
@@ -220,23 +231,27 @@ class TransformersRunner:
             scores = self._score(log_first, cache, mask, list(range(len(chosen))), answers)
         run.answer_nll[chosen] = -scores
         if questions.label_tokens:
-            picked = self._best_labels(questions, chosen, scores, log_first, cache, mask)
+            picked, run.margins[chosen] = self._best_labels(questions, chosen, scores, log_first, cache, mask)
             for i, label in zip(chosen, picked, strict=True):
                 run.choices[i] = label
         generated: list[list[int] | None] = [None] * len(chosen)
         if one_pass and tokens["decode"]:  # the first batch is generated token by token, to time it
-            likeliest = logits.argmax(-1).tolist()
+            likeliest, leads = logits.argmax(-1).tolist(), _leads(logits)
             for k, answer in enumerate(answers):
                 whole = answer[-1] == questions.end or len(answer) >= new_tokens
                 if whole and likeliest[k][: len(answer)] == answer:
                     generated[k] = [token for token in answer[:new_tokens] if token != questions.end]
+                    run.margins[chosen[k]] = min(run.margins[chosen[k]], *leads[k, : len(answer)])
         rest = [k for k, answer in enumerate(generated) if answer is None]
         if rest:
             start = time.perf_counter()
             if len(rest) < len(chosen):
                 cache.batch_select_indices(torch.tensor(rest, device=self.device))
-            continuations = self._continue(first[rest], cache, mask[rest], new_tokens, questions.end)
+            least = np.full(len(rest), np.inf)
+            continuations = self._continue(first[rest], cache, mask[rest], new_tokens, questions.end, least=least)
             seconds["decode"] += time.perf_counter() - start
+            asked = [chosen[k] for k in rest]
+            run.margins[asked] = np.minimum(run.margins[asked], least)
             tokens["decode"] += sum(map(len, continuations))
             for k, answer in zip(rest, continuations, strict=True):
                 generated[k] = answer
@@ -260,25 +275,33 @@ class TransformersRunner:
             ]
         )
 
-    def _best_labels(self, questions, chosen, scores, log_first, cache, mask) -> list[int]:
-        """Index of the most likely label of each row; the expected label's score is known already."""
+    def _best_labels(self, questions, chosen, scores, log_first, cache, mask) -> tuple[np.ndarray, np.ndarray]:
+        """Index of the most likely label of each row, and how much less likely (in log probability, at least) the next one is.
+
+        Args:
+            scores: the log probability of the expected label, which is known already.
+        """
         labels = questions.label_tokens
-        bounds = log_first[:, [ids[0] for ids in labels]].double().cpu().numpy()
+        # No label is more likely than its first token: only those whose first token is more likely than the best are scored.
+        highest = log_first[:, [ids[0] for ids in labels]].double().cpu().numpy()
+        scored = np.full_like(highest, -np.inf)
         names = {name: index for index, name in enumerate(questions.form["labels"])}
-        picked = [names[questions.expected[i]] for i in chosen]
-        best = scores.copy()
-        for k, label in enumerate(picked):
-            bounds[k, label] = -np.inf
+        expected = [names[questions.expected[i]] for i in chosen]
+        rows = np.arange(len(chosen))
+        scored[rows, expected] = highest[rows, expected] = scores
         while True:
-            nearest = np.argsort(-bounds, axis=1, kind="stable")[:, :LABELS_AT_ONCE]
-            pairs = [(k, int(label)) for k, few in enumerate(nearest) for label in few if bounds[k, label] > best[k]]
+            open_bounds = np.where(np.isneginf(scored), highest, -np.inf)
+            nearest = np.argsort(-open_bounds, axis=1, kind="stable")[:, :LABELS_AT_ONCE]
+            best = scored.max(1)
+            pairs = [
+                (k, int(label)) for k, few in enumerate(nearest) for label in few if open_bounds[k, label] > best[k]
+            ]
             if not pairs:
-                return picked
+                second, first = np.sort(np.column_stack([highest, np.full(len(rows), -np.inf)]), axis=1)[:, -2:].T
+                return scored.argmax(1), first - second
             values = self._score(log_first, cache, mask, [k for k, _ in pairs], [labels[label] for _, label in pairs])
             for (k, label), value in zip(pairs, values, strict=True):
-                bounds[k, label] = -np.inf
-                if value > best[k]:
-                    best[k], picked[k] = value, label
+                scored[k, label] = highest[k, label] = value
 
     def _score(self, log_first, cache, mask, rows: list[int], answers: list[list[int]]) -> np.ndarray:
         """Log probability, float64 [rows], of an answer's tokens behind each chosen row's prompt; the cache stays as it is."""
@@ -309,11 +332,12 @@ class TransformersRunner:
             )
         return total
 
-    def _continue(self, logits, cache, mask, new_tokens: int, end: int, pick=None) -> list[list[int]]:
+    def _continue(self, logits, cache, mask, new_tokens: int, end: int, pick=None, least=None) -> list[list[int]]:
         """The tokens of each row's answer, up to its end token (which is left out); the cache grows.
 
         Args:
             pick: token ids [rows] by logits [rows, vocabulary]; the most likely ones by default.
+            least: float64 [rows], lowered to the smallest lead of a token of the answer, its end token included.
         """
         import torch
 
@@ -321,6 +345,8 @@ class TransformersRunner:
         running = [True] * len(mask)
         for step in range(new_tokens):
             token = pick(logits) if pick else logits.argmax(-1)
+            if least is not None:
+                least[running] = np.minimum(least, _leads(logits))[running]
             for k, number in enumerate(token.tolist()):
                 running[k] = running[k] and number != end
                 if running[k]:

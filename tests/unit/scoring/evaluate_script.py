@@ -1,11 +1,12 @@
-"""What the tests of the script evaluate share: datasets and exports for it."""
+"""What the tests of the script evaluate share: datasets and exports for it, and the script itself."""
 
+import csv
 import json
 from pathlib import Path
 
 from tiny import write_params
 
-from scripts import prepare
+from scripts import evaluate, prepare
 from slmake import params
 from slmake.export import builder
 
@@ -31,3 +32,47 @@ def export(model: Path, folder: Path, precision: str) -> Path:
     folder.mkdir(parents=True)
     builder.export(section, model, folder, folder.parent / "cache")
     return folder
+
+
+def run(
+    folder: Path,
+    dataset: Path,
+    precision: str = "int4",
+    models: dict | None = None,
+    finetune: dict | None = None,
+    merge: dict | None = None,
+    **section: object,
+) -> Path:
+    """Run the script in this process; returns the folder of its outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "max_samples": None,
+        "max_new_tokens": None,
+        "batch_size": 32,
+        "latency_rows": 2,
+        "bootstrap_samples": 200,
+        **section,
+    }
+    quantization = {"precision": precision, "calibration": "none", "matmul_mixed_precision": None, "int8_nodes": []}
+    others = {"finetune": finetune or {}, "merge": merge or {}}
+    file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization, **others)
+    arguments = ["--params", file, "--dataset", dataset]
+    for name, path in (models or {}).items():
+        arguments += [f"--{name}", path]
+    for name, file in (
+        ("metrics", "metrics.json"),
+        ("benchmark", "benchmark.json"),
+        ("predictions", "predictions.csv"),
+    ):
+        arguments += [f"--{name}", folder / file]
+    evaluate.main([str(argument) for argument in arguments])
+    return folder
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))

@@ -1,17 +1,14 @@
 """evaluate: the same answers from every runtime, the same bytes from every run."""
 
-import csv
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from evaluate_script import export, make_dataset
+from evaluate_script import export, make_dataset, read_json, read_rows, run
 from tiny import make_rows, write_params
 
-from scripts import evaluate
 from slmake import cli
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring import onnx_runner
@@ -26,41 +23,6 @@ METRICS = [
 ]
 
 
-def run(
-    folder: Path,
-    dataset: Path,
-    precision: str = "int4",
-    models: dict | None = None,
-    finetune: dict | None = None,
-    merge: dict | None = None,
-    **section: object,
-) -> Path:
-    """Run the script in this process; returns the folder of its outputs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "max_samples": None,
-        "max_new_tokens": None,
-        "batch_size": 32,
-        "latency_rows": 2,
-        "bootstrap_samples": 200,
-        **section,
-    }
-    quantization = {"precision": precision, "calibration": "none", "matmul_mixed_precision": None, "int8_nodes": []}
-    others = {"finetune": finetune or {}, "merge": merge or {}}
-    file = write_params(folder / "params.yaml", evaluate=settings, quantize=quantization, **others)
-    arguments = ["--params", file, "--dataset", dataset]
-    for name, path in (models or {}).items():
-        arguments += [f"--{name}", path]
-    for name, file in (
-        ("metrics", "metrics.json"),
-        ("benchmark", "benchmark.json"),
-        ("predictions", "predictions.csv"),
-    ):
-        arguments += [f"--{name}", folder / file]
-    evaluate.main([str(argument) for argument in arguments])
-    return folder
-
-
 def refused(folder: Path, capsys, *arguments: object, **options: object) -> str:
     """The script's error; it exits with 1 and leaves nothing but the parameter file."""
     with pytest.raises(SystemExit) as caught:
@@ -69,15 +31,6 @@ def refused(folder: Path, capsys, *arguments: object, **options: object) -> str:
     assert [path.name for path in folder.iterdir()] == ["params.yaml"]
     message = capsys.readouterr().err
     return message[message.index("evaluate: error: ") :]
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_rows(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
 
 
 # -- end to end --------------------------------------------------------------------------------------------------------
