@@ -33,6 +33,13 @@ LIBRARIES = (
     *("transformers.generation", "datasets", "pandas", "pyarrow.parquet", "safetensors.torch", "onnx", "onnxruntime"),
     *("onnxruntime_genai", "onnxruntime_genai.models.builder", "pydantic", "matplotlib.figure", "matplotlib.backends.backend_svg"),
     *("snakemake.cli", "snakemake.api", "snakemake.workflow", "dvc.cli", "dvc.repo", "adlfs", "gguf"),
+    *("snakemake.report.html_reporter", "snakemake.profiles", "smart_open", "yte", "docutils.parsers.rst.directives.images"),
+    *("dvc.cli.parser", "dvc.lock", "dvc.rwlock", "dvc.cachemgr", "dvc.data_cloud", "dvc.repo.plots", "dvc.repo.stage"),
+    *("scmrepo.git.backend.dulwich", "scmrepo.git.backend.gitpython", "scmrepo.git.backend.pygit2", "dulwich.repo"),
+    *("cyclonedx.validation.json", "jsonschema", "rfc3987_syntax", "in_toto_attestation.v1.statement"),
+    *("in_toto_attestation.predicates.provenance", "google.protobuf.json_format", "google.protobuf.struct_pb2", "ijson"),
+    *("transformers.optimization", "transformers.trainer_pt_utils", "peft.tuners.lora", "torch.profiler._cupti_monitor"),
+    *("peft.utils.transformers_weight_conversion", "matplotlib.pyplot", "multiprocessing.forkserver"),
     *("azure.storage.blob.aio", "azure.ai.ml", "azure.identity"),
 )  # fmt: skip
 CLIENT = """#!{python} -IS
