@@ -13,7 +13,7 @@ import torch
 
 from bench import gpu_models, measure
 from slmake import cli, params
-from slmake.export.gptq import InputHessians, in_four_bits, round_with_inputs
+from slmake.export.gptq import InputHessians, in_four_bits, inverse_factor, round_with_inputs
 from slmake.merging.merge import fake_quantize, linear_weights, merge
 from slmake.training.shared_prefix import Layout
 from slmake.training.trainer import Trainer
@@ -199,7 +199,10 @@ def calibrated(setup: Setup, device) -> Checks:
     """
 
     def rounded(moments: dict) -> dict[str, torch.Tensor]:
-        return {name: flat([round_with_inputs(*pair, 32).placed()]) for name, pair in moments.items()}
+        return {
+            name: flat([round_with_inputs(weight, inverse_factor(matrix), 32).placed()])
+            for name, (weight, matrix) in moments.items()
+        }
 
     def differing(values: torch.Tensor, expected: torch.Tensor) -> float:
         return float(((values - expected).abs() > 1e-6 * expected.abs().max()).double().mean())

@@ -14,7 +14,7 @@ from bench import finetune, flops, gpu_models, measure
 from bench.gpu_models import Workload
 from bench.peers import shared
 from slmake import cli, params
-from slmake.export.gptq import round_with_inputs
+from slmake.export.gptq import inverse_factor, round_with_inputs
 from slmake.scoring.questions import Questions
 from slmake.scoring.transformers_runner import TransformersRunner
 from slmake.training.data import Data
@@ -276,6 +276,6 @@ def rounding(base: Path) -> dict:
         x = torch.randn(2 * inputs, inputs, device=device)
         moments = x.t() @ x
         began = synchronize(device)
-        round_with_inputs(weight, moments, 32)
+        round_with_inputs(weight, inverse_factor(moments), 32)
         seconds += synchronize(device) - began
     return {"seconds_per_layer": seconds}

@@ -78,44 +78,49 @@ class Rounded(NamedTuple):
         return blocks.view(len(blocks), -1)[:, : self.levels.shape[1]]
 
 
-def round_with_inputs(weight: torch.Tensor, moments: torch.Tensor, block_size: int, damping: float = 0.01) -> Rounded:
+def inverse_factor(moments: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """Upper Cholesky factor of the moments' inverse, float64 [in, in]: row j says how an error in column j is spread over those after it.
+
+    Args:
+        moments: [in, in], sum over tokens of x x' of the layer's inputs (half of the layer's Hessian).
+        damping: fraction of the mean diagonal that is added to the diagonal.
+    """
+    moments = moments.double().clone()
+    unused = torch.diagonal(moments) == 0
+    moments[unused, unused] = 1.0
+    torch.diagonal(moments).add_(damping * torch.diagonal(moments).mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+
+
+def round_with_inputs(weight: torch.Tensor, factor: torch.Tensor, block_size: int) -> Rounded:
     """Round a weight by GPTQ.
 
     Args:
         weight: [out, in].
-        moments: [in, in], sum over tokens of x x' of the layer's inputs (half of the layer's Hessian).
+        factor: `inverse_factor` of the moments of the layer's inputs.
         block_size: weights along `in` that share one scale, at most 256.
-        damping: fraction of the mean diagonal that is added to the diagonal.
     """
     work = weight.detach().double().clone()
-    moments = moments.double().clone()
     width = work.shape[1]
-    unused = torch.diagonal(moments) == 0
-    moments[unused, unused] = 1.0
-    torch.diagonal(moments).add_(damping * torch.diagonal(moments).mean())
-    # Upper Cholesky factor of the inverse: row j is how an error in column j is spread over the columns after it.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
-    del moments
     levels = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     scales, anchors = [], []
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
-        block = work[:, start:end]
-        largest, anchor = block.abs().max(dim=1)
+        block = work[:, start:end].t().contiguous()  # a column of the weight is a row here: it lies together in memory
+        largest, anchor = block.abs().max(dim=0)
         scale = (largest / (LEVELS - 0.5)).float().double()
         scale[scale == 0] = 1.0
-        sign = torch.sign(block.gather(1, anchor[:, None]).squeeze(1))
-        outer = torch.where(sign < 0, -LEVELS, LEVELS - 1) * (sign != 0)
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            column = block[:, j]
-            level = torch.round(column / scale).clamp_(-LEVELS, LEVELS - 1)
-            level = torch.where(anchor == j, outer.double(), level)
-            errors[:, j] = (column - level * scale) / factor[start + j, start + j]
-            if j + 1 < end - start:
-                block[:, j + 1 :] -= errors[:, j : j + 1] * factor[start + j, start + j + 1 : end]
-            levels[:, start + j] = level.to(torch.int8)
-        work[:, end:] -= errors @ factor[start:end, end:]
+        sign = torch.sign(block.gather(0, anchor[None]).squeeze(0))
+        outer = (torch.where(sign < 0, -LEVELS, LEVELS - 1) * (sign != 0)).double()
+        errors, chosen = torch.empty_like(block), torch.empty_like(block)
+        for j, column in enumerate(block):
+            spread = factor[start + j, start + j : end]
+            level = (column / scale).round_().clamp_(-LEVELS, LEVELS - 1)
+            chosen[j] = torch.where(anchor == j, outer, level)
+            errors[j] = (column - chosen[j] * scale) / spread[0]
+            block[j + 1 :].addr_(spread[1:], errors[j], alpha=-1)
+        levels[:, start:end] = chosen.t().to(torch.int8)
+        work[:, end:] -= errors.t().contiguous() @ factor[start:end, end:]
         scales.append(scale.float())
         anchors.append(anchor.to(torch.uint8))
     return Rounded(levels, torch.stack(scales, dim=1), torch.stack(anchors, dim=1), block_size)
@@ -132,6 +137,7 @@ class InputHessians:
         self.owner: dict[str, str] = {}
         self.mask: torch.Tensor | None = None  # bool [batch, time]: false for padding
         self.last: tuple[object, str] = (None, "")
+        self.factored: tuple[str, torch.Tensor | None] = ("", None)
         self.handles = [module.register_forward_pre_hook(self._watch(name)) for name, module in modules.items()]
 
     def _watch(self, name: str):
@@ -147,6 +153,14 @@ class InputHessians:
     def __getitem__(self, name: str) -> torch.Tensor:
         """float32 [in, in]."""
         return self.sums[self.owner[name]]
+
+    def factor(self, name: str) -> torch.Tensor:
+        """`inverse_factor` of a module's matrix; the last one is kept for the modules that share it."""
+        owner = self.owner[name]
+        if self.factored[0] != owner:
+            self.factored = ("", None)  # freed before the next is made
+            self.factored = (owner, inverse_factor(self.sums[owner]))
+        return self.factored[1]
 
     def close(self) -> None:
         for handle in self.handles:
@@ -226,7 +240,7 @@ def calibrate(
                     decoder.run(number, ids, mask)
                 hessians.close()
                 for name, module in own.items():
-                    weight = round_with_inputs(module.weight, hessians[name], section.block_size)
+                    weight = round_with_inputs(module.weight, hessians.factor(name), section.block_size)
                     rounded[f"{name}.weight"] = _stored(weight, scratch / f"{name}.safetensors")
             bar.update(int(index is not None))
     return rounded

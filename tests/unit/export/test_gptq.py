@@ -41,7 +41,7 @@ def error(inputs: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> fl
 @pytest.mark.parametrize("block_size", [16, 32, 256])
 def test_outputs_change_less_than_by_plain_rounding(block_size):
     weight, inputs = problem()
-    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, block_size).placed()
+    placed = gptq.round_with_inputs(weight, gptq.inverse_factor(inputs.T @ inputs), block_size).placed()
     plain = round_to_nearest(weight, 4, block_size)
     assert error(inputs, weight, round_to_nearest(placed, 4, block_size)) < 0.8 * error(inputs, weight, plain)
 
@@ -49,7 +49,7 @@ def test_outputs_change_less_than_by_plain_rounding(block_size):
 def test_rounding_moves_only_each_blocks_largest_weights():
     """By half a level: at 7.5 they keep the scale what it was."""
     weight, inputs = problem()
-    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, 16).placed()
+    placed = gptq.round_with_inputs(weight, gptq.inverse_factor(inputs.T @ inputs), 16).placed()
     blocks = placed.reshape(-1, 16)
     rounded = round_to_nearest(placed, 4, 16).reshape(-1, 16)
     scale = blocks.abs().amax(dim=1, keepdim=True) / 7.5
@@ -66,7 +66,7 @@ def test_inputs_that_do_not_vary_together_leave_plain_rounding():
     weight, _ = problem()
     blocks = weight.view(-1, 16)
     weight = (blocks * blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).sign()).view_as(weight)
-    placed = gptq.round_with_inputs(weight, torch.eye(80), 16).placed()
+    placed = gptq.round_with_inputs(weight, gptq.inverse_factor(torch.eye(80)), 16).placed()
     expected = round_to_nearest(weight, 4, 16)
     torch.testing.assert_close(round_to_nearest(placed, 4, 16), expected, rtol=1e-5, atol=1e-6)
 
@@ -75,7 +75,7 @@ def test_inputs_that_never_occur_and_blocks_of_zeros():
     weight, inputs = problem()
     inputs[:, 3:40] = 0
     weight[:, 16:32] = 0
-    placed = gptq.round_with_inputs(weight, inputs.T @ inputs, 16).placed()
+    placed = gptq.round_with_inputs(weight, gptq.inverse_factor(inputs.T @ inputs), 16).placed()
     assert torch.isfinite(placed).all()
     assert (placed[:, 16:32] == 0).all()
 
