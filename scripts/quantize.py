@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
+from slmake.export import proposals
 from slmake.export.build import build
 from slmake.export.graph_checks import check_generates, check_graph
 from slmake.prompts import load_prompt
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         with outputs.written(args.output) as (folder,):
             if args.search:
                 options = copy_winner(args.search, args.candidates, folder)
-                section = type(section).model_validate(section.model_dump(exclude={"search"}) | options)
+                section = proposals.applied(section, options)
                 summary = check_graph(section, folder) | {"runs_on": check_generates(folder).runs_on}
             else:
                 summary = build(section, args.model, args.dataset, folder, outputs.scratch(folder), job)

@@ -4,7 +4,7 @@
         --metrics results/metrics.json --timings results/benchmark.json --predictions results/predictions.csv \\
         --losses results/train_loss.csv results/eval_loss.csv --benchmarks benchmarks --output build/report
 
-Reads what the other rules wrote and nothing else; `snakemake --report build/report.html` (`make report`) then puts all of it on
+Reads what the other rules wrote, and the figures that gates.published and report.seeds name; `snakemake --report build/report.html` (`make report`) then puts all of it on
 one page. Missed gates are shown here too. The same inputs give the same bytes (SVG without dates, ids from a fixed salt).
 """
 

@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class NotBuildable(UserError):
-    """A model cannot be exported with these settings, here or elsewhere: a search records it of a candidate, and goes on."""
+    """A model cannot be exported with these settings, here or elsewhere: a search records it of a candidate and continues."""
 
 
 def first_line(error: Exception) -> str:

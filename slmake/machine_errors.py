@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether an error tells of the machine, or is ours, so that it says nothing of the model that a library was given."""
+    """Whether an error is of the machine, or of this project, so that it says nothing of the model that a library was given."""
     return (
         isinstance(error, UserError)
         or is_out_of_memory(error)

@@ -53,7 +53,7 @@ class Options(BaseModel):
 
 
 class Completion(Options):
-    """A request to /v1/completions: the text that the model goes on with, as it is."""
+    """A request to /v1/completions: the text that the model continues, as it is."""
 
     prompt: str
     echo: Literal[False] | None = None

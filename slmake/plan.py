@@ -25,10 +25,16 @@ SECTIONS = {
     ],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
-    "evaluate": ["evaluate", "merge"],  # merge.onto: which base an adapter of QLoRA is scored on
+    "evaluate": [
+        "evaluate",
+        "merge",
+        "finetune",
+    ],  # merge.onto and the 4-bit type: which base an adapter of QLoRA is scored on
     "package": [name for name in Params.model_fields if name not in ("all", *WITHOUT_PACKAGE)],
     "report": ["report", "gates", "finetune", "adapter", "quantize"],
 }
+# Of the section evaluate, what the candidates of a quantization search are scored by.
+SCORES_CANDIDATES = ("metrics", "max_new_tokens", "batch_size", "latency_rows", "bootstrap_samples", "seed")
 FIGURES = [  # of the report: file, category, title
     ("overview.html", "1. Overview", "What was built from what"),
     ("scores.svg", "2. Quality", "Accuracy"),
@@ -84,7 +90,7 @@ class Plan:
         task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
         self.task_files = when("evaluate" in self.stages, with_what_they_read(task_files))
         self.metric_files = with_what_they_read(metric_files)
-        self.metric_files += file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
+        self.scored_constraint = file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
         self.constraint = file_of(params.package.constrain) if "package" in self.stages else []
         self.search = params.quantize.search if "quantize" in self.stages else None
         self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
@@ -114,7 +120,8 @@ class Plan:
         """What a candidate is built again for, as text."""
         from slmake.export.proposals import depends_on
 
-        return depends_on(self.params.quantize, candidate) + as_json(self.params.evaluate) + self._image()
+        scoring = {name: getattr(self.params.evaluate, name) for name in SCORES_CANDIDATES}
+        return depends_on(self.params.quantize, candidate) + as_json(scoring) + self._image()
 
     @functools.cached_property
     def scored(self) -> dict[str, str]:
@@ -144,7 +151,8 @@ class Plan:
         return [
             *(*self.data, *self.model_source, *self.chat_template, *self.adapter_source, *self.published_metrics),
             *self.seeds,
-            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files, *self.constraint),
+            *(*package.license_files, *self.signing_key, *self.metric_files, *self.task_files),
+            *(*self.scored_constraint, *self.constraint),
         ]
 
     @property
@@ -164,6 +172,7 @@ class Plan:
             "params.yaml: adapter.source": self.adapter_source,
             "params.yaml: prepare.source": self.data,
             "params.yaml: evaluate.metrics": self.metric_files,
+            "params.yaml: evaluate.constrain": self.scored_constraint,
             "params.yaml: evaluate.lm_eval": self.task_files,
             "params.yaml: package.constrain": self.constraint,
             "params.yaml: gates.published": when({"gates", "report"} & set(self.stages), self.published_metrics),
@@ -217,9 +226,9 @@ class Plan:
             "fetch_model": [*self.model_source, *self.chat_template],
             "adapter": self.adapter_source,
             "prepare": self.data,
-            "rehearse": [*self.metric_files, *self.constraint],
+            "rehearse": [*self.metric_files, *self.scored_constraint, *self.constraint],
             "candidate": self.metric_files,
-            "evaluate": [*self.metric_files, *self.task_files],
+            "evaluate": [*self.metric_files, *self.scored_constraint, *self.task_files],
             "gates": self.published_metrics,
             "report": [*self.published_metrics, *self.seeds],
             "package": [*self.params.package.license_files, *self.constraint, *self.signing_key],
@@ -252,6 +261,7 @@ class Plan:
             *self.data,
             *self.chat_template,
             *self.metric_files,
+            *self.scored_constraint,
             *self.task_files,
             *self.constraint,
             *map(os.path.relpath, snakefiles(self.snakefile)),

@@ -206,7 +206,7 @@ def push(job: cli.Job) -> None:
     there = stored()
     if bad := [name for name, size in here.items() if there.get(name) != size]:
         upload(bad)
-        job.say(f"of what DVC took for granted, {len(bad)} blobs were missing or cut; they were uploaded again")
+        job.say(f"of what DVC did not check, {len(bad)} blobs were missing or cut; they were uploaded again")
         there = stored()
         if bad := [name for name in bad if there.get(name) != here[name]]:
             raise UserError(f"{len(bad)} blobs there are not what was uploaded. Run the same command again.")

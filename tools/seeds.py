@@ -6,7 +6,7 @@
 
 A run changes finetune.seed and finetune.data_seed, a split prepare.seed, a data type finetune.compute_dtype; all else is
 as params.yaml says. Each run is a build up to the scores in a copy of the project below build/seeds, from the base model that is
-built here. Its models are removed when it is scored. Its scores stay, so a call that was interrupted goes on where it was;
+built here. Its models are removed when it is scored. Its scores stay, so a call that was interrupted resumes where it was;
 with another parameter, other code or other data, they are measured again.
 
 Writes results/seeds.json (parameters and scores of every run) and results/seeds.svg; `report.seeds` shows both on the report's page.

@@ -80,12 +80,8 @@ def band_keys(texts: list[str], common: np.ndarray = NONE) -> np.ndarray:
     return keys
 
 
-def jaccard(left: str, right: str) -> float:
-    """Exact Jaccard similarity of two texts' shingle sets, 0 to 1."""
-    return _similarity(shingles(left), shingles(right))
-
-
-def _similarity(a: np.ndarray, b: np.ndarray) -> float:
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Jaccard similarity of two texts' `shingles`, 0 to 1."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
@@ -176,7 +172,7 @@ class _NearCopies:
                 continue
             own = shingles(texts[i], self.common)
             for other in others[np.argsort(-bands, kind="stable")]:  # likely ones first
-                if _similarity(own, self._heldout_shingles(int(other))) >= self.threshold:
+                if similarity(own, self._heldout_shingles(int(other))) >= self.threshold:
                     result[i] = other
                     break
         return result

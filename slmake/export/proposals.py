@@ -111,6 +111,11 @@ def proposal(section: params.Quantize, number: int, measured: list[tuple[float, 
     return made[number]
 
 
+def applied(section: params.Quantize, options: dict) -> params.Quantize:
+    """The section with a candidate's options in place of its own, without the search."""
+    return type(section).model_validate(section.model_dump(exclude={"search"}) | options)
+
+
 def depends_on(section: params.Quantize, candidate: str) -> str:
     """The text whose change rebuilds a candidate: in a grid its own options, so that a longer list builds the new candidates only."""
     own = section.model_dump(mode="json", exclude={"search"})

@@ -39,7 +39,7 @@ def copy_licences(files: list[str], target: Path) -> list[str]:
 
 
 def sections(everything: params.Params) -> dict[str, str]:
-    """Every section that can change a package, as canonical JSON. The signing key's path changes nothing, and is nobody's business."""
+    """Every section that can change a package, as canonical JSON. The signing key's path changes nothing and is left out."""
     package = everything.package.model_copy(update={"signing_key": None})
     return {
         name: params.as_json(package if name == "package" else getattr(everything, name))

@@ -22,8 +22,7 @@ TIMINGS = (
     *("generated_tokens_per_s", "load_s", "score_s", "peak_memory_bytes"),
 )
 OF_ROWS = (
-    *SHARES[:5],
-    *SHARES[6:],
+    *(name for name in SHARES if name not in PARITY),
     "outside_labels",
     "answer_perplexity",
 )  # of rows with expected answers; also per_class.…

@@ -95,8 +95,8 @@ def changed(changes: list[str | dict], kind: str) -> dict[str, str]:
 
 def stages() -> list[str]:
     """The stages of dvc.yaml that params.yaml asks for."""
-    named = entries()
-    return [name for name in named if name in Plan(params.load("params.yaml")).rules]
+    rules = Plan(params.load("params.yaml")).rules
+    return [name for name in entries() if name in rules]
 
 
 def now() -> dict:

@@ -214,7 +214,7 @@ def scores_page(metrics: dict) -> str:
 def gates_page(gates: list[dict]) -> str:
     """The judged gates."""
     if not gates:
-        return page("Gates", "<p>No gate is set. docs/quality.md tells how to choose some.</p>")
+        return page("Gates", "<p>No gate is set. docs/quality.md says how to choose some.</p>")
     rows = [
         [
             "passed" if gate["passed"] else "missed",
@@ -329,7 +329,7 @@ def read_predictions(path: Path, asked: int) -> list[dict]:
     """The rows of predictions.csv.
 
     Raises:
-        UserError: it is not there or damaged, or has another number of rows than metrics.json speaks of.
+        UserError: it is not there or damaged, or has another number of rows than metrics.json has.
     """
     rows = read_csv(path, ("row",))
     if len(rows) != asked:

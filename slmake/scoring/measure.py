@@ -122,11 +122,12 @@ def ask_all(
     for name in ("base", "adapter", "merged"):
         if name not in folders:
             continue
+        if name != "adapter" or folders["adapter_base"] != folders.get("base"):
+            model = None
+            gc.collect()
         if name == "adapter":
             model = _with_adapter(model, section, folders, quantized)
         else:
-            del model
-            gc.collect()
             rows = section.latency_rows if name == timed else 0
             model = TransformersRunner(folders[name], section.batch_size, rows)
         runs[name] = model.ask(questions, new_tokens, job, name, asked if name == "adapter" else None)

@@ -46,6 +46,7 @@ def download(
     partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     failures, begun = 0, partial.stat().st_size if partial.exists() else 0
+    furthest = begun  # what is downloaded again is no progress
     bar.update(begun)
     while size is None or begun < size or not partial.exists():
         done = begun
@@ -65,8 +66,8 @@ def download(
             begun = 0
             continue
         except Broken as error:
-            failures = 1 if done > begun else failures + 1
-            begun = done
+            failures = 1 if done > furthest else failures + 1
+            begun, furthest = done, max(done, furthest)
             if failures >= ATTEMPTS:
                 raise UserError(
                     f"{what}: {error}, and {ATTEMPTS} attempts gave nothing more ({done:,} bytes are kept). Run the same command "

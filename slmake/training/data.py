@@ -67,8 +67,6 @@ class Data:
                 if len(mask)
                 else self.lengths
             )
-        else:
-            self.real = self.lengths
 
         # The loss depends on a sequence up to its last label, which is predicted and predicts nothing.
         last = np.flatnonzero(self.labels != IGNORED)
@@ -77,6 +75,8 @@ class Data:
             np.maximum(1, last[np.maximum(ends, 0)] - self.offsets[:-1]) if len(last) else self.lengths * 0 + 1
         )
         self.needed = np.where(self.answers > 0, self.needed, 1)
+        if not self.masked:  # padding has no mark of its own; it is behind the last label
+            self.real = np.where(self.answers > 0, self.needed + 1, self.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -109,7 +109,7 @@ class Data:
 
         Returns:
             input_ids int64 [batch, time], labels int64 [batch, time] (-100 where there is no loss), attention_mask int64
-            [batch, time] or None, tokens: the number of real ones.
+            [batch, time] or None.
         """
         time = int(self.lengths[chosen].max())
         ids = np.zeros((len(chosen), time), dtype=np.int64)
@@ -125,5 +125,4 @@ class Data:
             "input_ids": to_device(ids, device),
             "labels": to_device(labels, device),
             "attention_mask": mask,
-            "tokens": int(self.real[chosen].sum()),
         }

@@ -283,7 +283,7 @@ class Trainer:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> dict:
-        """All remaining steps. Returns steps, tokens, seconds and the final losses."""
+        """All remaining steps. Returns the number of steps, the tokens and seconds that they took, and whether it stopped early."""
         section, total = self.section, self.schedule.steps
         self.peft.train()
         began, tokens, loss = time.monotonic(), 0, float("nan")

@@ -121,7 +121,7 @@ def test_push_brings_back_what_is_gone_though_dvc_remembers_it(pushed, clone, bl
     assert "Everything is up to date" in run(clone, "dvc", "push").stdout
     done = remote(clone, "push")
     assert done.returncode == 0, done.stdout
-    assert "of what DVC took for granted, 1 blobs were missing or cut" in done.stdout
+    assert "of what DVC did not check, 1 blobs were missing or cut" in done.stdout
     assert {blob.name: blob.size for blob in blobs.list_blobs()} == before
     # What is whole there need not be here; what is in neither place is no success.
     shutil.rmtree(clone / ".dvc" / "cache")

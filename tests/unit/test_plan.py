@@ -232,7 +232,7 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         "prepare": {"gates"},  # rows that a gate cannot judge by: a warning
         "merge": {"finetune"},  # the adapter's own configuration decides
         "candidate": {"quantize", "evaluate"},  # Plan.candidate_section
-        "evaluate": {"quantize", "merge", "finetune"},  # how the models that it reads were made
+        "evaluate": {"quantize"},  # what the export is called
     }
     given = {name.partition(".")[0] for name in SECTIONS.get(rule, [rule])}
     assert names - {"all"} <= {*given, *beside.get(rule, ())}
@@ -243,6 +243,11 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
     [
         ("merge", {"onto": "dequantized"}, {"rehearse", "merge", "evaluate", "package"}),
         ("evaluate", {"constrain": "labels"}, {"rehearse", "evaluate", "package"}),
+        (
+            "finetune",
+            {"method": "qlora", "quant_type": "fp4"},
+            {"rehearse", "finetune", "merge", "evaluate", "package", "report"},
+        ),
         ("package", {"constrain": "labels"}, {"rehearse", "package"}),
         ("evaluate", {"metrics": ["json_valid"]}, {"rehearse", "evaluate", "package"}),
         ("evaluate", {"max_samples": 7}, {"rehearse", "evaluate", "package"}),
@@ -250,11 +255,11 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
         ("all", {"stages": ["rehearse", "finetune", "merge"]}, {"rehearse"}),
     ],
-    ids=["onto", "answers", "packaged answers", "metrics", "rows", "seed", "gate", "stages"],
+    ids=["onto", "4 bits", "answers", "packaged answers", "metrics", "rows", "seed", "gate", "stages"],
 )
 def test_a_parameter_reruns_the_rules_that_read_it(plan, section, changes, rerun):
     method = {"finetune": {"method": "qlora"}}
-    before, after = plan(**method), plan(**method, **{section: changes})
+    before, after = plan(**method), plan(**{**method, section: changes})
     assert {rule for rule in rules(before) if before.section(rule) != after.section(rule)} == rerun
 
 
@@ -276,7 +281,7 @@ def test_a_package_is_of_every_section_that_its_provenance_names(plan):
     [
         ("evaluate", {"max_samples": 7}, {"rehearse", "evaluate", "package"}),
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
-        ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "merge", "package", "report"}),
+        ("finetune", {"learning_rate": 0.5}, {"rehearse", "finetune", "merge", "evaluate", "package", "report"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
         ("report", {"wrong_answers": 1}, {"report"}),
         ("publish", {"url": "az://container/path"}, set()),
@@ -296,6 +301,10 @@ def test_what_an_output_is_built_from(plan):
     search = plan(quantize={"search": {"block_size": [16, 32]}, "calibration": "none"})
     first, second = (search.built_from("candidate", f"build/search/{number}") for number in (0, 1))
     assert first != second
+    more = plan(quantize={"search": {"block_size": [16, 32]}, "calibration": "none"}, evaluate={"parity_prompts": 9})
+    assert more.built_from("candidate", "build/search/0") == first
+    other = plan(quantize={"search": {"block_size": [16, 32]}, "calibration": "none"}, evaluate={"seed": 9})
+    assert other.built_from("candidate", "build/search/0") != first
 
 
 # missing files
@@ -313,6 +322,7 @@ def test_what_an_output_is_built_from(plan):
         ({"fetch_model": {"source": "data/none", "sha256": None}}, "fetch_model.source: data/none: no such file"),
         ({"fetch_model": {"source": "data/{a}", "sha256": None}}, "Snakemake takes braces for a wildcard"),
         ({"package": {"license_files": ["none"]}}, "package.license_files: none: no such file"),
+        ({"evaluate": {"constrain": {"json_schema": "none.json"}}}, "evaluate.constrain: none.json: no such file"),
     ],
 )
 def test_a_file_that_params_yaml_names_and_that_is_not_there(plan, changes, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slmake.data import near_duplicates
-from slmake.data.near_duplicates import BANDS, band_keys, copies_of_heldout, jaccard, normalized, shingles
+from slmake.data.near_duplicates import BANDS, band_keys, copies_of_heldout, normalized, shingles, similarity
 from slmake.data.store import Row, Store
 
 TRAIN, EVAL, TEST, LEFT_OUT = 0, 1, 2, -1
@@ -35,6 +35,10 @@ def changed_at(text: list[str], place: int) -> list[str]:
 
 
 # Similarity
+
+
+def jaccard(left: str, right: str) -> float:
+    return similarity(shingles(left), shingles(right))
 
 
 @pytest.mark.parametrize(

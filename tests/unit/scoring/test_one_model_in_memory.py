@@ -19,6 +19,9 @@ class Runner:
         self.model = SimpleNamespace(runs_on="cpu", provider="cuda")
         ALIVE[folder.name] = weakref.ref(self)
 
+    def add_adapter(self, folder: Path, quantized) -> None:
+        pass
+
     def ask(self, questions, new_tokens, job, name, rows=None):
         return SimpleNamespace(timings={})
 
@@ -35,3 +38,15 @@ def test_each_model_is_freed_before_the_next_is_loaded(monkeypatch):
     assert facts == {"tokenizer": {"rows": 2}, "provider": {"exported_for": "cuda", "scored_on": "cpu"}}
     assert len(SEEN) == 3
     assert not any(SEEN)
+
+
+def test_an_adapter_is_never_put_on_another_base_than_its_own(monkeypatch):
+    SEEN.clear()
+    monkeypatch.setattr(measure, "TransformersRunner", Runner)
+    job = cli.Job("evaluate", None, None)
+    for own, loaded in (("base", 1), ("other", 2)):
+        folders = {"base": Path("base"), "adapter": Path("adapter"), "adapter_base": Path(own)}
+        measure.ask_all(params.Evaluate(), folders, "int4", None, None, 4, job)
+        assert len(SEEN) == loaded
+        assert not any(SEEN)
+        SEEN.clear()

@@ -79,3 +79,9 @@ def test_how_long_a_server_asks_to_wait(header, seconds):
         response = SimpleNamespace(headers={"Retry-After": header})
 
     assert wait_asked(Failure()) == seconds
+
+
+def test_what_is_downloaded_again_is_no_progress(tmp_path, monkeypatch, refused):
+    """Without an ETag nothing can be resumed: a body that is cut each time ends after as many attempts as any other failure."""
+    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\nConnection: close\r\n\r\n" + b"x" * (2**20 + 1)
+    assert "6 attempts gave nothing more (1,048,576 bytes are kept)" in asked(cut, tmp_path, monkeypatch, refused)

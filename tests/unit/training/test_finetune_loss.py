@@ -101,6 +101,16 @@ def test_loss_does_not_depend_on_padding(tmp_path, base, dataset, padded):
     assert [line["loss"] for line in long] == pytest.approx([line["loss"] for line in short], abs=1e-4)
 
 
+def test_padding_without_a_mask_is_no_token(tmp_path, base, padded):
+    """What GPTQ is calibrated on is the same with and without `use_attention_mask`."""
+    bare = make_dataset(tmp_path / "data", base, pad_to_max_len=True, max_seq_len=64, use_attention_mask=False)
+    with_mask, without = (data_module.Data(folder / "train.parquet") for folder in (padded, bare))
+    assert with_mask.masked
+    assert not without.masked
+    assert (without.lengths == 64).all()
+    assert without.real.tolist() == with_mask.real.tolist()
+
+
 def test_gradient_accumulation_of_two_by_four_equals_a_batch_of_eight(tmp_path, base, dataset):
     same = {"group_by_length": False, "max_steps": 8}
     whole = tune(tmp_path / "whole", base, dataset, **same)
