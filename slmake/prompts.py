@@ -2,6 +2,7 @@
 
 import re
 import string
+import unicodedata
 from pathlib import Path
 
 from slmake.errors import UserError
@@ -75,9 +76,19 @@ def split_at_answer(template: str, answer: str | None) -> tuple[str, str, str]:
 
 
 def load_prompt(dataset: Path) -> dict:
-    """`prompt.json` of a prepared dataset: prompt and answer templates, fields, labels, end token."""
+    """`prompt.json` of a prepared dataset: prompt and answer templates, fields, labels as the model writes them, end token."""
     fields = ("prompt", "fields", "labels", "end_token_id", "longest_answer_tokens")
-    return read_json(dataset / "prompt.json", *fields, output=dataset)
+    form = read_json(dataset / "prompt.json", *fields, output=dataset)
+    return form | {"labels": form["labels"] and [as_written(label, form) for label in form["labels"]]}
+
+
+def as_written(answer: str, form: dict) -> str:
+    """An answer of the data in the Unicode form in which the model's tokens have it, and so the model writes it.
+
+    Args:
+        form: prompt.json.
+    """
+    return unicodedata.normalize(form["normalization"], answer) if "normalization" in form else answer
 
 
 def first_answer(text: str, expected_lines: int = 1) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+import unicodedata
 from pathlib import Path
 
 from slmake import outputs, params
@@ -136,8 +137,10 @@ def _figure(name: str, metric: str, figures: dict, model: str) -> float:
     first, _, rest = metric.partition(".")
     if first == "per_class" and first in figures:
         label, _, what = rest.rpartition(".")
-        if label in figures[first]:
-            return figures[first][label][what]
+        figures_of = {unicodedata.normalize("NFC", known): row for known, row in figures[first].items()}
+        row = figures_of.get(unicodedata.normalize("NFC", label))  # evaluate writes labels in the tokenizer's form
+        if row:
+            return row[what]
         raise UserError(f"gates.{name}: no label `{label}`. Labels: {', '.join(figures[first])}.")
     if metric not in figures:
         there = [key for key in figures if isinstance(figures[key], (int, float))]

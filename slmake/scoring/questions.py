@@ -47,7 +47,7 @@ class Questions:
         texts: the prompt of every row as text; None for one of several rows in a sequence (strategies join and packing).
         prompts: one int64 array of token ids per row, of training; cut as a user's prompt is, for whose answer there must be room.
         answers: one list of token ids per row, the end token included.
-        expected: one text per row.
+        expected: one text per row, as the model's tokens have it.
         label_tokens: for a classification, token ids of every label, the end token included; else None.
         scored: the number of rows that are scored; the rows after them are asked for parity only.
         compared: the number of rows, from the first, that parity compares.
@@ -108,7 +108,7 @@ class Questions:
             prompt = truncate(prompt, self.form["max_prompt_tokens"], self.form["kept_token_id"])
         self.prompts.append(np.array(prompt, dtype=np.int64))
         self.answers.append(row["input_ids"][start:end])
-        self.expected.append(row["answer"].strip())
+        self.expected.append(prompts.as_written(row["answer"], self.form).strip())
 
     def extend_for_parity(self, count: int) -> None:
         """Add rows of eval and train after the scored ones until there are `count` prompts (or no more rows)."""

@@ -1,6 +1,7 @@
 """gates: every gate is judged with its figures, a miss fails the build, and the metrics stay."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -392,6 +393,14 @@ def test_latency_of_another_device_cannot_be_gated(tmp_path, capsys):
         in message
     )
     run(tmp_path, metrics, checks=[{"metric": "accuracy", "minimum": 0.5}])
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_label_is_found_in_another_unicode_form(form):
+    section = params.Gates(checks=[params.Gate(metric="per_class.f\u00eate.f1", minimum=0.5)])
+    gates.check_figures(section, [unicodedata.normalize(form, "f\u00eate"), "fear"])
+    with pytest.raises(UserError, match="no label"):
+        gates.check_figures(section, ["fete"])
 
 
 @pytest.mark.parametrize(("labels", "refused"), [(["joy", "fear"], False), (["fear"], True), (None, True)])

@@ -1,5 +1,10 @@
 """questions: what the model is asked is what it was trained on."""
 
+import json
+import shutil
+import unicodedata
+
+import pytest
 from evaluate_script import TONES, make_dataset
 from tiny import make_rows
 
@@ -66,3 +71,23 @@ def test_of_a_label_as_many_lines_are_read_as_it_has(tmp_path, base):
     questions = Questions(folder, None)
     assert questions.form["labels"] == ["bad\nmood", "good\nmood"]
     assert questions.read(f" {questions.expected[0]}\nthird", 0) == questions.expected[0]
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "open text"])
+@pytest.mark.parametrize(("normalizer", "form"), [({"type": "NFC"}, "NFC"), (None, "NFD")])
+def test_answers_are_expected_as_the_models_tokens_have_them(tmp_path, base, normalizer, form, labels):
+    """Whatever Unicode form the data has them in; a tokenizer that keeps the form is expected to write it."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}), encoding="utf-8")
+    answers = [unicodedata.normalize("NFD", text) for text in ("fête", "été")]
+    rows = [{"text": f"Say {i}", "tone": answers[i % 2] + ("" if labels else f" {i}")} for i in range(40)]
+    folder = make_dataset(tmp_path / "data", tmp_path / "base", rows, text_template="{text}\n{tone}")
+    questions = Questions(folder, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    for i, (ids, expected) in enumerate(zip(questions.answers, questions.expected, strict=True)):
+        assert questions.read(tokenizer.decode(ids, skip_special_tokens=True), i) == expected
+        assert unicodedata.is_normalized(form, expected)
+    assert not labels or {*questions.form["labels"]} == {*questions.expected}
