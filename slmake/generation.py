@@ -179,9 +179,9 @@ class Exported:
         return self.text(ids).strip()
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of an answer's tokens, without its end token."""
+        """The text of an answer's tokens, without its end token; with spaces where the runtime leaves what stands for one."""
         end = self.form.get("end_token_id")
-        return self.tokenizer.decode([token for token in ids if token != end])
+        return self.tokenizer.decode([token for token in ids if token != end]).replace(self.form.get("space", " "), " ")
 
     def generator(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling):
         """An `onnxruntime_genai.Generator` that has read a prompt, with room for `new_tokens`.

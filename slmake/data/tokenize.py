@@ -19,6 +19,7 @@ from slmake.errors import UserError
 IGNORED = -100  # the label that torch's cross entropy leaves out
 BATCH = 2048  # rows in memory at a time
 CHATS = 128  # conversations, each with a prompt for every answer
+SPACE = "\u2581"  # stands for a space in the tokens of SentencePiece's tokenizers
 DECOMPOSED = ("e\u0301", "\u00e9", "\ufb01")  # each Unicode normal form makes something else of these
 
 
@@ -178,9 +179,10 @@ class Tokenize:
         return examples
 
     def inference(self) -> dict:
-        """What the runtime must do to a prompt to read the tokens of training, for prompt.json: only what this tokenizer does.
+        """What the runtime must do to read and write the tokens as training did, for prompt.json: only what this tokenizer does.
 
-        `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; a prompt keeps its last
+        `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; `space` becomes a space in an answer, which the
+        runtime does not do in added tokens such as Gemma's for several spaces; a prompt keeps its last
         `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. `tools` are
         those that all conversations have; an empty list where they differ.
         """
@@ -199,6 +201,8 @@ class Tokenize:
             expected = [unicodedata.normalize(form, text) for text in DECOMPOSED]
             if normalized == expected != list(DECOMPOSED):
                 rules["normalization"] = form
+        if backend and backend.decoder and SPACE not in backend.decoder.decode([f"a{SPACE}a"]):
+            rules["space"] = SPACE
         if self.truncated:
             rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
             rules["kept_token_id"] = self.tokenizer.bos_token_id

@@ -114,6 +114,40 @@ def test_each_normal_form_is_recognized(base, form):
     assert unicodedata.normalize(form, "\u00e9\ufb01") in ("\u00e9\ufb01", "e\u0301\ufb01", "\u00e9fi", "e\u0301fi")
 
 
+def with_added_spaces(folder: Path):
+    """A tokenizer as Gemma's, in which two and four spaces are added tokens, and a byte may be one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_and_text = [f"<0x{number:02X}>" for number in range(256)] + list("▁abc{}:")
+    vocabulary = {token: i for i, token in enumerate(["<end>", "<unk>", *bytes_and_text])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_tokens([AddedToken(token, normalized="▁" in token) for token in ("\n", "▁▁", "▁▁▁▁")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    return tokenizer_of(folder)
+
+
+def test_runs_of_spaces_are_written_as_training_writes_them(tmp_path, exported, base):
+    """At once and piece by piece; a tokenizer that knows the character itself keeps it."""
+    folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    tokenizer = with_added_spaces(folder)
+    rules = Tokenize(section(), tokenizer, FieldTemplate(section())).inference()
+    assert rules == {"space": "▁"}
+    text = "a:\n    {b  c}"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert {"▁▁", "▁▁▁▁"} < {*tokenizer.convert_ids_to_tokens(ids)}
+    model = generation.Exported(folder, {**FORM, **rules})
+    assert model.decode(ids) == tokenizer.decode(ids) == text
+    assert generation.Exported(folder, FORM).decode(ids) != text  # else the runtime needs no help any more
+    stream = generation.Stream(model, [5], len(ids))
+    stream.model = types.SimpleNamespace(text=model.text, steps=lambda *_, **__: iter(ids))
+    assert "".join(stream) == stream.text == text
+    plain = generation.Exported(exported, FORM)
+    assert plain.decode(plain.encode("a▁b")) == "a▁b"
+
+
 @pytest.mark.parametrize("begin", [None, 5])
 def test_prompts_are_cut_as_in_training(exported, begin):
     """With room for the longest answer, whatever the answer of a row."""
