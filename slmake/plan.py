@@ -21,7 +21,8 @@ WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change 
 SECTIONS = {
     "rehearse": [
         *("rehearse", "finetune", "merge", "quantize", "all.stages"),
-        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "gates.checks", "package.constrain"),
+        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "evaluate.models", "package.constrain"),
+        *("gates.checks", "gates.max_tokenizer_differences"),
     ],
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],

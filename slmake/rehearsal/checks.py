@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 from slmake import cli, constraints, outputs, params
+from slmake.data.tokenize import load_tokenizer
 from slmake.errors import UserError
 from slmake.export.families import mixture_of_experts, unsupported
 from slmake.prompts import load_prompt
 from slmake.rehearsal import chain, twin
-from slmake.scoring import answer_metrics, constrained, onnx_runner
+from slmake.scoring import answer_metrics, constrained, gates, onnx_runner, tokenizers
 from slmake.scoring.questions import TUNING, Questions
 
 LONGEST = 8192  # tokens of the longest prompt that is tried
+ROWS = 512  # largest number of test rows that the runtime's tokenizer reads and writes
 
 
 def lengths(base: Path) -> list[int]:
@@ -51,6 +53,7 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
         job.say("its adapter merges")
     if "quantize" in stages:
         checks["export"] = compare_export(everything, base, model, dataset, scratch, job)
+        try_tokenizer(everything, base, dataset, scratch / "asked")
         try_constraints(everything, dataset, scratch / "asked")
     return checks
 
@@ -68,6 +71,29 @@ def try_metrics(everything: params.Params, dataset: Path) -> None:
     for limit, splits in asked if built_in else ():
         questions = Questions(dataset, limit, splits)
         answer_metrics.values_of(built_in, questions, questions.expected)
+
+
+def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported: Path) -> None:
+    """Judge by `gates.max_tokenizer_differences` how the runtime reads and writes the first rows that evaluate will ask.
+
+    Args:
+        exported: the twin's export, whose tokenizer is that of the real one.
+
+    Raises:
+        UserError: in so few rows, it already differs from training's more often than the gate allows.
+    """
+    evaluate, judged = everything.evaluate, {"evaluate", "gates"} <= set(everything.all.stages)
+    if not judged or "onnx" not in evaluate.models or everything.gates.max_tokenizer_differences is None:
+        return
+    questions = Questions(dataset, min(evaluate.max_samples or ROWS, ROWS))
+    found = tokenizers.compare(onnx_runner.load(exported, questions.form), load_tokenizer(base), questions)
+    metrics = {"parity": {"tokenizer": found}}
+    for entry in gates.tokenizer_gate(everything.gates, metrics, everything.quantize.precision):
+        if not entry["passed"]:
+            raise UserError(
+                f"the runtime's tokenizer differs from training's on {entry['value']} of the prompts and answers of the first "
+                f"{questions.scored} test rows; {entry['bound']} may{gates.advice(entry, metrics)}."
+            )
 
 
 def try_constraints(everything: params.Params, dataset: Path, exported: Path) -> None:

@@ -55,10 +55,10 @@ def judge(
             entry |= {"low": low, "high": high, "interval": gate.interval}
         entry["passed"] = bool(passed)
         judged.append(entry if passed else entry | {"missed_by": round(abs(decisive - gate.bound), 6)})
-    return judged + _tokenizer_gate(section, metrics, names[-1])
+    return judged + tokenizer_gate(section, metrics, names[-1])
 
 
-def _tokenizer_gate(section: params.Gates, metrics: dict, model: str) -> list[dict]:
+def tokenizer_gate(section: params.Gates, metrics: dict, model: str) -> list[dict]:
     """The gate on the runtime's tokenizer, where an exported model was scored: one entry, or none."""
     agreement, bound = metrics.get("parity", {}).get("tokenizer"), section.max_tokenizer_differences
     if agreement is None or bound is None:
@@ -75,7 +75,7 @@ def advice(entry: dict, metrics: dict) -> str:
         return f": {ADVICE[entry['kind']]}" if entry["kind"] in ADVICE else ""
     first = metrics["parity"]["tokenizer"]["first"]
     return (
-        f": row {first['row']} is {first['training']} in training and {first['runtime']} in the runtime, so users get other answers "
+        f": row {first['row']} has {first['training']!r} in training and {first['runtime']!r} in the runtime, so users get other answers "
         "than evaluate would show. Clean such characters from the dataset, use another base model or version of onnxruntime-genai, "
         "or allow so many differences with gates.max_tokenizer_differences"
     )

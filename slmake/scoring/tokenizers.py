@@ -1,5 +1,7 @@
 """Compare the runtime's tokenizer with the one of training."""
 
+from collections.abc import Sequence
+
 from slmake.generation import Exported
 from slmake.scoring.questions import Questions
 
@@ -26,6 +28,8 @@ HARD_TEXTS = (
     *("1234567890 3.14e-10 ½", "a" * 64),
 )
 
+BEFORE, BEHIND = 3, 9  # tokens or characters shown before and from a difference on
+
 
 def compare(model: Exported, tokenizer, questions: Questions) -> dict:
     """How often the runtime and training disagree, on the scored prompts and answers and on `HARD_TEXTS`.
@@ -35,18 +39,19 @@ def compare(model: Exported, tokenizer, questions: Questions) -> dict:
 
     Returns:
         Numbers of rows and of hard texts, and of how many of each are encoded or decoded differently; with the first
-        scored row that differs, and what either makes of it.
+        scored row that differs, and what either makes of the part that does: tokens of a prompt, the text of an answer.
     """
+    name = tokenizer.convert_ids_to_tokens
     prompts, answers, first = 0, 0, {}
     for i in range(questions.scored):
         trained, runtime = questions.prompts[i].tolist(), model.encode(questions.texts[i] or "")
         text, read = _texts(model, tokenizer, questions.answers[i])
         if questions.texts[i] is not None and trained != runtime:
             prompts += 1
-            first = first or {"row": questions.rows[i], "training": trained, "runtime": runtime}
+            first = first or {"row": questions.rows[i], **_apart(name(trained), name(runtime))}
         if text != read:
             answers += 1
-            first = first or {"row": questions.rows[i], "training": text, "runtime": read}
+            first = first or {"row": questions.rows[i], **_apart(text, read)}
     special = questions.form["add_special_tokens"]
     encoded = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in HARD_TEXTS]
     encoded = [ids[:-1] if special and ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
@@ -61,3 +66,11 @@ def compare(model: Exported, tokenizer, questions: Questions) -> dict:
 def _texts(model: Exported, tokenizer, ids: list[int]) -> tuple[str, str]:
     """What training's tokenizer and the runtime's read in an answer, without outer white space."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip(), model.decode(ids)
+
+
+def _apart(training: Sequence, runtime: Sequence) -> dict:
+    """Two different texts or lists of tokens from shortly before their first difference, short enough for a message."""
+    pairs = enumerate(zip(training, runtime, strict=False))
+    start = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(training), len(runtime)))
+    part = slice(max(0, start - BEFORE), start + BEHIND)
+    return {"training": training[part], "runtime": runtime[part]}

@@ -184,7 +184,8 @@ def test_tokenizer_that_differs_is_counted_and_shown(tmp_path, exported, base, d
     questions.prompts[3] = questions.prompts[3][1:]
     agreement = tokenizers.compare(model, tokenizer_of(base), questions)
     assert agreement["encode_differ"] == 1
-    assert agreement["first"] == {"row": questions.rows[3], "training": before[1:], "runtime": before}
+    named = tokenizer_of(base).convert_ids_to_tokens(before)
+    assert agreement["first"] == {"row": questions.rows[3], "training": named[1:10], "runtime": named[:9]}
 
 
 def test_chat_is_written_by_the_models_template(tmp_path, exported, base):

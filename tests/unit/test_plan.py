@@ -253,9 +253,10 @@ def test_a_rule_has_every_section_that_its_script_reads(rule):
         ("evaluate", {"max_samples": 7}, {"rehearse", "evaluate", "package"}),
         ("evaluate", {"seed": 7}, {"evaluate", "package"}),
         ("gates", {"min_accuracy": 0.1}, {"gates", "package", "report"}),
+        ("gates", {"max_tokenizer_differences": 1}, {"rehearse", "gates", "package", "report"}),
         ("all", {"stages": ["rehearse", "finetune", "merge"]}, {"rehearse"}),
     ],
-    ids=["onto", "4 bits", "answers", "packaged answers", "metrics", "rows", "seed", "gate", "stages"],
+    ids=["onto", "4 bits", "answers", "packaged answers", "metrics", "rows", "seed", "gate", "tokenizer", "stages"],
 )
 def test_a_parameter_reruns_the_rules_that_read_it(plan, section, changes, rerun):
     method = {"finetune": {"method": "qlora"}}

@@ -206,3 +206,33 @@ def test_a_function_of_ones_own_is_not_run(tmp_path, dataset, monkeypatch):
     (tmp_path / "mine.py").write_text("def fails(prompt, expected, answer): return 1 / 0\n", encoding="utf-8")
     file = write_params(tmp_path / "params.yaml", evaluate={"metrics": ["mine.py:fails"]})
     checks.try_metrics(params.load(file), dataset)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, base):
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    chain.export(
+        params.Quantize(precision="fp32", algo_config="rtn", matmul_mixed_precision=None), base, base, folder, None
+    )
+    return folder
+
+
+def test_a_runtime_tokenizer_that_differs_is_found_before_training(tmp_path, base, dataset, exported):
+    """That of this export has lost its merges, so that every byte is a token."""
+    other = shutil.copytree(exported, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def tried(folder, **sections: dict) -> None:
+        quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
+        file = write_params(tmp_path / "params.yaml", quantize=quantize, **sections)
+        checks.try_tokenizer(params.load(file), base, dataset, folder)
+
+    tried(exported)
+    told = r"differs from training's on 8 of the prompts and answers of the first 8 test rows; 7 may: row \d+ has \['.*gates\.max_tok"
+    with pytest.raises(UserError, match=told):
+        tried(other, evaluate={"max_samples": 8}, gates={"max_tokenizer_differences": 7})
+    tried(other, evaluate={"max_samples": 8}, gates={"max_tokenizer_differences": 8})
+    tried(other, gates={"max_tokenizer_differences": None})
+    tried(other, all={"stages": ["rehearse", "quantize", "evaluate"]})

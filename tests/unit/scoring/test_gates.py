@@ -332,7 +332,7 @@ def test_existing_judgement_is_refused(tmp_path, capsys):
 # -- the runtime's tokenizer -------------------------------------------------------------------------------------------
 
 AGREES = {"rows": 240, "encode_differ": 0, "decode_differ": 0, "hard_texts": 20, "hard_encode_differ": 4}
-DIFFERS = {**AGREES, "encode_differ": 3, "first": {"row": 12, "training": [1, 7, 9], "runtime": [7, 9]}}
+DIFFERS = {**AGREES, "encode_differ": 3, "first": {"row": 12, "training": ["<s>", "a"], "runtime": ["a"]}}
 
 
 def with_tokenizer(agreement: dict) -> dict:
@@ -356,7 +356,7 @@ def test_tokenizer_that_differs_is_refused_with_the_first_row(tmp_path, capsys):
     message = missed(tmp_path, capsys, with_tokenizer(DIFFERS))
     assert "1 of 1 gates missed.\n  MISSED  max_tokenizer_differences  int4  3.0000  " in message
     assert (
-        "max_tokenizer_differences is missed by 3.0000: row 12 is [1, 7, 9] in training and [7, 9] in the runtime"
+        "max_tokenizer_differences is missed by 3.0000: row 12 has ['<s>', 'a'] in training and ['a'] in the runtime"
         in message
     )
     assert "or allow so many differences with gates.max_tokenizer_differences." in message
@@ -370,7 +370,9 @@ def test_tokenizer_gate_can_be_set_or_left_out(tmp_path, bound, count):
 
 def test_decoding_counts_too(tmp_path, capsys):
     agreement = {**AGREES, "decode_differ": 1, "first": {"row": 3, "training": "a  b", "runtime": "a▁▁b"}}
-    assert "row 3 is a  b in training and a▁▁b in the runtime" in missed(tmp_path, capsys, with_tokenizer(agreement))
+    assert "row 3 has 'a  b' in training and 'a▁▁b' in the runtime" in missed(
+        tmp_path, capsys, with_tokenizer(agreement)
+    )
 
 
 @pytest.mark.parametrize(
