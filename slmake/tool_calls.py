@@ -52,9 +52,11 @@ class CallForm:
             raise ValueError("this model takes no tools: its chat template does not show them.")
         asked, given = [{"role": "user", "content": "?"}], {"key": "value"}
         call = {"id": CALL_ID, "type": "function", "function": {"name": "its_name", "arguments": given}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        whole = model.chat_prompt([*asked, answer], answered=True)
-        text = whole.removeprefix(model.chat_prompt(asked)).split(model.form.get("end_token") or "\0")[0]
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        said, prompt = {"role": "assistant", "content": "its_text"}, model.chat_prompt(asked)
+        text, plain = (model.chat_prompt([*asked, turn], answered=True).removeprefix(prompt) for turn in (called, said))
+        before = plain.partition("its_text")[0]  # any answer, such as an empty think block: no part of a call
+        text = text.removeprefix(before).split(model.form.get("end_token") or "\0")[0]
         for brace in re.finditer("{", text):
             try:
                 written, end = json.JSONDecoder().raw_decode(text, brace.start())

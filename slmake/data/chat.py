@@ -29,6 +29,9 @@ class ChatTemplate:
         options: `prepare.chat_template_kwargs`.
         date: `prepare.chat_date`, what a template reads as today (`strftime_now`), so that the bytes are the same tomorrow.
 
+    Attributes:
+        prefixes: the different texts that the template writes between its generation prompt and the trained answers; no more than two.
+
     Raises:
         UserError: the tokenizer has no chat template, or one that does not show the answer.
     """
@@ -44,6 +47,7 @@ class ChatTemplate:
         self.marks_answers = any(re.search(r"{%-?\s*generation\s*-?%}", text) for text in texts)
         self.kinds: set[tuple] = set()  # of conversations, that the template is known to show
         self.special = tuple(special_tokens(tokenizer).values())
+        self.prefixes: set[str] = set()
 
     def split(self, turns: list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
         """Prompt and answer text of a conversation that ends with the assistant's turn.
@@ -56,7 +60,21 @@ class ChatTemplate:
             ValueError: the template does not take these turns.
             UserError: it changes earlier turns when the answer is added, does not show the answer, or does not end.
         """
-        head, (whole, spans) = self._render(turns[:-1], True, tools)[0], self._render(turns, False, tools)
+        asked, before, tail = self._parts(turns, tools)
+        return asked + before, tail
+
+    def asked(self, turns: list[dict], tools: list[dict] | None = None) -> str:
+        """The text of some turns with the generation prompt.
+
+        Raises:
+            ValueError: the template does not take these turns.
+        """
+        return self._render(turns, True, tools)[0]
+
+    def _parts(self, turns: list[dict], tools: list[dict] | None) -> tuple[str, str, str]:
+        """The prompt of `split` in two, the generation prompt's end between them, and the answer's text."""
+        asked, (whole, spans) = self.asked(turns[:-1], tools), self._render(turns, False, tools)
+        head = asked
         if not whole.startswith(head):
             raise UserError(
                 "prepare.messages: this chat template changes earlier turns when the answer is added. Use text_template."
@@ -68,7 +86,8 @@ class ChatTemplate:
                 raise UserError(
                     "prepare.messages: this chat template marks no text of the answer by {% generation %}. Correct it."
                 )
-            return whole[: max(start, len(head))], whole[max(start, len(head)) : end].rstrip("\n")
+            start = max(start, len(head))
+            return asked, whole[len(head) : start], whole[start:end].rstrip("\n")
         if not answer or not whole.startswith(answer, len(head)):
             before, shown, _ = self._render([*turns[:-1], {**turns[-1], "content": MARK}], False, tools)[0].partition(
                 MARK
@@ -82,26 +101,66 @@ class ChatTemplate:
                     "prepare.messages: this chat template does not show all of the answer: the model could not learn it. Take out what the "
                     "template drops (such as a part in <think>), or use text_template."
                 )
-        return head, whole[len(head) :].rstrip("\n")
+        return asked, head[len(asked) :], whole[len(head) :].rstrip("\n")
+
+    @property
+    def answer_prefix(self) -> str:
+        """What all prompts have behind the generation prompt: what the template writes there before every answer that was `learn`ed.
+
+        Where answers differ in it, such as those with and without a thought, nothing: whoever asks does not know the answer. What the
+        template writes then (an empty think block) is a part of the answer, by which the model learns when to think.
+        """
+        return next(iter(self.prefixes)) if len(self.prefixes) == 1 else ""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some answers begin with a text of the template that others do not have."""
+        return len(self.prefixes) > 1 and any(prefix.strip() for prefix in self.prefixes)
+
+    def learn(self, conversation: Conversation) -> str:
+        """Take notice of what the template writes before a conversation's trained answers; returns the text of the last one.
+
+        Raises:
+            ValueError, UserError: see `split`.
+        """
+        texts = []
+        for number in reversed(conversation.trained):
+            _, before, tail = self._parts(conversation.since(0, number + 1), conversation.tools)
+            texts.append(self._text(conversation.turns[number], "", tail))
+            if len(self.prefixes) < 2:
+                self.prefixes.add(before)
+            if "" in self.prefixes or len(self.prefixes) == 2:
+                break  # earlier ones cannot change `answer_prefix`
+        return texts[0]
 
     def answers(self, conversation: Conversation, start: int = 0) -> list[Answer]:
-        """The trained turns of a conversation, each behind what the model sees before it.
+        """The trained turns of a conversation, each behind what the model sees before it: `learn` has seen all conversations.
 
         Args:
             start: index of the turn that the conversation begins at (`Conversation.starts`); trained turns before it are left out.
 
         Raises:
-            ValueError, UserError: see `split`.
+            ValueError, UserError: see `split`; or without its earliest turns, the template writes something else before an answer.
         """
-        answers = []
+        answers, prefix = [], self.answer_prefix
         for number in conversation.trained:
             if number < start:
                 continue
-            turn = conversation.turns[number]
-            head, tail = self.split(conversation.since(start, number + 1), conversation.tools)
-            text = self._decoded(turn["content"] if "tool_calls" not in turn else tail.strip())
-            answers.append(Answer(head, text, tail, number + 1))
+            asked, before, tail = self._parts(conversation.since(start, number + 1), conversation.tools)
+            if not before.startswith(prefix):
+                raise UserError(
+                    "prepare.max_seq_len: it leaves out the earliest turns of a conversation, without which the chat template writes "
+                    "something else before an answer. Raise it, or shorten the conversations."
+                )
+            before = before.removeprefix(prefix)
+            text = self._text(conversation.turns[number], before, tail)
+            answers.append(Answer(asked + prefix, text, before + tail, number + 1))
         return answers
+
+    def _text(self, turn: dict, before: str, tail: str) -> str:
+        """An answer as the runtime gives it, behind what the template writes `before` it."""
+        text = turn["content"] if "tool_calls" not in turn else tail.strip()
+        return self._decoded((before + text).lstrip() if before else text)
 
     def check_shown(self, conversation: Conversation) -> None:
         """Raise UserError where the template leaves out a turn, a tool or a tool call: it would be lost in silence.
@@ -162,12 +221,6 @@ class ChatTemplate:
             whole, _ = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], False)
         behind = {token for token in self.special if token in whole.partition(MARK)[2]}
         return tuple(sorted(behind | set(filter(None, [self.tokenizer.eos_token, self.tokenizer.pad_token]))))
-
-    def answer_prefix(self) -> str:
-        """What the template writes between its generation prompt and an answer, for one plain question."""
-        question = [{"role": "user", "content": "?"}]
-        head, _ = self.split([*question, {"role": "assistant", "content": MARK}])
-        return head[len(self._render(question, True)[0]) :]
 
     def trimmed_roles(self) -> list[str]:
         """Roles whose content the template strips. Python strips white space of all kinds, the runtime's template engine ASCII only."""

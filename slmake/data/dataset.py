@@ -111,6 +111,8 @@ class Preparation:
             for path, name in paths:
                 rows = self._rows(split, path, name, template.fields)
                 sizes[split] += store.add(read_valid(name, template, rows, sizes[split]))
+        if isinstance(template, Conversations) and template.chat.mixed:
+            store.forget_answers()  # in some rows the template's text belongs to them
         return sizes
 
     def _rows(self, split: str, path: Path, name: str, fields: Iterable[str] = ()) -> Iterator[dict]:

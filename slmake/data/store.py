@@ -91,6 +91,10 @@ class Store:
             return 0
         return code
 
+    def forget_answers(self) -> None:
+        """From now on the answers are no classes, as if there were many different ones."""
+        self._answers, self.codes = None, array("i", bytes(4 * len(self.codes)))
+
     def answers(self) -> list[str] | None:
         """The different answers by code, or None if there are more than `few_answers`."""
         return None if self._answers is None else list(self._answers)

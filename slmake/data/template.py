@@ -207,12 +207,12 @@ class Conversations(PromptTemplate):
     def render(self, row: dict) -> tuple:
         conversation = self.conversation(row)
         try:
-            last = self.chat.answers(conversation._replace(trained=conversation.trained[-1:]))[0]
+            last = self.chat.learn(conversation)
             self.chat.check_shown(conversation)
         except ValueError as error:
             raise ValueError(f"field `{self.name}`: {error}") from None
         # Prompts are rendered when they are tokenized: kept for every turn, they would need the square of a conversation's length.
-        return "", last.answer, conversation.text(), "", conversation.to_json(), len(conversation.trained)
+        return "", last, conversation.text(), "", conversation.to_json(), len(conversation.trained)
 
     def answers(self, row: Row, start: int = 0) -> list[Answer]:
         conversation = Conversation.parse(row.chat)
@@ -229,7 +229,7 @@ class Conversations(PromptTemplate):
             "add_special_tokens": False,
             "chat": {
                 **self.chat.settings(),
-                "answer_prefix": self.chat.answer_prefix(),
+                "answer_prefix": self.chat.answer_prefix,
                 "trimmed_roles": self.chat.trimmed_roles(),
             },
         }

@@ -130,6 +130,7 @@ def prompt_of(tokenize: Tokenize, base: Path) -> dict:
     written = tokenize.template.inference() | plain
     with contextlib.suppress(UserError, ValueError):  # no chat template, or one that does not show an answer as it is
         chat = ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date)
+        chat.split([{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}])
         template = Conversations("messages", chat, section.train_on)
         written = template.inference() | Tokenize(section, tokenizer, template).inference()
     context = outputs.read_json(base / "config.json", output=base).get("max_position_embeddings") or ANSWER_TOKENS * 2

@@ -22,7 +22,7 @@ def write(folder: Path, name: str, form: dict) -> None:
     """
     prompt = None
     if form["prompt"] is None:
-        prompt = _chat_prompt(folder, form["chat"])
+        prompt = _chat_prompt(folder, form)
     elif len(form["fields"]) == 1:
         prompt = form["prompt"].format(**{form["fields"][0]: CONTENT})
         (folder / "chat_template.jinja").write_text(_template(prompt, form), encoding="utf-8")
@@ -31,16 +31,16 @@ def write(folder: Path, name: str, form: dict) -> None:
     (folder / FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
-def _chat_prompt(folder: Path, chat: dict) -> str:
-    """The prompt of a chat of one turn."""
+def _chat_prompt(folder: Path, form: dict) -> str:
+    """The prompt of a chat of one turn of the user."""
     from transformers import AutoTokenizer
 
     from slmake.data.chat import ChatTemplate
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    chat = form["chat"]
     template = ChatTemplate(tokenizer, chat["template_kwargs"], chat["date"])
-    turns = [{"role": "user", "content": CONTENT}, {"role": "assistant", "content": "answer"}]
-    return template.split(turns)[0]
+    return template.asked([{"role": "user", "content": CONTENT}]) + chat.get("answer_prefix", "")
 
 
 def _template(prompt: str, form: dict) -> str:

@@ -35,6 +35,15 @@ def test_the_form_is_found_in_the_template(model):
     assert CallForm.of(model) == CallForm("<tool_call>\n", "\n</tool_call>", "name", "arguments")
 
 
+@pytest.mark.parametrize("prefix", ["", "<think></think>"])
+def test_what_stands_before_every_answer_is_no_part_of_a_call(model, tmp_path, prefix):
+    """Qwen3 writes an empty think block before a call as before a text, also where models are not asked behind it."""
+    shows = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    template = TEMPLATE.replace("{{ m.content }}", shows)
+    other = other_template(model, tmp_path / "onnx", template, chat={**CHAT["chat"], "answer_prefix": prefix})
+    assert CallForm.of(other) == CallForm.of(model)
+
+
 def test_a_template_with_other_keys_and_no_frame(model, tmp_path):
     """As Llama 3.1 writes calls."""
     template = (

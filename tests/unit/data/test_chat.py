@@ -34,6 +34,12 @@ def turns_column(rows: list[dict]) -> list[dict]:
     ]
 
 
+def prefix_of(template: ChatTemplate) -> str:
+    """The answer prefix of a dataset of one plain conversation."""
+    template.learn(read_conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "joy"}]))
+    return template.answer_prefix
+
+
 @pytest.fixture
 def chat(tokenizer_folder, tmp_path, tokenizer):
     """A chat template over the test tokenizer: chat(template, options, date)."""
@@ -73,6 +79,65 @@ def test_reasoning_of_the_data_stays_in_the_answer(chat):
     assert answer == "<think>\nso\n</think>\n\njoy<|end|>"
 
 
+THOUGHT = "<think>\nso\n</think>\n\n"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def thinking_rows(thinks, turns: int = 1) -> list[dict]:
+    """Conversations of some turns, of which the answers that `thinks(row, turn)` names begin with a thought."""
+    rows = []
+    for number, row in enumerate(make_rows(24)):
+        answers = [(THOUGHT if thinks(number, turn) else "") + row["tone"] for turn in range(turns)]
+        pairs = [[("user", f"{row['phrase']} {turn}"), ("assistant", text)] for turn, text in enumerate(answers)]
+        rows.append({"turns": [{"role": role, "content": text} for pair in pairs for role, text in pair]})
+    return rows
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize(
+    ("thinks", "prefix"),
+    [
+        (lambda *_: False, EMPTY),
+        (lambda *_: True, ""),
+        (lambda row, turn: row % 2, ""),
+        (lambda row, turn: (row, turn) == (23, 0), ""),
+        (lambda row, turn: (row, turn) != (23, 0), ""),
+    ],
+    ids=["none", "all", "half", "one", "all-but-one"],
+)
+def test_one_prompt_for_answers_with_and_without_a_thought(
+    build, tokenizer, tmp_path, tokenizer_folder, thinks, prefix, turns
+):
+    """Whoever asks does not know the answer: the generation prompt, and behind it what prompt.json records."""
+    base = other_chat(tokenizer_folder, tmp_path / "base", THINKING)
+    rows = thinking_rows(thinks, turns)
+    built = build(
+        rows, base=base, messages="turns", test_fraction=0.3, eval_fraction=0.0, near_duplicate_threshold=1.0, **CHAT
+    )
+    assert built.prompt["chat"]["answer_prefix"] == prefix
+    assert len(built.test) > 4
+    for example in [*built.train, *built.test]:
+        turn = example["turns"][-1]
+        content = rows[example["row"] - 1]["turns"][turn - 1]["content"]
+        expected = content if prefix or content.startswith("<think>") else EMPTY + content
+        assert example["prompt"].endswith(f"<|end|>\n<|start|>assistant\n{prefix}")
+        assert example["prompt"].count("<think>") == bool(prefix) + rows[example["row"] - 1]["turns"][1][
+            "content"
+        ].count("<think>") * (turn > 2)
+        assert example["answer"] == expected
+        start = max(i for i in range(1, len(example["labels"])) if example["labels"][i - 1] == -100)
+        assert tokenizer.decode(example["labels"][start:]) == f"{expected}<|end|>"
+        assert example["input_ids"][:start] == tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
+
+
+def test_answers_of_which_some_begin_with_an_empty_thought_are_no_labels(build, tmp_path, tokenizer_folder):
+    """A label is what all answers of a class are, with the tokens of all."""
+    base = other_chat(tokenizer_folder, tmp_path / "base", THINKING)
+    for name, thinks in (("mixed", lambda row, _: row % 12 == 0), ("plain", lambda *_: False)):
+        built = build(thinking_rows(thinks), name=name, base=base, messages="turns", **CHAT, **WHOLE)
+        assert built.prompt["labels"] == (None if name == "mixed" else sorted({row["tone"] for row in make_rows(24)}))
+
+
 # As DeepSeek-R1-Distill's template does: what the model thought is left out of every answer.
 DROPPING = PLAIN.replace("m.content", "m.content.split('</think>')[-1]")
 
@@ -101,13 +166,13 @@ def test_reasoning_in_a_field_of_its_own_is_refused(refused, tmp_path, tokenizer
 def test_white_space_before_the_answer_belongs_to_the_prompt(chat):
     head, answer = chat(BRACKETS).split([{"role": "user", "content": "?"}, {"role": "assistant", "content": "joy"}])
     assert (head, answer) == ("[INST] ? [/INST] ", "joy<|end|>")
-    assert chat(BRACKETS).answer_prefix() == " "
+    assert prefix_of(chat(BRACKETS)) == " "
 
 
 def test_plain_template_has_no_prefix(chat):
     head, answer = chat(PLAIN).split([{"role": "user", "content": "?"}, {"role": "assistant", "content": "joy"}])
     assert (head, answer) == ("<|start|>user\n?<|end|>\n<|start|>assistant\n", "joy<|end|>")
-    assert chat(PLAIN).answer_prefix() == ""
+    assert prefix_of(chat(PLAIN)) == ""
 
 
 @pytest.mark.parametrize(("date", "written"), [("2024-01-01", "01 Jan 2024"), ("2025-12-31", "31 Dec 2025")])

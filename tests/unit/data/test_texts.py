@@ -83,6 +83,17 @@ def test_a_chat_template_is_used_where_it_works(tmp_path, base, template, prompt
     assert form["texts"]["longest_answer_tokens"] == 32
 
 
+def test_a_model_without_a_dataset_decides_itself_whether_it_thinks(tmp_path, base):
+    """Nothing was trained, so nothing stands behind the generation prompt: as Qwen3 is asked by transformers."""
+    thinks = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}{% endfor %}"
+    )
+    folder = other_chat(base, tmp_path / "base", thinks)
+    (folder / "config.json").write_text((base / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    dataset, _ = written(tmp_path, folder)
+    assert json.loads((dataset / "prompt.json").read_text(encoding="utf-8"))["chat"]["answer_prefix"] == ""
+
+
 def test_a_tokenizer_that_changes_every_opening_is_refused():
     with pytest.raises(UserError, match="cuts no text in two"):
         texts.divided("a text", lambda text: [len(text)])

@@ -78,7 +78,7 @@ def test_the_name_and_the_prompt_stand_where_foundry_local_looks(packed):
 def test_a_model_of_chats_keeps_its_template(tmp_path, base):
     folder = export(base, tmp_path / "onnx")
     before = (folder / "chat_template.jinja").read_bytes()
-    form = {**CHAT, "chat": {**CHAT["chat"], "template_kwargs": {}}}
+    form = {**CHAT, "chat": {**CHAT["chat"], "answer_prefix": "<think></think>"}}
     local_runtimes.write(folder, "chats", form)
     assert (folder / "chat_template.jinja").read_bytes() == before
     prompt = json.loads((folder / "inference_model.json").read_text())["PromptTemplate"]["prompt"]
