@@ -21,10 +21,7 @@ from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
-IN_PIECES = (
-    "it has a character that the model's tokenizer writes in several tokens, which onnxruntime-genai cannot follow. Leave the character "
-    "out, or write it as ASCII."
-)
+IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,8 @@ class Exported:
         """
         fields = self.form["fields"] if self.form["prompt"] is not None else ["text"]
         if len(arguments) != len(fields):
-            asked = " ".join(f'"{name}"' for name in fields)
-            count = f"{len(fields)} text{'s' * (len(fields) > 1)}"
-            raise ValueError(f"this model takes {count}: {asked}. Given: {len(arguments)}.")
+            asked = f"{len(fields)} text{'s' * (len(fields) > 1)}: " + " ".join(f'"{name}"' for name in fields)
+            raise ValueError(f"this model takes {asked}. Given: {len(arguments)}.")
         refuse_unreadable(list(arguments))
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
@@ -134,7 +130,7 @@ class Exported:
         """The text of a chat, by the chat template with the options and the date of training.
 
         Args:
-            messages: turns with `role` and `content`, or `tool_calls`, whose arguments are objects.
+            messages: turns with `role` and `content`, or `tool_calls`, whose arguments are objects; without a system turn, training's.
             tools: functions that the model may call, as JSON Schemas in OpenAI's form.
             answered: the last turn is the answer, so that none is asked for.
 
@@ -144,7 +140,9 @@ class Exported:
         try:
             refuse_unreadable([messages, tools])
             chat = self.form.get("chat", {})
-            text = json.dumps([_trimmed(turn, chat.get("trimmed_roles", [])) for turn in messages])
+            own = "system" not in self.form or any(turn.get("role") in ("system", "developer") for turn in messages)
+            turns = messages if own else [self.form["system"], *messages]
+            text = json.dumps([_trimmed(turn, chat.get("trimmed_roles", [])) for turn in turns])
         except RecursionError:
             raise ValueError("the arguments of a call are nested too deeply.") from None
         template = self._template(chat, tools)
@@ -367,7 +365,8 @@ def _settings(config: dict) -> tuple[int, int, dict, str]:
 def as_form(form: dict) -> dict:
     """prompt.json; raises one of the errors that `read` takes for damage where it lacks what `Exported` needs."""
     chat = form.get("chat", {})
-    _ = date.fromisoformat(chat.get("date", "2024-01-01")), {**chat.get("template_kwargs", {})}
+    objects = chat.get("template_kwargs", {}), form.get("system", {})
+    _ = date.fromisoformat(chat.get("date", "2024-01-01")), [{**each} for each in objects]
     return form | {"fields": list(form["fields"]), "longest_answer_tokens": form["longest_answer_tokens"] + 0}
 
 

@@ -53,7 +53,7 @@ class Tokenize:
         truncated: prompts that lost tokens at their start.
         shortened: conversations that lost turns at their beginning, and `dropped`, the number of these turns.
         apart: answers that became a sequence of their own, because the chat template changes what stands before them.
-        tools: the different lists of tools of the conversations, as JSON; no more than two.
+        tools, systems: the different lists of tools of the conversations, and their different system turns, as JSON; no more than two.
     """
 
     def __init__(self, section: params.Prepare, tokenizer, template: PromptTemplate):
@@ -62,6 +62,7 @@ class Tokenize:
         self.truncated = self.shortened = self.dropped = self.apart = 0
         self.longest_answer = 0
         self.tools: set[str | None] = set()
+        self.systems: set[str | None] = set()
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
@@ -156,10 +157,12 @@ class Tokenize:
     ) -> list[Example]:
         """One row's sequences."""
         examples: list[Example] = []
-        tools = Conversation.parse(row.chat).tools if row.chat else None
+        turns, tools, _ = Conversation.parse(row.chat) if row.chat else ([], None, [])
         tools = json.dumps(tools, ensure_ascii=False) if tools else None
         if len(self.tools) < 2:
             self.tools.add(tools)
+        if len(self.systems) < 2:
+            self.systems.add(json.dumps(turns[0]) if turns and turns[0]["role"] == "system" else None)
         for answer, (head, tail) in zip(answers, tokens, strict=True):
             kept = truncate(head, tail, self.section.max_seq_len, self.tokenizer.bos_token_id)
             self.truncated += len(kept) < len(head)
@@ -184,11 +187,13 @@ class Tokenize:
         `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; `space` becomes a space in an answer, which the
         runtime does not do in added tokens such as Gemma's for several spaces; a prompt keeps its last
         `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. `tools` are
-        those that all conversations have; an empty list where they differ.
+        those that all conversations have; an empty list where they differ. `system` is the turn that all conversations begin with.
         """
         rules: dict = {}
         if any(self.tools):
             rules["tools"] = json.loads(*self.tools) if len(self.tools) == 1 else []
+        if len(self.systems) == 1 and any(self.systems):
+            rules["system"] = json.loads(*self.systems)
         ids, plain = self._encode(["a"], self.special_tokens)[0], self._encode(["a"], False)[0]
         if len(ids) > len(plain) and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]

@@ -32,7 +32,7 @@ def write(folder: Path, name: str, form: dict) -> None:
 
 
 def _chat_prompt(folder: Path, form: dict) -> str:
-    """The prompt of a chat of one turn of the user."""
+    """The prompt of a chat of one turn of the user, behind the system turn of training."""
     from transformers import AutoTokenizer
 
     from slmake.data.chat import ChatTemplate
@@ -40,7 +40,8 @@ def _chat_prompt(folder: Path, form: dict) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     chat = form["chat"]
     template = ChatTemplate(tokenizer, chat["template_kwargs"], chat["date"])
-    return template.asked([{"role": "user", "content": CONTENT}]) + chat.get("answer_prefix", "")
+    system = [form["system"]] if "system" in form else []
+    return template.asked([*system, {"role": "user", "content": CONTENT}]) + chat.get("answer_prefix", "")
 
 
 def _template(prompt: str, form: dict) -> str:

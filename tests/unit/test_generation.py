@@ -210,6 +210,13 @@ def test_chat_is_written_by_the_models_template(tmp_path, exported, base):
     assert model.prompt("[1, 2]") == "02 Jan 2024 LOUD [user] [1, 2]\n[assistant] <think></think>"
     with pytest.raises(ValueError, match=r'takes 1 text: "text"\. Given: 2\.'):
         model.prompt("a", "b")
+    model.form["system"] = {"role": "system", "content": "Be kind"}  # which all rows of training had
+    behind = "02 Jan 2024 LOUD [system] Be kind\n"
+    assert model.prompt("Hi") == f"{behind}[user] Hi\n[assistant] <think></think>"
+    assert model.prompt(json.dumps(turns)) == behind + asked.removeprefix("02 Jan 2024 LOUD ")
+    own = [{"role": "system", "content": "Be brief"}, turns[0]]
+    expected = "02 Jan 2024 LOUD [system] Be brief\n[user] Hi\n[assistant] <think></think>"
+    assert model.prompt(json.dumps(own)) == model.chat_prompt(own) == expected
 
 
 def test_short_prompts_of_a_model_with_a_window_are_answered(tmp_path):

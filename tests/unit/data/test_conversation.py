@@ -375,3 +375,20 @@ def test_read_conversation_gives_one_form():
     assert (read.tools, read.trained, read.starts) == ([SCHEMA], [2, 4, 6], [0, 5])
     assert read.since(5, 7) == [SYSTEM, *TALK[5:7]]
     assert read_conversation(TALK, [], "last").trained == [6]
+
+
+@pytest.mark.parametrize(
+    ("first", "recorded"),
+    [
+        ([[SYSTEM], [SYSTEM]], SYSTEM),
+        ([[SYSTEM], [{"role": "developer", "content": "Be short."}]], SYSTEM),
+        ([[SYSTEM], [{"role": "system", "content": "Be long."}]], None),
+        ([[SYSTEM], []], None),
+        ([[], []], None),
+    ],
+    ids=["same", "developer", "different", "only some", "none"],
+)
+def test_the_system_turn_of_all_rows_is_recorded(prepared, first, recorded):
+    """Else who asks with a text alone would ask without it, as no row of training did."""
+    rows = [[*turns, user(text), assistant("b")] for turns, text in zip(first, "ac", strict=True)]
+    assert prepared(rows, template=PLAIN).prompt.get("system") == recorded

@@ -79,10 +79,12 @@ def test_a_model_of_chats_keeps_its_template(tmp_path, base):
     folder = export(base, tmp_path / "onnx")
     before = (folder / "chat_template.jinja").read_bytes()
     form = {**CHAT, "chat": {**CHAT["chat"], "answer_prefix": "<think></think>"}}
+    form["system"] = {"role": "system", "content": "Be kind"}
     local_runtimes.write(folder, "chats", form)
     assert (folder / "chat_template.jinja").read_bytes() == before
     prompt = json.loads((folder / "inference_model.json").read_text())["PromptTemplate"]["prompt"]
     assert prompt.replace("{Content}", "Hi") == generation.Exported(folder, form).prompt("Hi")
+    assert "Be kind" in prompt
     assert WEATHER["function"]["name"] not in prompt
 
 
