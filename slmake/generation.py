@@ -19,6 +19,7 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
+IN_CONTENT = r"(['\"][^'\"]+['\"]) in ((?:\w+\.)*content)\b(?!\s*[.(\[|])"  # a text in a text, which the runtime never finds
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
@@ -162,6 +163,7 @@ class Exported:
         options = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in variables.items())
         day, today = date.fromisoformat(chat.get("date", "2024-01-01")), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         template = re.sub(today, lambda call: json.dumps(day.strftime(call[2])), file.read_text(encoding="utf-8"))
+        template = re.sub(IN_CONTENT, r"(\2 is string and \2.split(\1) | length > 1)", template)
         return options + template.replace("strftime_now is defined", "true")
 
     def encode(self, text: str) -> list[int]:
@@ -178,8 +180,8 @@ class Exported:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's tokens, without its end token; with spaces where the runtime leaves what stands for one."""
-        end = self.form.get("end_token_id")
-        return self.tokenizer.decode([token for token in ids if token != end]).replace(self.form.get("space", " "), " ")
+        text = self.tokenizer.decode([token for token in ids if token != self.form.get("end_token_id")])
+        return text.replace(self.form.get("space", " "), " ")
 
     def generator(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling):
         """An `onnxruntime_genai.Generator` that has read a prompt, with room for `new_tokens`.
@@ -365,8 +367,7 @@ def _settings(config: dict) -> tuple[int, int, dict, str]:
 def as_form(form: dict) -> dict:
     """prompt.json; raises one of the errors that `read` takes for damage where it lacks what `Exported` needs."""
     chat = form.get("chat", {})
-    objects = chat.get("template_kwargs", {}), form.get("system", {})
-    _ = date.fromisoformat(chat.get("date", "2024-01-01")), [{**each} for each in objects]
+    _ = date.fromisoformat(chat.get("date", "2024-01-01")), {**chat.get("template_kwargs", {})} | form.get("system", {})
     return form | {"fields": list(form["fields"]), "longest_answer_tokens": form["longest_answer_tokens"] + 0}
 
 

@@ -1,4 +1,4 @@
-"""Outer white space of turns: where the chat template strips it, the exported model's prompt has none either, of whatever kind."""
+"""What chat templates leave out of turns, outer white space of whatever kind and thoughts: the exported model's prompt has none either."""
 
 import json
 import shutil
@@ -19,6 +19,11 @@ STRIPS = (
 )
 LEAVES = STRIPS.replace(" | trim", "")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + STRIPS
+# As Qwen3 and DeepSeek write earlier answers.
+THOUGHTLESS = LEAVES.replace(
+    "{{ m['content'] }}{% else %}{{ m['content'] }}",
+    "{{ m['content'] }}{% elif '</think>' in m.content and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m['content'] }}",
+)
 SPACES = ["\u00a0", "\u3000", "\u2003", "\u2028", "\x85", "\x1f", "\t ", "\n"]
 
 
@@ -52,6 +57,23 @@ def test_the_export_is_asked_as_the_template_writes_it_in_training(tmp_path, exp
         ][template == NO_SYSTEM :]
         head, _ = chat.split(turns)
         assert model.prompt(json.dumps(turns[:-1])) == head
+
+
+def test_the_thoughts_of_earlier_answers_are_left_out(tmp_path, exported, base):
+    """The runtime's template engine finds no text in a text."""
+    chat = ChatTemplate(load_tokenizer(other_chat(base, tmp_path / "base", THOUGHTLESS)), {}, "2024-01-01")
+    onnx = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    (onnx / "chat_template.jinja").write_text(THOUGHTLESS, encoding="utf-8")
+    model = generation.Exported(onnx, {"prompt": None, "fields": [], "chat": {**chat.settings(), "answer_prefix": ""}})
+    for answer in ("<think>\nso\n</think>joy", "joy"):
+        turns = [
+            {"role": role, "content": text}
+            for role, text in (("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", answer))
+        ]
+        head, _ = chat.split(turns)
+        assert head == "<user>a<|end|><assistant>joy<|end|><user>b<|end|><assistant>"
+        assert model.prompt(json.dumps(turns[:-1])) == head
+    assert model.chat_prompt([*turns[:1], {"role": "assistant", "content": None}, *turns[:1]]).endswith("<assistant>")
 
 
 def test_turns_of_other_roles_and_without_text_stay_as_they_are():
