@@ -16,6 +16,7 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 ROLES["developer"] = "system"  # as the server reads it
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
 FLAGS = ("train", "loss", "weight")  # of a turn: whether it is trained; `loss` is ms-swift's
+SYSTEM = ("system", "system_prompt")  # fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, and OpenHermes'
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
 WITHOUT_TEXT = "has a message without text in `role` and `content`"
 
@@ -102,6 +103,42 @@ def refuse_unread(row: dict) -> None:
         raise ValueError(
             "stands beside `functions`, the old form of `tools`. Write them as `tools`, and each `function_call` as `tool_calls`"
         )
+
+
+def system_text(row: dict) -> tuple[str, str] | None:
+    """The field that holds a row's system text, and this text; None without any.
+
+    Raises:
+        ValueError: it is not text, or two fields hold different ones.
+    """
+    found = None
+    for name in filter(row.get, SYSTEM):
+        try:
+            text = _content(1, row[name])
+        except ValueError:
+            raise ValueError(f"stands beside `{name}`, which is not text: {json.dumps(row[name])[:60]}") from None
+        if found and text.strip() and text.strip() != found[1].strip():
+            raise ValueError(f"stands beside two system texts that differ, `{found[0]}` and `{name}`. Keep one of them")
+        found = found or ((name, text) if text.strip() else None)
+    return found
+
+
+def with_system(row: dict, turns: object) -> object:
+    """A row's turns behind its system text, where they do not begin with it.
+
+    Raises:
+        ValueError: they begin with another, or see `system_text`.
+    """
+    system = system_text(row)
+    if not system or not isinstance(turns, list) or not turns:
+        return turns
+    name, text = system
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    if ROLES.get(str(first.get("role"))) != "system":
+        return [{"role": "system", "content": text}, *turns]
+    if _content(1, first.get("content")).strip() != text.strip():
+        raise ValueError(f"begins with a system turn that differs from `{name}` of the row. Keep one of them")
+    return turns
 
 
 def read_conversation(

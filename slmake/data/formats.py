@@ -3,8 +3,10 @@
 template            any fields; text_template or messages says how they become text
 messages            a list of {role, content, tool_calls}, and `tools` (OpenAI, TRL)
 sharegpt            `conversations`: a list of {from, value}, and `tools` (ShareGPT, LLaMA-Factory)
-alpaca              `instruction`, an optional `input`, `output`, an optional `system` (Stanford Alpaca) and `history` (LLaMA-Factory)
+alpaca              `instruction`, an optional `input`, `output` (Stanford Alpaca), and an optional `history` (LLaMA-Factory)
 prompt_completion   `prompt` and `completion`: texts, or lists of {role, content} (TRL)
+
+A system text beside a conversation (`system`, `system_prompt`) is its first turn; `conversation.with_system` reads it.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ from collections.abc import Callable
 
 from slmake import params
 from slmake.data.chat import ChatTemplate
-from slmake.data.conversation import FLAGS, listed, refuse_unread, special_tokens
+from slmake.data.conversation import FLAGS, listed, refuse_unread, special_tokens, system_text
 from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, label_text
 from slmake.errors import UserError
 
@@ -107,11 +109,11 @@ def _column(rows: list[dict], name: str) -> str:
 
 
 def sharegpt_turns(row: dict, column: str) -> object:
-    """ShareGPT's turns with the usual roles; a `system` field is the first turn."""
+    """ShareGPT's turns with the usual roles."""
     turns = row[column]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
-    converted = _system(row)
+    converted = []
     for turn in turns:
         role, value = turn.get("from"), turn.get("value")
         flags = {key: turn[key] for key in FLAGS if key in turn}
@@ -145,21 +147,20 @@ def _alpaca(row: dict) -> dict:
 
 
 def alpaca_turns(row: dict) -> list[dict]:
-    """An instruction as the user's turn and its output as the assistant's, behind those of `system` and of `history`.
+    """An instruction as the user's turn and its output as the assistant's, behind those of `history`.
 
     Raises:
         ValueError: one of them is not text, or `history` is no list of pairs.
     """
-    fields, earlier = _alpaca(row), _history(row)
+    fields, earlier = _alpaca(row), _list_in(row, "history")
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise ValueError("has a `history` that is not a list of pairs, the user's text and the assistant's")
     pairs = [*earlier, [fields["instruction"], fields["output"]]]
-    turns = [
+    return [
         {"role": role, "content": text}
         for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    return _system(row) + turns
 
 
 def prompt_completion_fields(row: dict) -> dict:
@@ -169,7 +170,14 @@ def prompt_completion_fields(row: dict) -> dict:
         ValueError: there is more in it that a text cannot hold.
     """
     refuse_unread(row)
-    _refuse_history(row)
+    system = system_text(row)
+    lost = [name for name in ("history", "tools") if isinstance(row.get(name), list | str) and _list_in(row, name)]
+    lost += [system[0]] if system else []
+    if lost:
+        raise ValueError(
+            f"stands beside `{lost[0]}`, which would be lost: these rows become plain text. Write them as `messages`, or use `format: alpaca`, "
+            "with a base model with a chat template; where the prompt has this already, name its fields in text_template"
+        )
     return row
 
 
@@ -185,24 +193,11 @@ def prompt_completion_turns(row: dict) -> list:
     return given + row["completion"]
 
 
-def _history(row: dict) -> list:
-    """LLaMA-Factory's earlier turns of a row, also of their JSON text; other text in a field of this name is something else."""
-    history = row.get("history")
-    if isinstance(history, str):
+def _list_in(row: dict, name: str) -> list:
+    """LLaMA-Factory's earlier turns or tools of a row, also of their JSON text; other text in a field of this name is something else."""
+    value = row.get(name)
+    if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
-            history = json.loads(history)
-        history = history if isinstance(history, list) else []
-    return listed(history or [], "`history`")
-
-
-def _refuse_history(row: dict) -> None:
-    if isinstance(row.get("history"), list | str) and _history(row):
-        raise ValueError(
-            "stands behind a `history` of earlier turns, which would be lost. Write the rows as `messages`, or use `format: alpaca` and a "
-            "base model with a chat template; where the prompt has these turns already, name its fields in text_template"
-        )
-
-
-def _system(row: dict) -> list[dict]:
-    text = row.get("system")
-    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+            value = json.loads(value)
+        value = value if isinstance(value, list) else []
+    return listed(value or [], f"`{name}`")

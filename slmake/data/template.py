@@ -14,6 +14,7 @@ from slmake.data.conversation import (
     Conversation,
     read_conversation,
     refuse_unread,
+    with_system,
     without_closing,
 )
 from slmake.data.store import Row
@@ -193,7 +194,9 @@ class Conversations(PromptTemplate):
             ValueError: what is wrong with it.
         """
         refuse_unread(row)
-        return read_conversation(self.turns_of(row), row.get("tools"), self.train_on, self.chat.closing)
+        return read_conversation(
+            with_system(row, self.turns_of(row)), row.get("tools"), self.train_on, self.chat.closing
+        )
 
     def problems(self, row: dict) -> list[str]:
         if field(row, self.name) is None:

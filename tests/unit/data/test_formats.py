@@ -1,5 +1,7 @@
 """The usual layouts of chats and instructions, detected from the rows or named."""
 
+import json
+
 import pytest
 from prepared import CHAT, WHOLE, other_chat, write_rows
 from tiny import make_rows
@@ -98,6 +100,56 @@ def test_earlier_turns_of_an_instruction(build, tokenizer):
     assert [example["turns"] for example in others] == [[3], [3]]
 
 
+@pytest.mark.parametrize("system", ["Be short.", [{"type": "text", "text": "Be short."}]], ids=["text", "parts"])
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rows_system_text_is_the_first_turn(build, layout, name, system):
+    """In every layout of chats; without text in it, the field changes nothing."""
+    rows = [{**row, name: text} for row, text in zip(LAYOUTS[layout][:4], (system, None, " ", ""), strict=True)]
+    first, *others = build(rows, **NONE, **WHOLE).train
+    start = "<|start|>system\nBe short.<|end|>\n<|start|>user\n"
+    assert first["prompt"] == f"{start}{ROWS[0]['phrase']}<|end|>\n<|start|>assistant\n"
+    assert all(example["prompt"].startswith("<|start|>user\n") for example in others)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_text_that_is_the_first_turn_already(build, role):
+    talk = [{"role": role, "content": "Be short."}, *LAYOUTS["messages"][0]["messages"]]
+    rows = [{"system": "Be short. ", "system_prompt": "Be short.", "messages": talk}, {"messages": talk}]
+    once, alone = build(rows, messages="messages", **CHAT, **WHOLE).train
+    assert once["prompt"] == alone["prompt"]
+    assert once["prompt"].count("Be short.") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"system": "Be long."}, "begins with a system turn that differs from `system` of the row. Keep one of them"),
+        ({"system": "Be short.", "system_prompt": "Be long."}, "stands beside two system texts that differ, `system` and `system_prompt`."),
+        ({"system": {"os": "Linux"}}, 'stands beside `system`, which is not text: {"os": "Linux"}'),
+    ],
+)  # fmt: skip
+def test_system_texts_that_contradict_each_other(refused, more, reason):
+    talk = [{"role": "system", "content": "Be short."}, *LAYOUTS["messages"][0]["messages"]]
+    assert f"row 1: field `messages` {reason}" in refused([{"messages": talk, **more}], **NONE)
+
+
+@pytest.mark.parametrize("names", [("instruction", "output"), ("prompt", "completion")])
+def test_what_a_text_cannot_hold_of_a_chat(build, refused, plain, names):
+    """A system text and tools would be lost; other text in a field of these names is none."""
+    rows = [{**dict(zip(names, (f"Do {i}", "yes"), strict=True)), "tools": "hammer", "system": ""} for i in range(4)]
+    schema = [{"name": "f", "parameters": {}}]
+    for more in (
+        {"system": "Be short."},
+        {"system_prompt": "Be short."},
+        {"tools": schema},
+        {"tools": json.dumps(schema)},
+    ):
+        message = refused([{**row, **more} for row in rows], base=plain, **NONE)
+        assert f"row 1: field `{names[1]}` stands beside `{next(iter(more))}`, which would be lost: " in message
+    assert len(build(rows, base=plain, **NONE, **WHOLE).train) == 4
+
+
 @pytest.mark.parametrize("history", [[["First?"]], ["First?"], {"a": 1}])
 def test_earlier_turns_that_are_no_pairs(refused, history):
     message = refused([{"instruction": "Do it", "output": "yes", "history": history}], **NONE)
@@ -109,7 +161,10 @@ def test_earlier_turns_that_a_text_cannot_hold(refused, plain, names):
     row = dict(zip(names, ("Do it", "yes"), strict=True))
     for history in ([["First?", "no"]], '[["First?", "no"]]'):
         message = refused([{**row, "history": history}], base=plain, **NONE)
-        assert f"row 1: field `{names[1]}` stands behind a `history` of earlier turns, which would be lost." in message
+        assert (
+            f"row 1: field `{names[1]}` stands beside `history`, which would be lost: these rows become plain text."
+            in message
+        )
 
 
 @pytest.mark.parametrize("with_chat", [True, False])
