@@ -15,7 +15,13 @@ REASONING = (
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 ROLES["developer"] = "system"  # as the server reads it
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
-FLAGS = ("train", "loss", "weight")  # of a turn: whether it is trained; `loss` is ms-swift's
+SWITCHES = (
+    "train",
+    "training",
+    "loss",
+)  # of a turn: whether it is trained; `training` is Axolotl's name, `loss` ms-swift's
+FLAGS = (*SWITCHES, "weight")  # `weight` is OpenAI's
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row
 SYSTEM = ("system", "system_prompt")  # fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, and OpenHermes'
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
 WITHOUT_TEXT = "has a message without text in `role` and `content`"
@@ -87,8 +93,11 @@ def without_closing(answer: str, closing: tuple[str, ...]) -> str:
     return answer
 
 
-def refuse_unread(row: dict) -> None:
+def refuse_unread(row: dict, options: dict | None = None) -> None:
     """Refuse a field of a row of chats or instructions that changes what must be trained, and that is not read.
+
+    Args:
+        options: `prepare.chat_template_kwargs`, where a chat template is applied.
 
     Raises:
         ValueError: what is wrong, as the end of a sentence that begins with the answer's field.
@@ -103,6 +112,18 @@ def refuse_unread(row: dict) -> None:
         raise ValueError(
             "stands beside `functions`, the old form of `tools`. Write them as `tools`, and each `function_call` as `tool_calls`"
         )
+    for name in MEDIA:
+        if row.get(name):
+            raise ValueError(
+                f"stands beside `{name}`, which is not read: only text is trained. Remove such rows, or the field `{name}` where the texts do "
+                "not refer to it"
+            )
+    own = row.get("chat_template_kwargs")
+    if own and options is not None and not (isinstance(own, dict) and {**options, **own} == options):
+        raise ValueError(
+            f"stands beside `chat_template_kwargs` {json.dumps(own, default=str)[:60]}, which differ from prepare.chat_template_kwargs: one chat template with "
+            "the same options is applied to all rows. Set them there, and remove the field from the rows"
+        )
 
 
 def system_text(row: dict) -> tuple[str, str] | None:
@@ -116,7 +137,7 @@ def system_text(row: dict) -> tuple[str, str] | None:
         try:
             text = _content(1, row[name])
         except ValueError:
-            raise ValueError(f"stands beside `{name}`, which is not text: {json.dumps(row[name])[:60]}") from None
+            raise ValueError(f"stands beside `{name}`, which is not text: {json.dumps(row[name], default=str)[:60]}") from None
         if found and text.strip() and text.strip() != found[1].strip():
             raise ValueError(f"stands beside two system texts that differ, `{found[0]}` and `{name}`. Keep one of them")
         found = found or ((name, text) if text.strip() else None)
@@ -149,7 +170,7 @@ def read_conversation(
     Args:
         turns: a list of messages; `content` is text, a list of parts of type text, or absent beside `tool_calls`.
         tools: a list of JSON schemas, the same as JSON text, or None.
-        train_on: `all` or `last`; `train: false`, `loss: false` or `weight: 0` leaves an assistant's turn out.
+        train_on: `all` or `last`; `train`, `training` or `loss: false` or `weight: 0` leaves an assistant's turn out.
         closing: special tokens with which the chat template closes the assistant's turns: those at the end of a turn go.
 
     Raises:
@@ -172,7 +193,7 @@ def read_conversation(
     trained = [number for number in chosen if _is_trained(number + 1, turns[number])]
     if not trained:
         raise ValueError(
-            "has no turn to train on: `train`, `loss` or `weight` leaves out every answer that prepare.train_on asks for"
+            "has no turn to train on: `train`, `training`, `loss` or `weight` leaves out every answer that prepare.train_on asks for"
         )
     schemas = read_tools(tools)
     number = json_values.unlike([schemas, [turn.get("tool_calls") for turn in read]])
@@ -196,6 +217,10 @@ def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
         )
     if turn.get("function_call"):
         raise ValueError(f"has function_call in turn {number}, the old form of tool calls; write it as tool_calls")
+    if turn.get("train_detail"):
+        raise ValueError(
+            f"has train_detail in turn {number}, which trains parts of a turn (Axolotl); a turn is trained whole, or not, with `train`: false"
+        )
     kept = {key: value for key, value in turn.items() if value is not None and key not in FLAGS}
     if "tool_calls" in kept:
         if role != "assistant":
@@ -300,9 +325,9 @@ def _check_order(turns: list[dict]) -> None:
 
 def _is_trained(number: int, turn: dict) -> bool:
     weight = turn.get("weight")
-    for flag in ("train", "loss"):
+    for flag in SWITCHES:
         if not isinstance(turn.get(flag), bool | None):
             raise ValueError(f"has {turn[flag]!r} as `{flag}` in turn {number}; it is true or false")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise ValueError(f"has {weight!r} as `weight` in turn {number}; it is 0 or 1")
-    return turn.get("train") is not False and turn.get("loss") is not False and weight != 0
+    return all(turn.get(flag) is not False for flag in SWITCHES) and weight != 0

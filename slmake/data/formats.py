@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from slmake import params
 from slmake.data.chat import ChatTemplate
-from slmake.data.conversation import FLAGS, listed, refuse_unread, special_tokens, system_text
+from slmake.data.conversation import listed, refuse_unread, special_tokens, system_text
 from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, label_text
 from slmake.errors import UserError
 
@@ -116,15 +116,17 @@ def sharegpt_turns(row: dict, column: str) -> object:
     converted = []
     for turn in turns:
         role, value = turn.get("from"), turn.get("value")
-        flags = {key: turn[key] for key in FLAGS if key in turn}
+        more = {key: turn[key] for key in turn if key not in ("from", "value")}  # `train`, and what is refused
         if role == "function_call":  # LLaMA-Factory's: one call as JSON text, or a list of them
             single = isinstance(value, str) and not value.lstrip().startswith("[")
             calls = f"[{value}]" if single else [value] if isinstance(value, dict) else value
-            converted.append({"role": "assistant", "tool_calls": calls, **flags})
-        elif role in ROLES:
-            converted.append({"role": ROLES[role], "content": value, **flags})
+            converted.append({**more, "role": "assistant", "content": None, "tool_calls": calls})
+        elif isinstance(role, str) and role in ROLES:
+            converted.append({**more, "role": ROLES[role], "content": value})
         else:
-            raise ValueError(f"has a turn from {role!r}; known are {', '.join([*ROLES, 'function_call'])}")
+            raise ValueError(
+                f"has a turn from {json.dumps(role, default=str)[:60]}; known are {', '.join([*ROLES, 'function_call'])}"
+            )
     return converted
 
 

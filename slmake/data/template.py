@@ -193,7 +193,7 @@ class Conversations(PromptTemplate):
         Raises:
             ValueError: what is wrong with it.
         """
-        refuse_unread(row)
+        refuse_unread(row, self.chat.options)
         return read_conversation(
             with_system(row, self.turns_of(row)), row.get("tools"), self.train_on, self.chat.closing
         )

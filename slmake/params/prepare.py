@@ -112,7 +112,7 @@ class Prepare(Section):
     )
     train_on: Literal["all", "last"] = Field(
         "all",
-        description="Conversations: the loss is on every assistant turn, or on the last. `train: false`, `loss: false` or `weight: 0` on a turn leaves it out. "
+        description="Conversations: the loss is on every assistant turn, or on the last. `train: false`, `training: false`, `loss: false` or `weight: 0` on a turn leaves it out. "
         "Each answer is learned behind what the model sees before it when it is asked; where a chat template changes earlier turns, as "
         "Qwen3's does, an answer becomes a sequence of its own.",
     )

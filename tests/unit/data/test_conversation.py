@@ -89,7 +89,9 @@ def test_all_answers_or_the_last(prepared, tokenizer, fields, expected):
     assert built.report["answer_tokens"]["train"] == sum(label != -100 for label in example["labels"])
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0, "train": True}])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"weight": 0.0, "train": True}]
+)
 def test_turns_left_out(prepared, tokenizer, flag):
     turns = [*TALK[:4], assistant("Three.", **flag), *TALK[5:6], assistant("None.", weight=1, train=True, loss=True)]
     (example,) = prepared([turns]).train
@@ -269,9 +271,11 @@ def test_first_turn_that_is_too_long_alone(prepared, tokenizer):
         ([user("a"), assistant("", tool_calls={"name": "x"})], "has tool_calls in turn 2 that are not a list"),
         ([{**user("a"), "tool_calls": [{"name": "x"}]}, assistant("b")], "has tool_calls in turn 1, of the user; only the assistant calls tools"),
         ([user([{"type": "image", "url": "x"}]), assistant("b")], "has a part of type image in turn 1; only parts of type text"),
-        ([user("a"), assistant("b", weight=0)], "has no turn to train on: `train`, `loss` or `weight` leaves out every answer"),
+        ([user("a"), assistant("b", weight=0)], "has no turn to train on: `train`, `training`, `loss` or `weight` leaves out every answer"),
         ([user("a"), assistant("b", weight=0.5)], "has 0.5 as `weight` in turn 2; it is 0 or 1"),
         ([user("a"), assistant("b", train="no")], "has 'no' as `train` in turn 2; it is true or false"),
+        ([user("a"), assistant("b", training="no")], "has 'no' as `training` in turn 2; it is true or false"),
+        ([user("a"), assistant("b", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}])], "has train_detail in turn 2, which"),
         ([user("a"), assistant("b", loss=0)], "has 0 as `loss` in turn 2; it is true or false"),
         ([user("a"), assistant("b", function_call={"name": "stock", "arguments": "{}"})], "has function_call in turn 2, the old form of tool calls"),
     ],

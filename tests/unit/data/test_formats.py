@@ -207,6 +207,43 @@ def test_the_old_form_of_tools_is_refused(refused):
     )
 
 
+@pytest.mark.parametrize("name", ["image", "images", "videos", "audio"])
+@pytest.mark.parametrize("rows", [*LAYOUTS.values(), TEXTS], ids=[*LAYOUTS, "texts"])
+def test_media_are_not_dropped(build, refused, rows, name):
+    """A text that asks about a picture is no training example without it; an empty field is none."""
+    message = refused([{**row, name: ["x.jpg"]} for row in rows], **NONE)
+    assert f"stands beside `{name}`, which is not read: only text is trained. Remove such rows" in message
+    assert len(build([{**row, name: []} for row in rows[:4]], **NONE, **WHOLE).train) == 4
+
+
+def test_options_of_the_chat_template_are_those_of_all_rows(build, refused):
+    """TRL's field of a row: refused where it says something else than params.yaml."""
+
+    def rows(options: object) -> list[dict]:
+        return [{**row, "chat_template_kwargs": options} for row in LAYOUTS["messages"][:4]]
+
+    message = refused(rows({"enable_thinking": False}), **NONE)
+    assert 'stands beside `chat_template_kwargs` {"enable_thinking": false}, which differ from prepare.' in message
+    for i, options in enumerate([{}, None, {"enable_thinking": False}]):
+        fields = {"chat_template_kwargs": {"enable_thinking": False, "other": 1}} if options else {}
+        assert len(build(rows(options), name=f"kept{i}", **fields, **NONE, **WHOLE).train) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"train_detail": [{"train": False}]}, "has train_detail in turn 2"),
+        ({"reasoning": "Hm."}, "has reasoning in turn 2"),
+        ({"from": ["gpt"]}, 'has a turn from ["gpt"]; known are human'),
+    ],
+)
+def test_what_turns_of_sharegpt_say_more(refused, more, reason):
+    """As in the other layouts of chats."""
+    rows = [[row["conversations"][0], {**row["conversations"][1], **more}] for row in LAYOUTS["sharegpt"]]
+    named = [{"conversations": row} for row in rows]
+    assert f"field `conversations` {reason}" in refused(named, **NONE)
+
+
 @pytest.mark.parametrize("layout", ["messages", "sharegpt"])
 def test_chats_need_a_chat_template(refused, plain, layout):
     assert "tokenizer has no chat template" in refused(LAYOUTS[layout], base=plain, **NONE)
