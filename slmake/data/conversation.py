@@ -47,7 +47,7 @@ class Conversation(NamedTuple):
 
     def to_json(self) -> str:
         """The conversation as JSON text."""
-        return json.dumps(self)
+        return json.dumps(self, default=str)  # dates of Parquet files, in fields that no chat template reads
 
     @property
     def starts(self) -> list[int]:
@@ -137,7 +137,9 @@ def system_text(row: dict) -> tuple[str, str] | None:
         try:
             text = _content(1, row[name])
         except ValueError:
-            raise ValueError(f"stands beside `{name}`, which is not text: {json.dumps(row[name], default=str)[:60]}") from None
+            raise ValueError(
+                f"stands beside `{name}`, which is not text: {json.dumps(row[name], default=str)[:60]}"
+            ) from None
         if found and text.strip() and text.strip() != found[1].strip():
             raise ValueError(f"stands beside two system texts that differ, `{found[0]}` and `{name}`. Keep one of them")
         found = found or ((name, text) if text.strip() else None)
@@ -186,7 +188,7 @@ def read_conversation(
     if len(read) == 1:
         raise ValueError("has no turn before the assistant's, so there is no prompt")
     _check_order(read)
-    if not prompts.encodes(json.dumps(read, ensure_ascii=False)):
+    if not prompts.encodes(json.dumps(read, ensure_ascii=False, default=str)):
         raise ValueError(HALF_PAIR)
     answers = [number for number in range(1, len(read)) if read[number]["role"] == "assistant"]
     chosen = answers if train_on == "all" else answers[-1:]

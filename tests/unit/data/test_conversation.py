@@ -1,9 +1,10 @@
 """Conversations of several turns: which turns are trained, tools and tool calls, long conversations, bad input."""
 
+import datetime
 import json
 
 import pytest
-from prepared import CHAT, WHOLE, other_chat
+from prepared import CHAT, WHOLE, other_chat, write_rows
 from test_chat import PLAIN, THINKING
 
 from slmake.data.conversation import read_conversation
@@ -157,6 +158,16 @@ def test_parquet_gives_objects_the_keys_of_all_rows(prepared, tokenizer, tmp_pat
     from_parquet = prepared(tmp_path / "rows.parquet", name="parquet")
     assert from_parquet.train == built.train
     assert "null" not in "".join(tokenizer.decode(example["input_ids"]) for example in from_parquet.train)
+
+
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_dates_of_turns(prepared, tmp_path, names):
+    """As WildChat has them: JSON holds none, and the chat template does not read them."""
+    column, role, content = names
+    turns = [{role: "user", content: "a"}, {role: "assistant", content: "b"}]
+    dated = [{column: [{**turn, "timestamp": datetime.datetime(2024, 1, 1), "raw": b"\xff"} for turn in turns]}]
+    source = write_rows(tmp_path / "rows.parquet", dated)
+    assert prepared(source, template=PLAIN).train == prepared([{column: turns}], template=PLAIN, name="plain").train
 
 
 def test_templates_that_mark_answers(prepared, tokenizer):
