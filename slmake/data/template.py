@@ -41,11 +41,12 @@ class PromptTemplate(ABC):
             ValueError: a conversation that the chat template does not take.
         """
 
-    def answers(self, row: Row, start: int = 0) -> list[Answer]:
+    def answers(self, row: Row, start: int = 0, chosen: slice = slice(None)) -> list[Answer]:
         """The answers to learn from a row, each behind its prompt.
 
         Args:
             start: index of the turn that a conversation begins at.
+            chosen: which answers of a conversation.
         """
         return [Answer(row.prompt, row.answer, row.tail)]
 
@@ -217,8 +218,9 @@ class Conversations(PromptTemplate):
         # Prompts are rendered when they are tokenized: kept for every turn, they would need the square of a conversation's length.
         return "", last, conversation.text(), "", conversation.to_json(), len(conversation.trained)
 
-    def answers(self, row: Row, start: int = 0) -> list[Answer]:
+    def answers(self, row: Row, start: int = 0, chosen: slice = slice(None)) -> list[Answer]:
         conversation = Conversation.parse(row.chat)
+        conversation = conversation._replace(trained=conversation.trained[chosen])
         try:
             return self.chat.answers(conversation, start)
         except ValueError as error:

@@ -1,9 +1,11 @@
 """From prompts and answers to token ids in Parquet files."""
 
 import bisect
+import functools
 import json
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,8 @@ from slmake.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 BATCH = 2048  # rows in memory at a time
-CHATS = 128  # conversations, each with a prompt for every answer
+CHATS = 128  # conversations
+LAST, EARLIER = slice(-1, None), slice(None, -1)  # of a conversation's answers
 SPACE = "\u2581"  # stands for a space in the tokens of SentencePiece's tokenizers
 DECOMPOSED = ("e\u0301", "\u00e9", "\ufb01")  # each Unicode normal form makes something else of these
 
@@ -106,14 +109,8 @@ class Tokenize:
             UserError: an answer that does not fit into max_seq_len behind at least one prompt token.
         """
         limit = self.section.max_seq_len
-        answers = [self.template.answers(row) for row in batch]
-        pairs = iter(self._pairs([answer for group in answers for answer in group]))
         examples, cut = [], []
-        for row, group in zip(batch, answers, strict=True):
-            tokens, dropped = [next(pairs) for _ in group], 0
-            if row.chat and any(len(head) + len(tail) > limit for head, tail in tokens):
-                group, dropped = self._shorten(row)
-                tokens = self._pairs(group)
+        for row, group, tokens, dropped in self._chats(batch) if batch[0].chat else self._texts(batch):
             for _, tail in tokens:
                 if len(tail) + 1 > limit:
                     cut.append(f"  {row.file}: row {row.line}: the answer has {len(tail)} tokens (with its end token)")
@@ -126,6 +123,25 @@ class Tokenize:
             )
         return examples
 
+    def _texts(self, batch: list[Row]) -> Iterator[tuple]:
+        """Rows of one answer each, with it and its tokens, and no turns dropped."""
+        answers = [self.template.answers(row) for row in batch]
+        pairs = self._pairs([answer for group in answers for answer in group])
+        for row, group, pair in zip(batch, answers, pairs, strict=True):
+            yield row, group, [pair], 0
+
+    def _chats(self, batch: list[Row]) -> Iterator[tuple]:
+        """Conversations with their answers, the tokens of these, and the number of turns dropped.
+
+        One at a time, and the other answers of one only when it is known which of its turns are left: the prompts of all answers grow with
+        the square of a conversation's length.
+        """
+        for row in batch:
+            start, dropped, last = self._shorten(row)
+            earlier = self.template.answers(row, start, EARLIER) if row.answers > 1 else []
+            pairs = self._pairs(earlier) if earlier else []
+            yield row, [*earlier, last[0]], [*pairs, last[1]], dropped
+
     def _pairs(self, answers: list[Answer]) -> list[tuple[list[int], list[int]]]:
         """Tokens of each prompt and of each answer with its end token."""
         end, pairs = self.tokenizer.eos_token_id, []
@@ -137,20 +153,30 @@ class Tokenize:
             pairs.append((head, tail if tail and tail[-1] == end else [*tail, end]))
         return pairs
 
-    def _shorten(self, row: Row) -> tuple[list[Answer], int]:
-        """The answers of a conversation without as many of its earliest turns as needed for the last one to fit, and their number."""
-        conversation = Conversation.parse(row.chat)
-        starts = [start for start in conversation.starts if start <= conversation.trained[-1]]
+    def _shorten(self, row: Row) -> tuple[int, int, tuple[Answer, tuple]]:
+        """Where a conversation begins without as many of its earliest turns as needed for the last answer to fit.
+
+        Returns:
+            Index of this turn, the number of turns dropped, and the last answer with its tokens.
+        """
+
+        @functools.cache
+        def last(start: int) -> tuple[Answer, tuple]:
+            (answer,) = self.template.answers(row, start, LAST)
+            return answer, self._pairs([answer])[0]
 
         def fits(start: int) -> bool:
-            (head, tail) = self._pairs(self.template.answers(row, start)[-1:])[0]
-            return len(head) + len(tail) <= self.section.max_seq_len
+            return sum(map(len, last(start)[1])) <= self.section.max_seq_len
 
+        if fits(0):
+            return 0, 0, last(0)
+        conversation = Conversation.parse(row.chat)
+        starts = [start for start in conversation.starts if start <= conversation.trained[-1]]
         start = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
         system = start > 0 and conversation.turns[0]["role"] == "system"
         self.shortened += start > 0
         self.dropped += start - system
-        return self.template.answers(row, start), start - system
+        return start, start - system, last(start)
 
     def _sequences(
         self, row: Row, answers: list[Answer], tokens: list, dropped: int, one_answer: bool

@@ -7,6 +7,7 @@ import pytest
 from prepared import CHAT, WHOLE, other_chat, write_rows
 from test_chat import PLAIN, THINKING
 
+from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
 
 END = "<|end|>"
@@ -251,6 +252,17 @@ def test_long_conversations_lose_whole_turns(prepared, tokenizer, capsys):
     assert f"1 conversations are longer than max_seq_len: their {2 * first} earliest turns" in capsys.readouterr().err
     assert whole.report["dropped_turns"] == {"conversations": 0, "turns": 0}
     assert text.removeprefix(f"<|start|>system\nBe short.{END}\n") in tokenizer.decode(whole.train[0]["input_ids"])
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(64, 1), (4096, 100)])
+def test_answers_that_do_not_fit_are_not_rendered(prepared, monkeypatch, limit, kept):
+    """Each needs the whole conversation before it: the square of its length, and nearly all of it is dropped later."""
+    asked, split = [], ChatTemplate.split
+    monkeypatch.setattr(ChatTemplate, "split", lambda *given: asked.append(0) or split(*given))
+    turns = [turn for i in range(100) for turn in (user(f"Question {i}?"), assistant(f"Answer {i}."))]
+    (example,) = prepared([turns], template=PLAIN, max_seq_len=limit).train
+    assert example["turns"] == list(range(202 - 2 * kept, 201, 2))
+    assert kept <= len(asked) <= kept + 12  # the last one is also looked for
 
 
 def test_first_turn_that_is_too_long_alone(prepared, tokenizer):
