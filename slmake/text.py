@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # Control characters as Unicode's symbols for them; what XML and HTML cannot hold, and what turns the order of letters, as U+FFFD.
 _SYMBOLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -22,6 +22,13 @@ def one_line(text: str, longest: int | None = None) -> str:
     """The printable text on one line, cut to a number of characters."""
     line = " ".join(printable(text).split())
     return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def listing(names: Iterable[str], separator: str = ", ") -> str:
+    """Names for a message, each cut to 60 characters: the first ten, and how many more there are. A file may have any number of columns."""
+    names = list(names)
+    more = [f"{len(names) - 10:,} more"] if len(names) > 10 else []
+    return separator.join([*(one_line(name, 60) for name in names[:10]), *more])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -269,7 +269,7 @@ DATA_FILES = [
     ("rows.json", b'[{"phrase": "a"}, {"phrase": ' + b"[" * 2000, ": row 2: more than 100 levels of arrays and objects in each other."),
     ("rows.jsonl", b'{"phrase": "a"}\n{"phrase": ' + b"[" * 2000 + b"\n", ": row 2: more than 100 levels of arrays and objects in each other."),
     ("rows.csv", b'phrase,tone\n"unclosed,joy\nx,fear\n', ": malformed CSV: "),
-    ("rows.csv", b"phrase,tone,tone\na,b,c\n", ": row 1: the header has a repeated column name: phrase, tone, tone."),
+    ("rows.csv", b"phrase,tone,tone\na,b,c\n", ": row 1: the header has repeated column names: tone."),
     ("rows.parquet", b"no Parquet at all", ": not a readable Parquet file: "),
     ("rows.xlsx", b"PK", ": a spreadsheet. Save the sheet with the rows as CSV (in Excel: File, Save As, CSV UTF-8), and name that file."),
     ("rows.txt", b"PK", ": unknown ending `.txt`. Use .json, .jsonl, .ndjson, .parquet, .csv, .tsv, or one of them with .gz."),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from slmake import prompts
 from slmake.data import json_values
+from slmake.text import one_line
 
 REASONING = (
     "reasoning_content",
@@ -211,7 +212,9 @@ def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise ValueError(WITHOUT_TEXT)
     if turn["role"] not in ROLES:
-        raise ValueError(f"has the role {turn['role']!r} in turn {number}; known are {', '.join(ROLES)}")
+        raise ValueError(
+            f"has the role {one_line(repr(turn['role']), 60)} in turn {number}; known are {', '.join(ROLES)}"
+        )
     role = ROLES[turn["role"]]
     if role == "assistant" and (thought := next((key for key in REASONING if turn.get(key)), None)):
         raise ValueError(
@@ -329,7 +332,7 @@ def _is_trained(number: int, turn: dict) -> bool:
     weight = turn.get("weight")
     for flag in SWITCHES:
         if not isinstance(turn.get(flag), bool | None):
-            raise ValueError(f"has {turn[flag]!r} as `{flag}` in turn {number}; it is true or false")
+            raise ValueError(f"has {one_line(repr(turn[flag]), 60)} as `{flag}` in turn {number}; it is true or false")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f"has {weight!r} as `weight` in turn {number}; it is 0 or 1")
+        raise ValueError(f"has {one_line(repr(weight), 60)} as `weight` in turn {number}; it is 0 or 1")
     return all(turn.get(flag) is not False for flag in SWITCHES) and weight != 0

@@ -1,11 +1,13 @@
 """CSV and its kin: rows of columns with a header, whose delimiter is detected from the first rows."""
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from slmake.errors import UserError
+from slmake.text import listing
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LOOKED_AT = 100  # rows
@@ -38,8 +40,9 @@ def read_delimited(
             columns = next(reader, [])
             named = list(filter(None, columns))
             if len(set(named)) != len(named) or not named:
+                repeated = [column for column, count in Counter(named).items() if count > 1]
                 raise UserError(
-                    f"{name}: row 1: the header has {'a repeated' if named else 'no'} column name: {', '.join(columns)}."
+                    f"{name}: row 1: the header has {f'repeated column names: {listing(repeated)}' if named else 'no column name'}."
                 )
             lines.clear()
             for values in reader:
@@ -86,7 +89,7 @@ def _delimiter(path: Path, name: str, fields: set[str]) -> str:
     if len(fits) > 1:
         fits = [delimiter for delimiter in fits if fields and fields <= set(headers[delimiter])] or fits
     if len(fits) > 1:
-        readings = " or ".join(f"{DELIMITERS[delimiter]} ({' / '.join(headers[delimiter])})" for delimiter in fits)
+        readings = " or ".join(f"{DELIMITERS[delimiter]} ({listing(headers[delimiter], ' / ')})" for delimiter in fits)
         raise UserError(
             f"{name}: the columns may be separated by {readings}. Put text with the other character between double quotes, or save the file "
             "with tabs as .tsv."

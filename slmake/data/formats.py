@@ -18,6 +18,7 @@ from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import listed, refuse_unread, special_tokens, system_text
 from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, label_text
 from slmake.errors import UserError
+from slmake.text import listing, one_line
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 ROLES |= {"model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
@@ -95,7 +96,7 @@ def _detected(rows: list[dict]) -> tuple[str, str]:
             f"prepare.format: the rows can be read as {' and as '.join(name for name, _ in fits)}. Set it to one of them."
         )
     raise UserError(
-        f"prepare: no known format in the first rows, whose fields are {', '.join(sorted(columns)) or 'none'}. Give text_template (such as "
+        f"prepare: no known format in the first rows, whose fields are {listing(sorted(columns)) or 'none'}. Give text_template (such as "
         "`{phrase}\\n{tone}`), or messages."
     )
 
@@ -125,7 +126,7 @@ def sharegpt_turns(row: dict, column: str) -> object:
             converted.append({**more, "role": ROLES[role], "content": value})
         else:
             raise ValueError(
-                f"has a turn from {json.dumps(role, default=str)[:60]}; known are {', '.join([*ROLES, 'function_call'])}"
+                f"has a turn from {one_line(repr(role), 60)}; known are {', '.join([*ROLES, 'function_call'])}"
             )
     return converted
 

@@ -8,6 +8,7 @@ from slmake import params
 from slmake.data.parquet import BATCH, rows_of
 from slmake.errors import UserError
 from slmake.params.dataset_files import hub_split
+from slmake.text import listing
 
 
 def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, scratch: Path) -> Iterator[dict]:
@@ -37,7 +38,7 @@ def read_hub_rows(folder: Path, name: str, section: params.Prepare, split: str, 
     for column in section.where:
         if column not in table.column_names:
             near = difflib.get_close_matches(column, table.column_names, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else f" Columns: {', '.join(table.column_names)}."
+            hint = f" Did you mean `{near[0]}`?" if near else f" Columns: {listing(table.column_names)}."
             raise UserError(f"prepare.where: {name} has no column `{column}`.{hint}")
     chosen = False
     for row in rows_of(table.with_format("arrow").iter(BATCH), table.features):

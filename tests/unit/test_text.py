@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from slmake.text import code_span, csv_cell, csv_text, markdown, one_line, printable
+from slmake.text import code_span, csv_cell, csv_text, listing, markdown, one_line, printable
 
 FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "＝1", "'=1", "''=1", "-", "=")
 HARMLESS = ("joy", "a=b", "'tis", "''", "'", "", " =1", "### Text: x", "1-2", "(=)", "joy\n=1")
@@ -31,6 +31,15 @@ def test_control_characters_are_shown_as_symbols():
     assert printable("two\nlines\tand a tab, é 漢 👩‍🔬") == "two\nlines\tand a tab, é 漢 👩‍🔬"
     assert one_line(" a \n b\r\nc ", 4) == "a b…"
     assert one_line("joy", 3) == "joy"
+
+
+def test_lists_of_names_are_cut():
+    """A file may have any number of columns, and a name any length."""
+    names = [str(number) for number in range(11)]
+    assert listing(names[:10]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert listing(names, " and ").endswith("8 and 9 and 1 more")
+    assert len(listing(["x" * 10**6] * 10**4)) < 700
+    assert listing([]) == ""
 
 
 @pytest.mark.parametrize(

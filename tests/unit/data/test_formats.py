@@ -234,7 +234,7 @@ def test_options_of_the_chat_template_are_those_of_all_rows(build, refused):
     [
         ({"train_detail": [{"train": False}]}, "has train_detail in turn 2"),
         ({"reasoning": "Hm."}, "has reasoning in turn 2"),
-        ({"from": ["gpt"]}, 'has a turn from ["gpt"]; known are human'),
+        ({"from": ["gpt"]}, "has a turn from ['gpt']; known are human"),
     ],
 )
 def test_what_turns_of_sharegpt_say_more(refused, more, reason):

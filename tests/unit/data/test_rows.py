@@ -183,6 +183,19 @@ def test_a_header_without_names(refused, tmp_path):
     assert "row 1: the header has no column name" in refused(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        (".csv", ",".join(map(str, range(5000))) + "\n" + ",".join(["x"] * 5000)),
+        (".json", json.dumps([dict.fromkeys(map(str, range(5000)), "x")])),
+        (".json", json.dumps({str(i): [{"a": 1}] for i in range(5000)})),
+    ],
+)
+def test_errors_do_not_list_thousands_of_columns(refused, tmp_path, ending, content):
+    (tmp_path / f"rows{ending}").write_text(content, encoding="utf-8")
+    assert len(refused(tmp_path / f"rows{ending}")) < 500
+
+
 def test_two_possible_delimiters_are_refused_with_both_readings(refused, build, tmp_path):
     """Where the columns needed are in one reading only, that one is taken."""
     source = tmp_path / "rows.csv"
