@@ -1,6 +1,7 @@
-"""CSV and its kin: rows of columns with a header, whose delimiter is detected from the first rows."""
+"""CSV and its kin: rows of columns with a header, whose delimiter is detected from the first rows, or named by Excel's line `sep=;`."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -24,11 +25,12 @@ def read_delimited(
         fields: columns that must be there, by which one of two possible delimiters is chosen.
 
     Raises:
-        UserError: two delimiters are possible, a row does not fit the header, a quote is not closed, or one may be text.
+        UserError: two delimiters are possible, or another than the known ones is named, a row does not fit the header, a quote is not closed, or one may be text.
     """
     # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
     csv.field_size_limit(LONGEST_LINE)
-    delimiter = "\t" if tabs else _delimiter(path, name, set(fields))
+    named_first = _named(path, name)
+    delimiter = named_first or ("\t" if tabs else _delimiter(path, name, set(fields)))
     if delimiter not in ",\t" or (delimiter == "\t" and not tabs):
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")
     number = 0
@@ -37,7 +39,7 @@ def read_delimited(
         kept = (lines.append(line) or line for line in handle) if delimiter == "\t" else handle
         reader = csv.reader(kept, delimiter=delimiter, strict=True)
         try:
-            columns = next(reader, [])
+            columns = next(islice(reader, bool(named_first), None), [])
             named = list(filter(None, columns))
             if len(set(named)) != len(named) or not named:
                 repeated = [column for column, count in Counter(named).items() if count > 1]
@@ -66,6 +68,22 @@ def read_delimited(
                 yield {column: value for column, value in zip(columns, values, strict=True) if column}
         except csv.Error as error:
             raise UserError(f"{name}: malformed CSV: row {number + 1} (line {reader.line_num}): {error}") from None
+
+
+def _named(path: Path, name: str) -> str | None:
+    """The delimiter that a first line `sep=;` names, which Excel reads and does not show; None without such a line.
+
+    Raises:
+        UserError: it is none of DELIMITERS.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        line = re.fullmatch(r'"?sep=(.)"?\r?\n', handle.readline(20), re.IGNORECASE)
+    if line and line[1] not in DELIMITERS:
+        raise UserError(
+            f"{name}: its first line says that the columns are separated by {line[1]!r}. Save the file with {', '.join(DELIMITERS.values())} "
+            "between them, and without this line."
+        )
+    return line and line[1]
 
 
 def _delimiter(path: Path, name: str, fields: set[str]) -> str:

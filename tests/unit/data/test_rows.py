@@ -178,6 +178,25 @@ def test_columns_without_a_name_are_not_read(build, tmp_path, ending):
     assert len(build(source, **WHOLE).train) == 24
 
 
+@pytest.mark.parametrize("line", ["sep=;\n", "SEP=;\r\n", '"sep=;"\n', "\ufeffsep=;\n"])
+def test_excels_line_that_names_the_delimiter(tmp_path, line):
+    """It is no header; here all rows would fit commas, too. Lines are counted with it."""
+    source, said = tmp_path / "rows.csv", []
+    source.write_text(f"{line}phrase,x;tone\na,b;joy\n", encoding="utf-8", newline="")
+    assert list(read_rows(source, say=said.append)) == [{"phrase,x": "a,b", "tone": "joy"}]
+    assert said == [f"{source}: the columns are separated by semicolons"]
+    source.write_text(f"{line}phrase;tone\na;joy\nb\n", encoding="utf-8", newline="")
+    with pytest.raises(UserError, match=r"row 2 \(line 4\): 1 values for 2 columns separated by semicolons"):
+        list(read_rows(source))
+
+
+def test_excels_line_that_names_another_delimiter(refused, tmp_path):
+    (tmp_path / "rows.csv").write_text("sep=:\nphrase:tone\na:joy\n", encoding="utf-8")
+    assert "its first line says that the columns are separated by ':'. Save the file with commas," in refused(
+        tmp_path / "rows.csv"
+    )
+
+
 def test_a_header_without_names(refused, tmp_path):
     (tmp_path / "rows.csv").write_text(",\na,joy\n", encoding="utf-8")
     assert "row 1: the header has no column name" in refused(tmp_path / "rows.csv")
