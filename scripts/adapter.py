@@ -4,7 +4,8 @@
 
 Reads the section `adapter` and the folder it names: a PEFT LoRA adapter as PEFT, TRL, Axolotl, Unsloth and LLaMA-Factory write it, here
 or in any source that fetch_model knows. Writes its configuration, weights and tokenizer, and a report of what was read. An adapter of
-another base model, of a kind that cannot be merged exactly, or with values that are not finite is refused.
+another base model, of a kind that cannot be merged exactly, with values that are not finite, or with another chat template or end token
+than the base's is refused. Of `fetch_model` it reads the source, to compare it with the model that the adapter names.
 """
 
 import shutil
@@ -14,6 +15,7 @@ from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import Adapter
 from slmake.merging.fit import plan
+from slmake.merging.trained_with import other_base, refuse_other_prompts
 from slmake.model_folder import KEPT, refuse_not_finite, tensor_shapes, weight_files
 from slmake.sources.fetching import downloading, fetch
 from slmake.sources.schemes import parse
@@ -40,11 +42,14 @@ def main(argv: list[str] | None = None) -> None:
                 for file in weight_files(args.base):
                     shapes |= tensor_shapes(file)
                 plan(adapter, args.base, shapes)
+                refuse_other_prompts(adapter, args.base)
                 refuse_not_finite([adapter.weights], section.source)
                 for file in sorted(path.iterdir()):
                     if file.is_file() and (file.suffix in KEPT or file == adapter.weights):
                         shutil.copyfile(file, folder / file.name)
             outputs.write_json(report, record)
+        if warning := other_base(adapter, args.base, params.section(args.params, "fetch_model").source):
+            job.say(warning)
         job.say(f"{args.output}: {len(adapter.changes)} tensors of the base change ({job.seconds():.1f} s)")
 
 

@@ -24,6 +24,7 @@ SECTIONS = {
         *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "evaluate.models", "package.constrain"),
         *("gates.checks", "gates.max_tokenizer_differences"),
     ],
+    "adapter": ["adapter", "fetch_model.source"],  # the model that the adapter names may be another
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
     "search": ["quantize", "evaluate", "gates"],
     "evaluate": [
