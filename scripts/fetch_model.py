@@ -29,6 +29,7 @@ from slmake.sources.fetching import downloading
 from slmake.sources.fetching import fetch as fetch_source
 from slmake.sources.gguf import convert_gguf
 from slmake.sources.schemes import parse
+from slmake.sources.tokenizer_class import restore_tokenizer
 
 
 def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Job) -> dict:
@@ -51,6 +52,7 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
         check_loadable(path)
         check_complete(path)
         copy_folder(path, target, section.dtype)
+    restore_tokenizer(target, section.source, job)
     restore_prefix(target)
     return record
 

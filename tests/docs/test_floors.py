@@ -18,6 +18,7 @@ GROUND = (
         "csv_files",
         "errors",
         "generation",
+        "hard_texts",
         "json_schemas",
         "machine_errors",
         "memory",

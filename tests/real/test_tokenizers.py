@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 import real_tokenizers
 from tiny import write_params
+from tokenizers import Tokenizer
 
 from scripts import evaluate, prepare
 from slmake import generation, prompts
 from slmake.data.tokenize import load_tokenizer
+from slmake.sources.tokenizer_class import restore_tokenizer
 
 KINDS = ("llama2", "llama3_1", "qwen3", "gemma3")
 TONES = ("sadness", "joy", "fear")
@@ -30,6 +33,25 @@ def family(request, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     real_tokenizers.exported(request.param, folder)
     return folder / "base", folder / "onnx"
+
+
+@pytest.mark.parametrize("named", ["its own", "GPT2Tokenizer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_of_each_is_read_as_it_is(tmp_path, kind, named):
+    """unsloth/phi-4 names GPT2Tokenizer, which does not split numbers into threes as its file does."""
+    folder = Path(shutil.copytree(real_tokenizers.packages() / f"tokenizer-{kind}" / "models", tmp_path / "model"))
+    path, said = folder / "tokenizer_config.json", []
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if named == "GPT2Tokenizer":
+        path.write_text(json.dumps({**config, "tokenizer_class": named}), encoding="utf-8")
+    restore_tokenizer(folder, "here", SimpleNamespace(say=said.append))
+    assert bool(said) == (named == "GPT2Tokenizer")
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("12345 + 67890", "It\u2019s  1.\n\n2. two", "ﬁne Ⅳ"):
+        assert (
+            load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+            == plain.encode(text, add_special_tokens=False).ids
+        )
 
 
 def rows(count: int, words: int = 1) -> list[dict]:
