@@ -8,9 +8,9 @@ Shingles that most rows share, as those of a long instruction, say nothing about
 """
 
 import functools
-import re
 
 import numpy as np
+import regex
 import xxhash
 
 BANDS, WIDTH = 16, 4
@@ -19,9 +19,14 @@ FEWEST = 20  # rows, by which it can be told what most of them share
 SAMPLE = 1000  # rows that are looked at for it
 NONE = np.empty(0, np.uint64)
 
-# Scripts written without spaces count by character.
-_words = re.compile(
-    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+# Scripts written without spaces count by character. Marks belong to words, as Hindi's vowel signs, but for those that choose an emoji's
+# looks. A symbol is a word (+, =, an emoji), and so is punctuation that calculates: between digits or brackets.
+_words = regex.compile(
+    r"""(?V1)[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]
+    |[[\p{L}\p{N}\p{M}_]--[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\ufe00-\ufe0f]]+
+    |\p{S}
+    |(?<=[\d)]\s*)[*/%\-]+(?=\s*[\d(])""",
+    regex.VERBOSE,
 ).findall
 SEED = 20240229  # fixed: signatures are no knob
 _random = np.random.default_rng(SEED)

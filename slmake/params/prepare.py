@@ -175,7 +175,8 @@ class Prepare(Section):
         0.8,
         gt=0.5,
         le=1.0,
-        description="Jaccard similarity of word 3-shingles of the prompt's fields from which two rows count as near duplicates; shingles that more than half of the rows have, as of an instruction, are left out. "
+        description="Jaccard similarity of word 3-shingles of the prompt's fields from which two rows count as near duplicates (an operator or an "
+        "emoji is a word); shingles that more than half of the rows have, as of an instruction, are left out. "
         "1.0 finds exact copies (after folding case and white space) only.",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the split.")

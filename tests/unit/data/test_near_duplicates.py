@@ -71,6 +71,44 @@ def test_shingles_are_sorted_and_unique(text, count):
     assert found.tolist() == sorted(set(found.tolist()))
 
 
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("What is 12 + 5?", "What is 12 - 5?"),
+        ("12 * 5 =", "12 / 5 ="),
+        ("(3 + 4) * 2", "(3 + 4) - 2"),
+        ("2**3", "2*3"),
+        ("12 − 5", "12 × 5"),
+        ("if (x < 3) return", "if (x > 3) return"),
+        ("my dog 😍", "my dog 😢"),
+        ("लड़का आया", "लड़की आयी"),
+    ],
+)
+def test_operators_emojis_and_vowel_signs_tell_texts_apart(copies, left, right):
+    assert jaccard(left, right) < 0.8
+    assert copies([(TRAIN, left), (TEST, right)]) == []
+    assert copies([(TRAIN, f"{left}."), (TEST, left)]) == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("Sign-up, and/or log in!", "sign up and or log in"),
+        ("well - no * at all", "well no at all"),
+        ("love ❤️ it", "love ❤ it"),  # with and without the sign that asks for a picture
+        ("in COVID-19 times", "in covid 19 times"),
+    ],
+)
+def test_punctuation_tells_no_texts_apart(left, right):
+    assert jaccard(left, right) == 1.0
+
+
+def test_exercises_that_differ_by_the_operator_only_all_stay(copies):
+    exercises = [f"{a} {op} {b} =" for a in range(10, 20) for b in range(2, 12) for op in "+-*"]
+    random.Random(8).shuffle(exercises)
+    assert copies([(TEST if number % 5 == 0 else TRAIN, text) for number, text in enumerate(exercises)]) == []
+
+
 def test_normalized_folds_case_and_space_only():
     assert normalized("  Straße\n und\tWEG ") == normalized("STRASSE und weg")
     assert normalized("joy!") != normalized("joy?")
