@@ -19,7 +19,7 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
-IN_CONTENT = r"(['\"][^'\"]+['\"]) in ((?:\w+\.)*content)\b(?!\s*[.(\[|])"  # a text in a text, which the runtime never finds
+IN_CONTENT = r"(['\"][^'\"]+['\"]) in ((?:\w+\.)*content)\b(?!\s*[.(\[|])"  # in a template; the runtime finds none
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
