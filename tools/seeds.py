@@ -29,6 +29,7 @@ import yaml
 from slmake import cli, outputs, params
 from slmake.code_inputs import digest
 from slmake.errors import UserError
+from slmake.platforms.origins import refuse_unbuilt
 from slmake.reporting.figures import plain_plots
 from slmake.reporting.pages import models_of
 from slmake.reporting.seeds import draw_seeds, inputs, summary, table
@@ -37,7 +38,7 @@ from tools.reproduce import copy_inputs, snakemake
 KEPT = Path("build/seeds")
 RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
 METRICS = "results/metrics.json"
-BASE = ["build/base", "results/base.json"]
+BASE, MADE_BY = ["build/base", "results/base.json"], "fetch_model"
 CHANGED = (
     "parameters, code or data changed since the runs began, so they do not belong together. Run the same command again: those of what "
     f"is there now are kept in {KEPT}."
@@ -65,7 +66,7 @@ def copy_project(here: Path, scratch: Path) -> tuple[Path, str]:
     """Copy the project (see `reproduce.copy_inputs`), and link the base model.
 
     Returns:
-        The copy's folder, and its content, with that of all files that params.yaml names, as 64 hex digits.
+        The copy's folder, and its content, with that of the base model and of all files that params.yaml names, as 64 hex digits.
     """
     target, named = copy_inputs(here, scratch, OTHER)
     model, report = BASE
@@ -73,7 +74,8 @@ def copy_project(here: Path, scratch: Path) -> tuple[Path, str]:
     shutil.copy2(here / report, target / report)
     files = sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
     shutil.copytree(here / model, target / model, copy_function=os.link)
-    return target, digest([*files, *sorted(named)], root=target)
+    content = digest([*files, *sorted(named)], root=target) + outputs.folder_digest(target / model)
+    return target, sha256(content.encode()).hexdigest()
 
 
 def content_of(here: Path) -> str:
@@ -105,7 +107,7 @@ def measured(here: Path, change: dict, planned: str) -> dict:
         planned: the project's content when the runs began, as `copy_project` gives it.
 
     Raises:
-        UserError: the project is another now, or the build failed.
+        UserError: the project is another now, the base model changed meanwhile, or the build failed.
     """
     with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
         project, content = copy_project(here, Path(scratch))
@@ -115,8 +117,10 @@ def measured(here: Path, change: dict, planned: str) -> dict:
         kept = here / KEPT / f"{sha256(f'{content} {json.dumps(change)}'.encode()).hexdigest()[:16]}.json"
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf-8"))
-        began = time.monotonic()
+        began, base = time.monotonic(), outputs.seen_of(project / BASE[0])
         build(project, METRICS)
+        if outputs.only(outputs.LINKED, outputs.seen_of(project / BASE[0])) != outputs.only(outputs.LINKED, base):
+            raise UserError(CHANGED)  # it is a link: what is written into it here is written into the copy's
         metrics = json.loads((project / METRICS).read_text(encoding="utf-8"))
         scores = {name: numbers(metrics[name]) for name in models_of(metrics)}
         run = {"changes": change, "seconds": round(time.monotonic() - began, 1), "scores": scores}
@@ -157,7 +161,7 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
     """All runs, and what they say together.
 
     Raises:
-        UserError: params.yaml has a mistake, nothing is trained or scored, or a build failed.
+        UserError: params.yaml has a mistake, nothing is trained or scored, the base model is not what was built, or a build failed.
     """
     own = params.load(here / "params.yaml")
     missing = sorted({"finetune", "evaluate"} - set(own.stages)) + ["prepare"] * (own.prepare is None)
@@ -168,6 +172,7 @@ def repeat(here: Path, args: argparse.Namespace, job: cli.Job) -> None:
         )
     (here / KEPT).mkdir(parents=True, exist_ok=True)
     build(here, *BASE)
+    refuse_unbuilt([MADE_BY])  # Snakemake goes by times and by what it recorded, not by what is in the file
     with base_to_be_linked():
         run_all(here, own, args, job)
 

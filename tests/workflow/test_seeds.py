@@ -1,6 +1,7 @@
 """tools.seeds: several builds of a tiny project, their spread, and what is kept between calls."""
 
 import json
+import os
 import re
 import statistics
 
@@ -63,6 +64,23 @@ def test_runs_of_other_data_are_not_mixed(repository, monkeypatch, refused):
     message = refused(seeds.main, ["--runs", "2"])
     assert "parameters, code or data changed since the runs began" in message
     assert not (repository / seeds.RESULT).exists()
+
+
+def test_a_base_model_that_was_not_built_so_is_refused(repository, monkeypatch, refused):
+    """Nor is a run of another base taken for one of this: its content is in the name under which scores are kept."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(seeds, "build", lambda *arguments: None)  # Snakemake finds nothing to do
+    monkeypatch.setattr(seeds, "run_all", lambda here, *others: known.append(seeds.content_of(here)))
+    known: list[str] = []
+    seeds.main(["--runs", "1"])
+    weights = repository / "build" / "base" / "model.safetensors"
+    with open(weights, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\x3f")
+    message = refused(seeds.main, ["--runs", "1"])
+    assert "nothing says what build/base was built from" in message
+    assert len(known) == 1
+    assert seeds.content_of(repository) != known[0]
 
 
 def test_a_build_goes_on_after_them(repository):
