@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from slmake import outputs
+from slmake import outputs, user_reads
 from slmake.cli import SOURCES
 from slmake.code_inputs import PACKAGES, ROOT, code, digest, file_of, remember
 from slmake.errors import UserError
@@ -95,11 +95,13 @@ def watched(rule: str, started: int) -> Iterator[None]:
     finder = _Finder(plan["code"], loaded)
     sys.meta_path.insert(0, finder)
     _files = plan["files"]
+    user_reads.allow([*plan["files"], *inputs])
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
         _files = None
+        user_reads.allow(None)
     now = _seen(plan["files"], inputs)
     changed = [name for name in sorted(now.keys() | seen.keys()) if now.get(name) != seen.get(name)]
     if changed:

@@ -1,7 +1,8 @@
-"""What the files that params.yaml names read in turn: modules that a metric's file imports, files that a task's YAML names."""
+"""What the files that params.yaml names read in turn: modules that a metric's file imports, files that it or a task's YAML names."""
 
 import ast
 import glob
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,9 +15,9 @@ from slmake.code_inputs import code, imports, modules_behind
 def with_what_they_read(names: Iterable[str]) -> list[str]:
     """The files, and behind each those that it reads, directly and through others; each once, relative to the project's folder.
 
-    Python files are followed through their imports of files of the project, YAML files through every text that names a file or a pattern:
-    `include`, `data_files`, `!function utils.read`, `use_prompt: prompts.yaml:one`. What is not there, or cannot be read, is left to the
-    one that uses it.
+    Python files are followed through their imports of files of the project and beside them, and through what they name in a list INPUTS;
+    YAML files through every text that names a file or a pattern: `include`, `data_files`, `!function utils.read`,
+    `use_prompt: prompts.yaml:one`. What is not there, or cannot be read, is left to the one that uses it.
     """
     files: dict[str, None] = {}
     waiting = list(names)[::-1]
@@ -41,24 +42,34 @@ def _read_by(file: Path, is_yaml: bool) -> Iterator[tuple[Path, str]]:
         if is_yaml or file.suffix in (".yaml", ".yml"):
             yield from _texts(file)
         elif file.suffix == ".py":
-            yield from ((path, "") for path in _imports(file))
+            yield from ((path, "") for path in itertools.chain(_imports(file), _inputs(file)))
     except (OSError, ValueError, SyntaxError, RecursionError, yaml.YAMLError):
         return
 
 
 def _imports(file: Path) -> Iterator[Path]:
-    """Files of the project that a Python file imports; the project's folder is where Python looks."""
-    for name in imports(ast.parse(file.read_bytes()), Path(_as_named(file)).parent.parts):
+    """Files of the project that a Python file imports; Python looks in the project's folder, and in the file's if that says so."""
+    for name in filter(None, imports(ast.parse(file.read_bytes()), Path(_as_named(file)).parent.parts)):
         parts = name.split(".")
         if parts[0] == "slmake":  # the pipeline's own code is an input of its rules already, as far as they use it
             own = set(code("evaluate")) & set(code("candidate"))
             yield from (Path(path) for path in modules_behind(name) if path not in own)
         else:
-            ends = [
-                Path(*parts).with_suffix(".py"),
-                *(Path(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)),
-            ]
-            yield from filter(Path.is_file, ends)
+            for folder in (Path(), file.parent):
+                ends = [
+                    folder.joinpath(*parts).with_suffix(".py"),
+                    *(folder.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)),
+                ]
+                yield from filter(Path.is_file, ends)
+
+
+def _inputs(file: Path) -> Iterator[Path]:
+    """Files that a Python file names, from the project's folder, in a list `INPUTS = ["words.json"]`; no other form is read."""
+    for node in ast.parse(file.read_bytes()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        named = any(isinstance(target, ast.Name) and target.id == "INPUTS" for target in targets)
+        if named and isinstance(node.value, ast.List | ast.Tuple):
+            yield from (Path(name) for name in ast.literal_eval(node.value) if isinstance(name, str))
 
 
 def _texts(file: Path) -> Iterator[tuple[Path, str]]:

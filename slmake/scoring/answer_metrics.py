@@ -18,6 +18,7 @@ from slmake.patterns import compiled
 from slmake.scoring.metrics import interval
 from slmake.scoring.questions import Questions
 from slmake.text import parse_json
+from slmake.user_reads import inputs_only
 
 # Of (prompt, expected, answer) to a number; None where the metric has nothing to say of this row.
 Score = Callable[[str, str, str], float | None]
@@ -168,11 +169,12 @@ PLAIN: dict[str, Score] = {
 WITH_ARGUMENT: dict[str, Callable[[Any], Score]] = {"json_schema": json_schema, "regex": regex, "numeric": numeric}
 
 
+@inputs_only()
 def own_function(file: str, name: str) -> Score:
     """A user's function.
 
     Raises:
-        UserError: no such file or function, or the file cannot be run.
+        UserError: no such file or function, the file cannot be run, or it reads what is no input.
     """
     where = f"evaluate.metrics: {file}:{name}"
     if not Path(file).is_file():
@@ -201,11 +203,12 @@ def function_of(metric: AnswerMetric) -> Score:
     return PLAIN[metric.kind] if metric.kind in PLAIN else WITH_ARGUMENT[metric.kind](metric.argument)
 
 
+@inputs_only()
 def values(metric: AnswerMetric, questions: Questions, answers: list[str]) -> np.ndarray:
     """One number per scored row, float64 [rows]; NaN where the metric has nothing to say.
 
     Raises:
-        UserError: the function failed on a row, or gave no finite number; the row is named.
+        UserError: the function failed on a row, or gave no finite number; the row is named. Or it reads what is no input.
     """
     function, numbers = function_of(metric), np.full(len(answers), np.nan)
     for i, answer in enumerate(answers):

@@ -25,7 +25,7 @@ GROUND = (
         "openai_api",
         "outputs",
     ),
-    *("patterns", "planned", "prompts", "serve", "text", "tool_calls", "user_files"),
+    *("patterns", "planned", "prompts", "serve", "text", "tool_calls", "user_files", "user_reads"),
 )  # modules of slmake/ that all floors import
 BESIDE = {
     "exported_model": "scoring",

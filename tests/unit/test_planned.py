@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from slmake import cli, planned
+from slmake import cli, planned, user_reads
 from slmake.code_inputs import code
 from slmake.errors import UserError
 from slmake.plan import FIGURES
@@ -33,6 +33,18 @@ def test_what_did_not_change_may_be_read(plan):
     with planned.watched("gates", 0):
         planned.refuse_unplanned([str(plan)])
     planned.refuse_unplanned(["another"])  # outside of a rule
+
+
+def test_a_metric_reads_the_rules_files_alone(plan):
+    def read(name: str | Path) -> str:
+        with user_reads.inputs_only():
+            return Path(name).read_text(encoding="utf-8")
+
+    with planned.watched("gates", 0):
+        assert read(plan) == "{}"
+        with pytest.raises(UserError, match=r"LICENSE: a metric reads it"):
+            read("LICENSE")
+    assert read("LICENSE")  # outside of a rule
 
 
 def test_code_that_was_touched_since_the_process_started_may_have_been_another(plan, monkeypatch):

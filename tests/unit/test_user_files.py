@@ -88,6 +88,28 @@ def test_packages_and_relative_imports(project):
     assert sorted(with_what_they_read(["own/metric.py"])) == sorted(files)
 
 
+def test_modules_beside_a_metric_and_the_files_that_it_names(project):
+    files = {
+        "own/metric.py": "import sys\nsys.path.insert(0, 'own')\nimport helper\nfrom pack import part\nINPUTS: list[str] = ['rows/b.json']\n",
+        "own/helper.py": "from . import nothing\nINPUTS = ('rows/c.json', 'nowhere.json', 3)\n",
+        "own/pack/__init__.py": "import late\nINPUTS = ['rows/' + 'd.json']\n",
+        "own/pack/late.py": "",
+        "own/pack/part.py": "OTHER = ['rows/d.json']\n",
+        "rows/b.json": "{}",
+        "rows/c.json": "{}",
+        "rows/d.json": "{}",
+    }
+    write(files)
+    # A name of no file is kept: the plan refuses it.
+    assert sorted(with_what_they_read(["own/metric.py"])) == sorted({*files, "nowhere.json"} - {"rows/d.json"})
+
+
+def test_a_module_in_the_projects_folder_may_import_relatively(project):
+    """Python refuses it when it runs; what else the file imports is an input all the same."""
+    write({"metric.py": "from . import other\nimport metrics.lists\n", "other.py": ""})
+    assert {"other.py", "metrics/lists.py"} <= set(with_what_they_read(["metric.py"]))
+
+
 def test_absolute_names_stay(project):
     outside = project.parent / "outside.jsonl"
     outside.write_text("{}")
