@@ -259,7 +259,7 @@ class Plan:
     def materials(self) -> list[str]:
         """Files that the provenance of a package names: what can change the package, except models and results."""
         files = {file for rule in self.rules if rule not in WITHOUT_PACKAGE for file in code(rule)}
-        return [
+        named = [
             *self.data,
             *self.chat_template,
             *self.metric_files,
@@ -271,3 +271,4 @@ class Plan:
             *LOCKS,
             *sorted(path.as_posix() for path in Path("containers").glob("Containerfile*")),
         ]
+        return [Path(name).as_posix() for name in named]  # ./data/x is data/x, as in the provenance

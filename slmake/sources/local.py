@@ -56,7 +56,8 @@ class LocalPath(Source):
                 "a path with outer white space, or one that begins with `//`: write a local path without them, or an address with its scheme "
                 "and without a user"
             )
-        return cls(text=text, path=text)
+        plain = Path(text).as_posix() if text else text  # ./data/x is data/x, here and in what records the source
+        return cls(text=plain, path=plain)
 
     def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
         path = Path(self.path)

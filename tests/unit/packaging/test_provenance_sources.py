@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from merge_script import make_adapter
 from package_script import SCORES, pack
-from tiny import write_params
+from tiny import ROOT, make_rows, write_params
 
+from slmake import params
 from slmake.packaging import contents
 from slmake.packaging.provenance import provenance
+from slmake.plan import Plan
 from slmake.sources.fetching import fetch
 from slmake.sources.schemes import parse
 from tools import verify
@@ -35,6 +38,33 @@ def test_a_changed_adapter_is_named(base, tmp_path, monkeypatch):
     weights = tmp_path / "data" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert verify.changed_inputs(statement, file) == ["data/adapter: changed since the package was made; build again"]
+
+
+@pytest.mark.parametrize("start", ["", "./", ".//", "own/../"])
+def test_inputs_are_the_same_however_their_names_are_written(tmp_path, monkeypatch, start):
+    """From params.yaml to the provenance and back: no name is left over on one side, and a change is seen."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("slmake", "scripts", "envs", "rules", "containers", "Snakefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "rows.json").write_text(json.dumps(make_rows(8)))
+    (tmp_path / "own" / "mine.py").write_text("def polite(prompt, expected, answer):\n    return 1\n")
+    file = write_params(
+        tmp_path / "params.yaml",
+        prepare={"source": f"{start}own/rows.json"},
+        evaluate={"metrics": [f"{start}own/mine.py:polite"]},
+    )
+    everything = params.load(file)
+    plan = Plan(everything)
+    rows = fetch(plan.sources[0], "data", tmp_path / "downloads", None).record
+    recorded = {"base": {"source": "x"}, "adapter": None, "dataset": {"source": {"train": rows}}}
+    statement = provenance({}, [*map(Path, plan.materials())], contents.sections(everything), recorded)
+    assert verify.changed_inputs(statement, file) == []
+    (tmp_path / "own" / "mine.py").write_text("")
+    assert [
+        line.endswith("own/mine.py: changed since the package was made; build again")
+        for line in verify.changed_inputs(statement, file)
+    ] == [True]
 
 
 def test_a_package_of_an_adapter_of_ones_own_names_none(packed):
