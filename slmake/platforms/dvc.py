@@ -141,7 +141,7 @@ def repair_lock() -> str | None:
 
 def outs(stage: dict) -> list[str]:
     """Paths of a stage's outputs, by its entry in dvc.yaml."""
-    return [path for out in stage["outs"] for path in ([out] if isinstance(out, str) else out)]
+    return [path for out in stage.get("outs", []) for path in ([out] if isinstance(out, str) else out)]
 
 
 def receipts() -> list[dict]:

@@ -32,6 +32,7 @@ from slmake.platforms.dvc import entries
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
 # out of date, Snakemake knows how to build it. `dvc repro` rebuilds, `dvc push` and `dvc pull` share what was built.
+# Stages that you add are kept, without their comments.
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
 CODE, DIGESTS = "code", "build/code"  # the stage that is no rule, and what it writes
@@ -42,6 +43,7 @@ METRICS = {"results/metrics.json"}  # small and the same in every run: kept in G
 TIMINGS = ["results/benchmark.json"]
 CURVES = ["results/train_loss.csv", "results/eval_loss.csv"]
 PREDICTIONS = "results/predictions.csv"
+OUR_PLOT = re.compile("Loss$|Confusion of ")
 
 
 def rules() -> dict[str, dict[str, list[str]]]:
@@ -192,9 +194,45 @@ def scored_models() -> list[str]:
     return [names.get(name, name) for name in Plan(params).scored if name in params.evaluate.models]
 
 
+def with_added(document: dict, file: Path) -> dict:
+    """The content of dvc.yaml with what users have added to the present one: stages, metrics, plots, and keys that no rule needs.
+
+    Of a file that cannot be read nothing is kept.
+
+    Raises:
+        UserError: a user's stage has the name of a rule that has a stage now.
+    """
+    try:
+        present = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        stages = {name: stage for name, stage in present.pop("stages", {}).items() if not _is_ours(name, stage)}
+        metrics = [path for path in present.pop("metrics", []) if path not in (*METRICS, *TIMINGS)]
+        plots = [plot for plot in present.pop("plots", []) if not OUR_PLOT.match(next(iter(plot), ""))]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):
+        return document
+    if taken := [name for name in stages if name in document["stages"]]:
+        raise UserError(
+            f"{file}: the stage {taken[0]} is not as slmake writes it, and a rule has that name. Give yours another name, or remove it: "
+            "`make` writes the rule's."
+        )
+    merged = {
+        "stages": document["stages"] | stages,
+        "metrics": document.get("metrics", []) + metrics,
+        "plots": document.get("plots", []) + plots,
+    }
+    return {key: value for key, value in (merged | present).items() if value}
+
+
+def _is_ours(name: str, stage: dict) -> bool:
+    return name == CODE or "--allowed-rules" in str(stage.get("cmd"))
+
+
 def text() -> str:
-    """dvc.yaml as it should be now."""
-    document = dvc_yaml(rules(), scored_models(), given(load("params.yaml")))
+    """dvc.yaml as it should be now, with what users have added.
+
+    Raises:
+        UserError: Snakemake refuses params.yaml or the Snakefile, or a user's stage has the name of one of the rules'.
+    """
+    document = with_added(dvc_yaml(rules(), scored_models(), given(load("params.yaml"))), Path("dvc.yaml"))
     body = yaml.safe_dump(document, sort_keys=False, width=1000, allow_unicode=True)
     return HEADER + body
 
@@ -269,8 +307,7 @@ def refuse_stale() -> None:
 def _refuse_other_entries() -> None:
     """Raise UserError if a stage of dvc.yaml is not what parameters and Snakefile ask for."""
     present, right = entries(), yaml.safe_load(text())["stages"]
-    # Users may add stages of their own.
-    ours = {name for name, stage in present.items() if "--allowed-rules" in stage.get("cmd", "")}
+    ours = {name for name, stage in present.items() if _is_ours(name, stage)}  # users may add stages of their own
     if differ := [name for name in right | dict.fromkeys(ours) if present.get(name) != right.get(name)]:
         raise UserError(
             f"dvc.yaml is of other parameters than params.yaml (stage {differ[0]}). `make docs` writes it anew (`make` does it by itself); "

@@ -1,0 +1,65 @@
+"""dvc.yaml is written from the Snakefile, and keeps what users have added to it."""
+
+import pytest
+import yaml
+
+from slmake.errors import UserError
+from slmake.platforms import dvc, dvc_yaml
+
+GENERATED = {
+    "stages": {
+        "code": {"cmd": "python -m slmake.platforms.dvc_yaml --digests", "outs": ["build/code"]},
+        "merge": {"cmd": "snakemake --allowed-rules merge -- build/merged", "outs": ["build/merged"]},
+    },
+    "metrics": ["results/metrics.json"],
+    "plots": [{"Loss": {"x": "step"}}],
+}
+FORMER = {"finetune": {"cmd": "snakemake --allowed-rules finetune -- build/adapter", "outs": ["build/adapter"]}}
+DEPLOY = {"deploy": {"cmd": ["./login.sh", "./deploy.sh"], "deps": ["build/package"]}}
+FOR_EACH = {"copies": {"foreach": ["a", "b"], "do": {"cmd": "./copy.sh ${item}", "outs": ["out-${item}"]}}}
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """What becomes of the generated document where dvc.yaml has this content."""
+
+    def merge(present: object) -> dict:
+        file = tmp_path / "dvc.yaml"
+        file.write_text(present if isinstance(present, str) else yaml.safe_dump(present), encoding="utf-8")
+        return dvc_yaml.with_added(GENERATED, file)
+
+    return merge
+
+
+def test_what_users_add_stays(merged):
+    added = {
+        "metrics": ["mine.json", "results/metrics.json"],
+        "plots": [{"Confusion of a former model": {}}, "mine.csv", {"Mine": {"x": "step"}}, {"Loss": {"x": "epoch"}}],
+        "artifacts": {"model": {"path": "build/package"}},
+        "stages": DEPLOY | FORMER | GENERATED["stages"] | FOR_EACH,
+    }
+    once = merged(added)
+    assert once == {
+        "stages": GENERATED["stages"] | DEPLOY | FOR_EACH,
+        "metrics": ["results/metrics.json", "mine.json"],
+        "plots": [{"Loss": {"x": "step"}}, "mine.csv", {"Mine": {"x": "step"}}],
+        "artifacts": added["artifacts"],
+    }
+    assert merged(once) == once
+
+
+@pytest.mark.parametrize(
+    "present", ["", "stages: [", "stages: 3\n", "[]", {"stages": FORMER}, {"stages": {}, "metrics": [], "plots": []}]
+)
+def test_nothing_is_left_of_former_rules_and_of_what_is_damaged(merged, present):
+    assert merged(present) == GENERATED
+
+
+def test_a_stage_of_the_name_of_a_rule_is_not_overwritten(merged):
+    with pytest.raises(UserError, match=r"the stage merge is not as slmake writes it, and a rule has that name"):
+        merged({"stages": {"merge": DEPLOY["deploy"]}})
+
+
+def test_a_stage_without_outputs_has_none():
+    assert dvc.outs(DEPLOY["deploy"]) == []
+    assert dvc.outs(GENERATED["stages"]["merge"]) == ["build/merged"]
