@@ -164,7 +164,7 @@ def digest(files: Iterable[str | Path], exact: bool = False, root: Path | None =
     """SHA-256 over names and content of files, 64 hex digits; of a folder, of the files in it. A missing file counts as empty.
 
     Args:
-        exact: over the very bytes; otherwise comments, docstrings and layout of Python files do not count.
+        exact: over the very bytes; otherwise comments, docstrings and layout of Python files, and comments of locks, do not count.
         root: the folder that the names are relative to; the present one by default. The digest does not depend on it.
     """
     whole = hashlib.sha256()
@@ -215,6 +215,10 @@ class _Facts:
 def _read(file: Path) -> dict:
     with open(file, "rb") as handle:
         content = {"bytes": hashlib.file_digest(handle, "sha256").hexdigest()}
+    if file.suffix == ".lock":
+        lines = file.read_bytes().splitlines()
+        kept = b"\n".join(line for line in lines if not line.lstrip().startswith(b"#"))
+        return content | {"meaning": hashlib.sha256(kept).hexdigest()}
     if file.suffix != ".py":
         return content
     try:

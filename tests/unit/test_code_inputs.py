@@ -98,6 +98,22 @@ def test_every_rule_s_inputs_are_its_script_and_the_library(rule):
 # digest
 
 
+def test_comments_of_a_lock_do_not_count_but_in_the_provenance(tmp_path):
+    lock, text = tmp_path / "cuda.lock", "a==1 \\\n    --hash=sha256:00\n    # via b\nb==2\n"
+    sums = []
+    for content in (
+        text,
+        text.replace("# via b", "# via b, c"),
+        "# of a resolver\n" + text,
+        text.replace("b==2", "b==3"),
+    ):
+        lock.write_text(content, encoding="utf-8")
+        sums.append((digest([lock]), digest([lock], exact=True)))
+    meanings, exact = ([pair[side] for pair in sums] for side in (0, 1))
+    assert meanings[0] == meanings[1] == meanings[2] != meanings[3]
+    assert len(set(exact)) == 4
+
+
 def meaning(project: Path) -> str:
     return digest([project / name for name in modules("scripts.train", project)])
 
