@@ -257,8 +257,8 @@ def test_long_conversations_lose_whole_turns(prepared, tokenizer, capsys):
 @pytest.mark.parametrize(("limit", "kept"), [(64, 1), (4096, 100)])
 def test_answers_that_do_not_fit_are_not_rendered(prepared, monkeypatch, limit, kept):
     """Each needs the whole conversation before it: the square of its length, and nearly all of it is dropped later."""
-    asked, split = [], ChatTemplate.split
-    monkeypatch.setattr(ChatTemplate, "split", lambda *given: asked.append(0) or split(*given))
+    asked, parts = [], ChatTemplate._parts
+    monkeypatch.setattr(ChatTemplate, "_parts", lambda *given: asked.append(0) or parts(*given))
     turns = [turn for i in range(100) for turn in (user(f"Question {i}?"), assistant(f"Answer {i}."))]
     (example,) = prepared([turns], template=PLAIN, max_seq_len=limit).train
     assert example["turns"] == list(range(202 - 2 * kept, 201, 2))
