@@ -8,8 +8,8 @@ adapter_model.safetensors as `PeftModel.from_pretrained` loads them, and the los
 started again, it resumes from its last checkpoint; a checkpoint of other inputs or parameters is never used.
 On several GPUs, one process per GPU computes its share of every step (slmake/training/distributed.py). `torchrun` works, too.
 
-The same inputs give the same bytes on one machine: batches, dropout and learning rate are functions of the step alone,
-so a resumed run and an uninterrupted one do the same arithmetic.
+The same inputs give the same bytes on one machine with the same number of threads: batches, dropout and learning rate are
+functions of the step alone, so a resumed run and an uninterrupted one do the same arithmetic. The curve names the number.
 """
 
 import sys
@@ -45,12 +45,15 @@ def main(argv: list[str] | None = None) -> None:
             trainer = Trainer(section, args.base, args.dataset, args.checkpoints, job, group)
             job.log(
                 f"{sum(v.numel() for v in trainer.trained.values()):,} trained parameters, on {trainer.device}, "
-                f"{trainer.schedule.steps} steps, {group.world} processes"
+                f"{trainer.schedule.steps} steps, {group.world} processes, {trainer.threads} threads each"
             )
             since = f" since step {trainer.step}" * (trainer.step > 0)  # where it resumed
             done = trainer.run()
             trainer.save_adapter(folder)
-            write_curve(train_loss, ["step", "epoch", "loss", "learning_rate"], trainer.train_curve)
+            # Beside the curve, what decides the last digits and is in no input: the package's provenance reads it here.
+            shared = [group.world, trainer.threads]
+            header = ["step", "epoch", "loss", "learning_rate", "processes", "threads"]
+            write_curve(train_loss, header, [[*line, *shared] for line in trainer.train_curve])
             write_curve(eval_loss, ["step", "epoch", "loss"], trainer.eval_curve)
         trainer.checkpoints.remove()
         kept = trainer.best if trainer.best is not None else trainer.eval_curve[-1][2] if trainer.eval_curve else None

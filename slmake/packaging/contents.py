@@ -55,12 +55,12 @@ def providers(quantize: dict, metrics: dict) -> dict:
 
 
 def trained(losses: Path) -> dict:
-    """The `step` and `epoch` at which a training ended: those of the last line of its loss curve.
+    """The `step` and `epoch` at which a training ended, its `processes` and their `threads`: the last line of its loss curve.
 
     Raises:
         UserError: the file is not there, damaged or empty.
     """
-    lines = read_csv(losses, ("step", "epoch"))
+    lines = read_csv(losses, ("step", "epoch", "processes", "threads"))
     if not lines:
         raise UserError(f"{losses} has no line. Remove it and run snakemake: it is built again.")
     return lines[-1]

@@ -40,8 +40,8 @@ def provenance(
         files: SHA-256 of the package's files: the statement's subjects.
         materials: what the build read: data, scripts, locks, container recipes.
         sections: params.yaml's sections as canonical JSON.
-        recorded: what was read and measured: `base`, `adapter` (None if it was trained here) and `dataset`, as their rules wrote it, and the
-            execution `providers` of the exported model.
+        recorded: what was read and measured: `base`, `adapter` (None if it was trained here) and `dataset`, as their rules wrote it, the
+            execution `providers` of the exported model, and of a training here (`trained`) the numbers of `processes` and `threads`.
         container: the image that rules ran in, as NAME@sha256:DIGEST; None outside of containers.
     """
     dependencies = [
@@ -64,6 +64,8 @@ def provenance(
     if container:
         name, _, digest = container.partition("@sha256:")
         dependencies.append({"name": name, "digest": {"sha256": digest}})
+    if trained := recorded.get("trained"):  # these decide the adapter's last digits, and are in no file that was read
+        fetched["training"] = {name: int(trained[name]) for name in ("processes", "threads")}
     details: dict = {"builder": {"id": "urn:slmake:snakemake"}}
     if build_time():
         details["metadata"] = {"startedOn": build_time(), "finishedOn": build_time()}

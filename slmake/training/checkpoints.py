@@ -12,8 +12,8 @@ from slmake.errors import UserError
 STATE = ("bad_evaluations", "best", "stopped", "window", "train_curve", "eval_curve")
 
 
-def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1) -> str:
-    """Digest of all that a checkpoint depends on: parameters, base, dataset, code, library versions, number of processes."""
+def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1, threads: int = 1) -> str:
+    """Digest of all that a checkpoint depends on: parameters, base, dataset, code, library versions, processes and their threads."""
     import hashlib
 
     import peft
@@ -27,6 +27,7 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, worl
         "code": digest(code("finetune"), root=ROOT),
         "dtype": str(dtype),
         "world": world,
+        "threads": threads,  # they decide in which order a product's sums are taken
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -50,6 +51,10 @@ class Checkpoints:
             outputs.write_json(temporary / "state.json", {"step": step, **state})
         for old in self._steps()[:-1]:
             outputs.remove(old)
+
+    def others(self) -> bool:
+        """Whether there are checkpoints of other runs, which this one cannot resume."""
+        return any(path.parent != self.folder for path in self.all.glob("*/step-*"))
 
     def _steps(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())

@@ -64,10 +64,12 @@ class Trainer:
                     f"{field} to {off}."
                 )
         self.schedule = Schedule(section, self.train.sequence_lengths)
+        # Of each process; 0 on a GPU, where they compute nothing.
+        self.threads = torch.get_num_threads() if self.device.type == "cpu" else 0
         key = None
         if self.group.is_main_process:
             dtype = pick_dtype(section.compute_dtype, self.device)
-            key = fingerprint(section, base, dataset, dtype, self.group.world)
+            key = fingerprint(section, base, dataset, dtype, self.group.world, self.threads)
         self.checkpoints = Checkpoints(checkpoints, self.group.broadcast(key))
         self._load(base)
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
@@ -156,6 +158,11 @@ class Trainer:
         checkpoint = self.checkpoints.load(self.job.say) if self.group.is_main_process else None
         checkpoint = self.group.broadcast(checkpoint)
         if checkpoint is None:
+            if self.group.is_main_process and self.checkpoints.others():
+                self.job.say(
+                    f"starts anew: the checkpoints in {self.checkpoints.all} are of other inputs, parameters or code, or of another number "
+                    "of processes or threads"
+                )
             return
         import torch
 

@@ -9,7 +9,7 @@ from slmake import params
 from slmake.errors import UserError
 from slmake.packaging import card, contents, sbom
 
-CURVE = "step,epoch,loss,learning_rate\n2,0.25,2.1,0.0002\n3,0.375,2.0,0.0001\n"
+CURVE = "step,epoch,loss,learning_rate,processes,threads\n2,0.25,2.1,0.0002,1,4\n3,0.375,2.0,0.0001,1,4\n"
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,17 @@ def test_the_card_says_how_far_the_training_went(tmp_path, settings, shown, hidd
     assert shown in text
     assert hidden not in text
     assert text.count("was kept") == bool(settings.get("keep_best"))
+
+
+def test_the_provenance_says_how_many_threads_trained(parts, packed, tmp_path):
+    def recorded(folder) -> dict:
+        statement = json.loads((folder / "provenance.intoto.json").read_text(encoding="utf-8"))
+        return statement["predicate"]["buildDefinition"]["internalParameters"]
+
+    (tmp_path / "train_loss.csv").write_text(CURVE, encoding="utf-8")
+    trained = recorded(pack(parts, tmp_path / "run", ["--losses", tmp_path / "train_loss.csv"]))
+    assert trained["training"] == {"processes": 1, "threads": 4}
+    assert "training" not in recorded(packed)  # nothing was trained here
 
 
 @pytest.mark.parametrize("curve", ["", "step,epoch\n", "step,epoch\n3,many\n"], ids=["empty", "no line", "no number"])

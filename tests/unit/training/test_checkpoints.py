@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from finetune_script import FILES, SETTINGS, command, contents, curve, tune
 
 from slmake import params
@@ -134,9 +135,25 @@ def test_checkpoint_of_other_parameters_is_not_used(tmp_path, base, dataset, kil
     changes = {**KILLED, "max_steps": 6, **change}
     before = sorted(path.relative_to(checkpoints) for path in checkpoints.rglob("*"))
     folder = tune(tmp_path / "run", base, dataset, checkpoints, **changes)
-    assert "goes on" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "resumes" not in said
+    assert f"starts anew: the checkpoints in {checkpoints} are of other inputs" in said
     assert contents(folder) == contents(tune(tmp_path / "fresh", base, dataset, **changes))
+    assert "starts anew" not in capsys.readouterr().err
     assert sorted(path.relative_to(checkpoints) for path in checkpoints.rglob("*")) == before
+
+
+def test_checkpoint_of_another_number_of_threads_is_not_used(tmp_path, base, dataset, killed, capsys, monkeypatch):
+    """It decides the last digits of a wide product, so the loss curve names it."""
+    folder = Path(shutil.copytree(killed, tmp_path / "killed"))
+    before = list((folder / "checkpoints").iterdir())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    tune(folder, base, dataset, **KILLED)
+    said = capsys.readouterr().err
+    assert "starts anew" in said
+    assert "resumes" not in said
+    assert list((folder / "checkpoints").iterdir()) == before
+    assert {(line["processes"], line["threads"]) for line in curve(folder / "train_loss.csv")} == {(1, 3)}
 
 
 def test_fingerprint_depends_on_parameters_base_and_dataset_and_not_on_places(tmp_path, base, dataset):
@@ -147,6 +164,8 @@ def test_fingerprint_depends_on_parameters_base_and_dataset_and_not_on_places(tm
     (copies[1] / ".snakemake_timestamp").touch()
     assert checkpoints_module.fingerprint(section, *copies, "float32") == key
     assert checkpoints_module.fingerprint(section, base, dataset, "bfloat16") != key
+    assert checkpoints_module.fingerprint(section, base, dataset, "float32", world=2) != key
+    assert checkpoints_module.fingerprint(section, base, dataset, "float32", threads=2) != key
     assert checkpoints_module.fingerprint(params.Finetune(**{**SETTINGS, "seed": 1}), base, dataset, "float32") != key
     for folder, name in zip(copies, ("config.json", "prompt.json"), strict=True):
         text = (folder / name).read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ def test_loss_falls_and_curves_are_complete(dataset, tuned):
     rows = pyarrow.parquet.read_metadata(dataset / "train.parquet").num_rows
     steps = 2 * math.ceil(rows / 8)
     train, held_out = curve(tuned / "train_loss.csv"), curve(tuned / "eval_loss.csv")
-    assert (tuned / "train_loss.csv").read_text().splitlines()[0] == "step,epoch,loss,learning_rate"
+    assert (tuned / "train_loss.csv").read_text().splitlines()[0] == "step,epoch,loss,learning_rate,processes,threads"
     assert (tuned / "eval_loss.csv").read_text().splitlines()[0] == "step,epoch,loss"
     assert [line["step"] for line in train] == list(range(1, steps + 1))
     assert train[-1]["epoch"] == 2.0
