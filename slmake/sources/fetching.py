@@ -59,7 +59,8 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
         UserError: it is not there, cannot be reached, or does not match its pin (the message shows both).
     """
     request = hashlib.sha256(repr((source.full, source.pin, sha256)).encode()).hexdigest()[:16]
-    path, details = source.fetch(use, folder / request, job)
+    known = replace(source, pin=source.pin or (("sha256", sha256) if sha256 else None))
+    path, details = known.fetch(use, folder / request, job)
     source.check_etag(details.get("etag"))
     pins = details.pop("pin", {}) | (dict([source.pin]) if source.pin else {})
     record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details

@@ -2,7 +2,6 @@
 
 import functools
 import glob
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -56,17 +55,30 @@ class HubRepository(Source):
         return self.full.replace(f"@{self.revision}", f"@{commit_of(self)}", 1)
 
     def fetch(self, use: str, folder: Path, job: cli.Job) -> tuple[Path, dict]:
-        if use == "dataset" and not self.path and not self.sha256:
-            commit_of(self, "dataset")  # what is cached may be a part of it: without a network its sum must be known
         pattern = glob.has_magic(self.path)  # several files of a dataset
         endings = ENDINGS if use == "model" else ROWS
         patterns = [self.path] if pattern else [f"*{ending}" for ending in endings]
         path, commit = from_hub(replace(self, path="") if pattern else self, patterns, use)
+        if path.is_dir() and not self.sha256 and offline():
+            job.say(
+                f"warning: {self.full}: HF_HUB_OFFLINE is set, so the cached files are taken as they are. Files may be missing: a SHA-256 "
+                "of the whole would tell."
+            )
         return path, {"pin": {"revision": self.revision}, "revision": commit}
+
+
+def offline() -> bool:
+    """Whether the user keeps huggingface_hub from the network, by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
 
 
 def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> tuple[Path, str]:
     """Fetch a repository's files, or one of them, into huggingface_hub's cache.
+
+    What is cached of a repository may be a part of it: the cache alone is believed where the whole has the pinned sum, or with
+    HF_HUB_OFFLINE.
 
     Args:
         patterns: which files of the repository, as shell patterns; unused where the source names one file.
@@ -76,9 +88,8 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         The file or the snapshot's folder, and the commit that the revision stands for.
 
     Raises:
-        UserError: no such repository, revision or file; or out of reach and not in the cache.
+        UserError: no such repository, revision or file; or out of reach.
     """
-    os.environ.pop("HF_HUB_OFFLINE", None)
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     what = source.full
@@ -92,10 +103,12 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
         if re.fullmatch("[0-9a-f]{40}", source.revision):  # a commit never changes: the hub need not be asked
             try:
                 path = Path(fetch(local_files_only=True))
-                if path.is_dir() and not _complete(path, source, repo_type):
+                if path.is_dir() and (not source.sha256 or digest_of(sums_of(path, repo_type)) != source.sha256):
                     path = None
             except errors.LocalEntryNotFoundError:
                 path = None
+        if not path and not source.path and not offline():
+            commit_of(source, repo_type)  # without an answer, snapshot_download would return what is cached
         path = path or Path(fetch())
     except errors.EntryNotFoundError as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
@@ -117,18 +130,6 @@ def from_hub(source: HubRepository, patterns: Iterable[str], repo_type: str) -> 
     return path, parts[parts.index("snapshots") + 1]
 
 
-def _complete(snapshot: Path, source: HubRepository, repo_type: str) -> bool:
-    """Whether a cached snapshot holds a model's weights, or all of a dataset by its sum, so that nothing has to be asked of the hub."""
-    import json
-
-    if repo_type == "dataset":  # it may lack files unnoticed
-        return bool(source.sha256) and digest_of(sums_of(snapshot, repo_type)) == source.sha256
-    index = snapshot / "model.safetensors.index.json"
-    if index.exists():
-        return all((snapshot / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
-    return any(snapshot.glob("*.safetensors"))
-
-
 def _out_of_reach(what: str, error: Exception) -> UserError:
     return UserError(
         f"{what}: the hub cannot be reached and it is not in the local cache ({type(error).__name__}). Check the network and try again, "
@@ -148,7 +149,10 @@ def commit_of(source: HubRepository, *kinds: str) -> str:
         except errors.RevisionNotFoundError:
             raise UserError(f"{source.full}: no revision `{source.revision}` there.") from None
         except (errors.HTTPError, OSError) as error:
-            raise _out_of_reach(source.full, error) from None
+            raise UserError(
+                f"{source.full}: the hub cannot be reached ({type(error).__name__}). Check the network and try again, or name a local path. "
+                "HF_HUB_OFFLINE=1 takes what is in the local cache as it is."
+            ) from None
     raise UserError(
         f"{source.full}: the hub knows no {' or '.join(kinds or ('model', 'dataset'))} {source.name}, or it is gated: log in with `hf auth login`."
     )

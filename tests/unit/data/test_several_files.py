@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -127,7 +128,9 @@ def test_files_of_a_hub(build, refused, shards, monkeypatch):
         return str(target)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)  # the hub is there
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40)
+    )  # the hub is there
     built = build(f"hf:org/rows@{commit}/data/train-*", **WHOLE)
     assert asked[0] == ("org/rows", commit, "dataset", ["data/train-*"])
     record = built.report["source"]["train"]
@@ -141,5 +144,7 @@ def test_files_of_a_hub(build, refused, shards, monkeypatch):
 def test_a_pattern_that_matches_nothing_on_a_hub(refused, tmp_path, monkeypatch):
     (tmp_path / "snapshots" / ("0" * 40)).mkdir(parents=True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **_: str(tmp_path / "snapshots" / ("0" * 40)))
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)  # the hub is there
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40)
+    )  # the hub is there
     assert "no file matches. Check prepare.source." in refused(f"hf:org/rows@{'0' * 40}/data/test-*", **WHOLE)

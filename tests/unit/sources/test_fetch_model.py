@@ -210,7 +210,7 @@ def test_tag_in_the_hub_cache_is_used_without_a_network(tmp_path, base, hub_cach
 
 
 def test_commit_in_the_hub_cache_is_used_at_once_without_a_network(tmp_path, hub_cache):
-    """A commit hash names one content for ever: nothing has to be asked, so no half minute goes into retries."""
+    """HF_HUB_OFFLINE takes what is there: nothing is asked, so no half minute goes into retries."""
     done = from_hub(f"hf:org/tiny@{COMMIT}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(hub_cache / "snapshots" / COMMIT), COMMIT]
