@@ -7,6 +7,7 @@ import yaml
 
 from slmake import params
 from slmake.scoring.gates import table
+from slmake.scoring.metrics import held_out
 from slmake.text import code_span, markdown, one_line, printable
 
 NAMES = {"base": "base", "adapter": "base with adapter", "merged": "fine-tuned and merged"}
@@ -97,16 +98,18 @@ def parity_table(parity: dict) -> list[str]:
 
 
 def limited(facts: dict) -> bool:
-    """Whether evaluate.max_samples left out rows."""
+    """Whether evaluate.max_samples left out answers."""
     scored = facts["metrics"]["test_rows"]
-    return scored == facts["limit"] and scored < facts["dataset"]["rows"]["test"]
+    return scored == facts["limit"] and scored < held_out(facts["dataset"])
 
 
-def scored_on(metrics: dict, quantize: dict, limited: bool = False) -> str:
+def scored_on(facts: dict) -> str:
     """What the scores are of, in a paragraph."""
+    metrics, quantize = facts["metrics"], facts["quantize"]
     if metrics["test_rows"]:
-        first = "first " * limited
-        return f"On the {first}{metrics['test_rows']} held-out rows. An answer counts as right if it is the expected one to the letter."
+        chats = held_out(facts["dataset"]) != facts["dataset"]["rows"]["test"]
+        scored = f"{'first ' * limited(facts)}{metrics['test_rows']} {'answers of the held-out rows' if chats else 'held-out rows'}"
+        return f"On the {scored}. An answer counts as right if it is the expected one to the letter."
     calibrated = " The weights were calibrated with the same texts, so the figures flatter them." * (
         quantize["calibration"] == "gptq"
     )
@@ -116,9 +119,9 @@ def scored_on(metrics: dict, quantize: dict, limited: bool = False) -> str:
     )
 
 
-def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | None) -> dict:
+def metadata(section, facts: dict, labels: list[str] | None) -> dict:
     """The YAML head that model hubs read."""
-    source = base["source"]
+    source, metrics, last = facts["base"]["source"], facts["metrics"], facts["last"]
     head: dict = {
         "license": section.license.lower(),
         "language": list(section.language),
@@ -133,19 +136,25 @@ def metadata(section, base: dict, metrics: dict, last: str, labels: list[str] | 
     kinds = [("accuracy", "accuracy")] + ([("f1", "macro_f1")] if labels else [("rouge", "rouge_l")])
     results = [{"type": kind, "value": metrics[last][key], "name": key} for kind, key in kinds]
     task = {"type": head["pipeline_tag"]}
-    data = {"name": section.name, "type": "held-out test split"}
+    data = {
+        "name": section.name,
+        "type": "part of the held-out test split" if limited(facts) else "held-out test split",
+    }
     head["model-index"] = [{"name": section.name, "results": [{"task": task, "dataset": data, "metrics": results}]}]
     return head
 
 
-def usage(form: dict) -> list[str]:
-    """How to run the package, and what it answers."""
+def usage(form: dict, tuned: bool) -> list[str]:
+    """How to run the package, and what it answers; `tuned`: it was trained here."""
     arguments = " ".join(f'"{field}"' for field in form["fields"] or ["text"])
     lines = ["## How to run it", "", "    pip install onnxruntime-genai", f"    python run.py {arguments}", ""]
     lines += ["Over HTTP, as OpenAI's API, with a page to try it:", ""]
     lines += ["    pip install onnxruntime-genai starlette uvicorn pydantic", "    python serve.py", ""]
     if form["prompt"] is not None and "texts" not in form:
-        lines += ["The prompt that it was trained on is in prompt.json, and run.py fills it in:", ""]
+        lines += [
+            f"The prompt that it was {'trained on' if tuned else 'scored with'} is in prompt.json, and run.py fills it in:",
+            "",
+        ]
         lines += [f"    {printable(line)}" for line in re.split("\r\n|\r|\n", form["prompt"])] + [""]
     if form["labels"]:
         lines += [f"It answers with one of: {', '.join(map(markdown, form['labels']))}.", ""]
@@ -157,17 +166,21 @@ def origin(record: dict) -> str:
     return code_span(record["source"]) + (f", SHA-256 `{record['sha256']}`." if record.get("sha256") else ".")
 
 
-def ingredients(facts: dict) -> list[str]:
-    """Base model, adapter and data."""
-    rows, scored = facts["dataset"]["rows"], facts["metrics"]["test_rows"]
-    held = f"(the scores below are of the first {scored})" if limited(facts) else "for the scores below"
+def ingredients(facts: dict, tuned: bool) -> list[str]:
+    """Base model, adapter and data; `tuned`: it was trained here."""
+    rows, scored, answers = facts["dataset"]["rows"], facts["metrics"]["test_rows"], held_out(facts["dataset"])
+    of = f" of their {answers} answers" * (answers != rows["test"])
+    held = f"(the scores below are of the first {scored}{of})" if limited(facts) else "for the scores below"
+    use = f"{rows['train']} to train on, {rows['eval']} for the loss during training"
+    if not tuned:
+        use = f"{rows['train']} in the train split and {rows['eval']} in the eval split, on which nothing was trained here"
     lines = ["## What it was made from", "", f"- Base model: {origin(facts['base'])}"]
     if facts["adapter"]:
         lines.append(f"- Adapter, made elsewhere: {code_span(facts['adapter']['source'])}.")
     lines += [f"- Data ({split}): {origin(source)}" for split, source in facts["dataset"]["source"].items()]
     return [
         *lines,
-        f"- Rows: {rows['train']} to train on, {rows['eval']} for the loss during training, {rows['test']} held out {held}."
+        f"- Rows: {use}, {rows['test']} held out {held}."
         if facts["dataset"]["source"]
         else "- No dataset: the model was not scored on a task.",
         "",
@@ -248,7 +261,7 @@ def gates_part(gates: list[dict]) -> list[str]:
 def scores(facts: dict, classes: bool, gates: list[dict]) -> list[str]:
     """What was measured on the held-out rows, or on the fixed texts, and the gates that it passed."""
     metrics, last = facts["metrics"], facts["last"]
-    lines = ["## Scores", "", scored_on(metrics, facts["quantize"], limited(facts)), ""]
+    lines = ["## Scores", "", scored_on(facts), ""]
     if device := metrics.get("providers", {}).get(last):
         lines += [
             f"They were computed on {device['scored_on']}, because {device['exported_for']}, which this model was exported for, was not "
@@ -281,10 +294,10 @@ def write(section, facts: dict, form: dict, training: dict | None, gates: list[d
         training: the section `finetune` as a dictionary; None without fine-tuning.
         gates: the judged gates.
     """
-    head = single_lines(metadata(section, facts["base"], facts["metrics"], facts["last"], form["labels"]))
+    head = single_lines(metadata(section, facts, form["labels"]))
     head = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=10**6)
     lines = ["---", head.rstrip(), "---", "", f"# {markdown(section.name)}", "", prose(section.intended_use), ""]
-    lines += [*usage(form), *ingredients(facts)]
+    lines += [*usage(form, bool(training)), *ingredients(facts, bool(training))]
     if training:
         lines += training_part(training, facts["trained"])
     lines += [*quantization(facts), *scores(facts, bool(form["labels"]), gates)]

@@ -6,11 +6,15 @@ import uuid
 from hashlib import sha256 as hash_of
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import quote
 
 from slmake.errors import UserError
+from slmake.packaging import card
 from slmake.packaging.checksums import BOM, sums_text
 from slmake.packaging.provenance import build_time
+from slmake.scoring.metrics import held_out
 
+BESIDE = "torch"  # installed beside the lock: its CPU and CUDA builds have different hashes
 RUNTIMES = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 
 
@@ -80,26 +84,29 @@ def data(sources: dict) -> list[dict]:
 def libraries(lock: Path) -> list[dict]:
     """The packages of the environment as components; a user of the package needs the runtime only.
 
-    The version is the one that is installed; where the lock has another, or the package is for a target that is not here, a
+    The version is the one that is installed; where the lock has another or none, or the package is for a target that is not here, a
     property says so.
     """
     components = []
     pinned, conditional = locked(lock)
+    if installed(BESIDE):
+        pinned.setdefault(BESIDE, set())
     for package, versions in pinned.items():
         here = installed(package)
         if not here and package in conditional:
             continue  # for another platform or Python
         version = here or max(versions)
+        purl = f"pkg:pypi/{package.lower()}@{quote(version, safe='')}"
         component: dict = {
             "type": "library",
-            "bom-ref": f"pkg:pypi/{package.lower()}@{version}",
+            "bom-ref": purl,
             "name": package,
             "version": version,
-            "purl": f"pkg:pypi/{package.lower()}@{version}",
+            "purl": purl,
             "scope": "required" if package in RUNTIMES else "excluded",
         }
         if here not in versions:
-            names = {"slmake:locked": ", ".join(sorted(versions)), "slmake:installed": here or "no"}
+            names = {"slmake:locked": ", ".join(sorted(versions)) or "no", "slmake:installed": here or "no"}
             component["properties"] = [{"name": name, "value": value} for name, value in names.items()]
         components.append(component)
     return components
@@ -109,13 +116,16 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
     """A CycloneDX 1.6 machine-learning bill of materials (https://cyclonedx.org/docs/1.6/json/).
 
     Args:
-        facts: `task`, `architecture`, `base` (results/base.json), `adapter` (results/adapter.json, or None), `dataset` (results/dataset.json), `metrics`, `last`.
+        facts: `task`, `architecture`, `base` (results/base.json), `adapter` (results/adapter.json, or None), `dataset` (results/dataset.json), `metrics`, `limit`
+            (evaluate.max_samples), `last`.
         files: SHA-256 of the package's files.
         lock: the environment's lock file.
     """
     digest = hash_of(sums_text(files).encode()).hexdigest()
     splits = data(facts["dataset"]["source"])
     rows = "test split" if splits else "fixed texts"
+    if card.limited(facts):
+        rows = f"first {facts['limit']} of the {held_out(facts['dataset'])} answers of the test split"
     contents = [
         {"type": "file", "bom-ref": f"file:{file}", "name": file, "hashes": hashes(value)}
         for file, value in sorted(files.items())

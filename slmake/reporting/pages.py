@@ -10,7 +10,7 @@ from slmake.csv_files import read_csv
 from slmake.errors import UserError
 from slmake.export.proposals import described
 from slmake.scoring.gates import MODELS, SIGNS, judge, number, read_published
-from slmake.scoring.metrics import is_right
+from slmake.scoring.metrics import held_out, is_right
 from slmake.text import printable
 
 STYLE = """
@@ -75,7 +75,7 @@ def verdict(metrics: dict, gates: list[dict], problem: str) -> str:
     last, first = metrics[names[-1]], metrics[names[0]]
     if metrics["test_rows"]:
         ends = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
-        score = f"accuracy {last['accuracy']:.1%} ({ends}) on {metrics['test_rows']:,} held-out rows"
+        score = f"accuracy {last['accuracy']:.1%} ({ends}) on {metrics['test_rows']:,} held-out answers"
     else:
         score = f"no dataset; perplexity {last['perplexity']:,.2f} of {metrics['texts']} fixed texts"
     share = f", {last['size_bytes'] / first['size_bytes']:.0%} of {names[0]}'s size" if len(names) > 1 else ""
@@ -133,7 +133,7 @@ def overview(
         summary,
         "<h2>Inputs</h2>",
         html_table(["", "source", "SHA-256"], inputs),
-        _rows_read(dataset),
+        _rows_read(dataset, metrics["test_rows"], "finetune" in everything.all.stages),
         "<h2>Models</h2>",
         html_table(["model", "size", score], sizes),
         "<h2>Settings</h2>",
@@ -141,14 +141,21 @@ def overview(
     )
 
 
-def _rows_read(dataset: dict) -> str:
-    """How many rows went where, as a paragraph."""
+def _rows_read(dataset: dict, scored: int, tuned: bool) -> str:
+    """How many rows went where, as a paragraph; `scored` answers of the test split; `tuned`: something was trained on the others."""
     rows = dataset["rows"]
     if not dataset["source"]:
         return f"<p>No dataset: {dataset['texts']} fixed texts measure the models.</p>"
+    uses = (
+        ("to train on", "for the loss during training")
+        if tuned
+        else ("for training", "for its loss (nothing was trained)")
+    )
+    answers = held_out(dataset)
+    some = f", of whose {answers:,} answers the first {scored:,} are scored" * (scored < answers)
     return (
-        f"<p>{rows['read']:,} rows read: {rows['train']:,} to train on, {rows['eval']:,} for the loss during training, {rows['test']:,} "
-        f"held out for the test. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of "
+        f"<p>{rows['read']:,} rows read: {rows['train']:,} {uses[0]}, {rows['eval']:,} {uses[1]}, {rows['test']:,} "
+        f"held out for the test{some}. {dataset['truncated']:,} prompts truncated, {dataset['duplicates']['removed_from_train']:,} near copies of "
         "held-out rows removed.</p>"
     )
 
@@ -172,7 +179,7 @@ def scores_page(metrics: dict) -> str:
                 ends = f" ({scores[f'{key}_low']:.3f} to {scores[f'{key}_high']:.3f})" if f"{key}_low" in scores else ""
                 cells.append(f"{scores[key]:,.3f}{ends}" if key in scores else "–")
         rows.append(cells)
-    about = f"{metrics['test_rows']} held-out rows; 95% intervals by bootstrap in brackets."
+    about = f"{metrics['test_rows']} held-out answers; 95% intervals by bootstrap in brackets."
     if not metrics["test_rows"]:
         about = f"No dataset: {metrics['texts']} fixed texts, each behind its opening."
     parts = [f"<p>{about}</p>", html_table(["", *names], rows)]
@@ -313,7 +320,7 @@ def cost_page(timings: dict, benchmarks: Path, built: Collection[str]) -> str:
 def rows_page(examples: list[dict]) -> str:
     """Rows as the model sees them: trained text in colour, special tokens framed."""
     parts = [
-        '<p>The first rows of train, as the model reads them. <span class="row trained">Green text</span> is what it learns to say, '
+        '<p>The first rows of train, as the model reads them. <span class="row trained">Green text</span> is what a training teaches it to say, '
         '<span class="row special">framed text</span> a special token. One row in a terminal: <code>make preview ROW=3</code>.</p>'
     ]
     for example in examples:

@@ -11,6 +11,11 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\
 WORD = rf"(?V1)[[{UNSPACED}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]*"
 
 
+def held_out(dataset: dict) -> int:
+    """How many answers the test split has, by what prepare recorded: of a conversation one for each trained turn, else one for each row."""
+    return dataset.get("sequences", dataset["rows"])["test"]
+
+
 def is_right(expected: str, answer: str) -> bool:
     """Whether an answer is the expected text, or a label: exact match, the whole answer without outer white space."""
     return answer == expected

@@ -4,11 +4,14 @@ import json
 
 import pytest
 from package_script import GATE, SLOW, pack
+from tiny import ROOT
 
 from slmake import params
 from slmake.errors import UserError
 from slmake.packaging import card, contents, sbom
+from slmake.reporting import pages
 
+REPORTED = {"truncated": 0, "duplicates": {"removed_from_train": 0}}
 CURVE = "step,epoch,loss,learning_rate,processes,threads\n2,0.25,2.1,0.0002,1,4\n3,0.375,2.0,0.0001,1,4\n"
 
 
@@ -51,6 +54,18 @@ def test_a_damaged_loss_curve_is_refused(tmp_path, curve):
         contents.trained(file)
 
 
+def facts_of(answers: int, limit: int | None) -> dict:
+    """What a build knows that scored the test split's answers, of 24 rows, up to a limit."""
+    dataset = {
+        "rows": {"read": 72, "train": 40, "eval": 8, "test": 24},
+        "sequences": {"train": 40, "eval": 8, "test": answers},
+        "source": {"train": {"source": "data/rows.json"}},
+    }
+    metrics = {"test_rows": min(limit or answers, answers), "int4": {"accuracy": 0.5, "rouge_l": 0.5}}
+    facts = {"base": {"source": "data/base"}, "adapter": None, "dataset": dataset, "metrics": metrics, "limit": limit}
+    return facts | {"quantize": {}, "last": "int4"}
+
+
 @pytest.mark.parametrize(
     ("limit", "rows", "scores"),
     [
@@ -61,11 +76,65 @@ def test_a_damaged_loss_curve_is_refused(tmp_path, curve):
     ],
 )
 def test_the_card_says_which_rows_were_scored(limit, rows, scores):
-    metrics = {"test_rows": min(limit or 24, 24)}
-    dataset = {"rows": {"train": 40, "eval": 8, "test": 24}, "source": {"train": {"source": "data/rows.json"}}}
-    facts = {"base": {"source": "data/base"}, "adapter": None, "dataset": dataset, "metrics": metrics, "limit": limit}
-    assert rows in "\n".join(card.ingredients(facts))
-    assert card.scored_on(metrics, {}, card.limited(facts)).startswith(scores)
+    facts = facts_of(24, limit)
+    assert f"40 to train on, 8 for the loss during training, {rows}" in "\n".join(card.ingredients(facts, True))
+    assert card.scored_on(facts).startswith(scores)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows", "scores"),
+    [
+        (None, "24 held out for the scores below.", "On the 60 answers of the held-out rows."),
+        (
+            24,
+            "24 held out (the scores below are of the first 24 of their 60 answers).",
+            "On the first 24 answers of the held-out rows.",
+        ),
+    ],
+)
+def test_of_conversations_answers_are_counted(limit, rows, scores):
+    facts = facts_of(60, limit)
+    assert rows in "\n".join(card.ingredients(facts, True))
+    assert card.scored_on(facts).startswith(scores)
+    shown = pages._rows_read(facts["dataset"] | REPORTED, facts["metrics"]["test_rows"], True)
+    assert ("of whose 60 answers the first 24 are scored" in shown) == bool(limit)
+    assert "40 to train on" in shown
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_nothing_is_said_of_a_training_that_was_not(tuned):
+    form = {"labels": None, "fields": ["phrase"], "prompt": "{phrase}"}
+    text = "\n".join([*card.usage(form, tuned), *card.ingredients(facts_of(24, None), tuned)])
+    assert ("trained on is in prompt.json" in text) == ("40 to train on" in text) == tuned
+    assert ("scored with is in prompt.json" in text) == ("on which nothing was trained here" in text) == (not tuned)
+    shown = pages._rows_read(facts_of(24, None)["dataset"] | REPORTED, 24, tuned)
+    assert ("40 to train on" in shown) == tuned
+    assert ("nothing was trained" in shown) == (not tuned)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows"), [(None, "test split"), (10, "first 10 of the 24 answers of the test split")]
+)
+def test_head_and_bill_say_that_a_part_was_scored(limit, rows):
+    facts = facts_of(24, limit) | {"task": "text-generation", "architecture": "llama"}
+    head = card.metadata(params.Package(), facts, None)
+    assert (
+        head["model-index"][0]["results"][0]["dataset"]["type"] == "part of the " * bool(limit) + "held-out test split"
+    )
+    bill = sbom.bill_of_materials("x", "MIT", "use", facts, {}, ROOT / "envs" / "cpu.lock")
+    analysis = bill["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]
+    assert {metric["slice"] for metric in analysis["performanceMetrics"]} == {rows}
+
+
+def test_the_bill_names_torch_which_stands_beside_the_lock(tmp_path, monkeypatch):
+    lock = tmp_path / "lock"
+    lock.write_text("numpy==0.1\n", encoding="utf-8")
+    monkeypatch.setattr(sbom, "installed", lambda package: "2.0+cpu")
+    (torch,) = [part for part in sbom.libraries(lock) if part["name"] == "torch"]
+    assert (torch["version"], torch["purl"]) == ("2.0+cpu", "pkg:pypi/torch@2.0%2Bcpu")
+    assert {"name": "slmake:locked", "value": "no"} in torch["properties"]
+    monkeypatch.setattr(sbom, "installed", lambda package: None)
+    assert [part["name"] for part in sbom.libraries(lock)] == ["numpy"]
 
 
 @pytest.mark.parametrize(
