@@ -266,6 +266,7 @@ class Plan:
             *self.scored_constraint,
             *self.task_files,
             *self.constraint,
+            *self.published_metrics,
             *map(os.path.relpath, snakefiles(self.snakefile)),
             *sorted(files),
             *LOCKS,

@@ -107,7 +107,7 @@ def test_remote_data_is_no_file_here(plan):
         ("data/base/config.json", {"fetch_model"}),
         ("LICENSE", {"package"}),
         ("containers/Containerfile", {"package"}),
-        ("last.json", {"gates", "report"}),
+        ("last.json", {"gates", "report", "package"}),
         ("key.pem", {"package"}),
     ],
 )
@@ -203,6 +203,7 @@ def test_a_package_names_what_can_change_it(plan):
     assert not [name for name in materials if name.startswith(("tools/", "slmake/reporting/", "slmake/azureml/"))]
     assert not {"scripts/report.py", "scripts/publish.py", "scripts/search.py", "scripts/candidate.py"} & set(materials)
     assert len(materials) == len(set(materials))
+    assert plan(gates={"published": "last.json"}).materials() == [*materials[:1], "last.json", *materials[1:]]
 
 
 def test_a_search_is_among_the_materials(plan):
