@@ -12,8 +12,14 @@ from slmake.errors import UserError
 STATE = ("bad_evaluations", "best", "stopped", "window", "train_curve", "eval_curve")
 
 
-def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1, threads: int = 1) -> str:
-    """Digest of all that a checkpoint depends on: parameters, base, dataset, code, library versions, processes and their threads."""
+def fingerprint(
+    section: params.Finetune, base: Path, dataset: Path, dtype, world: int = 1, threads: int = 1, packed: bool = False
+) -> str:
+    """Digest of all that a checkpoint depends on.
+
+    Beside parameters, base, dataset, code and library versions: processes and their threads, and whether weights are packed, which
+    depends on the memory. They decide in which order a product's sums are taken.
+    """
     import hashlib
 
     import peft
@@ -27,7 +33,8 @@ def fingerprint(section: params.Finetune, base: Path, dataset: Path, dtype, worl
         "code": digest(code("finetune"), root=ROOT),
         "dtype": str(dtype),
         "world": world,
-        "threads": threads,  # they decide in which order a product's sums are taken
+        "threads": threads,
+        "packed": packed,
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

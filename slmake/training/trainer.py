@@ -23,7 +23,7 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY":
 
 
 def room_to_pack(parameters: int) -> bool:
-    """Whether bfloat16 weights and two packed copies fit into half of this machine's memory: a machine always decides the same."""
+    """Whether bfloat16 weights and two packed copies fit into half of the memory that this process may use."""
     return 3 * 2 * parameters <= memory.available() / 2
 
 
@@ -66,12 +66,12 @@ class Trainer:
         self.schedule = Schedule(section, self.train.sequence_lengths)
         # Of each process; 0 on a GPU, where they compute nothing.
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        self._load(base)
         key = None
         if self.group.is_main_process:
             dtype = pick_dtype(section.compute_dtype, self.device)
-            key = fingerprint(section, base, dataset, dtype, self.group.world, self.threads)
+            key = fingerprint(section, base, dataset, dtype, self.group.world, self.threads, self.packed)
         self.checkpoints = Checkpoints(checkpoints, self.group.broadcast(key))
-        self._load(base)
         self.trained = {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -110,8 +110,8 @@ class Trainer:
         self.head = Head(self.peft.get_base_model())
         join = section.qat == "none"
         weights_fixed = join and section.sharding == "none"
-        pack = weights_fixed and self._pack()
-        replaced = {"lora": lora_linear.fuse(self.peft, join, weights_fixed, pack)}
+        self.packed = weights_fixed and self._pack()
+        replaced = {"lora": lora_linear.fuse(self.peft, join, weights_fixed, self.packed)}
         operations = fused_ops if self.device.type == "cpu" else gpu_ops
         replaced |= operations.fuse(self.peft.get_base_model())
         self.qat = None
@@ -160,8 +160,8 @@ class Trainer:
         if checkpoint is None:
             if self.group.is_main_process and self.checkpoints.others():
                 self.job.say(
-                    f"starts anew: the checkpoints in {self.checkpoints.all} are of other inputs, parameters or code, or of another number "
-                    "of processes or threads"
+                    f"starts anew: the checkpoints in {self.checkpoints.all} are of other inputs, parameters or code, of another number "
+                    "of processes or threads, or of weights that were packed otherwise, with another limit of memory"
                 )
             return
         import torch

@@ -166,6 +166,7 @@ def test_fingerprint_depends_on_parameters_base_and_dataset_and_not_on_places(tm
     assert checkpoints_module.fingerprint(section, base, dataset, "bfloat16") != key
     assert checkpoints_module.fingerprint(section, base, dataset, "float32", world=2) != key
     assert checkpoints_module.fingerprint(section, base, dataset, "float32", threads=2) != key
+    assert checkpoints_module.fingerprint(section, base, dataset, "float32", packed=True) != key
     assert checkpoints_module.fingerprint(params.Finetune(**{**SETTINGS, "seed": 1}), base, dataset, "float32") != key
     for folder, name in zip(copies, ("config.json", "prompt.json"), strict=True):
         text = (folder / name).read_text(encoding="utf-8")
