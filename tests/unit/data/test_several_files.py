@@ -37,7 +37,7 @@ def test_files_are_read_in_the_order_of_their_names(build, shards, pattern):
     built = build(f"{shards}{pattern}", **WHOLE)
     assert (built.folder / "train.parquet").read_bytes() == (one.folder / "train.parquet").read_bytes()
     record = built.report["source"]["train"]
-    assert record["source"] == f"{shards}{pattern}"
+    assert record["source"] == f"{shards}{pattern}".rstrip("/")  # a folder is recorded by one name
     assert [Path(name).name for name in record["files"]] == [
         f"train-0000{i}-of-00003{end}" for i, end in enumerate((".parquet", ".jsonl", ".json.gz"))
     ]
