@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from tiny import write_params
 
 from scripts import evaluate, prepare
@@ -32,6 +34,26 @@ def export(model: Path, folder: Path, precision: str) -> Path:
     folder.mkdir(parents=True)
     builder.export(section, model, folder, folder.parent / "cache")
     return folder
+
+
+def random_adapter(base: Path, folder: Path, rank: int = 4):
+    """A LoRA adapter of random weights on a base, saved in `folder`; returns PEFT's model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(folder)
+    return model
+
+
+def merged_adapter(base: Path, folder: Path, rank: int = 4) -> dict[str, Path]:
+    """A base, a random adapter on it, and the merge of both by PEFT, as the script's models; the last two lie in `folder`."""
+    model = random_adapter(base, folder / "adapter", rank)
+    shutil.copytree(base, folder / "merged")
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    return {"base": base, "adapter": folder / "adapter", "merged": folder / "merged"}
 
 
 def run(

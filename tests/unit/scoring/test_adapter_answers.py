@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_script import read_json, read_rows, run
+from evaluate_script import merged_adapter, read_json, read_rows, run
 from safetensors.torch import load_file, save_file
 
 from slmake.scoring import adapter_answers
@@ -18,17 +18,7 @@ SECTION = {"max_new_tokens": 4, "parity_prompts": 4}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, taught) -> dict[str, Path]:
     """The taught model, a small adapter that changes some of its answers, and their merge."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32), config)
-    model.save_pretrained(folder / "adapter")
-    shutil.copytree(taught, folder / "merged")
-    model.merge_and_unload().save_pretrained(folder / "merged")
-    return {"base": taught, "adapter": folder / "adapter", "merged": folder / "merged"}
+    return merged_adapter(taught, tmp_path_factory.mktemp("adapter"), rank=2)
 
 
 def _answers(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_script import export, make_dataset, read_json, read_rows, run
+from evaluate_script import export, make_dataset, merged_adapter, random_adapter, read_json, read_rows, run
 from tiny import make_rows, write_params
 
 from slmake import cli
@@ -139,16 +139,7 @@ def test_labels_that_share_their_first_tokens(tmp_path, base):
 
 def test_adapter_is_scored_on_its_base_and_compared_with_merged(tmp_path, base, dataset):
     """An adapter and the merge of it differ by rounding only."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    model.save_pretrained(tmp_path / "adapter")
-    shutil.copytree(base, tmp_path / "merged")
-    model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    models = {"base": base, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}
+    models = merged_adapter(base, tmp_path)
     metrics = read_json(run(tmp_path / "run", dataset, models=models, max_new_tokens=2) / "metrics.json")
     assert list(metrics) == ["test_rows", "base", "adapter", "merged", "parity", "drop"]
     found = metrics["parity"]["merged_vs_adapter"]
@@ -164,15 +155,9 @@ def test_adapter_is_scored_on_its_base_and_compared_with_merged(tmp_path, base, 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_qlora_adapter_is_scored_on_its_own_4_bit_base(tmp_path, base, dataset, double_quant):
     """With `onto: dequantized`, adapter and merged are the same model again."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     from scripts import merge
 
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    model.save_pretrained(tmp_path / "adapter")
+    random_adapter(base, tmp_path / "adapter")
     sections = {
         "finetune": {"method": "qlora", "double_quant": double_quant, "compute_dtype": "float32"},
         "merge": {"onto": "dequantized"},
