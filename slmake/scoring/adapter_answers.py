@@ -36,7 +36,7 @@ def unclear(adapter: Run, merged: Run, asked: list[int]) -> list[int]:
 def fill(run: Run, source: Run, rows: Iterable[int]) -> None:
     """Copy the merged model's answers to `rows`, with their likelihoods; not its logits: parity compares what both computed."""
     for i in rows:
-        run.texts[i], run.answer_nll[i], run.margins[i] = source.texts[i], source.answer_nll[i], source.margins[i]
+        run.texts[i], run.answer_nll[i] = source.texts[i], source.answer_nll[i]
         run.choices[i : i + 1] = source.choices[i : i + 1]
 
 

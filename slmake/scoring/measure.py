@@ -93,8 +93,8 @@ def ask_all(
     new_tokens: int,
     job: cli.Job,
 ) -> tuple[dict[str, Run], dict]:
-    """Every model's run, and facts about the exported model: how far its tokenizer agrees with training's, its answers with
-    `evaluate.constrain`, and its execution provider where it was scored on another one.
+    """Every model's run, and facts: how far the exported model's tokenizer agrees with training's, its answers with
+    `evaluate.constrain`, its execution provider where it was scored on another one, and how many rows the adapter was asked.
 
     Args:
         folders: the models by name, in the order they are made; `adapter_base` is the base of the adapter.
