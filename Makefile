@@ -128,7 +128,7 @@ format: setup ## format code and Snakefile
 
 docs: setup ## regenerate docs/params.*, dvc.yaml and azureml/pipeline.yml
 	$(BIN)/python -m slmake.params.docs --output docs
-	$(BIN)/python -m slmake.platforms.dvc_yaml --output dvc.yaml
+	$(BIN)/python -m slmake.platforms.dvc_yaml
 	$(BIN)/python -m tools.azureml compile
 
 models: setup ## try a twin of each model in tools/models.yaml, write docs/models.md

@@ -203,7 +203,7 @@ rule candidate:
         model=PLAN.tuned,
         dataset="build/dataset",
         reference=lambda wildcards: when(wildcards.candidate != "merged", "build/search/merged"),
-        earlier=lambda wildcards: PLAN.earlier(wildcards.candidate),
+        batch_before=lambda wildcards: PLAN.batch_before(wildcards.candidate),
     output:
         directory("build/search/{candidate}"),
     log:
@@ -226,7 +226,7 @@ rule candidate:
         " --model {input.model}"
         " --dataset {input.dataset}"
         " {params.reference}"
-        " --earlier {input.earlier}"
+        " --batch-before {input.batch_before}"
         " --output {output}"
         " --log {log}"
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="the tokenized dataset's folder")
     parser.add_argument("--reference", type=Path, help="the merged model's measurements")
     parser.add_argument(
-        "--earlier", type=Path, nargs="*", default=[], help="folders of the candidates of earlier batches"
+        "--batch-before", type=Path, nargs="*", default=[], help="folders of the candidates of the batch before"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     args = parser.parse_args(argv)
@@ -73,9 +73,9 @@ def measure_candidate(
     section, scoring = everything.quantize, everything.evaluate
     if args.reference is None:
         raise UserError("a candidate is compared with merged: give --reference.")
-    measured = selection.measured_figures(args.earlier, section.search.objective)
+    measured = selection.figures_before(args.batch_before, section.search.objective)
     options = proposals.proposal(section, number, measured)
-    result: dict = {"candidate": number, "options": options}
+    result: dict = {"candidate": number, "options": options, "figures_before": measured}
     job.log(f"candidate {number}: {json.dumps(options)}")
     model = folder / "model"
     model.mkdir()

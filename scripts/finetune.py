@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if distributed.launch(args.nproc_per_node, "scripts.finetune", sys.argv[1:] if argv is None else argv, args.log):
         return
+    distributed.set_rank()
     with cli.job("finetune", distributed.redirect_worker_output(args.log)) as job, distributed.process_group() as group:
         section = params.section(args.params, "finetune")
         if not group.is_main_process:

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
                 outputs.read_json(folder / "measured.json", output=folder)
                 for folder in (args.reference, *args.candidates)
             )
+            for candidate in candidates:
+                del candidate["figures_before"]  # the others' own
             result = choose(everything, reference, candidates)
             outputs.write_json(target, result)
         job.say(

@@ -110,13 +110,13 @@ class Plan:
 
         return [f"build/search/{number}" for number in range(count(self.params.quantize))]
 
-    def earlier(self, candidate: str) -> list[str]:
-        """Candidates that must be measured before this one can be proposed."""
+    def batch_before(self, candidate: str) -> list[str]:
+        """Folders of the candidates that must be measured before this one can be proposed."""
         if candidate == "merged":
             return []
-        from slmake.export.proposals import earlier
+        from slmake.export.proposals import batch_before
 
-        return self.candidates[: earlier(self.params.quantize, int(candidate))]
+        return self.candidates[batch_before(self.params.quantize, int(candidate))]
 
     def candidate_section(self, candidate: str) -> str:
         """What a candidate is built again for, as text."""

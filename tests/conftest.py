@@ -162,7 +162,7 @@ def repository_of_built(built, tmp_path_factory) -> Path:
             "git config user.name test",
             "dvc init -q",
             f"cp {ROOT}/.dvc/config .dvc/config",
-            "python -m slmake.platforms.dvc_yaml --before-build",
+            "python -m slmake.platforms.dvc_yaml",
             "python -m tools.record",
             "git add -A",
             "git commit -q -m build",

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 
 from slmake import params
 from slmake.errors import UserError
@@ -58,14 +59,18 @@ def count(section: params.Quantize) -> int:
     return min(combinations, section.search.budget)
 
 
-def earlier(section: params.Quantize, number: int) -> int:
-    """The number of candidates that must be measured before this one is proposed: those of earlier batches; none for a grid."""
+def batch_before(section: params.Quantize, number: int) -> slice:
+    """The candidates that must be measured before this one is proposed, the batch before its own; none for a grid, or a first batch.
+
+    Each of them has the figures of all batches before it, so that a candidate depends on one batch of files only.
+    """
     if len(grid(section)) <= section.search.budget:
-        return 0
-    return number // section.search.batch * section.search.batch
+        return slice(0)
+    begin = number // section.search.batch * section.search.batch
+    return slice(max(0, begin - section.search.batch), begin)
 
 
-def proposal(section: params.Quantize, number: int, measured: list[tuple[float, float] | None]) -> dict:
+def proposal(section: params.Quantize, number: int, measured: list[Sequence[float] | None]) -> dict:
     """The options of candidate `number`: from the grid, or as Optuna's sampler proposes them.
 
     The sampler has a seed and gets the same results in the same order, so every job computes the same proposals.

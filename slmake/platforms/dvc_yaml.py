@@ -1,6 +1,6 @@
 """Write dvc.yaml from the Snakefile: one stage per rule, each of which calls Snakemake for that rule alone.
 
-    python -m slmake.platforms.dvc_yaml --output dvc.yaml
+    python -m slmake.platforms.dvc_yaml
 
 Snakemake alone knows commands, environments and resources; DVC decides by content what is out of date. The rules, their
 inputs and outputs are read from `snakemake -n -F`, so that nothing is written twice.
@@ -237,13 +237,6 @@ def text() -> str:
     return HEADER + body
 
 
-def write(output: Path) -> None:
-    """Write dvc.yaml, and digests where there are some: other inputs of a stage are another digest, so that DVC runs it again."""
-    outputs.replace(output, text().encode())
-    if Path(DIGESTS).is_dir() and output == Path("dvc.yaml"):
-        write_digests()
-
-
 def given(checked: Params) -> set[str]:
     """Sections and parameters (`section.name`) that params.yaml has."""
     parameters = {f"{name}.{field}" for name, section in checked if section for field in section.model_fields_set}
@@ -272,7 +265,9 @@ def update() -> None:
     """
     if NOTE.is_file() and NOTE.read_text() == origin():
         return
-    write(Path("dvc.yaml"))
+    outputs.replace(Path("dvc.yaml"), text().encode())
+    if Path(DIGESTS).is_dir():  # other inputs of a stage are another digest, so that DVC runs it again
+        write_digests()
     if Path(".dvc").is_dir():
         _note_origin()
     remember()
@@ -317,18 +312,15 @@ def _refuse_other_entries() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("dvc.yaml"), help="file to write (default: dvc.yaml)")
     parser.add_argument("--digests", action="store_true", help=f"write {DIGESTS}, the rules' digests, instead")
-    parser.add_argument("--before-build", action="store_true", help="leave it to the build to report what is wrong")
     args = parser.parse_args(argv)
     try:
         if args.digests:
             write_digests()
-            return
-        update() if args.before_build else write(args.output)
+        else:
+            update()
     except UserError as error:
-        if not args.before_build:
-            sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

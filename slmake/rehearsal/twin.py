@@ -13,7 +13,7 @@ from slmake.model_folder import KEPT
 SEED = 20240101
 LEAST_LAYERS = 2
 EXPERTS = 4
-MOST_POSITIONS = 2**17  # the export's tables have a row for each; a rehearsal's texts are much shorter
+TWIN_POSITIONS = 2**17  # the export's tables have a row for each; a rehearsal's texts are much shorter
 # Configuration fields that hold the number of experts, by the names of the architectures that have them.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 LAYER_LISTS = ("layer_types", "no_rope_layers")  # configuration fields with an entry for each layer
@@ -54,8 +54,8 @@ def shrink(config):
         "hidden_size": heads * head_dim,
         "intermediate_size": 2 * heads * head_dim,
     }
-    if (getattr(config, "max_position_embeddings", None) or 0) > MOST_POSITIONS:
-        changes["max_position_embeddings"] = MOST_POSITIONS
+    if (getattr(config, "max_position_embeddings", None) or 0) > TWIN_POSITIONS:
+        changes["max_position_embeddings"] = TWIN_POSITIONS
     experts = next((name for name in EXPERT_COUNTS if getattr(config, name, None)), None)
     if experts:
         changes[experts] = min(EXPERTS, getattr(config, experts))

@@ -1,8 +1,10 @@
 """The rows that models are asked: prompt tokens of training, expected answers, labels."""
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,17 +39,77 @@ def separate(sequence: dict) -> list[dict]:
     return rows
 
 
+class Question(NamedTuple):
+    """A row that models are asked; of a sequence of several turns its last answer.
+
+    Attributes:
+        row: its number in its file.
+        turn: the answer's turn in its conversation; None without conversations.
+        tools: what the assistant may call; None without tools.
+        text: the prompt as text; None for one of several rows in a sequence (strategies join and packing).
+        prompt: int64 token ids, of training; cut as a user's prompt is, for whose answer there must be room.
+        answer: token ids, the end token included.
+        expected: the answer's text, as the model's tokens have it.
+    """
+
+    row: int
+    turn: int | None
+    tools: list[dict] | None
+    text: str | None
+    prompt: np.ndarray
+    answer: list[int]
+    expected: str
+
+
+def read_split(dataset: Path, split: str, form: dict, limit: int | None = None) -> Iterator[Question]:
+    """The rows of a split, at most `limit`.
+
+    Args:
+        form: of `prompts.load_prompt`.
+
+    Raises:
+        UserError: the split's file is damaged.
+    """
+    import pyarrow.parquet
+
+    file = dataset / f"{split}.parquet"
+    try:
+        known = pyarrow.parquet.read_schema(file).names
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file} is damaged: {error} Remove {dataset} and run snakemake: it is built again.") from None
+    columns = [name for name in COLUMNS if name in known]
+    table = pyarrow.parquet.read_table(file, columns=columns).slice(0, limit)
+    rows = (row for sequence in table.to_pylist() for row in separate(sequence))
+    return (_question(row, form) for row in islice(rows, limit))
+
+
+def _question(row: dict, form: dict) -> Question:
+    """The last answer of a row that is alone in its sequence."""
+    end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # without padding
+    start = end
+    while start and row["labels"][start - 1] != IGNORED:
+        start -= 1
+    prompt = row["input_ids"][:start]
+    if "max_prompt_tokens" in form:
+        prompt = truncate(prompt, form["max_prompt_tokens"], form["kept_token_id"])
+    return Question(
+        row=row["row"],
+        turn=row["turns"][-1] if row.get("turns") else None,
+        tools=json.loads(row["tools"]) if row.get("tools") else None,
+        text=row["prompt"],
+        prompt=np.array(prompt, dtype=np.int64),
+        answer=row["input_ids"][start:end],
+        expected=prompts.as_written(row["answer"], form).strip(),
+    )
+
+
 class Questions:
-    """Rows of the chosen splits as prompts (int64 token ids), expected answers and their tokens.
+    """Rows of the chosen splits, a list for each of their parts.
 
     Attributes:
         rows: number of every row in its file; an answer of a conversation counts as a row here.
         turns: number of every answer's turn in its conversation; empty without conversations.
-        tools: what the assistant may call in every row; None without tools.
-        texts: the prompt of every row as text; None for one of several rows in a sequence (strategies join and packing).
-        prompts: one int64 array of token ids per row, of training; cut as a user's prompt is, for whose answer there must be room.
-        answers: one list of token ids per row, the end token included.
-        expected: one text per row, as the model's tokens have it.
+        tools, texts, prompts, answers, expected: of every row, as `Question` has them.
         label_tokens: for a classification, token ids of every label, the end token included; else None.
         scored: the number of rows that are scored; the rows after them are asked for parity only.
         compared: the number of rows, from the first, that parity compares.
@@ -78,37 +140,14 @@ class Questions:
         self.label_tokens = self._label_tokens() if self.form["labels"] else None
 
     def _add(self, split: str, limit: int | None) -> None:
-        import pyarrow.parquet
-
-        file = self.dataset / f"{split}.parquet"
-        try:
-            known = pyarrow.parquet.read_schema(file).names
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(
-                f"{file} is damaged: {error} Remove {self.dataset} and run snakemake: it is built again."
-            ) from None
-        columns = [name for name in COLUMNS if name in known]
-        table = pyarrow.parquet.read_table(file, columns=columns).slice(0, limit)
-        rows = (row for sequence in table.to_pylist() for row in separate(sequence))
-        for row in islice(rows, limit):
-            self._add_row(row)
-
-    def _add_row(self, row: dict) -> None:
-        """Add the last answer of a row that is alone in its sequence."""
-        end = max(i for i, tag in enumerate(row["labels"]) if tag != IGNORED) + 1  # without padding
-        start = end
-        while start and row["labels"][start - 1] != IGNORED:
-            start -= 1
-        self.turns += row.get("turns", [])[-1:]
-        self.tools.append(json.loads(row["tools"]) if row.get("tools") else None)
-        self.rows.append(row["row"])
-        self.texts.append(row["prompt"])
-        prompt = row["input_ids"][:start]
-        if "max_prompt_tokens" in self.form:
-            prompt = truncate(prompt, self.form["max_prompt_tokens"], self.form["kept_token_id"])
-        self.prompts.append(np.array(prompt, dtype=np.int64))
-        self.answers.append(row["input_ids"][start:end])
-        self.expected.append(prompts.as_written(row["answer"], self.form).strip())
+        for question in read_split(self.dataset, split, self.form, limit):
+            self.rows.append(question.row)
+            self.turns += [] if question.turn is None else [question.turn]
+            self.tools.append(question.tools)
+            self.texts.append(question.text)
+            self.prompts.append(question.prompt)
+            self.answers.append(question.answer)
+            self.expected.append(question.expected)
 
     def extend_for_parity(self, count: int) -> None:
         """Add rows of eval and train after the scored ones until there are `count` prompts (or no more rows)."""
@@ -134,20 +173,8 @@ class Questions:
         known = dict(zip(self.expected, self.answers, strict=True))
         for split in ("eval", "train"):
             if set(labels) - known.keys():
-                rows = Questions.__new__(Questions)
-                rows.__dict__.update(
-                    dataset=self.dataset,
-                    form=self.form,
-                    rows=[],
-                    turns=[],
-                    tools=[],
-                    texts=[],
-                    prompts=[],
-                    answers=[],
-                    expected=[],
-                )
-                rows._add(split, None)
-                known = dict(zip(rows.expected, rows.answers, strict=True)) | known
+                questions = read_split(self.dataset, split, self.form)
+                known = {question.expected: question.answer for question in questions} | known
         missing = sorted(set(labels) - known.keys())
         if missing:
             raise UserError(f"{self.dataset}: no row has the label {missing[0]!r}. Build the dataset again.")

@@ -1,6 +1,7 @@
 """Choose among measured candidates: the gates on tuning rows, the Pareto front, the winner."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from slmake import outputs, params
@@ -124,11 +125,15 @@ def overview(result: dict, section: params.Quantize) -> str:
     return "\n".join(lines)
 
 
-def measured_figures(folders: list[Path], objective: str) -> list[tuple[float, float] | None]:
-    """Divergence and cost of earlier candidates, for the sampler; None for a candidate that could not be built."""
-    measured: list[tuple[float, float] | None] = []
-    for folder in folders:
-        result = outputs.read_json(folder / "measured.json", output=folder)
+def figures_before(folders: list[Path], objective: str) -> list[Sequence[float] | None]:
+    """Divergence and cost of all candidates of earlier batches, for the sampler; None for a candidate that could not be built.
+
+    Args:
+        folders: the candidates of the batch before; each has the figures of the batches before that.
+    """
+    results = [outputs.read_json(folder / "measured.json", "figures_before", output=folder) for folder in folders]
+    measured = results[0]["figures_before"] if results else []
+    for result in results:
         figures = None if "failed" in result else (result["parity"]["kl_mean"], cost(result, objective))
         measured.append(figures if figures and all(map(math.isfinite, figures)) else None)
     return measured

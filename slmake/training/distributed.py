@@ -148,12 +148,16 @@ def log_of(log: Path | None, rank: int) -> Path | None:
     return log if log is None or rank == 0 else log.with_name(f"{log.stem}.rank{rank}{log.suffix}")
 
 
-def redirect_worker_output(log: Path | None) -> Path | None:
-    """The log of rank 0; a worker's output is redirected to a log of its own, and nothing of it reaches the terminal."""
-    if "SLMAKE_SRUN" in os.environ:  # a task of `_srun`
+def set_rank() -> None:
+    """In a task of `_srun`, give PyTorch's variables of rank and size Slurm's values; torchrun has set them itself."""
+    if "SLMAKE_SRUN" in os.environ:
         names = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
         os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(os.environ["SLURM_NNODES"]))
+
+
+def redirect_worker_output(log: Path | None) -> Path | None:
+    """The log of rank 0; a worker's output is redirected to a log of its own, and nothing of it reaches the terminal."""
     rank = int(os.environ.get("RANK", 0))
     if log is None or not rank:
         return log

@@ -127,7 +127,7 @@ def built(folder: Path) -> Path:
     base = make_model(folder / "base", tie_word_embeddings=True)
     project = new_project(folder / "whole", base)
     commands = ["git init -q", "dvc init -q", "dvc config core.analytics false", "dvc config core.autostage false"]
-    commands.append("python -m slmake.platforms.dvc_yaml --before-build")
+    commands.append("python -m slmake.platforms.dvc_yaml")
     for command in commands:
         done = run(project, *command.split())
         assert done.returncode == 0, done.stdout

@@ -99,7 +99,7 @@ def test_dvc_yaml_follows_params_yaml(repository):
     assert done.returncode != 0
     assert "dvc.yaml does not watch data/phrases.jsonl, which params.yaml names" in done.stdout
     (repository / "data" / "dataset.json").unlink()
-    done = run(repository, "python", "-m", "slmake.platforms.dvc_yaml", "--before-build")
+    done = run(repository, "python", "-m", "slmake.platforms.dvc_yaml")
     assert done.returncode == 0, done.stdout
     deps = yaml.safe_load((repository / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["prepare"]["deps"]
     assert "data/phrases.jsonl" in deps
@@ -171,8 +171,9 @@ def test_receipts_with_the_marks_of_a_conflict_are_the_users_to_choose(repositor
 def test_what_is_wrong_in_params_yaml_is_reported_by_the_build_alone(repository):
     before = (repository / "dvc.yaml").read_bytes()
     change(repository, "prepare", seed=-3)
-    done = run(repository, "python", "-m", "slmake.platforms.dvc_yaml", "--before-build")
-    assert (done.returncode, done.stdout) == (0, "")
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 1
+    assert done.stdout.count("prepare.seed: -3 is not allowed") == 1, done.stdout
     done = run(repository, "python", "-m", "slmake.platforms.dvc_yaml")
     assert done.returncode == 1
     assert "prepare.seed: -3 is not allowed" in done.stdout
@@ -321,6 +322,6 @@ def test_a_rule_ends_with_its_snakemake(copy_of_built):
 
 def test_a_fresh_project_s_dvc_yaml_is_written_without_a_repository(base, tmp_path):
     project = new_project(tmp_path / "project", base)
-    done = run(project, "python", "-m", "slmake.platforms.dvc_yaml", "--before-build")
+    done = run(project, "python", "-m", "slmake.platforms.dvc_yaml")
     assert done.returncode == 0, done.stdout
     assert "data/base" in (project / "dvc.yaml").read_text()

@@ -71,7 +71,7 @@ def test_grid_is_every_possible_combination():
     ]
     assert {one["block_size"] for one in found} == {32}
     assert proposals.count(section(algo_config=["default", "rtn"])) == 2
-    assert proposals.earlier(section(algo_config=["default", "rtn"]), 1) == 0
+    assert proposals.batch_before(section(algo_config=["default", "rtn"]), 1) == slice(0)
 
 
 def test_a_longer_list_builds_only_what_is_new():
@@ -92,7 +92,8 @@ def test_optuna_proposes_under_the_budget_and_every_job_agrees():
     """Two batches of three: the second depends on what the first measured, and on nothing else."""
     some = section(**MANY, budget=6, batch=3)
     assert proposals.count(some) == 6
-    assert [proposals.earlier(some, number) for number in range(6)] == [0, 0, 0, 3, 3, 3]
+    batches = [slice(0, 0)] * 3 + [slice(0, 3)] * 3 + [slice(3, 6)]
+    assert [proposals.batch_before(some, number) for number in range(7)] == batches
     first = [proposals.proposal(some, number, []) for number in range(3)]
     measured = [(0.3, 100.0), None, (0.1, 90.0)]
     second = [proposals.proposal(some, number, measured) for number in (3, 4, 5)]
@@ -101,6 +102,26 @@ def test_optuna_proposes_under_the_budget_and_every_job_agrees():
     assert all(one in proposals.grid(some) for one in proposed)
     assert all(proposed.count(one) == 1 for one in proposed)
     assert first == [proposals.proposal(some, number, measured) for number in range(3)]
+
+
+def test_a_batch_carries_the_figures_of_all_batches_before(tmp_path):
+    """The third batch reads the second's files only; a candidate that failed, or diverged to infinity, has no figures."""
+
+    def write(number: int, before: list, **result) -> Path:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "measured.json").write_text(json.dumps({"figures_before": before, **result}), encoding="utf-8")
+        return folder
+
+    def figures(kl: float, size: int) -> dict:
+        return {"parity": {"kl_mean": kl}, "metrics": {"size_bytes": size}}
+
+    first = [write(0, [], **figures(0.1, 100)), write(1, [], failed="refused")]
+    assert selection.figures_before([], "size") == []
+    known = selection.figures_before(first, "size")
+    second = [write(2, known, **figures(float("inf"), 90)), write(3, known, **figures(0.3, 80))]
+    after = [tuple(each) if each else None for each in selection.figures_before(second, "size")]
+    assert after == [(0.1, 100), None, None, (0.3, 80)]
 
 
 def test_optuna_comes_down_to_the_better_region():

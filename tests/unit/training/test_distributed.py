@@ -293,6 +293,7 @@ def test_slurm_tasks_know_their_ranks(monkeypatch, tmp_path):
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLMAKE_SRUN", "1")
+    distributed.set_rank()
     assert distributed.redirect_worker_output(tmp_path / "log") == tmp_path / "log"
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
         "0",
