@@ -118,7 +118,8 @@ onstart:
                 origins.refuse_replaced(PLAN, made_of, rebuilt)
             elif "DVC_STAGE" in os.environ:
                 made_of = origins.inputs_by_dvc(dvc.entries())
-            origins.refuse_other_upstream(PLAN, made_of, {job.rule.name for job in jobs}, rebuilt)
+            running = {job.rule.name for job in jobs}
+            origins.refuse_other_upstream(PLAN, made_of, running, rebuilt, IMAGE if IN_CONTAINERS else None)
         if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)
     except UserError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.merging.adapter import Adapter
-from slmake.merging.fit import plan
+from slmake.merging.fit import plan, tokenizer_files
 from slmake.merging.trained_with import other_base, refuse_other_prompts
 from slmake.model_folder import KEPT, refuse_not_finite, tensor_shapes, weight_files
 from slmake.sources.fetching import downloading, fetch
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
                 shapes: dict[str, list[int]] = {}
                 for file in weight_files(args.base):
                     shapes |= tensor_shapes(file)
-                plan(adapter, args.base, shapes)
+                tokenizer_files(adapter, args.base, plan(adapter, args.base, shapes))  # refused here, before long work
                 refuse_other_prompts(adapter, args.base)
                 refuse_not_finite([adapter.weights], section.source)
                 for file in sorted(path.iterdir()):

@@ -1,6 +1,7 @@
 """What the files that params.yaml names read in turn: modules that a metric's file imports, files that it or a task's YAML names."""
 
 import ast
+import contextlib
 import glob
 import itertools
 import os
@@ -11,12 +12,15 @@ import yaml
 
 from slmake.code_inputs import code, imports, modules_behind
 
+MADE = ("build", "results", "logs", "benchmarks")  # folders of what rules write
+LONGEST = 4096  # characters of a path; longer texts name no file
+
 
 def with_what_they_read(names: Iterable[str]) -> list[str]:
     """The files, and behind each those that it reads, directly and through others; each once, relative to the project's folder.
 
-    Python files are followed through their imports of files of the project and beside them, and through what they name in a list INPUTS;
-    YAML files through every text that names a file or a pattern: `include`, `data_files`, `!function utils.read`,
+    Python files are followed through their imports of files of the project and beside them, through what they name in a list INPUTS, and
+    through every text that names a file; YAML files through every text that names a file or a pattern: `include`, `data_files`, `!function utils.read`,
     `use_prompt: prompts.yaml:one`. What is not there, or cannot be read, is left to the one that uses it.
     """
     files: dict[str, None] = {}
@@ -64,8 +68,18 @@ def _imports(file: Path) -> Iterator[Path]:
 
 
 def _inputs(file: Path) -> Iterator[Path]:
-    """Files that a Python file names, from the project's folder, in a list `INPUTS = ["words.json"]`; no other form is read."""
-    for node in ast.parse(file.read_bytes()).body:
+    """Files that a Python file names: in a list `INPUTS = ["words.json"]`, from the project's folder, and in any text, if they are there.
+
+    A text may also name them from the file's own folder. What rules make is left out: its rule is an input already, or refused.
+    """
+    module = ast.parse(file.read_bytes())
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < LONGEST:
+            for path in (Path(node.value), file.parent / node.value):
+                with contextlib.suppress(OSError, ValueError):
+                    if path.is_file() and Path(_as_named(path)).parts[0] not in MADE:
+                        yield path
+    for node in module.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         named = any(isinstance(target, ast.Name) and target.id == "INPUTS" for target in targets)
         if named and isinstance(node.value, ast.List | ast.Tuple):

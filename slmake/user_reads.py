@@ -15,13 +15,15 @@ UNKNOWN = (
     "`INPUTS = [\"{0}\"]` into the metric's file, beside its imports; it is a list of names that start at the project's folder."
 )
 
+_project: str = ""  # the project's folder, absolute: a metric may change the working folder
 _known: tuple[str, ...] | None = None  # files and folders of the running rule, absolute; None where nothing is planned
 _refused: list[str] | None = None  # what was refused; None where no metric runs
 
 
 def allow(names: Iterable[str] | None) -> None:
     """Set which files, and files in which folders, a metric may read; all, if None."""
-    global _known
+    global _known, _project
+    _project = os.getcwd()  # noqa: PTH109
     _known = (
         None if names is None else tuple({way(name) for name in names for way in (os.path.abspath, os.path.realpath)})
     )
@@ -52,12 +54,16 @@ def inputs_only() -> Iterator[None]:
 
 @functools.cache
 def _watch() -> None:
-    """Look at every file that Python opens; what is once added cannot be taken away."""
+    """Look at every file that Python opens, which is not what libraries in C++ or Rust, or other programs, open; it cannot be undone."""
     sys.addaudithook(_look)
 
 
 def _look(event: str, arguments: tuple) -> None:
-    if event == "open" and _refused is not None and (name := _unknown(*arguments)):
+    if _refused is None:
+        return
+    if event == "sqlite3.connect":
+        event, arguments = "open", (arguments[0], None, os.O_RDWR)
+    if event == "open" and (name := _unknown(*arguments)):
         _refused.append(name)
         raise UserError(UNKNOWN.format(name))
 
@@ -72,10 +78,10 @@ def _unknown(path: object, mode: str | None, flags: int) -> str | None:
     places = {named, os.path.realpath(named)}
     if any(place == known or place.startswith(known + os.sep) for place in places for known in (*_known, sys.prefix)):
         return None
-    for place, folder in ((named, os.getcwd()), (os.path.realpath(named), os.path.realpath("."))):  # noqa: PTH109
+    for place, folder in ((named, _project), (os.path.realpath(named), os.path.realpath(_project))):
         if place.startswith(folder + os.sep):
             name = Path(place).relative_to(folder)
             hidden = name.parts[0].startswith(".") and len(name.parts) > 1
             own = name.parts[0] in ("slmake", "scripts") and name.suffix == ".py"
-            return None if hidden or own or not name.is_file() else name.as_posix()
+            return None if hidden or own or not Path(place).is_file() else name.as_posix()
     return None

@@ -10,6 +10,7 @@ asked. Exit code 0 means that all of it is up to date.
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{links[0]} is a link, and DVC records nothing behind one. Mount the other disk there, or move the whole project to it."
         )
     screen = Screen(sys.stderr, args.verbose)
-    # Where no file has moved since the last record, neither Snakemake nor DVC need look.
-    asked = bool(args.targets) or args.verbose or not unmoved.unmoved()
+    # Where no file has moved since the last record, neither Snakemake nor DVC need look; but a profile may name another environment.
+    asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
     if asked:
         with contextlib.suppress(UserError):  # the build reports what is wrong
             dvc_yaml.update()

@@ -213,25 +213,43 @@ def tokenizer_files(adapter: Adapter, base: Path, planned: Plan) -> list[Path]:
     """The adapter's own tokenizer, if the vocabulary is resized and it has one; else none: the base's stays.
 
     Raises:
-        UserError: it has tokens without an embedding.
+        UserError: the base's stays, and lacks a token that the adapter was trained with.
     """
+    if planned.vocabulary:
+        return [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
     files = [folder / "tokenizer.json" for folder in (adapter.folder, base)]
-    if not planned.vocabulary and all(file.exists() for file in files):
+    if all(file.exists() for file in files):
         own, theirs = map(_added_tokens, files)
-        new = {token: number for token, number in own.items() if token not in theirs}
-        rows = planned.shapes[embeddings(base)[0]][0] if new else 0
-        beyond = sorted((number, token) for token, number in new.items() if number >= rows)
-        if beyond:
-            number, token = beyond[0]
-            raise _other_base(
-                adapter,
-                base,
-                f"the adapter's tokenizer has the token {token!r} with the number {number}, but there is no embedding for it: the base's "
-                f"has {rows} rows, and none is in the adapter. Save the adapter with save_embedding_layers=True.",
-            )
-    if not planned.vocabulary:
-        return []
-    return [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
+        for token in theirs.keys() | {_padding(adapter.folder)}:  # padding stands in no text
+            own.pop(token, None)
+        if own:
+            token, number = max(own.items(), key=lambda item: item[1])
+            _refuse_new_token(adapter, base, token, number, planned.shapes[embeddings(base)[0]][0])
+    return []
+
+
+def _refuse_new_token(adapter: Adapter, base: Path, token: str, number: int, rows: int) -> None:
+    new = f"the adapter's tokenizer has the token {token!r} with the number {number}, "
+    if number >= rows:
+        raise _other_base(
+            adapter,
+            base,
+            f"{new}but there is no embedding for it: the base's has {rows} rows, and none is in the adapter. Save the adapter with "
+            "save_embedding_layers=True.",
+        )
+    raise UserError(
+        f"{adapter.folder}: {new}which the tokenizer of {base} lacks: the merged model would read it in pieces. Copy the adapter's "
+        "tokenizer.json and tokenizer_config.json into a local copy of the base model, and name that copy in fetch_model.source."
+    )
+
+
+def _padding(folder: Path) -> str | None:
+    """The padding token that tokenizer_config.json names."""
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _added_tokens(path: Path) -> dict[str, int]:

@@ -34,6 +34,11 @@ CLOCKS = 1.0  # seconds by which those of two machines may differ
 SHOWS_ALL = {"package", "report", "publish"}
 OTHER = "{} was built from other parameters, code or data than those that are here now; nothing was {}. Run `make`: it builds what changed."
 
+ELSEWHERE = (
+    "{0} was not built in {1}, where this run's rules run, and the package would name one environment for all; nothing was built. Run "
+    "`make` or snakemake with the same profile (SNAKEMAKE_PROFILE): it builds everything again there."
+)
+
 
 def refuse_other_sources(plan: Plan) -> None:
     """Raise UserError if DVC runs this rule by a dvc.yaml that does not watch the files that params.yaml names."""
@@ -96,9 +101,11 @@ def refuse_replaced(plan: Plan, made_of: dict[str, set[str]], rebuilt: Collectio
 
 
 def refuse_other_upstream(
-    plan: Plan, made_of: dict[str, set[str]], running: Collection[str], rebuilt: Collection[str]
+    plan: Plan, made_of: dict[str, set[str]], running: Collection[str], rebuilt: Collection[str], image: str | None
 ) -> None:
     """Refuse to write what names all parameters, code and data (SHOWS_ALL) of outputs that were built from others.
+
+    A package names the image that rules run in, too, so what it is made from must have been built in it.
 
     Snakemake builds those again, unless its options keep it from it; and DVC runs a rule alone, with `dvc repro -s`. Only what such a
     rule is made from counts: where a gate is missed, `make report` says why beside a package of the former build.
@@ -107,6 +114,7 @@ def refuse_other_upstream(
         made_of: other rules' outputs that a rule reads, by rule, as `inputs_of` gives them.
         running: rules that this run executes.
         rebuilt: outputs that they write.
+        image: the file of the image that they run in; None for the local environment.
 
     Raises:
         UserError: there is one.
@@ -121,6 +129,8 @@ def refuse_other_upstream(
             record, unmoved = metadata(output), outputs.as_built(output)
             if record and unmoved and not _is_of_now(plan, made_of, record, output):
                 raise UserError(OTHER.format(output, "built"))
+            if record and unmoved and "package" in showing and _was_elsewhere(record, image):
+                raise UserError(ELSEWHERE.format(output, image or "the local environment"))
             (known if unmoved else moved).append(output)
             if not record and Path(output).exists():
                 unknown.setdefault(stage, output)
@@ -353,6 +363,12 @@ def _is_of_now(plan: Plan, made_of: dict[str, set[str]], record: dict, output: s
     if stage in made_of and not (inputs <= made_of[stage] if gathered else inputs == made_of[stage]):
         return False
     return {repr(text) for text in plan.built_from(rule, output)} <= set(record["params"])
+
+
+def _was_elsewhere(record: dict, image: str | None) -> bool:
+    """Whether, by Snakemake's record of an output, it was built in another image, or in none where there is one now."""
+    stack = record.get("software_stack_hash")  # MD5 of the image's name, of nothing in the local environment
+    return stack is not None and stack != hashlib.md5((image or "").encode(), usedforsecurity=False).hexdigest()
 
 
 def metadata(output: str) -> dict | None:

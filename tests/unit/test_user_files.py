@@ -94,14 +94,18 @@ def test_modules_beside_a_metric_and_the_files_that_it_names(project):
         "own/helper.py": "from . import nothing\nINPUTS = ('rows/c.json', 'nowhere.json', 3)\n",
         "own/pack/__init__.py": "import late\nINPUTS = ['rows/' + 'd.json']\n",
         "own/pack/late.py": "",
-        "own/pack/part.py": "OTHER = ['rows/d.json']\n",
+        "own/pack/part.py": "def score(): return [*open('rows/e.json'), 'beside.txt', 'absent.txt', 'rows', 'build/made.json']\n",
+        "own/pack/beside.txt": "",
         "rows/b.json": "{}",
         "rows/c.json": "{}",
         "rows/d.json": "{}",
+        "rows/e.json": "{}",
+        "build/made.json": "{}",
     }
     write(files)
-    # A name of no file is kept: the plan refuses it.
-    assert sorted(with_what_they_read(["own/metric.py"])) == sorted({*files, "nowhere.json"} - {"rows/d.json"})
+    # A name of no file in INPUTS is kept: the plan refuses it. Names that are made, and what rules make, are left out.
+    expected = sorted({*files, "nowhere.json"} - {"rows/d.json", "build/made.json"})
+    assert sorted(with_what_they_read(["own/metric.py"])) == expected
 
 
 def test_a_module_in_the_projects_folder_may_import_relatively(project):

@@ -65,6 +65,18 @@ def test_modules_from_elsewhere_are_refused(project, compiled):
         run("return 1", "sys.path.insert(0, os.path.dirname(__file__))\nimport helper_of_mine")
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        "os.chdir('build'); return float(answer in json.load(open('../elsewhere.json')))",
+        "import sqlite3; return float(sqlite3.connect('elsewhere.json') is None)",
+    ],
+)
+def test_other_ways_to_read_are_refused(project, read):
+    with pytest.raises(UserError, match=r"elsewhere.json: a metric reads it"):
+        run(read)
+
+
 def test_a_metric_that_goes_on_without_the_file_is_refused(project):
     with pytest.raises(UserError, match=r"metrics/words.json: a metric reads it"):
         run(f"try: {count('metrics/words.json')}\n    except Exception: return 0.0")

@@ -260,6 +260,21 @@ def test_tokenizer_of_a_resized_vocabulary_comes_with_it(tmp_path, bases):
     assert load(folder).get_input_embeddings().weight.shape == (530, 64)
 
 
+@pytest.mark.parametrize("config", [{}, {"trainable_token_indices": [511]}, {"modules_to_save": BOTH}])
+def test_new_tokens_in_spare_rows_are_refused(tmp_path, capsys, config):
+    """The merged model has the base's tokenizer, which would cut them into pieces; a token for padding stands in no text."""
+    base = make_model(tmp_path / "base", vocab_size=520)
+    trained(base, tmp_path / "adapter", **config)
+    tokenizer = with_tokens(base, tmp_path / "adapter", "<|pad|>") / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "pad_token": "<|pad|>"}))
+    run(tmp_path, base, tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "build" / "merged")
+    with_tokens(base, tmp_path / "adapter", "<|tool|>")
+    message = refused(tmp_path, capsys, base, tmp_path / "adapter")
+    assert "has the token '<|tool|>' with the number " in message
+    assert "the merged model would read it in pieces. Copy the adapter's tokenizer.json" in message
+
+
 def test_tokens_without_an_embedding_are_refused(tmp_path, capsys, bases):
     trained(bases["tied"], tmp_path / "adapter")
     with_tokens(bases["tied"], tmp_path / "adapter", *(f"<|{i}|>" for i in range(300)))
