@@ -1,6 +1,6 @@
 """OpenAI's API as far as it is served: requests, what they ask of a model, and how answers are written.
 
-Fields that are not named here are ignored; those that would change an answer, and are not served, must have their default.
+A field that is not served is refused by its name, since it may change the answer; null, or the value that changes nothing, is taken.
 https://platform.openai.com/docs/api-reference/chat. `package` copies this file for serve.py.
 """
 
@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from slmake import tool_calls
 
@@ -24,7 +25,33 @@ TOOLS, TOOLS_BYTES = 128, 2**14
 Stop = Annotated[str, Field(max_length=256)]
 
 
-class Options(BaseModel):
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A value that is checked, and stays as it was sent: chat templates show the keys of tools in their order."""
+    check(value)
+    return value
+
+
+def _unserved(value: object) -> None:
+    if value is not None:
+        raise PydanticCustomError("unserved", "it is not served, and may change the answer. Leave it out")
+
+
+def _unread(value: object) -> None:
+    if value:
+        raise PydanticCustomError("unread", "it is not read. Write it into content or tool_calls, or leave it out")
+
+
+AsGiven = WrapValidator(_as_given)
+Unread = Annotated[Any, AfterValidator(_unread)]
+
+
+class Served(BaseModel, extra="allow"):
+    """Fields that are served, or say nothing about an answer; others must be null."""
+
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_unserved)]] = Field(init=False)
+
+
+class Options(Served):
     """What both kinds of requests may ask for."""
 
     model: str | None = None
@@ -42,6 +69,22 @@ class Options(BaseModel):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
+    # vLLM's
+    top_k: Literal[0, -1] | None = None
+    min_p: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
+    min_tokens: Literal[0] | None = None
+    ignore_eos: Literal[False] | None = None
+    # about the request, not the answer
+    metadata: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    user: Any = None
 
     @property
     def stops(self) -> list[str]:
@@ -77,11 +120,25 @@ class ToolCall(BaseModel):
     function: Function
 
 
-class Message(BaseModel):
+class Message(BaseModel, extra="allow"):
+    """A message; further fields, such as `name`, reach the chat template, as in training."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
+    tool_calls: list[Annotated[ToolCall, AsGiven]] | None = None
+    audio: Unread = None
+    function_call: Unread = None
+    prefix: Unread = None
+    reasoning: Unread = None
+    reasoning_content: Unread = None
+    refusal: Unread = None
+    thinking: Unread = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("empty", "content is missing")
+        return self
 
     @property
     def text(self) -> str:
@@ -90,18 +147,25 @@ class Message(BaseModel):
 
     def turn(self) -> dict:
         """The turn as chat templates take it: arguments of calls as objects."""
-        turn: dict = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        if self.tool_call_id:
-            turn["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-            for call in turn["tool_calls"]:
-                try:
-                    call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-                except (ValueError, RecursionError):  # no JSON, or nested too deeply
-                    name = call["function"]["name"]
-                    raise ValueError(f"messages: the arguments of {name} are not JSON that can be read.") from None
+        turn = {name: value for name, value in self if value is not None}
+        turn |= {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        if calls := turn.pop("tool_calls", None):
+            turn["tool_calls"] = [_called(call) for call in calls]
         return turn
+
+
+def _called(call: dict) -> dict:
+    """A call as `prepare` writes it.
+
+    Raises:
+        ValueError: its arguments are not JSON.
+    """
+    name = call["function"]["name"]
+    try:
+        arguments = json.loads(call["function"].get("arguments", "{}"))
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+        raise ValueError(f"messages: the arguments of {name} are not JSON that can be read.") from None
+    return {**call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class Tool(BaseModel):
@@ -121,7 +185,7 @@ class ToolChoice(BaseModel):
     function: Named
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Served):
     class Named(BaseModel):
         schema_: dict[str, Any] = Field(alias="schema")
 
@@ -140,10 +204,17 @@ class Chat(Options):
     """A request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    tools: Annotated[list[Tool], Field(max_length=TOOLS)] | None = None
+    tools: Annotated[list[Annotated[Tool, AsGiven]], Field(max_length=TOOLS)] | None = None
     functions: Annotated[list, Field(max_length=0)] | None = None  # how tools were given once
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    # vLLM's
+    chat_template_kwargs: dict[str, Any] | None = None  # those of training
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
 
 
 @dataclass
@@ -167,6 +238,11 @@ def chat_job(model, asked: Chat) -> Job:
     """
     if not asked.tools and asked.tool_choice not in (None, "none", "auto"):
         raise ValueError("tool_choice: the request has no tools.")
+    options = model.form.get("chat", {}).get("template_kwargs", {})
+    if options != options | (asked.chat_template_kwargs or {}):
+        raise ValueError(
+            f"chat_template_kwargs: the model was trained with {json.dumps(options)}. Leave the field out."
+        )
     if model.form["prompt"] is not None:
         if asked.tools or len(asked.messages) != 1 or asked.messages[0].role != "user":
             raise ValueError(
@@ -174,8 +250,7 @@ def chat_job(model, asked: Chat) -> Job:
             )
         prompt, calls, tools = model.prompt(*model.arguments(asked.messages[0].text)), None, []
     else:
-        offered = asked.tools if asked.tools and asked.tool_choice != "none" else []
-        tools = [tool.model_dump(exclude_none=True) for tool in offered]
+        tools = asked.tools if asked.tools and asked.tool_choice != "none" else []
         if (size := len(json.dumps(tools))) > TOOLS_BYTES:
             raise ValueError(f"tools: they have {size:,} bytes of JSON; at most {TOOLS_BYTES:,} are read.")
         calls = tool_calls.CallForm.of(model) if tools else None

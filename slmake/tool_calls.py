@@ -95,13 +95,14 @@ class CallForm:
         """What holds an answer to the call of one of some tools, with arguments that fit its schema.
 
         Args:
+            tools: in OpenAI's form.
             optional: an answer may also be text without a call, and text may stand before calls.
 
         Raises:
             ValueError: see `refuse_endless`.
         """
         calls = []
-        for function in map(function_of, tools):
+        for function in (tool["function"] for tool in tools):
             refuse_endless(schema_of(function))
             properties = {self.name: {"const": function["name"]}, self.arguments: schema_of(function)}
             properties |= {self.id: {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if self.id else {}
@@ -155,11 +156,6 @@ class CallForm:
                     if self._shown(self.after).startswith(rest):  # the answer was cut in what closes a call
                         position = len(text)
         return "".join([*outside, text[position:]]).strip(), calls
-
-
-def function_of(tool: dict) -> dict:
-    """The function of a tool in OpenAI's form, or given as it is."""
-    return tool.get("function", tool)
 
 
 def schema_of(function: dict) -> dict:

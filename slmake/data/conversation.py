@@ -290,21 +290,26 @@ def listed(value: object, what: str) -> list:
 
 
 def read_tools(tools: object) -> list[dict] | None:
-    """A row's tools as a list of JSON schemas; None without any.
+    """A row's tools in OpenAI's form, {type: function, function: JSON schema}, with their keys in the order given; None without any.
+
+    Bare schemas, as LLaMA-Factory writes them, are brought into this form, the only one that clients of the server can send.
 
     Raises:
         ValueError: they are something else.
     """
     if tools is None or tools == "":
         return None
-    schemas = listed(tools, "`tools`")
-    for number, schema in enumerate(schemas, 1):
+    schemas = []
+    for number, schema in enumerate(listed(tools, "`tools`"), 1):
         function = schema.get("function", schema) if isinstance(schema, dict) else None
         given = function if isinstance(function, dict) else {}
         if not isinstance(given.get("name"), str) or not isinstance(given.get("parameters"), dict | None):
             raise ValueError(
-                f"has `tools` whose item {number} is not a function's JSON schema (an object with `name` and `parameters`, an object) but {json.dumps(schema)[:60]}"
+                f"has `tools` whose item {number} is not a function's JSON schema (an object with `name` and `parameters`, an object) but {json.dumps(schema, default=str)[:60]}"
             )
+        if "function" not in schema:
+            schema = {"function": {key: value for key, value in schema.items() if (key, value) != ("type", "function")}}
+        schemas.append(schema if "type" in schema else {"type": "function", **schema})
     return schemas or None
 
 

@@ -18,7 +18,7 @@ from slmake.scoring import answer_metrics, metrics
 from slmake.scoring.onnx_runner import OnnxRow
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import WARM_UP, percentiles
-from slmake.tool_calls import CallForm, function_of, schema_of
+from slmake.tool_calls import CallForm, schema_of
 
 WHERE = "evaluate.constrain"
 FIGURES = ("accuracy", "macro_f1", "rouge_l")
@@ -95,7 +95,7 @@ def refuse_uncheckable(questions: Questions) -> None:
         UserError: a schema is none, or has a pattern that Python does not read.
     """
     for tools in {json.dumps(tools): tools for tools in questions.tools[: questions.scored]}.values():
-        for function in map(function_of, tools or []):
+        for function in (tool["function"] for tool in tools or []):
             try:
                 validator(schema_of(function))
             except ValueError as error:
@@ -145,7 +145,7 @@ def _validity(
 
 def calls_fit(form: CallForm, tools: list[dict], answer: str) -> bool:
     """Whether an answer is text, or calls tools with arguments that fit their schemas."""
-    schemas = {function["name"]: schema_of(function) for function in map(function_of, tools)}
+    schemas = {function["name"]: schema_of(function) for function in (tool["function"] for tool in tools)}
     text, calls = form.read(answer, list(schemas))
     broken = form.mark in text if form.mark and form.mark not in form.hidden else text.startswith(f"{form.opening}{{")
     return not broken and all(validator(schemas[name]).is_valid(given) for name, given in calls)

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from prepared import other_chat
 from served import CHAT, CLOCK, TEMPLATE, TEXT, WEATHER, export
 
-from slmake import generation
+from slmake import generation, openai_api
+from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
+from slmake.data.tokenize import load_tokenizer
 from slmake.generation import Sampling, Stream
 from slmake.tool_calls import CallForm, json_guidance, refuse_endless
 
@@ -62,6 +65,46 @@ def test_a_call_that_is_cut_in_its_closing_mark_is_a_call(model):
     form, call = CallForm.of(model), '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}'
     for rest in ("", "\n</tool", "\n</tool_call>"):
         assert form.read(f"It is{call}{rest}", ["weather"]) == ("It is", [("weather", {"city": "Bern"})])
+
+
+BOOK = {  # with the keys in the order of OpenAI's documentation
+    "name": "book",
+    "description": "Book a day.",
+    "parameters": {"type": "object", "properties": {"day": {"type": "string", "default": None}}},
+    "strict": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked"),
+    [
+        ({"type": "function", "function": BOOK}, {"type": "function", "function": BOOK}),
+        ({"function": BOOK, "type": "function"}, {"function": BOOK, "type": "function"}),
+        ({"function": BOOK}, {"type": "function", "function": BOOK}),
+        (BOOK, {"type": "function", "function": BOOK}),
+        ({"type": "function", **BOOK}, {"type": "function", "function": BOOK}),
+    ],
+    ids=["wrapped", "type last", "without type", "bare", "flat"],
+)
+def test_the_server_asks_with_tools_and_calls_as_training_wrote_them(model, base, tmp_path, trained, asked):
+    """OpenAI's form is the only one that clients can send; the order of keys is theirs."""
+    template = TEMPLATE.replace("[{{ m.role }}]", "[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}]")
+    template = template.replace("<tool_call>", "<tool_call>{{ call | tojson }}")
+    call = {"id": "a", "type": "function", "function": {"name": "book", "arguments": {"day": "Monday", "at": 1}}}
+    turns = [
+        {"role": "user", "content": "Book", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "done", "name": "book", "tool_call_id": "a"},
+    ]
+    chat = ChatTemplate(load_tokenizer(other_chat(base, tmp_path / "base", template)), {}, "2024-01-01")
+    row = read_conversation([*turns, {"role": "assistant", "content": "Done"}], json.dumps([trained]))
+    sent = {**call, "function": {"arguments": json.dumps(call["function"]["arguments"]), "name": "book"}}
+    turns[1]["tool_calls"] = [sent]
+    request = openai_api.Chat.model_validate_json(json.dumps({"messages": turns, "tools": [asked]}))
+    prompt = openai_api.chat_job(other_template(model, tmp_path / "onnx", template), request).prompt
+    assert prompt == chat.asked(row.turns[:-1], row.tools)
+    assert "[user Ann]" in prompt
+    assert "[tool book]" in prompt
 
 
 @pytest.mark.parametrize("text", ["a\u0007b\u001b", "\\u0007", "\\\u0007", "\b\f\u007f\u2028", '"\\"'])
