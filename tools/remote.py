@@ -32,7 +32,6 @@ from slmake.platforms.dvc import (
     cached,
     changed,
     damaged,
-    data_files,
     dvc,
     entries,
     md5,
@@ -43,12 +42,13 @@ from slmake.platforms.dvc import (
     receipts,
     repair_lock,
     rotten,
-    shared,
     stages,
     status,
+    tracked,
 )
-from slmake.platforms.origins import PULLED, built_from, edited, note_outputs, unkept
+from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
+from slmake.platforms.user_data import edited, kept_by, recording, unkept
 from slmake.sources.secrets import holds_secret, masked
 
 NAME = "storage"  # what the remote is called in .dvc/config
@@ -177,9 +177,8 @@ def transfer(verb: str, job: cli.Job) -> None:
         if attempt < ATTEMPTS:
             job.say(f"dvc {verb} failed (attempt {attempt} of {ATTEMPTS}); going on with what is missing")
             time.sleep(2**attempt)
-    done.stderr = text
     raise UserError(
-        f"dvc {verb} failed {ATTEMPTS} times: {reason(done.stderr)} Nothing was lost: run the same command again, it moves only what is missing."
+        f"dvc {verb} failed {ATTEMPTS} times: {reason(text)} Nothing was lost: run the same command again, it moves only what is missing."
     )
 
 
@@ -190,15 +189,15 @@ def push(job: cli.Job) -> None:
     later, or where a file that two folders share failed: only the first folder counts as failed then. It passes over what is not here.
 
     Raises:
-        UserError: see `transfer`; something recorded is whole neither here nor there; data is not what its `.dvc` file says; an object
-            of the cache is damaged; or a blob is still not what it should be.
+        UserError: see `transfer`; something recorded is whole neither here nor there; a user's data is not what was recorded; an
+            object of the cache is damaged; or a blob is still not what it should be.
     """
     there = stored()  # says what is wrong with the account or the network before anything moves
-    files = [str(path) for path in data_files()]
-    if data := edited(status(*files)) if files else []:
-        path, file = data[0]
+    names = set(kept_by().values())
+    if data := edited(status(*names)) if names else []:
+        path, name = data[0]
         raise UserError(
-            f"{path} is not what {file} says, so nothing was uploaded. `.venv/bin/dvc add {path}` records it as it is, then `make`; or "
+            f"{path} is not what {name} recorded, so nothing was uploaded. `{recording(path, name)}` records it as it is, then `make`; or "
             "remove it, and `make restore` brings back what was recorded."
         )
     here = held(there)
@@ -222,7 +221,8 @@ def held(there: dict[str, int]) -> dict[str, int]:
     Raises:
         UserError: one is damaged; or the cache and the remote together lack one, or have it cut.
     """
-    named = [(out, objects(out["md5"], lambda name: listed(name) if name in there else None)) for out in shared()]
+    kept = [out for out in tracked() if out["md5"]]
+    named = [(out, objects(out["md5"], lambda name: listed(name) if name in there else None)) for out in kept]
     here = {name: cached(name).stat().st_size for _, names in named for name in names if cached(name).is_file()}
     if bad := rotten(name for name, size in here.items() if there.get(name) != size):
         raise UserError(
@@ -233,9 +233,9 @@ def held(there: dict[str, int]) -> dict[str, int]:
     for out, names in named:
         missing = {name for name in names if name not in sizes}
         size = sum(sizes.get(name, 0) for name in names if not name.endswith(".dir"))
-        if missing or size != out.get("size", size):
+        if missing or out["size"] not in (size, None):
             how = f"objects in neither: {len(missing)}" if missing else "the remote has it cut"
-            again = f".venv/bin/dvc add {out['path']}" if out["stage"].endswith(".dvc") else "make"
+            again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(out["path"], out["stage"])
             raise UserError(
                 f"{out['path']} is whole neither in DVC's cache here nor in the remote ({how}), so nothing was uploaded. `{again}` puts "
                 "it into the cache again; then the same command again."
@@ -324,14 +324,14 @@ def refuse_before_overwriting() -> None:
         dvc_yaml.update()
     found = status()
     if data := unkept(found):
-        path, file = data[0]
+        path, name = data[0]
         raise UserError(
-            f"{path} is not what {file} says, and DVC's cache does not have it as it is, so nothing was overwritten. "
-            f"`.venv/bin/dvc add {path}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
+            f"{path} is not what {name} recorded, and DVC's cache does not have it as it is, so nothing was overwritten. "
+            f"`{recording(path, name)}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
         )
-    # Data of a `.dvc` file is brought back only where it is another; else outputs may be of what it is now.
-    made = {out["path"] for out in receipts() if not out["stage"].endswith(".dvc") or out["stage"] in found}
-    made |= {path for stage in entries().values() for path in outs(stage)}
+    made = {out["path"] for out in receipts()} | {path for stage in entries().values() for path in outs(stage)}
+    for path, name in kept_by().items():  # brought back only where it is another; else outputs may be of what it is now
+        (made.add if name in found else made.discard)(path)
     lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]
     for stage, changes in found.items():
         deps = [dep for dep in changed(changes, "deps") if dep not in made]

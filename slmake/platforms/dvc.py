@@ -145,43 +145,48 @@ def outs(stage: dict) -> list[str]:
 
 
 def receipts() -> list[dict]:
-    """What the receipts say of every output: `path`, `md5` (32 hex digits, `.dir` behind those of folders), and `stage`, as in `status`.
+    """What dvc.lock says of every output: `path`, and `md5` (32 hex digits, `.dir` behind those of folders).
 
     Raises:
-        UserError: a file of receipts is damaged.
+        UserError: it is damaged.
     """
     import yaml
 
-    outs = []
-    for path in filter(Path.is_file, [Path("dvc.lock"), *data_files()]):
-        try:
-            receipt = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (ValueError, yaml.YAMLError):
-            raise UserError(f"{path} is damaged. Bring it back with `git checkout {path}`.") from None
-        for name, stage in [(path.as_posix(), receipt), *receipt.get("stages", {}).items()]:
-            outs += [  # paths are relative to the file that names them
-                out | {"path": (path.parent / out["path"]).as_posix(), "stage": name}
-                for out in stage.get("outs", [])
-                if "md5" in out
+    try:
+        receipt = yaml.safe_load(LOCK.read_text(encoding="utf-8")) if LOCK.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"{LOCK} is damaged. Bring it back with `git checkout {LOCK}`.") from None
+    stages = (receipt or {}).get("stages", {}).values()
+    return [out for stage in stages for out in stage.get("outs", []) if "md5" in out]
+
+
+def tracked() -> list[dict]:
+    """Every output and file of data whose content DVC keeps, in whatever folder it is named; DVC's own list, without what Git keeps.
+
+    Returns:
+        Of each its `path`, `stage` (as in `status`: a stage or a `.dvc` file), the stage's `cmd`, and, as it was recorded, `md5` (as in
+        `receipts`) and `size` in bytes; what is not known is None.
+
+    Raises:
+        StatusError: DVC cannot read a stage or a `.dvc` file.
+    """
+    from slmake.platforms.atomic_dvc import Repo
+
+    try:
+        with Repo() as repo:
+            return [
+                {
+                    "path": str(out),
+                    "stage": out.stage.addressing,
+                    "cmd": out.stage.cmd,
+                    "md5": out.hash_info.value if out.hash_info.name == "md5" else None,
+                    "size": out.meta.size,
+                }
+                for out in repo.index.outs
+                if out.use_cache
             ]
-    return outs
-
-
-def data_files() -> list[Path]:
-    """The `.dvc` files, each of which names data that DVC keeps in the place of Git."""
-    return [path for path in [*Path().glob("*.dvc"), *Path("data").rglob("*.dvc")] if path.is_file()]
-
-
-def shared() -> list[dict]:
-    """The receipts of outputs that `dvc push` uploads: without stages that dvc.yaml no longer has, and without files in Git."""
-    named = entries()
-    options = [out for stage in named.values() for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-    in_git = {path for out in options if isinstance(out, dict) for path in out if not out[path].get("cache", True)}
-    return [
-        out
-        for out in receipts()
-        if out["path"] not in in_git and (out["stage"].endswith(".dvc") or out["stage"].partition("@")[0] in named)
-    ]
+    except Exception as error:  # as in `status`
+        raise StatusError(f"dvc: {reason(f'ERROR: {error}')}") from None
 
 
 def objects(name: str, elsewhere: Callable[[str], bytes | None] = lambda name: None) -> list[str]:
@@ -240,7 +245,7 @@ def md5(path: Path) -> str:
 def lost() -> list[str]:
     """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
     try:
-        kept = receipts()
+        kept = [out for out in tracked() if out["md5"]]
     except UserError:  # the next record says so
         return []
     return [out["path"] for out in kept if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]

@@ -204,7 +204,7 @@ def with_added(document: dict, file: Path) -> dict:
     """
     try:
         present = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-        stages = {name: stage for name, stage in present.pop("stages", {}).items() if not _is_ours(name, stage)}
+        stages = {name: stage for name, stage in present.pop("stages", {}).items() if not is_ours(name, stage)}
         metrics = [path for path in present.pop("metrics", []) if path not in (*METRICS, *TIMINGS)]
         plots = [plot for plot in present.pop("plots", []) if not OUR_PLOT.match(next(iter(plot), ""))]
     except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):
@@ -222,7 +222,8 @@ def with_added(document: dict, file: Path) -> dict:
     return {key: value for key, value in (merged | present).items() if value}
 
 
-def _is_ours(name: str, stage: dict) -> bool:
+def is_ours(name: str, stage: dict) -> bool:
+    """Whether slmake writes this stage, given with its `cmd`; users may add stages of their own."""
     return name == CODE or "--allowed-rules" in str(stage.get("cmd"))
 
 
@@ -302,7 +303,7 @@ def refuse_stale() -> None:
 def _refuse_other_entries() -> None:
     """Raise UserError if a stage of dvc.yaml is not what parameters and Snakefile ask for."""
     present, right = entries(), yaml.safe_load(text())["stages"]
-    ours = {name for name, stage in present.items() if _is_ours(name, stage)}  # users may add stages of their own
+    ours = {name for name, stage in present.items() if is_ours(name, stage)}  # users may add stages of their own
     if differ := [name for name in right | dict.fromkeys(ours) if present.get(name) != right.get(name)]:
         raise UserError(
             f"dvc.yaml is of other parameters than params.yaml (stage {differ[0]}). `make docs` writes it anew (`make` does it by itself); "

@@ -15,9 +15,15 @@ from tools import remote
 STAGES = """\
 stages:
   merge:
-    cmd: merge
+    cmd: snakemake --allowed-rules merge
     deps: [data/rows.json, data/texts]
     outs: [build/merged, results/scores.csv, {results/metrics.json: {cache: false}}]
+"""
+# A user's own: one output that DVC keeps, and one that it does not.
+ADDED = """\
+  {name}:
+    cmd: write
+    outs: [data/made/{name}.json, {{data/made/{name}.count: {{cache: false}}}}]
 """
 JOB = cli.Job("remote", sys.stderr, None)
 DATA, FOLDER, WEIGHTS = Path("data/rows.json"), Path("data/texts"), Path("build/merged/model.safetensors")
@@ -31,9 +37,9 @@ def write(path: Path | str, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def record() -> None:
+def record(stage: str = "merge") -> None:
     with atomic_dvc.Repo() as repo:
-        repo.commit("merge", force=True)
+        repo.commit(stage, force=True)
 
 
 def add(path: Path) -> None:
@@ -54,7 +60,7 @@ def in_this_process(*arguments: str, capture: bool = False) -> SimpleNamespace:
 
 def objects(*paths: Path) -> list[Path]:
     """Where the cache keeps files of outputs, and lists of folders."""
-    listed = {out["path"]: out["md5"] for out in dvc.receipts()}
+    listed = {out["path"]: out["md5"] for out in dvc.tracked()}
     return [dvc.cached(listed.get(str(path)) or dvc.md5(path)) for path in paths]
 
 
@@ -103,6 +109,29 @@ def repository(recorded, tmp_path, monkeypatch):
 
 def push() -> None:
     remote.push(JOB)
+
+
+def add_stage(name: str, folder: str = ".") -> Path:
+    """A user's own stage, in the dvc.yaml of a folder, and its output, which DVC keeps; it is not recorded yet."""
+    file = Path(folder, "dvc.yaml")
+    write(file, (file.read_text(encoding="utf-8") if file.exists() else "stages:\n") + ADDED.format(name=name))
+    for end in ("json", "count"):
+        write(Path(folder, f"data/made/{name}.{end}"), f"first {name}")
+    return Path(folder, f"data/made/{name}.json")
+
+
+def kept(where: str) -> tuple[Path, str]:
+    """Recorded data of a user, outside of data/ or of the top level, or of the user's own stage, and what keeps it."""
+    if where == "corpora":
+        path = Path("corpora/news/train.json")
+        write(path, "first")
+        add(path)
+        return path, "corpora/news/train.json.dvc"
+    name, folder = {"stage": ("rows", "."), "nested": ("rows", "corpora")}[where]
+    path = add_stage(name, folder)
+    named = name if folder == "." else f"{folder}/dvc.yaml:{name}"
+    record(named)
+    return path, named
 
 
 def test_push_uploads_all_that_is_recorded_but_what_git_keeps():
@@ -167,7 +196,7 @@ def test_edited_data_is_neither_overwritten_nor_taken_for_pushed(path, built):
     shutil.rmtree("build")
     Path("there/object").touch()  # `pull` refuses an empty remote
     for command in (remote.restore, remote.pull, remote.push):
-        with pytest.raises(UserError, match=rf"is not what data/{path.parts[1]}\.dvc says.* nothing was (over|up)"):
+        with pytest.raises(UserError, match=rf"is not what data/{path.parts[1]}\.dvc recorded.* nothing was (over|up)"):
             command(JOB)
     assert path.read_text() == "edited"
     remote.outputs.remove(Path("data", path.parts[1]))  # as the message says
@@ -193,3 +222,78 @@ def test_outputs_of_newly_added_data_are_not_overwritten():
     with pytest.raises(UserError, match=r"merge was recorded with other data/rows\.json than are here"):
         remote.restore(JOB)
     assert WEIGHTS.read_text() == "of the second"
+
+
+@pytest.mark.parametrize("where", ["corpora", "stage", "nested"])
+def test_edited_data_is_kept_wherever_it_is_recorded(where):
+    path, name = kept(where)
+    first = path.read_text()
+    write(path, "edited")
+    Path("there/object").touch()  # `pull` refuses an empty remote
+    for command in (remote.restore, remote.pull, remote.push):
+        with pytest.raises(UserError, match=rf"{path} is not what {name} recorded.* nothing was (over|up)") as refused:
+            command(JOB)
+    assert path.read_text() == "edited"
+    assert f"`.venv/bin/dvc {f'add {path}' if where == 'corpora' else f'commit --force {name}'}`" in str(refused.value)
+    add(path) if where == "corpora" else record(name)  # as the message says
+    push()
+    assert there(dvc.cached(dvc.md5(path))).read_text() == "edited"
+    write(path, first)  # the cache has it, as after a checkout of another commit
+    remote.restore(JOB)
+    assert path.read_text() == "edited"
+
+
+def test_what_a_stage_that_never_ran_would_write_is_not_removed():
+    """DVC removes what stands in the place of an output that was never recorded."""
+    path = add_stage("rows")
+    with pytest.raises(UserError, match=f"{path} is not what rows recorded"):
+        remote.restore(JOB)
+    assert path.read_text() == "first rows"
+
+
+def test_what_dvc_does_not_keep_stops_nobody():
+    path, _ = kept("stage")
+    write(path.with_suffix(".count"), "edited")
+    write(WEIGHTS, "edited")  # a rule can make it again
+    push()
+    remote.restore(JOB)
+    assert path.with_suffix(".count").read_text() == "edited"
+    assert WEIGHTS.read_text() == f"first {WEIGHTS}"
+
+
+@pytest.mark.parametrize("where", ["corpora", "stage", "nested"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_push_says_what_puts_lost_data_into_the_cache_again(where, gone):
+    path, name = kept(where)
+    [lost] = objects(path)
+    lost.unlink()
+    if gone:
+        path.unlink()
+    with pytest.raises(UserError, match=f"{path} is whole neither") as refused:
+        push()
+    command = f"add {path}" if where == "corpora" else f"{'repro' if gone else 'commit --force'} {name}"
+    assert f"`.venv/bin/dvc {command}` puts it into the cache again" in str(refused.value)
+    if gone:
+        write(path, "first rows" if where != "corpora" else "first")
+    add(path) if where == "corpora" else record(name)
+    push()
+    assert there(lost).is_file()
+
+
+def test_outputs_of_what_a_user_s_stage_has_newly_written_are_not_overwritten():
+    path, name = kept("stage")
+    merge = Path("dvc.yaml").read_text().replace("data/texts]", f"data/texts, {path}]")
+    write("dvc.yaml", merge)
+    record()
+    write(path, "second")
+    record(name)
+    write(WEIGHTS, "of the second")
+    with pytest.raises(UserError, match=f"merge was recorded with other {path} than are here"):
+        remote.restore(JOB)
+    assert WEIGHTS.read_text() == "of the second"
+
+
+def test_a_rule_s_lost_output_is_built_again_by_make():
+    objects(WEIGHTS)[0].unlink()
+    with pytest.raises(UserError, match="`make` puts it into the cache again"):
+        push()
