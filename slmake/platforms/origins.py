@@ -16,10 +16,8 @@ from slmake.platforms.dvc import (
     LOCK,
     NOTE,
     StatusError,
-    cached,
     changed,
     entries,
-    md5,
     now,
     outs,
     receipts,
@@ -276,22 +274,6 @@ def compared(damaged: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, st
     yield from (entry for entry in damaged if entry[1] != "not in cache")
     unseen = {path: stage for path, how, stage in damaged if how == "not in cache"}
     yield from ((path, how, unseen[path]) for path, how in _other_than_recorded(unseen))
-
-
-def edited(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
-    """Paths of data that differs from its `.dvc` file, each with that file, according to `status`."""
-    files = [name for name in found if name.endswith(".dvc")]
-    differ = [(path, how, file) for file in files for path, how in changed(found[file], "outs").items()]
-    return [(path, file) for path, _, file in compared(differ) if Path(path).exists()]
-
-
-def unkept(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
-    """Those of `edited` whose present content is not in DVC's cache: overwriting them would destroy it."""
-    return [
-        (path, file)
-        for path, file in edited(found)
-        if not all(cached(md5(name)).is_file() for name in [Path(path), *Path(path).rglob("*")] if name.is_file())
-    ]
 
 
 def _other_than_recorded(paths: Collection[str]) -> Iterator[tuple[str, str]]:
