@@ -199,10 +199,11 @@ def read_conversation(
             "has no turn to train on: `train`, `training`, `loss` or `weight` leaves out every answer that prepare.train_on asks for"
         )
     schemas = read_tools(tools)
-    number = json_values.unlike([schemas, [turn.get("tool_calls") for turn in read]])
-    if number is not None:
+    unlike = json_values.unlike([schemas, [turn.get("tool_calls") for turn in read]])
+    if unlike is not None:
+        what = "number" if isinstance(unlike, int | float) else type(unlike).__name__
         raise ValueError(
-            f"has the number {number} in its tools or calls, which the runtime writes in another way. Give it as text"
+            f"has the {what} {one_line(str(unlike), 60)} in its tools or calls, which the runtime writes in another way. Give it as text"
         )
     return Conversation(read, schemas, trained)
 

@@ -118,7 +118,7 @@ class Preparation:
     def _rows(self, split: str, path: Path, name: str, fields: Iterable[str] = ()) -> Iterator[dict]:
         """The rows of a file, or those chosen of a dataset on the hub."""
         if path.is_dir():
-            return read_hub_rows(path, name, self.section, split, self.scratch)
+            return read_hub_rows(path, name, self.section, split, self.scratch, fields, self.job.say)
         return read_rows(path, name, fields, self.job.say)
 
     def _chosen(self, split: str, paths: list[tuple[Path, str]]) -> dict:

@@ -16,12 +16,12 @@ LONGEST_LINE = 2**26  # bytes of a row or of a field
 
 
 def read_delimited(
-    path: Path, name: str, tabs: bool, fields: Iterable[str], say: Callable[[str], None]
+    path: Path, name: str, known: str | None, fields: Iterable[str], say: Callable[[str], None]
 ) -> Iterator[dict]:
     """Rows of a file that is valid UTF-8, without columns that have no name, such as pandas' index.
 
     Args:
-        tabs: the delimiter is the tab, as in .tsv; otherwise it is detected.
+        known: the delimiter, a tab in .tsv; detected where it is None.
         fields: columns that must be there, by which one of two possible delimiters is chosen.
 
     Raises:
@@ -30,8 +30,8 @@ def read_delimited(
     # Not through `datasets`: pandas shifts the columns when every row has one value more than the header.
     csv.field_size_limit(LONGEST_LINE)
     named_first = _named(path, name)
-    delimiter = named_first or ("\t" if tabs else _delimiter(path, name, set(fields)))
-    if delimiter not in ",\t" or (delimiter == "\t" and not tabs):
+    delimiter = named_first or known or _delimiter(path, name, set(fields))
+    if delimiter not in (",", known):
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")
     number = 0
     with open(path, encoding="utf-8-sig", newline="") as handle:

@@ -64,18 +64,21 @@ def read_json(text: str) -> object:
     return _decoder.decode(text)
 
 
-def unlike(value: object) -> int | float | None:
-    """A number that a chat template of the runtime writes in another way than one of Python; None without any.
+def unlike(value: object) -> object:
+    """What in a value a chat template of the runtime does not write as one of Python does; None without any.
 
-    `generation.refuse_unreadable` refuses the same when a model is asked; that file is copied alone, so each has its own check.
+    That is a number out of its range, and a date, bytes or whatever else of a Parquet file is no JSON.
+    `generation.refuse_unreadable` refuses the same numbers when a model is asked; that file is copied alone, so each has its own check.
     """
     waiting = [value]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict | list):
             waiting += part.values() if isinstance(part, dict) else part
-        elif (isinstance(part, int) and not -(2**63) <= part < 2**64) or (
-            isinstance(part, float) and not (abs(part) < 1e15 or 1e16 <= abs(part) < math.inf)
+        elif (
+            not isinstance(part, str | int | float | None)
+            or (isinstance(part, int) and not -(2**63) <= part < 2**64)
+            or (isinstance(part, float) and not (abs(part) < 1e15 or 1e16 <= abs(part) < math.inf))
         ):
             return part
     return None

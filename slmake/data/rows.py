@@ -42,7 +42,11 @@ BYTE_ORDER_MARKS = {  # UTF-32's first: UTF-16's are their beginning
 
 
 def read_rows(
-    path: Path, name: str | None = None, fields: Iterable[str] = (), say: Callable[[str], None] = lambda line: None
+    path: Path,
+    name: str | None = None,
+    fields: Iterable[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+    delimiter: str | None = None,
 ) -> Iterator[dict]:
     """Rows of a dataset file as dicts, in order. A field that a row lacks is absent or None.
 
@@ -50,6 +54,7 @@ def read_rows(
         name: the file's name in errors, if that is another; its ending says how it is read.
         fields: columns that are needed, which helps to find the delimiter of a CSV file.
         say: takes one line for the user, where something about the file was detected.
+        delimiter: of a CSV file, if it is known.
 
     Raises:
         UserError: no such file, unknown ending, empty, not UTF-8 or malformed; file and row are named.
@@ -77,7 +82,7 @@ def read_rows(
         yield from readers[ending](path, name)
     else:
         _check_utf8(path, name, LONGEST_LINE)
-        yield from read_delimited(path, name, ending == ".tsv", fields, say)
+        yield from read_delimited(path, name, delimiter or ("\t" if ending == ".tsv" else None), fields, say)
 
 
 def decompressed(path: Path, name: str, folder: Path) -> Path:

@@ -392,6 +392,17 @@ def test_half_a_surrogate_pair():
         read_conversation([user("a"), call({"part": "\ud800"}), tool("3"), assistant("b")])
 
 
+@pytest.mark.parametrize("value", [datetime.date(2024, 5, 1), b"x", float("nan")])
+def test_what_is_no_json_in_calls_and_tools_is_refused(value):
+    """A Parquet file holds dates and bytes; as text of Python's they would be trained, and no runtime would write them so."""
+    schema = {"type": "function", "function": {**SCHEMA["function"], "x-since": value}}
+    for turn, tools in ((call({"day": [value]}), [SCHEMA]), (call(), [schema])):
+        with pytest.raises(
+            ValueError, match=f"has the {'number' if value != value else type(value).__name__} .* in its tools or calls"
+        ):
+            read_conversation([user("a"), turn, tool("3"), assistant("b")], tools)
+
+
 def test_read_conversation_gives_one_form():
     read = read_conversation(TALK, json.dumps([SCHEMA]), "all")
     assert read.turns[2] == {

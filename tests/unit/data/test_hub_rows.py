@@ -1,5 +1,6 @@
 """A dataset of the hub: its configurations, splits, slices and values of columns, from a folder in the hub's layout."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -216,3 +217,98 @@ def test_fields_that_arrow_adds_are_no_fields(tmp_path):
     section = params.Prepare(source=f"hf:org/rows@{COMMIT}", text_template="Call: {call}")
     assert list(hub_rows.read_hub_rows(folder, "rows", section, "train", tmp_path / "scratch")) == rows
     assert list(read_rows(folder / "train.parquet", "train.parquet")) == rows
+
+
+NAMED = """---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - name: tone
+    dtype: {class_label: {names: {"0": fear, "1": joy}}}
+---
+"""
+
+
+@pytest.fixture
+def read_text(tmp_path):
+    """Write a dataset's files of text, by name, and read the rows that some fields of prepare choose."""
+
+    def run(files: dict[str, str], split: str = "train", **fields) -> list[dict]:
+        folder = tmp_path / "snapshot"
+        for name, text in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            packed = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+            (tmp_path / path.name).write_bytes(packed)
+            path.symlink_to(tmp_path / path.name)  # as in the hub's cache
+        section = params.Prepare(source=f"hf:org/rows@{COMMIT}", text_template="{text}: {tone}", split=split, **fields)
+        return list(hub_rows.read_hub_rows(folder, "hf:org/rows", section, "train", tmp_path / "scratch"))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("train.csv", "text,tone\na,0110\nb,1.10\nc,True\nd,NA\n", ["0110", "1.10", "True", "NA"]),
+        ("train.csv", "text;tone\nhello, you;joy\n", ["joy"]),
+        ("train.csv.gz", "text,tone\na,0110\n", ["0110"]),
+        ("train.tsv", 'text\ttone\na\t2024-05-01\nb\t"x ""y"""\n', ["2024-05-01", 'x "y"']),
+        ("train.jsonl", '{"text": "a", "tone": "2024-05-01"}\n{"text": "b", "tone": 1.10}\n', ["2024-05-01", 1.1]),
+        ("train.json", '[{"text": "a", "tone": {"day": "2024-05-01"}}]', [{"day": "2024-05-01"}]),
+    ],
+)
+def test_values_of_text_files_are_what_the_file_says(read_text, name, text, rows):
+    assert [row["tone"] for row in read_text({name: text})] == rows
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.csv": "text,tone\nhello,x,joy\n"}, "hf:org/rows/train.csv: row 1 .* 3 values for 2 columns"),
+        ({"train.csv": "text,text\nhello,joy\n"}, "repeated column names: text"),
+        ({"train.tsv": 'text\ttone\n"Oh no\tfear\nlast"\tjoy\n'}, "opens a quote"),
+        ({"train.jsonl": '{"text": "a", "tone": NaN}\n'}, "NaN is not JSON"),
+        ({"train.jsonl": '{"text": "a", "text": "b"}\n'}, "has the key `text` twice"),
+        ({"train.csv": "text,tone\na,0\n", "README.md": "---\nconfigs:\n- {config_name: default, data_files: train.csv, "
+          "skiprows: 1}\n---\n"}, "its card has the files read with skiprows: 1"),
+        ({"train.csv": "text,tone\na,sad\n", "README.md": NAMED}, "row 1: `tone` is none of the names in the dataset's card"),
+    ],
+)  # fmt: skip
+def test_text_files_are_refused_as_local_ones_are(read_text, files, message):
+    with pytest.raises(UserError, match=message):
+        read_text(files)
+
+
+LINES = {
+    "data/train-0.jsonl": "".join(f'{{"text": "t{i}", "tone": {i % 2}}}\n' for i in range(6)),
+    "data/train-1.jsonl": "".join(f'{{"text": "t{i}", "tone": {i % 2}}}\n' for i in range(6, 10)),
+    "data/test-0.jsonl": '{"text": "t10", "tone": 1}\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "chosen"),
+    [
+        (LINES, {}, list(range(10))),
+        (LINES, {"split": "train[:20%]+test"}, [0, 1, 10]),
+        (LINES, {"split": "train[5:7] + train[-1:]"}, [5, 6, 9]),
+        (LINES, {"split": "all"}, list(range(11))),
+        (LINES, {"where": {"tone": 1}, "split": "train[:5]"}, [1, 3]),
+        (LINES | {"README.md": NAMED}, {"where": {"tone": "joy"}}, [1, 3, 5, 7, 9]),
+        ({"train.csv": "text,tone,n\nt1,x,7\nt2,True,8\n"}, {"where": {"n": 7}}, [1]),
+        ({"train.csv": "text,tone,n\nt1,x,7\nt2,True,8\n"}, {"where": {"tone": True}}, [2]),
+        ({"train.csv": "text|tone\nt1|a,b\n", "README.md": "---\nconfigs:\n- {config_name: default, data_files: train.csv, "
+          "sep: '|'}\n---\n"}, {}, [1]),
+        ({"train.csv": "text,tone\nt1,1\nt2,fear\n", "README.md": NAMED}, {"where": {"tone": "joy"}}, [1]),
+    ],
+)  # fmt: skip
+def test_rows_of_text_files_that_are_chosen(read_text, files, fields, chosen):
+    assert [int(row["text"][1:]) for row in read_text(files, **fields)] == chosen
+
+
+def test_a_card_names_no_files_outside_the_dataset(read_text, tmp_path):
+    (tmp_path / "private.csv").write_text("text,tone\na,b\n", encoding="utf-8")
+    card = "---\nconfigs:\n- {config_name: default, data_files: ../private.csv}\n---\n"
+    with pytest.raises(UserError, match="which is no file of the dataset"):
+        read_text({"README.md": card})
