@@ -25,6 +25,7 @@ FLAGS = (*SWITCHES, "weight")  # `weight` is OpenAI's
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row
 SYSTEM = ("system", "system_prompt")  # fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, and OpenHermes'
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
+BAD = ("false", "0", "0.0")  # such a mark as text
 WITHOUT_TEXT = "has a message without text in `role` and `content`"
 
 
@@ -104,10 +105,11 @@ def refuse_unread(row: dict, options: dict | None = None) -> None:
         ValueError: what is wrong, as the end of a sentence that begins with the answer's field.
     """
     for name in MARKS:
-        if row.get(name) is False:
+        mark = row.get(name)  # text in CSV
+        if str(mark).strip().lower() in BAD:
             raise ValueError(
-                f"stands beside `{name}`: false, which marks a bad answer (KTO), and would be trained. Remove such rows, or the field "
-                f"`{name}` where it means something else"
+                f"stands beside `{name}`: {str(mark).lower()}, which marks a bad answer (KTO), and would be trained. Remove such rows, or "
+                f"the field `{name}` where it means something else"
             )
     if row.get("functions"):
         raise ValueError(

@@ -6,6 +6,8 @@ import pytest
 from prepared import CHAT, WHOLE, other_chat, write_rows
 from tiny import make_rows
 
+from slmake.data.conversation import refuse_unread
+
 ROWS = make_rows(24)
 LAYOUTS = {
     "messages": [
@@ -190,9 +192,18 @@ def test_answers_marked_as_bad_are_not_trained(refused, rows, mark):
     )
 
 
+@pytest.mark.parametrize("mark", [0, 0.0, "0", "False", "false ", "FALSE"])
+def test_a_bad_answer_is_marked_by_a_number_or_text_too(mark):
+    """As CSV holds truth values, and as some datasets write them."""
+    with pytest.raises(ValueError, match="which marks a bad answer"):
+        refuse_unread({"label": mark})
+
+
 def test_labels_that_mark_no_bad_answer(build):
-    """Accepted: good answers only, labels that are text, and truth values that are the answer itself."""
-    for i, label in enumerate([True, "false", 0, None]):
+    """Accepted: good answers only, labels that are other text, and truth values that are the answer itself."""
+    for label in [True, "true", 1, "joy", 2, "", None]:
+        refuse_unread({"label": label, "kto_tag": label})
+    for i, label in enumerate([True, None]):
         rows = [{**row, "label": label} for row in TEXTS[:4] + TEXTS[8:12]]
         assert len(build(rows, name=f"kept{i}", **NONE, **WHOLE).train) == 8
     rows = [{"phrase": row["phrase"], "label": i % 2 == 0} for i, row in enumerate(ROWS)]
