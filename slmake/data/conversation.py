@@ -23,7 +23,8 @@ SWITCHES = (
 )  # of a turn: whether it is trained; `training` is Axolotl's name, `loss` ms-swift's
 FLAGS = (*SWITCHES, "weight")  # `weight` is OpenAI's
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row
-SYSTEM = ("system", "system_prompt")  # fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, and OpenHermes'
+# Fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, OpenHermes', and what others use.
+SYSTEM = ("system", "system_prompt", "system_message")
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
 BAD = ("false", "0", "0.0")  # such a mark as text
 WITHOUT_TEXT = "has a message without text in `role` and `content`"
@@ -278,6 +279,18 @@ def _parsed(text: str, what: str) -> object:
         raise ValueError(f"has {what} not JSON: {error}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"has {what} not JSON: {text[:60]!r}") from None
+
+
+def turns_in(value: object) -> object:
+    """What a column of conversations holds, also of its JSON text, as in CSV.
+
+    Raises:
+        ValueError: it is other text.
+    """
+    try:
+        return _parsed(value, "text that is") if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"is not a list of messages: it {error}") from None
 
 
 def listed(value: object, what: str) -> list:

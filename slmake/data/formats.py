@@ -1,12 +1,12 @@
 """Which format the rows have: a template over fields, or one of the usual layouts of chats and instructions.
 
 template            any fields; text_template or messages says how they become text
-messages            a list of {role, content, tool_calls}, and `tools` (OpenAI, TRL)
+messages            a list of {role, content, tool_calls}, and `tools` (OpenAI, TRL); a list may be its JSON text, here and below
 sharegpt            `conversations`: a list of {from, value}, and `tools` (ShareGPT, LLaMA-Factory)
 alpaca              `instruction`, an optional `input`, `output` (Stanford Alpaca), and an optional `history` (LLaMA-Factory)
 prompt_completion   `prompt` and `completion`: texts, or lists of {role, content} (TRL)
 
-A system text beside a conversation (`system`, `system_prompt`) is its first turn; `conversation.with_system` reads it.
+A system text beside a conversation (`system`, `system_prompt`, `system_message`) is its first turn; `conversation.with_system` reads it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from slmake import params
 from slmake.data.chat import ChatTemplate
-from slmake.data.conversation import listed, refuse_unread, special_tokens, system_text
+from slmake.data.conversation import listed, refuse_unread, special_tokens, system_text, turns_in
 from slmake.data.template import Conversations, FieldTemplate, PromptTemplate, label_text
 from slmake.errors import UserError
 from slmake.text import listing, one_line
@@ -25,6 +25,7 @@ ROLES |= {"model": "assistant", "bot": "assistant", "system": "system", "tool": 
 ROLES |= {"developer": "system"}
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 PROMPT_COMPLETION = "{prompt}{completion}"
+CHATS = ("messages", "conversations", "conversation")  # columns that hold conversations
 
 
 def prompt_template(
@@ -62,7 +63,7 @@ def prompt_template(
         if tokenizer.chat_template:
             return Conversations("output", chat(), section.train_on, alpaca_turns)
         return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields, special=special)
-    if any(isinstance(row.get("prompt"), list) for row in rows):
+    if any(isinstance(row.get("prompt"), list) or "role" in _first_turn(row, "prompt") for row in rows):
         return Conversations("completion", chat(), section.train_on, prompt_completion_turns)
     return FieldTemplate(_with_template(section, PROMPT_COMPLETION), convert=prompt_completion_fields, special=special)
 
@@ -79,11 +80,11 @@ def _detected(rows: list[dict]) -> tuple[str, str]:
     """
     columns = {key for row in rows for key, value in row.items() if value is not None}
     fits = []
-    for column in ("messages", "conversations", "conversation"):
-        turn = next((row[column][0] for row in rows if isinstance(row.get(column), list) and row[column]), None)
-        if isinstance(turn, dict) and {"role", "content"} <= turn.keys():
+    for column in CHATS:
+        turn = next(filter(None, (_first_turn(row, column) for row in rows)), {})
+        if {"role", "content"} <= turn.keys():
             fits.append(("messages", column))
-        elif isinstance(turn, dict) and {"from", "value"} <= turn.keys():
+        elif {"from", "value"} <= turn.keys():
             fits.append(("sharegpt", column))
     if {"instruction", "output"} <= columns:
         fits.append(("alpaca", ""))
@@ -95,23 +96,38 @@ def _detected(rows: list[dict]) -> tuple[str, str]:
         raise UserError(
             f"prepare.format: the rows can be read as {' and as '.join(name for name, _ in fits)}. Set it to one of them."
         )
+    texts = [column for column in CHATS if any(isinstance(row.get(column), str) for row in rows)]
+    hint = f" `{texts[0]}` is text, and no JSON of a list of messages." if texts else ""
     raise UserError(
-        f"prepare: no known format in the first rows, whose fields are {listing(sorted(columns)) or 'none'}. Give text_template (such as "
+        f"prepare: no known format in the first rows, whose fields are {listing(sorted(columns)) or 'none'}.{hint} Give text_template (such as "
         "`{phrase}\\n{tone}`), or messages."
     )
+
+
+def _turns(row: dict, column: str) -> object:
+    """What a column holds, with JSON text as its value; other text as it is."""
+    with contextlib.suppress(ValueError):
+        return turns_in(row.get(column))
+    return row[column]
+
+
+def _first_turn(row: dict, column: str) -> dict:
+    """The first of the turns in a column; empty where it holds something else."""
+    turns = _turns(row, column)
+    return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
 
 
 def _column(rows: list[dict], name: str) -> str:
     preferred = "conversations" if name == "sharegpt" else "messages"
     return next(
-        (key for key in (preferred, "conversations", "messages", "conversation") if any(key in row for row in rows)),
+        (key for key in (preferred, *CHATS) if any(key in row for row in rows)),
         preferred,
     )
 
 
 def sharegpt_turns(row: dict, column: str) -> object:
     """ShareGPT's turns with the usual roles."""
-    turns = row[column]
+    turns = turns_in(row[column])
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
     converted = []
@@ -145,8 +161,8 @@ def _alpaca(row: dict) -> dict:
     for name, needed in (("instruction", True), ("input", False), ("output", True)):
         if not isinstance(row.get(name), str) and (needed or row.get(name) is not None):
             raise ValueError(f"is there, but `{name}` is not text")
-    more = (row.get("input") or "").strip()
-    return {"instruction": row["instruction"] + (f"\n\n{more}" if more else ""), "output": row["output"]}
+    given = [row["instruction"], (row.get("input") or "").strip()]
+    return {"instruction": "\n\n".join(filter(str.strip, given)), "output": row["output"]}
 
 
 def alpaca_turns(row: dict) -> list[dict]:
@@ -190,10 +206,10 @@ def prompt_completion_turns(row: dict) -> list:
     Raises:
         ValueError: they are not two lists.
     """
-    if not isinstance(row.get("prompt"), list) or not isinstance(row["completion"], list):
+    prompt, completion = _turns(row, "prompt"), _turns(row, "completion")
+    if not isinstance(prompt, list) or not isinstance(completion, list):
         raise ValueError("and `prompt` are not two lists of messages")
-    given = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
-    return given + row["completion"]
+    return [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt] + completion
 
 
 def _list_in(row: dict, name: str) -> list:

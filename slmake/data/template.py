@@ -14,6 +14,7 @@ from slmake.data.conversation import (
     Conversation,
     read_conversation,
     refuse_unread,
+    turns_in,
     with_system,
     without_closing,
 )
@@ -187,7 +188,7 @@ class Conversations(PromptTemplate):
                 "prepare.messages: an empty name. Name the column that holds each row's list of messages, or set it to null."
             )
         self.name, self.chat, self.train_on, self.fields = name, chat, train_on, [name]
-        self.turns_of = turns_of or (lambda row: field(row, name))
+        self.turns_of = turns_of or (lambda row: turns_in(field(row, name)))
 
     def conversation(self, row: dict) -> Conversation:
         """The conversation of a row.

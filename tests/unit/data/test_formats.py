@@ -7,6 +7,7 @@ from prepared import CHAT, WHOLE, other_chat, write_rows
 from tiny import make_rows
 
 from slmake.data.conversation import refuse_unread
+from slmake.data.formats import alpaca_fields, alpaca_turns
 
 ROWS = make_rows(24)
 LAYOUTS = {
@@ -49,6 +50,37 @@ def test_layouts_give_the_same_chats(build, tokenizer, tmp_path, capsys, layout,
     named = build(source, name="named", format=layout, **NONE, **WHOLE)
     assert "the rows are read as" not in capsys.readouterr().err
     assert (named.folder / "train.parquet").read_bytes() == (built.folder / "train.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["messages", "sharegpt", "prompt_completion"])
+def test_conversations_as_json_text(build, tmp_path, layout):
+    """As a CSV file holds them."""
+    texts = [
+        {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+        for row in LAYOUTS[layout]
+    ]
+    built = build(write_rows(tmp_path / "rows.csv", texts), **NONE, **WHOLE)
+    assert built.train == build(LAYOUTS[layout], name="lists", **NONE, **WHOLE).train
+    named = build(texts, name="named", format=layout, **NONE, **WHOLE)
+    assert named.train == built.train
+
+
+def test_other_text_is_no_conversation(refused, build):
+    """Such as pandas' text of a list; and a prompt that is JSON of something else stays a text."""
+    rows = [{"messages": str(row["messages"])} for row in LAYOUTS["messages"]]
+    assert "`messages` is text, and no JSON of a list of messages" in refused(rows, **NONE)
+    assert "is not a list of messages: it has text that is not JSON: \"[{'role'" in refused(
+        rows, format="messages", **NONE
+    )
+    texts = [{**row, "prompt": json.dumps([{"q": row["prompt"]}])} for row in TEXTS]
+    assert build(texts, **NONE, **WHOLE).train[0]["prompt"] == texts[0]["prompt"]
+
+
+@pytest.mark.parametrize("convert", [alpaca_fields, alpaca_turns])
+def test_an_input_alone_is_the_instruction(convert):
+    rows = [{"instruction": text, "input": "Do it", "output": "yes"} for text in ("", " ", "Please:")]
+    prompts = [row["instruction"] if isinstance(row, dict) else row[0]["content"] for row in map(convert, rows)]
+    assert prompts == ["Do it", "Do it", "Please:\n\nDo it"]
 
 
 def test_inputs_and_system_fields(build):
@@ -103,7 +135,7 @@ def test_earlier_turns_of_an_instruction(build, tokenizer):
 
 
 @pytest.mark.parametrize("system", ["Be short.", [{"type": "text", "text": "Be short."}]], ids=["text", "parts"])
-@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rows_system_text_is_the_first_turn(build, layout, name, system):
     """In every layout of chats; without text in it, the field changes nothing."""
