@@ -77,6 +77,11 @@ class Preparation:
             tokenize.check_labels(labels or [])
             writers = self._write(store, split, tokenize)
             self.apart = tokenize.apart > 0
+            if tokenize.unlike:
+                self.job.say(
+                    f"warning: {tokenize.unlike} answers of the test split are another text when their tokens are read back, so no answer of a "
+                    f"model can be equal to them; the first is {tokenize.first_unlike}"
+                )
             answers, codes = store.answers(), store.answer_codes().copy()
         for name, (paths, _) in fetched.items():
             for path in {path for path, _ in files[name]} - {path for path, _ in paths}:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slmake import params
+from slmake import params, prompts
 from slmake.data.chat import Answer
 from slmake.data.conversation import Conversation, special_tokens
 from slmake.data.store import Row
 from slmake.data.template import SHOWN, PromptTemplate
 from slmake.errors import UserError
+from slmake.text import one_line
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 BATCH = 2048  # rows in memory at a time
@@ -56,6 +57,7 @@ class Tokenize:
         truncated: prompts that lost tokens at their start.
         shortened: conversations that lost turns at their beginning, and `dropped`, the number of these turns.
         apart: answers that became a sequence of their own, because the chat template changes what stands before them.
+        unlike: answers asked for alone that the runtime would write in another way (see `_read_back`), and `first_unlike` of them.
         tools, systems: the different lists of tools of the conversations, and their different system turns, as JSON; no more than two.
     """
 
@@ -63,7 +65,9 @@ class Tokenize:
         self.section, self.tokenizer, self.template = section, tokenizer, template
         self.special_tokens = template.special_tokens
         self.truncated = self.shortened = self.dropped = self.apart = 0
-        self.longest_answer = 0
+        self.longest_answer = self.unlike = 0
+        self.first_unlike = ""
+        self.checked: set[str] = set()  # labels
         self.tools: set[str | None] = set()
         self.systems: set[str | None] = set()
 
@@ -74,9 +78,10 @@ class Tokenize:
         """Refuse labels that no answer of the runtime can be equal to, or that it cannot distinguish.
 
         Raises:
-            UserError: a label has a NUL or a special token in it, or is the same tokens as another.
+            UserError: a label has a NUL or a special token in it, is another text by its tokens, or the same tokens as another.
         """
         special = special_tokens(self.tokenizer)
+        self.checked = set(labels)
         seen: dict[tuple[int, ...], str] = {}
         for label, ids in zip(labels, self._encode(labels, False) if labels else [], strict=True):
             left_out = [f"the special token {special[token]}" for token in ids if token in special]
@@ -92,6 +97,29 @@ class Tokenize:
                     f"prepare: the labels {other!r} and {label!r} are the same tokens for this model, so no score can distinguish them. "
                     "Rename one of them."
                 )
+            expected, read = self._read_back(label, ids)
+            if read != expected:
+                raise UserError(
+                    f"prepare: the label {label!r} is {read!r} when its tokens are read back, so no answer of a model would be equal to it. "
+                    "Rename the label, or give its word in prepare.labels."
+                )
+
+    def _read_back(self, answer: str, ids: list[int]) -> tuple[str, str]:
+        """An answer as scores expect it, and as the runtime writes its tokens: not the same where a tokenizer makes all text small."""
+        kept = [token for token in ids if token != self.tokenizer.eos_token_id]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        expected = prompts.as_written(answer, self._writing)
+        return expected.strip(), text.replace(self._writing.get("space", " "), " ").strip()
+
+    def _compare(self, row: Row, answer: Answer, ids: list[int]) -> None:
+        """Count an answer that no answer of the runtime can be equal to."""
+        expected, read = self._read_back(answer.answer, ids)
+        if read == expected:
+            return
+        if not self.unlike:
+            texts = f"{one_line(repr(expected), 60)} is read back as {one_line(repr(read), 60)}"
+            self.first_unlike = f"{row.file}: row {row.line}: {texts}"
+        self.unlike += 1
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of one text that more follows; some tokenizers close every text, which is undone."""
@@ -194,6 +222,8 @@ class Tokenize:
             self.truncated += len(kept) < len(head)
             self.longest_answer = max(self.longest_answer, len(tail))
             labels, turns = [IGNORED] * len(kept) + tail, [answer.turn] if row.chat else []
+            if one_answer and answer.answer not in self.checked:
+                self._compare(row, answer, tail)
             if examples and not one_answer:
                 before = examples[-1]
                 if kept[: len(before.ids)] == before.ids:
@@ -207,24 +237,10 @@ class Tokenize:
             examples.append(Example(row.number, answer.prompt, answer.answer, ids, labels, turns, dropped, cut, tools))
         return examples
 
-    def inference(self) -> dict:
-        """What the runtime must do to read and write the tokens as training did, for prompt.json: only what this tokenizer does.
-
-        `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; `space` becomes a space in an answer, which the
-        runtime does not do in added tokens such as Gemma's for several spaces; a prompt keeps its last
-        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. `tools` are
-        those that all conversations have; an empty list where they differ. `system` is the turn that all conversations begin with.
-        """
-        rules: dict = {}
-        if any(self.tools):
-            rules["tools"] = json.loads(*self.tools) if len(self.tools) == 1 else []
-        if len(self.systems) == 1 and any(self.systems):
-            rules["system"] = json.loads(*self.systems)
-        ids, plain = self._encode(["a"], self.special_tokens)[0], self._encode(["a"], False)[0]
-        if len(ids) > len(plain) and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        if len(ids) > len(plain):
-            rules["begin_token_ids"] = ids[: len(ids) - len(plain)]
+    @functools.cached_property
+    def _writing(self) -> dict:
+        """`normalization` and `space` of `inference`."""
+        rules = {}
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         normalizer = backend.normalizer if backend else None
         normalized = [normalizer.normalize_str(text) for text in DECOMPOSED] if normalizer else list(DECOMPOSED)
@@ -234,6 +250,26 @@ class Tokenize:
                 rules["normalization"] = form
         if backend and backend.decoder and SPACE not in backend.decoder.decode([f"a{SPACE}a"]):
             rules["space"] = SPACE
+        return rules
+
+    def inference(self) -> dict:
+        """What the runtime must do to read and write the tokens as training did, for prompt.json: only what this tokenizer does.
+
+        `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; `space` becomes a space in an answer, which the
+        runtime does not do in added tokens such as Gemma's for several spaces; a prompt keeps its last
+        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. `tools` are
+        those that all conversations have; an empty list where they differ. `system` is the turn that all conversations begin with.
+        """
+        rules = dict(self._writing)
+        if any(self.tools):
+            rules["tools"] = json.loads(*self.tools) if len(self.tools) == 1 else []
+        if len(self.systems) == 1 and any(self.systems):
+            rules["system"] = json.loads(*self.systems)
+        ids, plain = self._encode(["a"], self.special_tokens)[0], self._encode(["a"], False)[0]
+        if len(ids) > len(plain) and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if len(ids) > len(plain):
+            rules["begin_token_ids"] = ids[: len(ids) - len(plain)]
         if self.truncated:
             rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
             rules["kept_token_id"] = self.tokenizer.bos_token_id

@@ -1,5 +1,7 @@
 """Tokens and labels: the loss on the answer, sequences, truncation."""
 
+import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -39,6 +41,36 @@ def test_what_closes_the_template_is_not_part_of_the_answer(build, closing):
     for built in (in_template, build(rows, name="rows", text_template=TEMPLATE)):
         assert {example["answer"] for example in built.train} == {"joy", "fear", "sadness", "surprise"}
         assert built.prompt["labels"] == ["fear", "joy", "sadness", "surprise"]
+
+
+@pytest.fixture
+def lower(tokenizer_folder, tmp_path):
+    """The test tokenizer with a normalizer that makes all text small."""
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "lower")
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}), encoding="utf-8")
+    return folder
+
+
+def test_labels_that_no_answer_can_equal_are_refused(build, refused, lower):
+    rows = [row | {"tone": row["tone"].upper()} for row in make_rows(24)]
+    assert "the label 'FEAR' is 'fear' when its tokens are read back" in refused(rows, base=lower)
+    for name, given, base in (("kept", rows, None), ("small", make_rows(24), lower)):
+        assert len(build(given, name=name, base=base, **WHOLE).train) == 24
+
+
+def test_other_answers_that_no_answer_can_equal_are_counted(build, lower, capsys):
+    """Of those that are scored, and once for all: to train on them is no error."""
+    rows = [row | {"tone": f"{'Two' if i % 2 else 'two'} \u00e9 {i}"} for i, row in enumerate(make_rows(80))]
+    built = build(rows, base=lower)
+    changed = [row for row in built.test if "T" in row["answer"]]
+    text = changed[0]["answer"]
+    line = f"warning: {len(changed)} answers of the test split are another text when their tokens are read back"
+    printed = capsys.readouterr().err
+    assert line in printed
+    assert f": row {changed[0]['row']}: {text!r} is read back as {text.lower()!r}" in printed
+    build(rows, name="plain")
+    assert "read back" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["templates", "messages", "alpaca"])
