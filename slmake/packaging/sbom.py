@@ -112,6 +112,15 @@ def libraries(lock: Path) -> list[dict]:
     return components
 
 
+def licensed(licence: str) -> dict:
+    """A licence in CycloneDX's words: an SPDX identifier in whatever case, an expression of several, or else a name."""
+    from cyclonedx.spdx import fixup_id, is_expression
+
+    if known := fixup_id(licence):
+        return {"license": {"id": known}}
+    return {"expression": licence} if is_expression(licence) else {"license": {"name": licence}}
+
+
 def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dict[str, str], lock: Path) -> dict:
     """A CycloneDX 1.6 machine-learning bill of materials (https://cyclonedx.org/docs/1.6/json/).
 
@@ -135,7 +144,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
         "bom-ref": "model",
         "name": name,
         "version": digest[:16],
-        "licenses": [{"license": {"id": licence}}],
+        "licenses": [licensed(licence)],
         "modelCard": {
             "modelParameters": {
                 "approach": {"type": "supervised"},

@@ -1,6 +1,8 @@
 """The section `package` of params.yaml."""
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, field_validator
 
 from slmake.params.base import Section
 from slmake.params.constraint import Constraint
@@ -10,7 +12,11 @@ class Package(Section):
     """What a user ships: build/package."""
 
     name: str = Field("slmake-model", min_length=1, pattern=r"^[\w.-]+$", description="The model's name.")
-    license: str = Field("Apache-2.0", min_length=1, description="SPDX identifier of the model's licence.")
+    license: str = Field(
+        "Apache-2.0",
+        min_length=1,
+        description="The model's licence: an SPDX identifier, an expression of several, or a name such as `llama3.2`.",
+    )
     license_files: list[str] = Field(["LICENSE"], min_length=1, description="Licence texts to ship.")
     language: list[str] = Field(["en"], description="Languages, as ISO 639 codes.")
     tags: list[str] = Field([], description="More tags for a model hub.")
@@ -33,3 +39,16 @@ class Package(Section):
         None,
         description="File with an elliptic-curve private key (PEM, no password) to sign the package with; keep it out of the repository.",
     )
+
+    @field_validator("license_files")
+    @classmethod
+    def _names_in_a_package(cls, value):
+        names = [Path(file).name for file in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two files are called `{name}`, and a package has them in one folder: rename one")
+            if name.startswith(".") or not name.isprintable():
+                raise ValueError(
+                    f"{name!r} is hidden or has control characters, and no package holds such a file: rename it"
+                )
+        return value

@@ -185,6 +185,14 @@ def test_bill_of_materials_is_valid_and_complete(packed):
     for wrong in ({"bomFormat": "SPDX"}, {"components": [{"type": "modle", "name": "x"}]}, {"unknown": 1}):
         with pytest.raises(UserError, match=r"breaks the CycloneDX schema"):
             sbom.check_bom(json.dumps(bom | wrong))
+    for licence, entry in (
+        ("apache-2.0", {"license": {"id": "Apache-2.0"}}),  # as Hugging Face spells it
+        ("MIT OR Apache-2.0", {"expression": "MIT OR Apache-2.0"}),
+        ("llama3.2", {"license": {"name": "llama3.2"}}),
+    ):
+        assert sbom.licensed(licence) == entry
+        bom["metadata"]["component"]["licenses"] = [entry]
+        sbom.check_bom(json.dumps(bom))
 
 
 def test_a_package_that_is_not_as_locked_is_named_as_it_is(tmp_path):

@@ -51,6 +51,16 @@ def test_field_of_several_types(mistakes, sections, where, hint):
     assert hint in line
 
 
+def test_licence_files_that_no_package_holds(mistakes, write):
+    (line,) = mistakes(package={"license_files": ["LICENSE", "base/LICENSE"]})
+    assert line.startswith("package.license_files: two files are called `LICENSE`")
+    for name in (".licence", "base/.LICENSE", "a\tb"):
+        (line,) = mistakes(package={"license_files": [name]})
+        assert line.startswith("package.license_files: ")
+        assert line.endswith("no package holds such a file: rename it.")
+    params.load(write(package={"license_files": ["LICENSE", "../base/.hidden/USE_POLICY.md"]}))
+
+
 # Names
 
 
