@@ -15,7 +15,7 @@ from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
 from slmake.plan import LOCKS, Plan, when
 from slmake.platforms import container as containers
-from slmake.platforms import dvc, dvc_yaml, origins, slurm
+from slmake.platforms import dvc, dvc_yaml, named_files, origins, slurm
 from slmake.platforms.slurm import memory
 
 if config:
@@ -46,8 +46,10 @@ try:
     IMAGE = containers.image(CONTAINER)
     IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
     # DVC, Azure ML and Snakemake's own jobs run one rule alone and have the inputs of that rule only.
-    if "--allowed-rules" not in sys.argv and (problem := PLAN.missing()):
-        raise UserError(problem)
+    if "--allowed-rules" not in sys.argv:
+        if problem := PLAN.missing():
+            raise UserError(problem)
+        named_files.refuse_unusable(PLAN)
     os.environ.setdefault(cli.SOURCES, planned.write({rule: PLAN.given(rule) for rule in PLAN.rules}))
     if workflow.is_main_process:
         origins.refuse_other_sources(PLAN)

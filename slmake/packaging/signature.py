@@ -6,25 +6,41 @@ from pathlib import Path
 from slmake.errors import UserError, first_line
 from slmake.packaging.checksums import SIGNATURE, TIMESTAMP
 
+CURVES = ("secp256r1", "secp384r1", "secp521r1")  # that model signing has; the first is also called prime256v1
+
+
+def refuse_unusable(key: Path) -> None:
+    """Raise UserError if a file is no private key that a package can be signed with."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+    make = "openssl ecparam -name prime256v1 -genkey -noout -out"
+    if not key.is_file():
+        raise UserError(f"package.signing_key: {key}: no such file. Make one: {make} {key}")
+    try:
+        private = serialization.load_pem_private_key(key.read_bytes(), password=None)
+        kind = private.curve.name if isinstance(private, EllipticCurvePrivateKey) else type(private).__name__
+        problem = "" if kind in CURVES else f"it is of {kind}"
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        problem = first_line(error)
+    if problem:
+        raise UserError(
+            f"package.signing_key: {key}: no private key of {', '.join(CURVES)} in PEM form without password ({problem}). "
+            f"Make another: {make} FILE"
+        )
+
 
 def sign(folder: Path, key: Path) -> None:
     """Sign every file of a package with an elliptic-curve key (OpenSSF model signing); the signature is model.sig.
 
     Raises:
-        UserError: the key cannot be read.
+        UserError: the key cannot be used.
     """
     from model_signing import signing
 
-    if not key.is_file():
-        raise UserError(
-            f"package.signing_key: {key}: no such file. Make one: openssl ecparam -name prime256v1 -genkey -noout -out {key}"
-        )
-    try:
-        signer = signing.Config().use_elliptic_key_signer(private_key=key)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"package.signing_key: {key}: no elliptic-curve private key in PEM form without password ({error})."
-        ) from None
+    refuse_unusable(key)
+    signer = signing.Config().use_elliptic_key_signer(private_key=key)
     signer.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
 
 

@@ -1,0 +1,13 @@
+"""Files that params.yaml names and only the last rules read: what makes them unusable is said before the first rule runs."""
+
+from pathlib import Path
+
+from slmake.packaging import signature
+from slmake.plan import Plan
+
+
+def refuse_unusable(plan: Plan) -> None:
+    """Raise UserError for the first file that a rule of this build would refuse for its content, hours later."""
+    stages = set(plan.stages)
+    if "package" in stages and plan.signing_key:
+        signature.refuse_unusable(Path(*plan.signing_key))

@@ -1,0 +1,59 @@
+"""Files that only the last rules read are refused before the first one runs."""
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from tiny import write_params
+
+from slmake import params
+from slmake.errors import UserError
+from slmake.plan import Plan
+from slmake.platforms.named_files import refuse_unusable
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """Call the check with changes to params.yaml."""
+
+    def check(**changes) -> None:
+        refuse_unusable(Plan(params.load(write_params(tmp_path / "params.yaml", **changes))))
+
+    return check
+
+
+def pem(key, password: bytes = b"") -> bytes:
+    kept = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, kept)
+
+
+P256 = ec.generate_private_key(ec.SECP256R1())
+PUBLIC = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (pem(rsa.generate_private_key(65537, 1024)), "it is of RSAPrivateKey"),
+        (pem(ed25519.Ed25519PrivateKey.generate()), "it is of Ed25519PrivateKey"),
+        (pem(ec.generate_private_key(ec.SECP256K1())), "it is of secp256k1"),
+        (pem(P256, b"secret"), "encrypted"),
+        (P256.public_key().public_bytes(*PUBLIC), "private key"),
+        (b"", "PEM"),
+    ],
+    ids=["rsa", "ed25519", "secp256k1", "password", "public", "empty"],
+)
+def test_a_key_that_signs_no_package(checked, tmp_path, content, problem):
+    key = tmp_path / "key.pem"
+    key.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        checked(package={"signing_key": str(key)})
+    assert str(refused.value).startswith(f"package.signing_key: {key}: no private key of secp256r1, ")
+    assert problem in str(refused.value).partition("without password")[2]
+    checked(package={"signing_key": str(key)}, all={"stages": ["finetune"]})  # nothing is signed
+
+
+def test_files_that_can_be_used(checked, tmp_path):
+    for key in (P256, ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP521R1())):
+        (tmp_path / "key.pem").write_bytes(pem(key))
+        checked(package={"signing_key": str(tmp_path / "key.pem")})
+    checked()
