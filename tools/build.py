@@ -53,14 +53,14 @@ def main(argv: list[str] | None = None) -> int:
                 screen.write(line)
             return 130 if screen.interrupted else 1
     with cli.job("build") as job:
-        if OVERVIEW.exists():
+        stages = params.load("params.yaml").stages
+        if OVERVIEW.exists() and with_report(args.targets, stages):
             write_page()
         if args.targets:
             job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         if asked:
             record.main([])
-        stages = params.load("params.yaml").stages
         made = {"report": PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}
         scores = [scores_line("gates" in stages)] if "evaluate" in stages else []
@@ -72,6 +72,13 @@ def main(argv: list[str] | None = None) -> int:
             names = " and ".join(map(str, made.values())) or "everything"
             print(f"build: nothing to do: {names} {'are' if len(made) > 1 else 'is'} up to date", *scores, sep="\n")
     return 0
+
+
+def with_report(targets: list[str], stages: list[str]) -> bool:
+    """Whether these targets, rules or outputs, have the report's figures among them; other figures than those asked for may be on disk."""
+    asked = targets or ["all"]
+    whole = "all" in asked and "report" in stages
+    return whole or any(target == "report" or Path(target).parent == OVERVIEW.parent for target in asked)
 
 
 def write_page() -> None:
