@@ -4,6 +4,7 @@ from pathlib import Path
 
 from slmake.packaging import signature
 from slmake.plan import Plan
+from slmake.scoring.gates import check_published
 
 
 def refuse_unusable(plan: Plan) -> None:
@@ -11,3 +12,5 @@ def refuse_unusable(plan: Plan) -> None:
     stages = set(plan.stages)
     if "package" in stages and plan.signing_key:
         signature.refuse_unusable(Path(*plan.signing_key))
+    if "gates" in stages:  # the report shows why a gate cannot be judged
+        check_published(plan.params.gates)

@@ -104,6 +104,19 @@ def check_figures(section: params.Gates, labels: list[str] | None) -> None:
             )
 
 
+def check_published(section: params.Gates) -> None:
+    """Raise UserError if the published model's metrics cannot be read, or lack a figure that a gate compares with."""
+    published = read_published(section) or {}
+    for name, gate in section.every().items():
+        if gate.against == "published" and gate.kind not in ("minimum", "maximum"):
+            _figure(name, gate.metric, _last(published), "published")
+
+
+def _last(metrics: dict) -> dict:
+    """The figures of the last model that was scored."""
+    return metrics[[known for known in MODELS if known in metrics][-1]]
+
+
 def _model(name: str, gate: params.Gate, names: list[str]) -> str:
     if gate.model == "last":
         return names[-1]
@@ -174,7 +187,7 @@ def _value(name, gate, model, names, metrics, benchmark, published, entry) -> tu
     if gate.kind in ("minimum", "maximum"):
         return _with_interval(name, gate, value, *ends)
     if gate.against == "published":
-        other, before = "published", published[[known for known in MODELS if known in published][-1]]
+        other, before = "published", _last(published)
     else:
         wanted = [earlier for earlier in names[: names.index(model)] if earlier != "adapter"]
         wanted = (

@@ -1,5 +1,7 @@
 """Files that only the last rules read are refused before the first one runs."""
 
+import json
+
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -9,6 +11,8 @@ from slmake import params
 from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.platforms.named_files import refuse_unusable
+
+AGAINST_PUBLISHED = {"metric": "accuracy", "maximum_drop": 0.02, "against": "published"}
 
 
 @pytest.fixture
@@ -52,7 +56,24 @@ def test_a_key_that_signs_no_package(checked, tmp_path, content, problem):
     checked(package={"signing_key": str(key)}, all={"stages": ["finetune"]})  # nothing is signed
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"a": 1}, "gates.published: .*last.json: no model's metrics in it"),
+        ({"int4": {"rouge_l": 0.9}}, r"gates.checks\[0\]: published has no figure `accuracy`"),
+    ],
+)
+def test_published_metrics_that_no_gate_can_compare_with(checked, tmp_path, content, problem):
+    (tmp_path / "last.json").write_text(json.dumps(content), encoding="utf-8")
+    gates = {"published": str(tmp_path / "last.json"), "checks": [AGAINST_PUBLISHED]}
+    with pytest.raises(UserError, match=problem):
+        checked(gates=gates)
+    checked(gates=gates, all={"stages": ["finetune"]})  # nothing is judged
+
+
 def test_files_that_can_be_used(checked, tmp_path):
+    (tmp_path / "last.json").write_text(json.dumps({"base": {}, "int4": {"accuracy": 0.9}}), encoding="utf-8")
+    checked(gates={"published": str(tmp_path / "last.json"), "checks": [AGAINST_PUBLISHED]})
     for key in (P256, ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP521R1())):
         (tmp_path / "key.pem").write_bytes(pem(key))
         checked(package={"signing_key": str(tmp_path / "key.pem")})
