@@ -30,7 +30,7 @@ from slmake.reporting.pages import (
     verdict,
     wrong_page,
 )
-from slmake.reporting.seeds import draw_seeds, seeds_page
+from slmake.reporting.seeds import draw_seeds, read_seeds, seeds_page
 from slmake.scoring.gates import read_metrics, read_timings
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         predictions = read_predictions(args.predictions, metrics["test_rows"] or metrics["texts"])
         result = read_json(args.search) if args.search else None
-        seeds = read_json(args.seeds, "summary", "params", "inputs", "runs") if args.seeds else None
+        seeds = read_seeds(args.seeds) if args.seeds else None
         gates, problem = judged(everything.gates, metrics, timings)
         pages = {
             "overview.html": overview(everything, base, dataset, metrics, verdict(metrics, gates, problem), result),

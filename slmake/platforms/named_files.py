@@ -14,3 +14,7 @@ def refuse_unusable(plan: Plan) -> None:
         signature.refuse_unusable(Path(*plan.signing_key))
     if "gates" in stages:  # the report shows why a gate cannot be judged
         check_published(plan.params.gates)
+    if "report" in stages and plan.seeds:
+        from slmake.reporting.seeds import read_seeds
+
+        read_seeds(Path(*plan.seeds))

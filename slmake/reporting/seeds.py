@@ -1,9 +1,11 @@
 """What several runs with other seeds say together (results/seeds.json of `make seeds`): mean, spread, figure and page."""
 
+import json
 import statistics
 from pathlib import Path
 
 from slmake import params
+from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.reporting.figures import colour, save
 from slmake.reporting.pages import escape, html_table, page
@@ -50,6 +52,28 @@ def table(lines: list[dict]) -> str:
         figures = [line[name] for name in COLUMNS]
         rows.append([line["model"], line["score"], *("" if value is None else f"{value:.4f}" for value in figures)])
     return columns(rows)
+
+
+def read_seeds(path: Path) -> dict:
+    """What `make seeds` wrote, from the file of report.seeds; its summary is made again from its runs.
+
+    Raises:
+        UserError: it is not there, or is something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        runs = result["runs"]
+        lines = summary(runs)
+        if [line["model"] for line in lines if line["score"] == "accuracy"] != list(runs[0]["scores"]):
+            raise ValueError("not every run has an accuracy of every model")
+        return {"params": {**result["params"]}, "inputs": {**result["inputs"]}, "runs": runs, "summary": lines}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        other_form = isinstance(error, LookupError | TypeError | AttributeError)
+        reason = "it has another form" if other_form else error
+        raise UserError(
+            f"report.seeds: {path}: {reason}. It should be the results/seeds.json of `make seeds`: bring that back, or set report.seeds "
+            "to null."
+        ) from None
 
 
 def draw_seeds(plt, result: dict, path: Path) -> None:

@@ -13,6 +13,7 @@ from slmake.plan import Plan
 from slmake.platforms.named_files import refuse_unusable
 
 AGAINST_PUBLISHED = {"metric": "accuracy", "maximum_drop": 0.02, "against": "published"}
+SEEDS = {"summary": [], "params": {}, "inputs": {}, "runs": [{"scores": {"int4": {"accuracy": 0.9, "rouge_l": 0.8}}}]}
 
 
 @pytest.fixture
@@ -71,10 +72,34 @@ def test_published_metrics_that_no_gate_can_compare_with(checked, tmp_path, cont
     checked(gates=gates, all={"stages": ["finetune"]})  # nothing is judged
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("not json", "Expecting value"),
+        ("5", "another form"),
+        ("{}", "another form"),
+        (json.dumps(SEEDS | {"runs": []}), "another form"),
+        (json.dumps(SEEDS | {"runs": [{"scores": {"int4": {"accuracy": "high"}}}]}), "another form"),
+        (json.dumps(SEEDS | {"runs": [*SEEDS["runs"], {"scores": {}}]}), "not every run has an accuracy"),
+        (json.dumps(SEEDS | {"params": 5}), "another form"),
+    ],
+)
+def test_a_result_of_make_seeds_that_is_damaged(checked, tmp_path, content, problem):
+    """It is the user's file: no rule builds it again."""
+    (tmp_path / "seeds.json").write_text(content, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=f"^report.seeds: .*seeds.json: .*{problem}.*bring that back, or set report.seeds to null"
+    ):
+        checked(report={"seeds": str(tmp_path / "seeds.json")})
+    checked(report={"seeds": str(tmp_path / "seeds.json")}, all={"stages": ["finetune"]})  # there is no report
+
+
 def test_files_that_can_be_used(checked, tmp_path):
     (tmp_path / "last.json").write_text(json.dumps({"base": {}, "int4": {"accuracy": 0.9}}), encoding="utf-8")
     checked(gates={"published": str(tmp_path / "last.json"), "checks": [AGAINST_PUBLISHED]})
     for key in (P256, ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP521R1())):
         (tmp_path / "key.pem").write_bytes(pem(key))
         checked(package={"signing_key": str(tmp_path / "key.pem")})
+    (tmp_path / "seeds.json").write_text(json.dumps(SEEDS), encoding="utf-8")
+    checked(report={"seeds": str(tmp_path / "seeds.json")})
     checked()
