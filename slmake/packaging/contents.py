@@ -18,10 +18,10 @@ from slmake.scoring.gates import MODELS
 
 
 def copy_licences(files: list[str], target: Path) -> list[str]:
-    """Copy licence texts into a folder; returns their names.
+    """Copy licence texts, of different names, into a folder; returns their names.
 
     Raises:
-        UserError: one is missing, or two have one name.
+        UserError: one is missing.
     """
     target.mkdir()
     names = []
@@ -31,8 +31,6 @@ def copy_licences(files: list[str], target: Path) -> list[str]:
             raise UserError(
                 f"package.license_files: {file}: no such file. Correct params.yaml, or bring the file back."
             )
-        if source.name in names:
-            raise UserError(f"package.license_files: two files are called {source.name}. Rename one.")
         shutil.copyfile(source, target / source.name)
         names.append(source.name)
     return names
