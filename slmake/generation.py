@@ -19,7 +19,6 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
-IN_CONTENT = r"(['\"][^'\"]+['\"]) in ((?:\w+\.)*content)\b(?!\s*[.(\[|])"  # in a template; the runtime finds none
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
@@ -160,10 +159,9 @@ class Exported:
             return None
         # Tools are a variable, too: those that the runtime is given it rewrites ("string" becomes "str"), which training did not.
         variables = chat.get("template_kwargs", {}) | ({"tools": tools} if tools else {})
-        options = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in variables.items())
+        options = "".join(f"{{%- set {name} = {literal(value)} -%}}" for name, value in variables.items())
         day, today = date.fromisoformat(chat.get("date", "2024-01-01")), r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         template = re.sub(today, lambda call: json.dumps(day.strftime(call[2])), file.read_text(encoding="utf-8"))
-        template = re.sub(IN_CONTENT, r"(\2 is string and \2.split(\1) | length > 1)", template)
         return options + template.replace("strftime_now is defined", "true")
 
     def encode(self, text: str) -> list[int]:
@@ -383,12 +381,12 @@ def _field_text(name: str, value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
     """A JSON value for a template: the runtime's reader takes no exponents."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_literal(name)}: {_literal(part)}' for name, part in value.items())}}}"
+        return f"{{{', '.join(f'{literal(name)}: {literal(part)}' for name, part in value.items())}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
+        return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, float):
         text = format(Decimal(repr(value)), "f")
         return text if "." in text else f"{text}.0"

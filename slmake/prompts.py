@@ -8,6 +8,8 @@ from pathlib import Path
 from slmake.errors import UserError
 from slmake.outputs import read_json
 
+CHATS_FILE = "chats.json"  # some conversations of a prepared dataset, for `rehearse`
+
 
 def fields_of(template: str, where: str = "prepare.text_template") -> list[str]:
     """Names of the placeholders of a template, in order; `text.phrase` is the field `phrase` in the object `text`.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli, outputs, params
+from slmake.data.conversation import Conversation
 from slmake.data.formats import prompt_template
 from slmake.data.hub_rows import read_hub_rows
 from slmake.data.preview import Sequence, example_of
@@ -23,16 +24,18 @@ from slmake.data.splits import (
     similar_labels,
     split_rows,
 )
-from slmake.data.store import Store
+from slmake.data.store import Row, Store
 from slmake.data.template import Conversations, PromptTemplate, read_valid
 from slmake.data.tokenize import BATCH, CHATS, Example, Tokenize, lengths_summary, load_tokenizer
 from slmake.data.writer import Writer
 from slmake.errors import UserError
 from slmake.params.dataset_files import hub_split, source_files
+from slmake.prompts import CHATS_FILE
 from slmake.sources.fetching import fetch_rows
 from slmake.sources.schemes import parse
 
 EXAMPLES = 10  # rows that the report shows
+CHATS_KEPT = 32  # conversations of each split whose turns are kept: `rehearse` lets the runtime write their prompts
 FIRST_ROWS = 20  # by which a format is detected
 
 
@@ -47,6 +50,7 @@ class Preparation:
         self.section, self.folder, self.job, self.scored = section, folder, job, scored
         self.tokenizer = load_tokenizer(base)
         self.examples: list[Example] = []  # of train, for the report
+        self.chats: dict[str, list[Row]] = {name: [] for name in SPLITS}
         check_context(section, base)
 
     def run(self, downloads: Path) -> dict:
@@ -198,6 +202,7 @@ class Preparation:
                     if chosen:
                         examples = tokenize(chosen, one_answer=name == "test")
                         writer.write(examples)
+                        self.chats[name] += chosen[: CHATS_KEPT - len(self.chats[name])]
                         if name == "train":
                             self.examples += examples[: EXAMPLES - len(self.examples)]
                         bar.update(len(chosen))
@@ -214,6 +219,15 @@ class Preparation:
             **tokenize.inference(),
         }
         outputs.write_json(self.folder / "prompt.json", written | ({"chat": chat} if chat else {}))
+        if isinstance(template, Conversations):
+            kept = [_asked(row) for rows in self.chats.values() for row in rows]
+            outputs.write_json(self.folder / CHATS_FILE, {"chats": kept})
+
+
+def _asked(row: Row) -> dict:
+    """A row's file, number, tools, and its turns before its last answer."""
+    chat = Conversation.parse(row.chat)
+    return {"file": row.file, "row": row.line, "tools": chat.tools, "turns": chat.turns[: chat.trained[-1]]}
 
 
 def _counts(answers: list[str] | None, codes: np.ndarray) -> dict[str, int]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from slmake import outputs, params
 from slmake.errors import NotBuildable
+from slmake.export import runtime_template
 from slmake.export.builder_fixes import fixed
 from slmake.export.builder_fixes import replaced as replaced_name
 from slmake.export.streaming import streamed
@@ -132,6 +133,7 @@ def export(
         try:
             with no_git(), one_tokenizer(builder), streamed(builder, weights or {}), fixed(builder) as needed:
                 builder.create_model(*arguments, **builder.parse_extra_options(*arguments, extra, **structured))
+            runtime_template.rewrite(target)
             return sorted(needed)
         except (ValueError, NotImplementedError, KeyError, AssertionError, AttributeError, OSError) as error:
             if is_of_machine(error) or getattr(error, "errno", None):

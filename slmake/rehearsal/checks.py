@@ -8,7 +8,7 @@ from slmake.data.tokenize import load_tokenizer
 from slmake.errors import UserError
 from slmake.export.families import mixture_of_experts, unsupported
 from slmake.prompts import load_prompt
-from slmake.rehearsal import chain, twin
+from slmake.rehearsal import chain, chat_prompts, twin
 from slmake.scoring import answer_metrics, constrained, gates, onnx_runner, tokenizers
 from slmake.scoring.questions import TUNING, Questions
 
@@ -53,6 +53,9 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
         job.say("its adapter merges")
     if "quantize" in stages:
         checks["export"] = compare_export(everything, base, model, dataset, scratch, job)
+        same = chat_prompts.compare(base, dataset, scratch / "asked", load_prompt(dataset))
+        if same:
+            job.say(f"the runtime writes {same} chats as training does")
         try_tokenizer(everything, base, dataset, scratch / "asked")
         try_constraints(everything, dataset, scratch / "asked")
     return checks

@@ -10,7 +10,7 @@ from prepared import other_chat
 from slmake import generation, params
 from slmake.data.chat import ChatTemplate
 from slmake.data.tokenize import load_tokenizer
-from slmake.export import builder
+from slmake.export import builder, runtime_template
 
 # As Gemma writes chats: the system turn as it is, all others stripped.
 STRIPS = (
@@ -64,6 +64,7 @@ def test_the_thoughts_of_earlier_answers_are_left_out(tmp_path, exported, base):
     chat = ChatTemplate(load_tokenizer(other_chat(base, tmp_path / "base", THOUGHTLESS)), {}, "2024-01-01")
     onnx = Path(shutil.copytree(exported, tmp_path / "onnx"))
     (onnx / "chat_template.jinja").write_text(THOUGHTLESS, encoding="utf-8")
+    runtime_template.rewrite(onnx)
     model = generation.Exported(onnx, {"prompt": None, "fields": [], "chat": {**chat.settings(), "answer_prefix": ""}})
     for answer in ("<think>\nso\n</think>joy", "joy"):
         turns = [

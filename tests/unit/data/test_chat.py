@@ -258,3 +258,20 @@ def test_the_time_is_bounded_where_every_exception_is_swallowed():
                 while time.process_time() - start < 5:
                     pass
     assert time.process_time() - start < 3
+
+
+def test_the_turns_of_some_rows_are_kept_for_the_rehearsal(build, monkeypatch):
+    """The first of each split, without their last answers; no row of a text template."""
+    monkeypatch.setattr("slmake.data.dataset.CHATS_KEPT", 2)
+    rows = [
+        {"messages": [{"role": "user", "content": row["phrase"]}, {"role": "assistant", "content": row["tone"]}]}
+        for row in make_rows(40)
+    ]
+    built = build(rows, **CHAT)
+    kept = json.loads((built.folder / "chats.json").read_text(encoding="utf-8"))["chats"]
+    assert len(kept) == 6
+    for chat in kept:
+        assert chat["turns"] == rows[chat["row"] - 1]["messages"][:1]
+        assert chat["file"].endswith("rows.json")
+        assert chat["tools"] is None
+    assert not (build(make_rows(40), name="texts").folder / "chats.json").exists()
