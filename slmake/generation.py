@@ -21,6 +21,8 @@ from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
+ROLES = ("system", "user", "assistant", "tool")
+UNREAD = ("reasoning_content", "reasoning", "thinking", "function_call")  # of a message: `prepare` refuses them
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
 
 
@@ -142,7 +144,7 @@ class Exported:
             chat = self.form.get("chat", {})
             own = "system" not in self.form or any(turn.get("role") in ("system", "developer") for turn in messages)
             turns = messages if own else [self.form["system"], *messages]
-            text = json.dumps([_trimmed(turn, chat.get("trimmed_roles", [])) for turn in turns])
+            text = json.dumps([_as_trained(turn, chat) for turn in turns])
         except RecursionError:
             raise ValueError("the arguments of a call are nested too deeply.") from None
         template = self._template(chat, tools)
@@ -275,69 +277,6 @@ class Exported:
         return self.decode(self.generate(ids, new_tokens, sampling=self.sampling))
 
 
-class Stream:
-    """An answer while it is generated: iterate for its text, piece by piece.
-
-    Every step makes one token, and gives the text that it adds: none where that is not certain yet, because a character or a stop string
-    may go on. All pieces together are `text`, which is what `Exported.decode` makes of the tokens.
-
-    Args:
-        prompt: token ids that fit the model.
-        stop: texts that end the answer; they are no part of it.
-        strip: leave out outer white space, as `Exported.decode` does.
-
-    Attributes:
-        text, tokens: the answer so far, and its token ids.
-        finish: why it ended, `stop` (an end token or a stop string) or `length`; None before.
-
-    Raises:
-        ValueError: the runtime cannot make the guidance of its text.
-    """
-
-    def __init__(
-        self,
-        model: Exported,
-        prompt: Sequence[int],
-        new_tokens: int,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        strip: bool = True,
-    ):
-        self.model, self.prompt, self.new_tokens, self.stop, self.strip = model, prompt, new_tokens, stop, strip
-        sampling = sampling or model.sampling
-        self.generator, self.held = model.generator(prompt, new_tokens, sampling), bool(sampling.guidance)
-        self.text, self.finish, self.tokens = "", None, []
-
-    def __iter__(self) -> Iterator[str]:
-        for token in self.model.steps(self.generator, self.new_tokens, held=self.held):
-            self.tokens.append(token)
-            yield self._advance()
-            if self.finish:
-                break
-        else:
-            self.finish = "length" if len(self.tokens) == self.new_tokens else "stop"
-            yield self._advance()
-        del self.generator  # with its cache
-
-    def _advance(self) -> str:
-        """What is certain now of the text so far, behind what was given before."""
-        whole = self.model.text(self.tokens)
-        whole = whole.lstrip() if self.strip else whole
-        stopped = [whole.index(text) for text in self.stop if text in whole]
-        if stopped:
-            self.finish, whole = "stop", whole[: min(stopped)]
-        elif not self.finish:
-            whole = whole.rstrip(INCOMPLETE)
-            longest = len(whole) + 1
-            begun = [n for text in self.stop for n in range(1, min(len(text), longest)) if whole.endswith(text[:n])]
-            whole = whole[: len(whole) - max(begun, default=0)]
-        whole = whole.rstrip() if self.strip else whole
-        if not whole.startswith(self.text):  # shorter than before: more was held back
-            return ""
-        piece, self.text = whole[len(self.text) :], whole
-        return piece
-
-
 def truncate(ids: Sequence[int], limit: int, kept: int | None) -> Sequence[int]:
     """The last `limit` tokens of a prompt; its first token stays if it is `kept`, the begin token."""
     if len(ids) <= limit:
@@ -417,20 +356,83 @@ def refuse_unreadable(value: object) -> None:
         raise ValueError(f"the runtime writes the number {value} in another way than training. Give it as text.")
 
 
-def _trimmed(turn: dict, roles: list[str]) -> dict:
-    """A turn without outer white space where the chat template strips it: the runtime's engine leaves what is not ASCII."""
+def without_closing(answer: str, closing: Sequence[str]) -> str:
+    """An answer without the special tokens at its end that close it and are no part of its text, as the runtime gives it.
+
+    Args:
+        closing: texts of these tokens, none of them empty.
+    """
+    kept = answer.rstrip()
+    while kept.endswith(tuple(closing)):
+        answer = kept = kept.removesuffix(next(filter(kept.endswith, closing))).rstrip()
+    return answer
+
+
+def _as_trained(turn: dict, chat: dict) -> dict:
+    """A turn with the text that training had of it.
+
+    An answer has none of the tokens that close it. Where the chat template strips outer white space, there is none: the runtime's
+    engine leaves what is not ASCII.
+    """
     content = turn.get("content")
-    return {**turn, "content": content.strip()} if isinstance(content, str) and turn.get("role") in roles else turn
+    if not isinstance(content, str):
+        return turn
+    content = without_closing(content, chat.get("closing", ())) if turn.get("role") == "assistant" else content
+    return {**turn, "content": content.strip() if turn.get("role") in chat.get("trimmed_roles", ()) else content}
 
 
 def _messages(text: str) -> list[dict]:
-    """The turns of a chat: those that a JSON list of messages holds, or the text as the user's only turn."""
+    """The turns of a chat: those that a JSON list of messages holds, or the text as the user's only turn.
+
+    Raises:
+        ValueError: training could have had no such message.
+    """
     try:
-        turns, needed = json.loads(text), {"role", "content"}
+        turns = json.loads(text)
     except (ValueError, RecursionError):
         turns = None
-    fits = isinstance(turns, list) and all(isinstance(turn, dict) and needed <= turn.keys() for turn in turns)
-    return turns if turns and fits else [{"role": "user", "content": text}]
+    if not turns or not isinstance(turns, list) or not all(map(_is_message, turns)):
+        return [{"role": "user", "content": text}]
+    return [_turn(number, turn) for number, turn in enumerate(turns, 1)]
+
+
+def _is_message(turn: object) -> bool:
+    return (
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and bool({"content", "tool_calls"} & turn.keys())
+    )
+
+
+def _turn(number: int, turn: dict) -> dict:
+    """A message in the form in which training had it: content is text, and the arguments of calls are objects."""
+    turn = {key: value for key, value in turn.items() if value is not None}
+    turn["role"] = "system" if turn["role"] == "developer" else turn["role"]
+    unread = [key for key in UNREAD if turn.get(key)] + [turn["role"]] * (turn["role"] not in ROLES)
+    if unread:
+        raise ValueError(
+            f"message {number} has {unread[0]!r}, which training never has. The roles are {', '.join(ROLES)}."
+        )
+    content = turn.get("content", "")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(part.get("text") or "" for part in content)
+    if not isinstance(content, str) or not (content or turn.get("tool_calls") or turn.get("content") is not None):
+        raise ValueError(f"the content of message {number} is no text.")
+    calls = turn.pop("tool_calls", [])
+    try:
+        calls = [_call(call) for call in calls]
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        raise ValueError(
+            f"message {number} has a tool call without a name, or whose arguments are no JSON object."
+        ) from None
+    return turn | {"content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _call(call: dict) -> dict:
+    """A call of the form {type: function, function: {name, arguments: object}}."""
+    function = call.get("function", call)
+    given = function.get("arguments", {})
+    arguments = {**(json.loads(given) if isinstance(given, str) else given)}
+    whole = call if "function" in call else {}
+    return {**whole, "type": "function", "function": {"name": str(function["name"]), "arguments": arguments}}
 
 
 def main() -> None:

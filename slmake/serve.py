@@ -27,7 +27,7 @@ BODY_SECONDS = 60  # to send a request in
 # Seconds. Many clients keep a connection for 5: if the server closed it first, a request could meet the closing.
 KEEP_ALIVE = 75
 # The modules' files in a package.
-FILES = {"generation": "run.py", "tool_calls": "tool_calls.py", "openai_api": "openai_api.py"}
+FILES = {"generation": "run.py", **{name: f"{name}.py" for name in ("answer_stream", "tool_calls", "openai_api")}}
 
 
 def _use_files_beside() -> None:
@@ -46,7 +46,7 @@ def _use_files_beside() -> None:
 
 if not __package__:
     _use_files_beside()
-from slmake import generation, openai_api  # noqa: E402
+from slmake import answer_stream, generation, openai_api  # noqa: E402
 
 
 class ApiError(Exception):
@@ -159,7 +159,7 @@ class Server:
             ValueError: it does not fit the model, or no answer can fit its schema.
         """
         ids = self.model.fitting(self.model.encode(job.prompt), job.new_tokens)
-        return generation.Stream(self.model, ids, job.new_tokens, job.sampling, job.stops, job.strip)
+        return answer_stream.Stream(self.model, ids, job.new_tokens, job.sampling, job.stops, job.strip)
 
     def state(self) -> dict:
         return {

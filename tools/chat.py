@@ -12,8 +12,9 @@ import sys
 import time
 
 from slmake import cli, exported_model
+from slmake.answer_stream import Stream
 from slmake.errors import UserError
-from slmake.generation import Exported, Stream, shown
+from slmake.generation import Exported, shown
 
 HELP = "/system TEXT sets the system message, /reset starts a new chat, /quit ends"
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from slmake import bounded_jinja
 from slmake.data.conversation import Conversation, special_tokens
 from slmake.errors import UserError
+from slmake.tool_calls import CALL_ID
 
 MARK = "\x00answer\x00"
 
@@ -225,14 +226,19 @@ class ChatTemplate:
     def trimmed_roles(self) -> list[str]:
         """Roles whose content the template strips. Python strips white space of all kinds, the runtime's template engine ASCII only."""
         space, question = "\u00a0", {"role": "user", "content": "?"}
+        function = {"name": "f", "arguments": {}}
+        calls = {"tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
         trimmed = []
         for role, before, behind in (
             ("system", [], [question]),
             ("user", [], []),
             ("assistant", [question], [question]),
+            ("tool", [question, {"role": "assistant", "content": "", **calls}], []),
         ):
             with contextlib.suppress(ValueError):  # a template without a system turn
-                text, _ = self._render([*before, {"role": role, "content": f"{space}{MARK}{space}"}, *behind], True)
+                turn = {"role": role, "content": f"{space}{MARK}{space}"}
+                turn |= {"name": "f", "tool_call_id": CALL_ID} if role == "tool" else {}
+                text, _ = self._render([*before, turn, *behind], True)
                 if MARK in text and space + MARK not in text and MARK + space not in text:
                     trimmed.append(role)
         return trimmed

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from slmake import prompts
 from slmake.data import json_values
+from slmake.generation import without_closing
 from slmake.text import one_line
 
 REASONING = (
@@ -82,18 +83,6 @@ def special_tokens(tokenizer) -> dict[int, str]:
     """The texts of a tokenizer's special tokens, which the runtime leaves out of an answer, by their numbers."""
     added = tokenizer.added_tokens_decoder
     return {number: token.content for number, token in added.items() if token.special and token.content}
-
-
-def without_closing(answer: str, closing: tuple[str, ...]) -> str:
-    """An answer without the special tokens at its end that close it and are no part of its text, as the runtime gives it.
-
-    Args:
-        closing: texts of these tokens, none of them empty.
-    """
-    kept = answer.rstrip()
-    while kept.endswith(closing):
-        answer = kept = kept.removesuffix(next(filter(kept.endswith, closing))).rstrip()
-    return answer
 
 
 def refuse_unread(row: dict, options: dict | None = None) -> None:

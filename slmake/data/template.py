@@ -238,6 +238,7 @@ class Conversations(PromptTemplate):
                 **self.chat.settings(),
                 "answer_prefix": self.chat.answer_prefix,
                 "trimmed_roles": self.chat.trimmed_roles(),
+                "closing": self.chat.closing,
             },
         }
 

@@ -11,6 +11,7 @@ FLOORS = (
 )
 GROUND = (
     *(
+        "answer_stream",
         "bounded_jinja",
         "cli",
         "code_inputs",

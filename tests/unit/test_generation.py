@@ -7,10 +7,14 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from served import TEMPLATE
 from tiny import make_model
 
 from slmake import generation, params
-from slmake.data.template import FieldTemplate
+from slmake.answer_stream import Stream
+from slmake.data.chat import ChatTemplate
+from slmake.data.conversation import read_conversation
+from slmake.data.template import Conversations, FieldTemplate
 from slmake.data.tokenize import Tokenize, truncate
 from slmake.errors import UserError
 from slmake.export import builder
@@ -141,7 +145,7 @@ def test_runs_of_spaces_are_written_as_training_writes_them(tmp_path, exported, 
     model = generation.Exported(folder, {**FORM, **rules})
     assert model.decode(ids) == tokenizer.decode(ids) == text
     assert generation.Exported(folder, FORM).decode(ids) != text  # else the runtime needs no help any more
-    stream = generation.Stream(model, [5], len(ids))
+    stream = Stream(model, [5], len(ids))
     stream.model = types.SimpleNamespace(text=model.text, steps=lambda *_, **__: iter(ids))
     assert "".join(stream) == stream.text == text
     plain = generation.Exported(exported, FORM)
@@ -217,6 +221,73 @@ def test_chat_is_written_by_the_models_template(tmp_path, exported, base):
     own = [{"role": "system", "content": "Be brief"}, turns[0]]
     expected = "02 Jan 2024 LOUD [system] Be brief\n[user] Hi\n[assistant] <think></think>"
     assert model.prompt(json.dumps(own)) == model.chat_prompt(own) == expected
+
+
+CALL = {"name": "book", "arguments": '{"day": "x", "n": 1}'}
+TOOL_TURN = {"role": "tool", "tool_call_id": "c1", "content": "ok"}
+HI = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "developer", "content": "Be brief."}, HI],
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " you"}]}],
+        [HI, {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": CALL}]}, TOOL_TURN],
+        [HI, {"role": "assistant", "content": None, "refusal": None, "tool_calls": [{"function": CALL}]}, TOOL_TURN],
+        [HI, {"role": "assistant", "content": "", "tool_calls": [CALL]}, TOOL_TURN],
+        [HI, {"role": "assistant", "content": "yes<|end|> <|end|>\n"}, {"role": "user", "content": "Hi<|end|>"}],
+        [HI, {"role": "assistant", "content": " yes\n"}, HI],
+    ],
+    ids=["developer", "parts", "call", "null", "bare", "closed", "plain"],
+)
+def test_messages_are_asked_in_the_form_of_training(tmp_path, exported, base, turns):
+    tokenizer = tokenizer_of(base)
+    tokenizer.chat_template = TEMPLATE
+    chat = ChatTemplate(tokenizer, {}, "2024-01-01")
+    folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    form = Conversations("messages", chat, "all").inference()
+    model = generation.Exported(folder, {**form, "system": {"role": "system", "content": "Be kind."}})
+    system = [] if turns[0]["role"] == "developer" else [model.form["system"]]
+    trained = read_conversation([*system, *turns, {"role": "assistant", "content": "x"}], closing=chat.closing).turns[
+        :-1
+    ]
+    assert model.prompt(json.dumps(turns)) == chat.asked(trained)
+    assert "None" not in chat.asked(trained)
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (
+            {"role": "function", "content": "a"},
+            "message 2 has 'function', which training never has. The roles are system, user",
+        ),
+        ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "message 2 has 'reasoning_content'"),
+        ({"role": "assistant", "content": None}, "the content of message 2 is no text"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "the content of message 2 is no text"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]},
+            "message 2 has a tool call without a name",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            "whose arguments are no JSON object",
+        ),
+        ({"role": "assistant", "tool_calls": 5}, "message 2 has a tool call"),
+    ],
+)
+def test_messages_that_training_never_has_are_refused(turn, message):
+    with pytest.raises(ValueError, match=message):
+        generation._messages(json.dumps([HI, turn]))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "[1, 2]", '[{"role": "user"}]', '[{"role": 5, "content": "a"}]', "{}", "[" * 10**5]
+)
+def test_a_text_that_is_no_list_of_messages_is_what_the_user_says(text):
+    assert generation._messages(text) == [{"role": "user", "content": text}]
 
 
 def test_short_prompts_of_a_model_with_a_window_are_answered(tmp_path):

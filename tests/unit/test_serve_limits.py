@@ -10,6 +10,7 @@ import pytest
 from served import CHAT, WEATHER, export
 
 from slmake import generation, serve, tool_calls
+from slmake.answer_stream import Stream
 
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
@@ -84,7 +85,7 @@ def test_a_stop_text_longer_than_the_answer_is_compared_as_far_as_the_answer_goe
             sizes.append(part.stop)
             return super().__getitem__(part)
 
-    stream = generation.Stream(model, model.encode("Hi"), 8, stop=[Text("\0" * 100_000)])
+    stream = Stream(model, model.encode("Hi"), 8, stop=[Text("\0" * 100_000)])
     assert "".join(stream) == stream.text
     assert max(sizes) <= len(model.text(stream.tokens))
 

@@ -6,7 +6,8 @@ import pytest
 from served import CHAT, TEXT, export
 
 from slmake import generation
-from slmake.generation import Sampling, Stream
+from slmake.answer_stream import Stream
+from slmake.generation import Sampling
 
 
 @pytest.fixture(scope="module")

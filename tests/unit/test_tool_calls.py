@@ -11,10 +11,11 @@ from prepared import other_chat
 from served import CHAT, CLOCK, TEMPLATE, TEXT, WEATHER, export
 
 from slmake import generation, openai_api
+from slmake.answer_stream import Stream
 from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
 from slmake.data.tokenize import load_tokenizer
-from slmake.generation import Sampling, Stream
+from slmake.generation import Sampling
 from slmake.tool_calls import CallForm, json_guidance, refuse_endless
 
 

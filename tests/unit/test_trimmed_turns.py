@@ -24,6 +24,7 @@ THOUGHTLESS = LEAVES.replace(
     "{{ m['content'] }}{% else %}{{ m['content'] }}",
     "{{ m['content'] }}{% elif '</think>' in m.content and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m['content'] }}",
 )
+TRIMS = {"trimmed_roles": ["assistant"]}
 SPACES = ["\u00a0", "\u3000", "\u2003", "\u2028", "\x85", "\x1f", "\t ", "\n"]
 
 
@@ -39,7 +40,7 @@ def exported(tmp_path_factory, base) -> Path:
 
 @pytest.mark.parametrize(
     ("template", "roles"),
-    [(STRIPS, ["user", "assistant"]), (LEAVES, []), (NO_SYSTEM, ["user", "assistant"])],
+    [(STRIPS, ["user", "assistant", "tool"]), (LEAVES, []), (NO_SYSTEM, ["user", "assistant", "tool"])],
     ids=["strips", "leaves", "no-system"],
 )
 def test_the_export_is_asked_as_the_template_writes_it_in_training(tmp_path, exported, base, template, roles):
@@ -53,7 +54,7 @@ def test_the_export_is_asked_as_the_template_writes_it_in_training(tmp_path, exp
     for space in SPACES:
         turns = [
             {"role": role, "content": f"{space}a{space}b{space}"}
-            for role in ("system", "user", "assistant", "user", "assistant")
+            for role in ("system", "user", "assistant", "tool", "user", "assistant")
         ][template == NO_SYSTEM :]
         head, _ = chat.split(turns)
         assert model.prompt(json.dumps(turns[:-1])) == head
@@ -80,5 +81,5 @@ def test_the_thoughts_of_earlier_answers_are_left_out(tmp_path, exported, base):
 def test_turns_of_other_roles_and_without_text_stay_as_they_are():
     """Servers are given content null beside tool calls."""
     for turn in ({"role": "assistant", "content": None}, {"role": "user", "content": " a "}, {"role": "assistant"}):
-        assert generation._trimmed(turn, ["assistant"]) == turn
-    assert generation._trimmed({"role": "assistant", "content": "\u3000a "}, ["assistant"])["content"] == "a"
+        assert generation._as_trained(turn, TRIMS) == turn
+    assert generation._as_trained({"role": "assistant", "content": "\u3000a "}, TRIMS)["content"] == "a"

@@ -42,6 +42,7 @@ FILES = {
         "run.py",
         "serve.py",
         "openai_api.py",
+        "answer_stream.py",
         "tool_calls.py",
         "inference_model.json",
         "prompt.json",
