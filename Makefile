@@ -11,7 +11,7 @@ READY   := $(VENV)/.ready-$(MACHINE)
 SERVE_READY := $(VENV)/.ready-serve
 PEERS   := .venv-bench
 # Tests at a time: two more than the cores of a small machine, because many wait for servers, networks and clusters.
-WORKERS ?= 4
+WORKERS ?= 5
 # Which tests stay together, and which begin, is said in tests/conftest.py.
 PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # uv does not read pip's settings: a folder of wheels named for pip is meant for uv too.

@@ -175,7 +175,12 @@ def test_a_registry_that_does_not_answer(copy_of_contained):
 @pytest.mark.parametrize("profile", [PROFILE, ()])
 def test_without_a_profile_the_image_is_named_and_not_used(copy_of_contained, profile):
     """Outside of containers everything is built in the environment at hand, with one line that says so."""
-    done = snakemake(copy_of_contained, *profile, "--forcerun", "gates", "--rerun-triggers", "mtime")
+    gates = ("results/gates.json", "--forcerun", "gates", "--rerun-triggers", "mtime")
+    done = snakemake(copy_of_contained, *profile, *gates)
     assert done.returncode == 0, done.stdout
     assert ("Activating singularity image" in done.stdout) is bool(profile)
     assert ("that takes --profile profiles/container" in done.stdout) is not bool(profile)
+    if not profile:  # a package names one environment for all that it is made of
+        done = snakemake(copy_of_contained, "--rerun-triggers", "mtime", "--forcerun", "package")
+        assert done.returncode == 1
+        assert "build/base was not built in the local environment, where this run's rules run" in done.stdout

@@ -143,7 +143,7 @@ def test_the_page_is_of_the_figures_that_were_restored(repository):
     os.utime(figure, ns=(times.st_atime_ns, times.st_mtime_ns))
     seen = []
     for _ in range(2):
-        done = run(repository, "python", "-m", "tools.build", "build/base")
+        done = run(repository, "python", "-m", "tools.build", "build/report/scores.html")
         assert done.returncode == 0, done.stdout
         seen.append(page.stat().st_mtime_ns)
     assert first < seen[0] == seen[1]

@@ -1,6 +1,7 @@
 """What a package is made from under a condition only is a dependency of its stage, too: the signing key, a fetched adapter's report."""
 
 import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -12,7 +13,9 @@ from project import change, new_project, run
 def project(base, tmp_path):
     """A tiny project with a key and an adapter in data/adapter, and nothing built."""
     folder = new_project(tmp_path / "project", base)
-    (folder / "key.pem").write_text("a key", encoding="utf-8")
+    subprocess.run(
+        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", folder / "key.pem"], check=True
+    )
     make_adapter(base, folder / "data" / "adapter")
     return folder
 
