@@ -245,7 +245,7 @@ def md5(path: Path) -> str:
 def lost() -> list[str]:
     """Outputs that were recorded and are not here any more, but in DVC's cache: Snakemake deletes a rule's former output first."""
     try:
-        kept = [out for out in tracked() if out["md5"]]
+        kept = receipts()
     except UserError:  # the next record says so
         return []
     return [out["path"] for out in kept if not Path(out["path"]).exists() and cached(out["md5"]).is_file()]
