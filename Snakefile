@@ -2,7 +2,6 @@
 #     snakemake --cores all                  build what params.yaml asks for
 #     snakemake --cores all build/adapter    build one thing and what it needs
 #     snakemake -n                           say what would run, and why
-#
 # Rules stand in execution order. A rule runs again when its section of params.yaml, its inputs or its code change.
 
 
