@@ -22,7 +22,8 @@ from pathlib import Path
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 ROLES = ("system", "user", "assistant", "tool")
-UNREAD = ("reasoning_content", "reasoning", "thinking", "function_call")  # of a message: `prepare` refuses them
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # which some templates write before an answer, and some drop
+UNREAD = (*THOUGHTS, "function_call", "audio", "prefix", "refusal")  # fields of a message that no training has
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
 
 
@@ -340,20 +341,22 @@ def shown(text: str) -> str:
 
 def refuse_unreadable(value: object) -> None:
     """Raise ValueError if a text or a number in a JSON value is none that the runtime reads and writes as training did."""
-    if isinstance(value, dict):
-        refuse_unreadable([*value, *value.values()])
-    elif isinstance(value, list):
-        for part in value:
+    if isinstance(value, dict | list):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
             refuse_unreadable(part)
     elif isinstance(value, str) and "\0" in value:
         raise ValueError("the text holds a NUL character, which ends a text for the runtime. Take it out.")
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as Python keeps bytes of another encoding
         raise ValueError("the text is not UTF-8. Convert it, or set a UTF-8 locale.")
-    elif isinstance(value, float | int) and not (
-        abs(value) < 1e15
-        or (1e16 <= abs(value) < float("inf") if isinstance(value, float) else -(2**63) <= value < 2**64)
-    ):
+    elif isinstance(value, float | int) and not written_alike(value):
         raise ValueError(f"the runtime writes the number {value} in another way than training. Give it as text.")
+
+
+def written_alike(number: float) -> bool:
+    """Whether the runtime's chat templates write a number as Python's do."""
+    if isinstance(number, int):
+        return -(2**63) <= number < 2**64
+    return abs(number) < 1e15 or 1e16 <= abs(number) < float("inf")
 
 
 def without_closing(answer: str, closing: Sequence[str]) -> str:
@@ -382,48 +385,45 @@ def _as_trained(turn: dict, chat: dict) -> dict:
 
 
 def _messages(text: str) -> list[dict]:
-    """The turns of a chat: those that a JSON list of messages holds, or the text as the user's only turn.
-
-    Raises:
-        ValueError: training could have had no such message.
-    """
+    """The turns of a chat: those that a JSON list of messages holds, or the text as the user's only turn."""
     try:
         turns = json.loads(text)
     except (ValueError, RecursionError):
         turns = None
     if not turns or not isinstance(turns, list) or not all(map(_is_message, turns)):
         return [{"role": "user", "content": text}]
-    return [_turn(number, turn) for number, turn in enumerate(turns, 1)]
+    return [as_turn(number, turn) for number, turn in enumerate(turns, 1)]
 
 
 def _is_message(turn: object) -> bool:
-    return (
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and bool({"content", "tool_calls"} & turn.keys())
-    )
+    said = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+    return said and bool({"content", "tool_calls"} & turn.keys())
 
 
-def _turn(number: int, turn: dict) -> dict:
-    """A message in the form in which training had it: content is text, and the arguments of calls are objects."""
-    turn = {key: value for key, value in turn.items() if value is not None}
+def as_turn(number: int, message: dict) -> dict:
+    """A message in the form in which training had it: content is text, and the arguments of calls are objects.
+
+    Raises:
+        ValueError: training could have had no such message.
+    """
+    turn = {key: value for key, value in message.items() if value is not None and (value or key not in UNREAD)}
     turn["role"] = "system" if turn["role"] == "developer" else turn["role"]
-    unread = [key for key in UNREAD if turn.get(key)] + [turn["role"]] * (turn["role"] not in ROLES)
+    unread = [key for key in UNREAD if key in turn] + [turn["role"]] * (turn["role"] not in ROLES)
     if unread:
-        raise ValueError(
-            f"message {number} has {unread[0]!r}, which training never has. The roles are {', '.join(ROLES)}."
-        )
-    content = turn.get("content", "")
+        raise ValueError(f"message {number} has {unread[0]!r}, which training never has. Roles are {', '.join(ROLES)}.")
+    content = turn.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part.get("text") or "" for part in content)
-    if not isinstance(content, str) or not (content or turn.get("tool_calls") or turn.get("content") is not None):
-        raise ValueError(f"the content of message {number} is no text.")
     calls = turn.pop("tool_calls", [])
+    if not isinstance("" if content is None and calls else content, str):
+        raise ValueError(f"the content of message {number} is no text.")
     try:
         calls = [_call(call) for call in calls]
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise ValueError(
-            f"message {number} has a tool call without a name, or whose arguments are no JSON object."
+            f"message {number} has a call without a name, or with arguments that are no JSON object."
         ) from None
-    return turn | {"content": content} | ({"tool_calls": calls} if calls else {})
+    return turn | {"content": content or ""} | ({"tool_calls": calls} if calls else {})
 
 
 def _call(call: dict) -> dict:
@@ -431,8 +431,8 @@ def _call(call: dict) -> dict:
     function = call.get("function", call)
     given = function.get("arguments", {})
     arguments = {**(json.loads(given) if isinstance(given, str) else given)}
-    whole = call if "function" in call else {}
-    return {**whole, "type": "function", "function": {"name": str(function["name"]), "arguments": arguments}}
+    named = {"name": str(function["name"]), "arguments": arguments}
+    return {**(call if "function" in call else {}), "type": "function", "function": named}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from slmake import tool_calls
+from slmake import generation, tool_calls
 
 # The runtime reads tools in a time that grows with the square of their text, while other requests wait: 16 kB take 2 s.
 TOOLS, TOOLS_BYTES = 128, 2**14
@@ -36,13 +36,7 @@ def _unserved(value: object) -> None:
         raise PydanticCustomError("unserved", "it is not served, and may change the answer. Leave it out")
 
 
-def _unread(value: object) -> None:
-    if value:
-        raise PydanticCustomError("unread", "it is not read. Write it into content or tool_calls, or leave it out")
-
-
 AsGiven = WrapValidator(_as_given)
-Unread = Annotated[Any, AfterValidator(_unread)]
 
 
 class Served(BaseModel, extra="allow"):
@@ -124,48 +118,17 @@ class Message(BaseModel, extra="allow"):
     """A message; further fields, such as `name`, reach the chat template, as in training."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[Annotated[Part, AsGiven]] | None = None
     tool_calls: list[Annotated[ToolCall, AsGiven]] | None = None
-    audio: Unread = None
-    function_call: Unread = None
-    prefix: Unread = None
-    reasoning: Unread = None
-    reasoning_content: Unread = None
-    refusal: Unread = None
-    thinking: Unread = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Message":
+    def _is_read(self) -> "Message":
+        if unread := next(filter((self.model_extra or {}).get, generation.UNREAD), None):
+            reason = "is not read. Write it into content or tool_calls, or leave it out"
+            raise PydanticCustomError("unread", "{name} {reason}", {"name": unread, "reason": reason})
         if self.content is None and not self.tool_calls:
             raise PydanticCustomError("empty", "content is missing")
         return self
-
-    @property
-    def text(self) -> str:
-        parts = self.content or ""
-        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
-
-    def turn(self) -> dict:
-        """The turn as chat templates take it: arguments of calls as objects."""
-        turn = {name: value for name, value in self if value is not None}
-        turn |= {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        if calls := turn.pop("tool_calls", None):
-            turn["tool_calls"] = [_called(call) for call in calls]
-        return turn
-
-
-def _called(call: dict) -> dict:
-    """A call as `prepare` writes it.
-
-    Raises:
-        ValueError: its arguments are not JSON.
-    """
-    name = call["function"]["name"]
-    try:
-        arguments = json.loads(call["function"].get("arguments", "{}"))
-    except (ValueError, RecursionError):  # no JSON, or nested too deeply
-        raise ValueError(f"messages: the arguments of {name} are not JSON that can be read.") from None
-    return {**call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class Tool(BaseModel):
@@ -243,18 +206,19 @@ def chat_job(model, asked: Chat) -> Job:
         raise ValueError(
             f"chat_template_kwargs: the model was trained with {json.dumps(options)}. Leave the field out."
         )
+    turns = [generation.as_turn(number, dict(message)) for number, message in enumerate(asked.messages, 1)]
     if model.form["prompt"] is not None:
         if asked.tools or len(asked.messages) != 1 or asked.messages[0].role != "user":
             raise ValueError(
                 "messages: this model takes one user message and nothing else; it was not trained on chats."
             )
-        prompt, calls, tools = model.prompt(*model.arguments(asked.messages[0].text)), None, []
+        prompt, calls, tools = model.prompt(*model.arguments(turns[0]["content"])), None, []
     else:
         tools = asked.tools if asked.tools and asked.tool_choice != "none" else []
         if (size := len(json.dumps(tools))) > TOOLS_BYTES:
             raise ValueError(f"tools: they have {size:,} bytes of JSON; at most {TOOLS_BYTES:,} are read.")
         calls = tool_calls.CallForm.of(model) if tools else None
-        prompt = model.chat_prompt([message.turn() for message in asked.messages], tools)
+        prompt = model.chat_prompt(turns, tools)
     guidance = _package_guidance(model)
     if tools and _to_tools(model):
         guidance = calls.guidance(model, tools, optional=True)

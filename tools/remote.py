@@ -330,8 +330,8 @@ def refuse_before_overwriting() -> None:
             f"`{recording(path, name)}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
         )
     made = {out["path"] for out in receipts()} | {path for stage in entries().values() for path in outs(stage)}
-    for path, name in kept_by().items():  # brought back only where it is another; else outputs may be of what it is now
-        (made.add if name in found else made.discard)(path)
+    kept = kept_by()  # brought back only where it is another; else outputs may be of what it is now
+    made = (made - kept.keys()) | {path for path, name in kept.items() if name in found}
     lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]
     for stage, changes in found.items():
         deps = [dep for dep in changed(changes, "deps") if dep not in made]

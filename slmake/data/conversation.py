@@ -6,14 +6,9 @@ from typing import NamedTuple
 
 from slmake import prompts
 from slmake.data import json_values
-from slmake.generation import without_closing
+from slmake.generation import THOUGHTS, UNREAD, without_closing
 from slmake.text import one_line
 
-REASONING = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # fields that some templates write before an answer, and some drop
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 ROLES["developer"] = "system"  # as the server reads it
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
@@ -209,7 +204,7 @@ def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
             f"has the role {one_line(repr(turn['role']), 60)} in turn {number}; known are {', '.join(ROLES)}"
         )
     role = ROLES[turn["role"]]
-    if role == "assistant" and (thought := next((key for key in REASONING if turn.get(key)), None)):
+    if role == "assistant" and (thought := next((key for key in THOUGHTS if turn.get(key)), None)):
         raise ValueError(
             f"has {thought} in turn {number}, which chat templates treat differently; write it into content, as the model shall write it"
         )
@@ -219,7 +214,11 @@ def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
         raise ValueError(
             f"has train_detail in turn {number}, which trains parts of a turn (Axolotl); a turn is trained whole, or not, with `train`: false"
         )
-    kept = {key: value for key, value in turn.items() if value is not None and key not in FLAGS}
+    kept = {
+        key: value
+        for key, value in turn.items()
+        if value is not None and key not in FLAGS and (value or key not in UNREAD)  # an empty thought is none
+    }
     if "tool_calls" in kept:
         if role != "assistant":
             raise ValueError(f"has tool_calls in turn {number}, of the {role}; only the assistant calls tools")

@@ -4,6 +4,8 @@ import json
 import math
 from decimal import Decimal
 
+from slmake.generation import written_alike
+
 
 class Refused(ValueError):
     """JSON as Python reads it, but not such that a row is what its file says."""
@@ -68,17 +70,14 @@ def unlike(value: object) -> object:
     """What in a value a chat template of the runtime does not write as one of Python does; None without any.
 
     That is a number out of its range, and a date, bytes or whatever else of a Parquet file is no JSON.
-    `generation.refuse_unreadable` refuses the same numbers when a model is asked; that file is copied alone, so each has its own check.
     """
     waiting = [value]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict | list):
             waiting += part.values() if isinstance(part, dict) else part
-        elif (
-            not isinstance(part, str | int | float | None)
-            or (isinstance(part, int) and not -(2**63) <= part < 2**64)
-            or (isinstance(part, float) and not (abs(part) < 1e15 or 1e16 <= abs(part) < math.inf))
+        elif not isinstance(part, str | int | float | None) or (
+            isinstance(part, int | float) and not written_alike(part)
         ):
             return part
     return None

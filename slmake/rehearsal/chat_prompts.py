@@ -9,7 +9,6 @@ from slmake.errors import UserError
 from slmake.generation import Exported
 from slmake.outputs import read_json
 from slmake.prompts import CHATS_FILE
-from slmake.scoring import onnx_runner
 
 BEFORE, SHOWN = 20, 60  # characters shown before a difference, and in all
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there?"}
@@ -23,12 +22,11 @@ MADE_UP = {
 }
 
 
-def compare(base: Path, dataset: Path, exported: Path, form: dict) -> int:
+def compare(base: Path, dataset: Path, exported: Exported) -> int:
     """Let the runtime write the prompts of the rows that the dataset keeps and of a few made-up chats.
 
     Args:
-        exported: the twin's export, whose tokenizer and chat template are those of the real one.
-        form: prompt.json.
+        exported: that of the twin, whose tokenizer and chat template are those of the real one.
 
     Returns:
         The number of prompts that are the same; 0 where the prompts are no chats.
@@ -36,18 +34,18 @@ def compare(base: Path, dataset: Path, exported: Path, form: dict) -> int:
     Raises:
         UserError: the runtime writes another prompt than training, or none.
     """
+    form, count = exported.form, 0
     if form["prompt"] is not None or "chat" not in form:
         return 0
     settings = form["chat"]
     chat = ChatTemplate(load_tokenizer(base), settings["template_kwargs"], settings["date"])
-    model, count = onnx_runner.load(exported, form), 0
     for name, turns, tools in _chats(dataset, form):
         own = "system" not in form or turns[0]["role"] == "system"
         try:
             trained = chat.asked(turns if own else [form["system"], *turns], tools) + settings.get("answer_prefix", "")
         except ValueError:  # no chat of this template
             continue
-        _refuse_other(name, trained, model, turns, tools)
+        _refuse_other(name, trained, exported, turns, tools)
         count += 1
     return count
 
@@ -61,9 +59,9 @@ def _chats(dataset: Path, form: dict) -> Iterator[tuple[str, list[dict], list[di
         yield name, turns, form.get("tools")
 
 
-def _refuse_other(name: str, trained: str, model: Exported, turns: list[dict], tools: list[dict] | None) -> None:
+def _refuse_other(name: str, trained: str, exported: Exported, turns: list[dict], tools: list[dict] | None) -> None:
     try:
-        asked = model.chat_prompt(turns, tools)
+        asked = exported.chat_prompt(turns, tools)
     except ValueError as error:
         reason = f"fails on {name}: {error}"
     else:

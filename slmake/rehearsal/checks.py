@@ -7,6 +7,7 @@ from slmake import cli, constraints, outputs, params
 from slmake.data.tokenize import load_tokenizer
 from slmake.errors import UserError
 from slmake.export.families import mixture_of_experts, unsupported
+from slmake.generation import Exported
 from slmake.prompts import load_prompt
 from slmake.rehearsal import chain, chat_prompts, twin
 from slmake.scoring import answer_metrics, constrained, gates, onnx_runner, tokenizers
@@ -53,11 +54,12 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
         job.say("its adapter merges")
     if "quantize" in stages:
         checks["export"] = compare_export(everything, base, model, dataset, scratch, job)
-        same = chat_prompts.compare(base, dataset, scratch / "asked", load_prompt(dataset))
+        exported = onnx_runner.load(scratch / "asked", load_prompt(dataset))
+        same = chat_prompts.compare(base, dataset, exported)
         if same:
             job.say(f"the runtime writes {same} chats as training does")
-        try_tokenizer(everything, base, dataset, scratch / "asked")
-        try_constraints(everything, dataset, scratch / "asked")
+        try_tokenizer(everything, base, dataset, exported)
+        try_constraints(everything, dataset, exported)
     return checks
 
 
@@ -76,11 +78,11 @@ def try_metrics(everything: params.Params, dataset: Path) -> None:
         answer_metrics.values_of(built_in, questions, questions.expected)
 
 
-def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported: Path) -> None:
+def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported: Exported) -> None:
     """Judge by `gates.max_tokenizer_differences` how the runtime reads and writes the first rows that evaluate will ask.
 
     Args:
-        exported: the twin's export, whose tokenizer is that of the real one.
+        exported: that of the twin, whose tokenizer is that of the real one.
 
     Raises:
         UserError: in so few rows, it already differs from training's more often than the gate allows.
@@ -89,7 +91,7 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
     if not judged or "onnx" not in evaluate.models or everything.gates.max_tokenizer_differences is None:
         return
     questions = Questions(dataset, min(evaluate.max_samples or ROWS, ROWS))
-    found = tokenizers.compare(onnx_runner.load(exported, questions.form), load_tokenizer(base), questions)
+    found = tokenizers.compare(exported, load_tokenizer(base), questions)
     metrics = {"parity": {"tokenizer": found}}
     for entry in gates.tokenizer_gate(everything.gates, metrics, everything.quantize.precision):
         if not entry["passed"]:
@@ -99,11 +101,11 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
             )
 
 
-def try_constraints(everything: params.Params, dataset: Path, exported: Path) -> None:
+def try_constraints(everything: params.Params, dataset: Path, exported: Exported) -> None:
     """Let the runtime make the guidance that `evaluate.constrain` and `package.constrain` ask for.
 
     Args:
-        exported: the twin's export, whose tokenizer is that of the real one.
+        exported: that of the twin, whose tokenizer is that of the real one.
 
     Raises:
         UserError: it cannot follow one of them.
@@ -114,13 +116,11 @@ def try_constraints(everything: params.Params, dataset: Path, exported: Path) ->
     )
     if evaluate == package == "none":
         return
-    form = load_prompt(dataset)
-    model = onnx_runner.load(exported, form)
     if evaluate != "none":
-        constrained.refuse_unfollowed(model, evaluate, Questions(dataset, everything.evaluate.max_samples))
+        constrained.refuse_unfollowed(exported, evaluate, Questions(dataset, everything.evaluate.max_samples))
     if package != "none":
-        model.form = constraints.constrained(form, package, lambda _: model)
-        constraints.refuse_unfollowed(model, model.sampling.guidance, "package.constrain")
+        exported.form = constraints.constrained(exported.form, package, lambda _: exported)
+        constraints.refuse_unfollowed(exported, exported.sampling.guidance, "package.constrain")
 
 
 def compare_export(

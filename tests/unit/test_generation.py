@@ -262,20 +262,20 @@ def test_messages_are_asked_in_the_form_of_training(tmp_path, exported, base, tu
     [
         (
             {"role": "function", "content": "a"},
-            "message 2 has 'function', which training never has. The roles are system, user",
+            "message 2 has 'function', which training never has. Roles are system, user",
         ),
         ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "message 2 has 'reasoning_content'"),
         ({"role": "assistant", "content": None}, "the content of message 2 is no text"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "the content of message 2 is no text"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]},
-            "message 2 has a tool call without a name",
+            "message 2 has a call without a name",
         ),
         (
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]},
-            "whose arguments are no JSON object",
+            "with arguments that are no JSON object",
         ),
-        ({"role": "assistant", "tool_calls": 5}, "message 2 has a tool call"),
+        ({"role": "assistant", "tool_calls": 5}, "message 2 has a call"),
     ],
 )
 def test_messages_that_training_never_has_are_refused(turn, message):

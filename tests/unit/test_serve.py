@@ -210,7 +210,7 @@ def test_the_model_is_listed(client):
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "no tool is called 'f'"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-            "the arguments of f are not JSON",
+            "message 1 has a call without a name, or with arguments that are no JSON object.",
         ),
     ],
 )

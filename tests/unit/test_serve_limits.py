@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import re
 from collections import Counter
 
@@ -102,18 +103,30 @@ def called(arguments: str) -> dict:
     [
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": "weather"}}, "tool_choice."),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice."),
-        (called("[" * 100_000), "messages: the arguments of weather are not JSON that can be read."),
-        (called("[" * 100_000 + "]" * 100_000), "messages: the arguments of weather are not JSON that can be read."),
-        (called('{"a":' * 900 + "1" + "}" * 900), "the arguments of a call are nested too deeply."),
+        (called("[" * 100_000), "message 2 has a call without a name, or with arguments that are no JSON object."),
+        (
+            called("[" * 100_000 + "]" * 100_000),
+            "message 2 has a call without a name, or with arguments that are no JSON object.",
+        ),
         ({"max_completion_tokens": 0}, "max_completion_tokens: "),
         ({"response_format": "text"}, "response_format: "),
     ],
-    ids=range(7),
+    ids=range(6),
 )
 def test_fields_of_another_form_are_refused(model, fields, reason):
     (answer,) = post(serve.Server(model, "tiny"), HI | fields)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"].startswith(reason)
+
+
+def test_arguments_that_can_be_read_but_not_written_are_refused(model):
+    turn = None
+    for depth in range(1000, 0, -1):  # the deepest that can be read
+        with contextlib.suppress(ValueError):
+            turn = generation.as_turn(1, called('{"a":' * depth + "1" + "}" * depth)["messages"][1])
+            break
+    with pytest.raises(ValueError, match=re.escape("the arguments of a call are nested too deeply.")):
+        model.chat_prompt([turn])
 
 
 @pytest.mark.parametrize(

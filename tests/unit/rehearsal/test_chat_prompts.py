@@ -16,6 +16,7 @@ from slmake.data.tokenize import load_tokenizer
 from slmake.errors import UserError
 from slmake.export.runtime_template import rewritten
 from slmake.rehearsal import chat_prompts, checks
+from slmake.scoring import onnx_runner
 
 TURN = "{{ '<' + m['role'] + '>' }}"
 ZEPHYR = """{% for message in messages %}
@@ -78,7 +79,7 @@ def compared(tmp_path, base, onnx):
         folder = Path(shutil.copytree(onnx, tmp_path / "onnx", dirs_exist_ok=True))
         (folder / "chat_template.jinja").write_text(runtime, encoding="utf-8")
         (tmp_path / "chats.json").write_text(json.dumps({"chats": rows or []}), encoding="utf-8")
-        return chat_prompts.compare(own, tmp_path, folder, {**CHAT, "chat": settings, **form})
+        return chat_prompts.compare(own, tmp_path, onnx_runner.load(folder, {**CHAT, "chat": settings, **form}))
 
     return run
 
@@ -117,6 +118,7 @@ def test_rehearse_compares_where_it_has_an_export(tmp_path, base, dataset, monke
     for name in ("compare_export", "try_tokenizer", "try_constraints"):
         monkeypatch.setattr(checks, name, lambda *_: {})
     monkeypatch.setattr(checks.twin, "make_model", lambda *_: None)
+    monkeypatch.setattr(checks.onnx_runner, "load", lambda folder, form: folder)
     monkeypatch.setattr(chat_prompts, "compare", lambda *given: seen.append(given[2].name))
     quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
     for stages in (["rehearse"], ["rehearse", "quantize"]):

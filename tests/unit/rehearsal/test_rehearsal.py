@@ -9,8 +9,10 @@ from tiny import make_model, write_params
 
 from slmake import model_folder, params
 from slmake.errors import UserError
+from slmake.prompts import load_prompt
 from slmake.rehearsal import chain, checks, estimate, twin
 from slmake.rehearsal.estimate import Need
+from slmake.scoring import onnx_runner
 
 
 def config(kind: str, **fields):
@@ -227,7 +229,7 @@ def test_a_runtime_tokenizer_that_differs_is_found_before_training(tmp_path, bas
     def tried(folder, **sections: dict) -> None:
         quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
         file = write_params(tmp_path / "params.yaml", quantize=quantize, **sections)
-        checks.try_tokenizer(params.load(file), base, dataset, folder)
+        checks.try_tokenizer(params.load(file), base, dataset, onnx_runner.load(folder, load_prompt(dataset)))
 
     tried(exported)
     told = r"differs from training's on 8 of the prompts and answers of the first 8 test rows; 7 may: row \d+ has \['.*gates\.max_tok"

@@ -12,7 +12,9 @@ from scripts import evaluate
 from slmake import params
 from slmake.constraints import constrained, guidance
 from slmake.errors import UserError
+from slmake.prompts import load_prompt
 from slmake.rehearsal import checks
+from slmake.scoring import onnx_runner
 
 FORM = {"labels": ["joy", "a.b c"], "prompt": "x"}
 QUANTIZE = {"precision": "fp32", "calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
@@ -105,7 +107,7 @@ def test_rehearse_refuses_what_the_runtime_cannot_follow(tmp_path, dataset, onnx
     def tried(constraint: str | dict, **sections: dict) -> None:
         given = {stage: {"constrain": constraint}} | sections
         file = write_params(tmp_path / "params.yaml", **given, quantize=QUANTIZE)
-        checks.try_constraints(params.load(file), dataset, onnx)
+        checks.try_constraints(params.load(file), dataset, onnx_runner.load(onnx, load_prompt(dataset)))
 
     schema = {"json_schema": str(tmp_path / "schema.json")}
     for part in UNFOLLOWED:

@@ -16,7 +16,9 @@ from slmake import generation, params
 from slmake.constraints import constrained
 from slmake.errors import UserError
 from slmake.generation import Sampling
+from slmake.prompts import load_prompt
 from slmake.rehearsal import checks
+from slmake.scoring import onnx_runner
 from slmake.scoring.constrained import calls_fit
 from slmake.tool_calls import CallForm
 
@@ -250,11 +252,12 @@ def test_rehearse_tries_the_tools_of_the_dataset(tmp_path, chat_base, onnx, city
     )
     for stage in ("evaluate", "package"):
         checked = params.load(write_params(tmp_path / "params.yaml", **{stage: {"constrain": "tools"}}))
+        model = onnx_runner.load(onnx, load_prompt(dataset))
         if stage in reasons:
             with pytest.raises(UserError, match=rf"{stage}\.constrain: {reasons[stage]}"):
-                checks.try_constraints(checked, dataset, onnx)
+                checks.try_constraints(checked, dataset, model)
         else:
-            checks.try_constraints(checked, dataset, onnx)
+            checks.try_constraints(checked, dataset, model)
 
 
 @pytest.mark.parametrize("constraint", ["labels", "tools"])
