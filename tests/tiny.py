@@ -81,8 +81,8 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
     return folder
 
 
-def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None) -> Path:
-    """A tiny Llama or Qwen2 as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more."""
+def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None, split: str = "gpt-2") -> Path:
+    """A tiny Llama or Qwen2 as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more, `split` is tokenizer.ggml.pre."""
     from gguf import GGUFWriter
     from safetensors.numpy import load_file
 
@@ -103,7 +103,7 @@ def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None) -> P
     tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
     tokens += [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in ("<|end|>", "<|start|>") else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])

@@ -15,6 +15,29 @@ from slmake.sources import gguf_header
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
 # Fields that multiply or limit values within the model. transformers reads none of them.
 SCALE = re.compile(r"(^|[._])(scale|softcapping|clamp_kqv)$")
+# How a byte-level vocabulary splits text (tokenizer.ggml.pre; llama.cpp's llama-vocab.cpp), where transformers has no entry and takes GPT-2's way.
+GPT2_SPLIT = {
+    "a.x-4.0",
+    "exaone4",
+    "gigachat",
+    "gpt-2",
+    "granite-docling",
+    "jais",
+    "mellum",
+    "mpt",
+    "olmo",
+    "phi-2",
+    "trillion",
+}
+DIGITS_SPLIT = {
+    "codeshell",
+    "command-r",
+    "exaone",
+    "minerva-7b",
+    "refact",
+    "smollm",
+    "starcoder",
+}  # so, after each digit alone
 ELSEWHERE = "Name a folder or repository with the safetensors of the same model in fetch_model.source."
 
 
@@ -42,7 +65,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
 
     Raises:
         UserError: not a GGUF file, sizes that its tensors do not have, an architecture that transformers does not read from GGUF, or
-            tensors, scales or a scaling of rotary embeddings that it does not read.
+            tensors, scales, a scaling of rotary embeddings or a tokenizer's way to split text that it does not read.
     """
     with open(file, "rb") as handle:
         if handle.read(4) != b"GGUF":
@@ -65,6 +88,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
             )
             _refuse_unread(file, reader, model)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
+            _set_split(file, reader, tokenizer)
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics
         if not is_failure(error) or isinstance(error, UserError | MemoryError) or getattr(error, "errno", None):
             raise
@@ -80,6 +104,26 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _set_split(file: Path, reader, tokenizer) -> None:
+    """Let a tokenizer split text as the file says, before its merges; refuse where transformers would take another model's way."""
+    from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind, split = (
+        field.contents() if (field := reader.fields.get(f"tokenizer.ggml.{name}")) else None
+        for name in ("model", "pre")
+    )
+    if kind != "gpt2" or split in {*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLIT}:
+        return
+    if split not in DIGITS_SPLIT:
+        raise UserError(
+            f"{file}: tokenizer.ggml.pre is {split!r}: transformers does not know how this tokenizer splits text, and would take GPT-2's way: "
+            f"other tokens than the model was trained with. {ELSEWHERE}"
+        )
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
 
 
 def _refuse_oversized(file: Path, reader) -> None:

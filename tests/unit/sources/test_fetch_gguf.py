@@ -87,6 +87,24 @@ def test_what_transformers_does_not_read_from_a_gguf_is_refused_by_name(tmp_path
     assert "safetensors of the same model" in message
 
 
+@pytest.mark.parametrize("split", ["default", "deepseek-llm"])
+def test_a_tokenizer_whose_way_to_split_text_is_not_known_is_refused(tmp_path, capsys, base, split):
+    message = refused(tmp_path, capsys, write_gguf(base, tmp_path / "other.gguf", split=split))
+    assert f"tokenizer.ggml.pre is {split!r}: transformers does not know how this tokenizer splits text" in message
+
+
+def test_a_tokenizer_of_single_digits_splits_text_as_the_models_own(tmp_path, base):
+    """SmolLM2's tokenizer.json has these two parts; GPT-2's way alone takes ` 12` together."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    folder, _ = fetch(tmp_path, write_gguf(base, tmp_path / "digits.gguf", split="smollm"))
+    split = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    digits, gpt2 = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = "On  12 May"
+    assert split(text) == pre_tokenizers.Sequence([digits, gpt2]).pre_tokenize_str(text) != gpt2.pre_tokenize_str(text)
+
+
 def test_scales_that_change_nothing_are_accepted(tmp_path, base):
     def add(writer):
         rope("linear", 1.0)(writer)
