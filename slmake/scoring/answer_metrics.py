@@ -30,6 +30,9 @@ NUMBER = re.compile(
         (?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d*)?  # 1,234,567.8
         | (?<!\d,)[1-9]\d?(?:,\d{2})+,\d{3}(?!,?\d)(?:\.\d*)?  # 12,34,567.8
         | (?<!\d,)(?P<comma>(?:[1-9]\d{0,2}(?:\.\d{3})+|\d+),\d+(?![,.]?\d))  # 3,14 or 1.234.567,8
+        | (?<!\d[. '\u2019\xa0\u2009\u202f])(?P<other>  # 1.234.567, 1 234,5 or 1'234.5
+            [1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\.?\d)|(?P<mark>[ '\u2019\xa0\u2009\u202f])\d{3}(?:(?P=mark)\d{3})*(?!(?P=mark)?\d))
+            )(?:[.,]\d*)?
         | \d+(?:\.\d*)?
         | (?<!\d)\.\d+
     )
@@ -130,13 +133,15 @@ def last_number(text: str) -> float | None:
     """The last number in a text, as arithmetic datasets are scored.
 
     A comma before groups of three digits separates thousands; a single one before fewer or more is a decimal comma (3,14); of several, as
-    in 1,2,3, each separates two numbers.
+    in 1,2,3, each separates two numbers. A space or an apostrophe before groups of three digits separates thousands, and so do two dots.
     """
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
     written = numbers[-1][0].replace("\u2212", "-")
-    if numbers[-1]["comma"]:
+    if whole := numbers[-1]["other"]:
+        written = written.replace(whole, re.sub(r"\D", "", whole)).replace(",", ".")
+    elif numbers[-1]["comma"]:
         written = written.replace(".", "").replace(",", ".")
     return float(written.replace(",", ""))
 
