@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slmake import outputs
 from slmake.errors import UserError, first_line, is_failure
+from slmake.model_config import refuse_foreign_kernels, refuse_oversized, refuse_quantized
 from slmake.sources.pickles import PICKLES, pickle_advice
 
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -145,65 +146,37 @@ def refuse_odd_files(folder: Path) -> None:
                 )
 
 
-# Keys of config.json that are a size or a count; none exceeds the number of elements in the weights.
-SIZE = re.compile(r"^(n|num|d)_|_(size|dim|heads|layers|rank)$")
-# Keys that are a number of tokens; the export makes tables of that length. The longest of real models is 10,485,760.
-POSITIONS = re.compile(r"position_embeddings$|^(max_seq(uence)?_len(gth)?|seq_length)$")
-MOST_POSITIONS = 2**24
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_encoder_layers")
+def refuse_two_heads(folder: Path, tied: bool) -> None:
+    """Refuse an output head beside the embedding that it is tied to, where the two differ: which one counts depends on who reads them.
 
-
-def refuse_oversized(source: Path, config: dict, tensors: int, elements: int) -> None:
-    """Refuse sizes that the weights cannot have, before a library allocates memory for them.
+    transformers computes with both, model builders and other runtimes with the embedding. PEFT's merge of `modules_to_save: [lm_head]`
+    leaves a model so.
 
     Args:
-        config: the configuration; nested dictionaries are checked, too.
-        tensors: number of tensors in the weights; every layer has at least one.
-        elements: number of values in them.
+        tied: tie_word_embeddings of the configuration.
 
     Raises:
-        UserError: naming the key and the number.
+        UserError: they differ.
     """
-    for key, value in config.items():
-        if isinstance(value, dict):
-            refuse_oversized(source, value, tensors, elements)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            limit, unit = (tensors, "tensors") if key in LAYERS else (elements, "values")
-            if SIZE.search(key) and not value <= limit:
-                raise UserError(
-                    f"{source}: {key} is {value:,}, but the weights have only {limit:,} {unit}: it is the configuration of another "
-                    "model, or damaged. Download the model again."
-                )
-            if POSITIONS.search(key):
-                refuse_long_context(source, key, value)
+    from safetensors import safe_open
 
-
-def refuse_long_context(source: Path, key: str, value: float) -> None:
-    """UserError if a context is longer than any model's."""
-    if not value <= MOST_POSITIONS:
-        raise UserError(
-            f"{source}: {key} is {value:,} tokens, more than any model reads; at most {MOST_POSITIONS:,} are accepted. Put the length that "
-            "the model was trained for there, or get the model from where you trust it."
-        )
-
-
-def refuse_quantized(source: Path, config: dict) -> None:
-    """Refuse a model whose weights are quantized: cast or merged without their scales, they would be another model's.
-
-    Raises:
-        UserError: naming the method.
-    """
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        found = next(
-            (part[key] for key in ("quantization_config", "compression_config") if part.get(key) is not None), None
-        )
-        if found is not None:
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            raise UserError(
-                f"{source}: quantization_config says that the weights are quantized ({method or 'by an unnamed method'}); a base model is "
-                "needed in full precision. On the hub that is mostly the repository of the same name without -FP8, -AWQ, -GPTQ or "
-                "-bnb-4bit. If these weights are not quantized, take quantization_config out of config.json."
-            )
+    found = {}
+    for file in weight_files(folder) if tied else ():
+        for name, shape in tensor_shapes(file).items():
+            if name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight")):
+                found[name] = (file, shape)
+    if len(found) != 2 or len({"lm_head" in name for name in found}) != 2:
+        return
+    (first, second), shapes = found, [shape for _, shape in found.values()]
+    with safe_open(found[first][0], "pt") as one, safe_open(found[second][0], "pt") as other:
+        parts = (one.get_slice(first), other.get_slice(second))
+        rows = range(0, shapes[0][0], 4096) if shapes[0] == shapes[1] else ()
+        if rows and all(parts[0][row : row + 4096].equal(parts[1][row : row + 4096]) for row in rows):
+            return
+    raise UserError(
+        f"{folder}: config.json has tie_word_embeddings, but {first} and {second} differ: transformers computes with both, other runtimes with "
+        "one. Where the weights are right, set tie_word_embeddings to false in config.json."
+    )
 
 
 def refuse_not_finite(files: Iterable[Path], source: str) -> None:
@@ -375,10 +348,11 @@ def _try_tokenizer(folder: Path) -> None:
 
 
 def check_loadable(folder: Path) -> None:
-    """Check configuration and tokenizer of a model folder; of the weights, only headers are read.
+    """Check configuration and tokenizer of a model folder; of most weights, only headers are read.
 
     Raises:
-        UserError: no config.json, an architecture that needs remote code or is unknown, or a tokenizer without an end token.
+        UserError: no config.json, an architecture that needs remote code or is unknown, an output head that is tied and another, or a
+            tokenizer without an end token.
     """
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json: this is not a model folder in Hugging Face layout.")
@@ -394,18 +368,20 @@ def check_loadable(folder: Path) -> None:
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json is damaged: not a JSON object. Download it again.")
     refuse_quantized(folder / "config.json", config)
+    refuse_foreign_kernels(folder / "config.json", config)
     shapes = [shape for file in weight_files(folder) for shape in tensor_shapes(file).values()]
     refuse_oversized(folder / "config.json", config, len(shapes), sum(map(math.prod, shapes)))
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
             f"{folder}/config.json: transformers does not know this model without remote code: {first_line(error)}"
         ) from None
     except Exception as error:  # whatever a wrong number in it causes
         raise unusable(folder, error) from None
+    refuse_two_heads(folder, bool(getattr(known, "tie_word_embeddings", False)))
     _try_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from slmake.errors import UserError, first_line, is_failure
-from slmake.model_folder import refuse_incomplete, refuse_long_context
+from slmake.model_config import refuse_long_context
+from slmake.model_folder import refuse_incomplete
 from slmake.sources import gguf_header
 
 # Fields that are a size or a count; a context's length is no part of the weights.

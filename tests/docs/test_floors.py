@@ -30,6 +30,7 @@ GROUND = (
 )  # modules of slmake/ that all floors import
 BESIDE = {
     "exported_model": "scoring",
+    "model_config": "sources",
     "model_folder": "sources",
     "plan": "export",
 }  # modules of slmake/ and the floor on which they stand

@@ -28,3 +28,9 @@ def refused(tmp_path: Path, capsys, source: object, **fields: object) -> str:
     message = capsys.readouterr().err
     assert re.search(r"^fetch_model: error: ", message, re.M)
     return message[message.index("fetch_model: error: ") :]
+
+
+def change(folder: Path, name: str, **fields: object) -> None:
+    """Set fields of a JSON file of a model folder."""
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps(content | fields), encoding="utf-8")

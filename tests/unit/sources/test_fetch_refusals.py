@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from fetch_script import fetch, refused
+from fetch_script import change, fetch, refused
 from tiny import write_gguf
 
 # -- folders that are refused ------------------------------------------------------------------------------------------
@@ -136,12 +136,6 @@ def test_config_of_an_unknown_or_remote_architecture(tmp_path, capsys, broken, t
 def test_damaged_config(tmp_path, capsys, broken, text):
     (broken / "config.json").write_text(text)
     assert f"{broken}/config.json is damaged: not a JSON object." in refused(tmp_path, capsys, broken)
-
-
-def change(folder: Path, name: str, **fields: object) -> None:
-    """Set fields of a JSON file of a model folder."""
-    content = json.loads((folder / name).read_text(encoding="utf-8"))
-    (folder / name).write_text(json.dumps(content | fields), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
