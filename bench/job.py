@@ -193,9 +193,11 @@ def bench(args: argparse.Namespace) -> dict:
         return [run[key] for run in runs[name]]
 
     bars = []
+    for name, title, wanted in (("olive", "Olive", 2.5), ("trl", "TRL", 3.0)):
+        if name in runs:
+            pair = ratios(column(name, "wall_s"), column("ours", "wall_s"))
+            bars.append(bar(f"whole job: speed over {title}", pair, at_least=wanted))
     if "olive" in runs:
-        pair = ratios(column("olive", "wall_s"), column("ours", "wall_s"))
-        bars.append(bar("whole job: speed over Olive", pair, at_least=2.5))
         pair = ratios(column("ours", "peak_bytes"), column("olive", "peak_bytes"))
         bars.append(bar("whole job: peak memory over Olive's", pair, at_most=1.0))
     first = runs["ours"][0]

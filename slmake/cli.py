@@ -36,6 +36,9 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# bitsandbytes and Transformers let the package `kernels` download code from a hub and run it: here it is never there, nor asked for.
+sys.modules["kernels"] = None
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # OpenMP's threads wait for each other in a loop of this many turns before they sleep (GNU's default: 300,000). With other work on
 # the processor, the one that waits takes the time of the one that works: training was three times as fast with this. Alone, it is as fast.
 if "OMP_WAIT_POLICY" not in os.environ:

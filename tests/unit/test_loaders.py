@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,15 @@ def test_every_loader_forbids_remote_code():
 )
 def test_a_loader_without_it_would_be_found(text, expected):
     assert loaders(text) == expected
+
+
+def test_the_package_that_downloads_kernels_is_not_there(tmp_path):
+    (tmp_path / "kernels.py").write_text("raise SystemExit('foreign code')", encoding="utf-8")
+    shown = "import importlib.util; from slmake import cli; print(importlib.util.find_spec('kernels'))"
+    told = "try:\n    import kernels\nexcept ImportError:\n    print('no kernels')"
+    run = [sys.executable, "-c", f"{shown}\n{told}"]
+    done = subprocess.run(run, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["None", "no kernels"], done.stderr
 
 
 def test_a_question_of_a_library_gets_no_answer(tmp_path):
