@@ -23,7 +23,7 @@ def read(file: Path, where: str) -> tuple[dict, "Validator"]:
         UserError: the file is not there, is no JSON, or no schema that `validator` takes.
     """
     try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
+        schema = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError:
         raise UserError(f"{where}: {file}: no such file. Correct the name of the JSON Schema.") from None
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from slmake.text import one_line
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 ROLES["developer"] = "system"  # as the server reads it
 HALF_PAIR = "holds half a surrogate pair: text that was cut inside a character"
+REPLACED = "holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
 SWITCHES = (
     "train",
     "training",
@@ -106,6 +107,11 @@ def refuse_unread(row: dict, options: dict | None = None) -> None:
                 f"stands beside `{name}`, which is not read: only text is trained. Remove such rows, or the field `{name}` where the texts do "
                 "not refer to it"
             )
+    if row.get("documents") and options is not None:
+        raise ValueError(
+            "stands beside `documents`, which no chat template is given: the answer would be trained without them. Write them into a message, or "
+            "remove the field `documents` where the answers do not refer to it"
+        )
     own = row.get("chat_template_kwargs")
     if own and options is not None and not (isinstance(own, dict) and {**options, **own} == options):
         raise ValueError(
@@ -176,8 +182,11 @@ def read_conversation(
     if len(read) == 1:
         raise ValueError("has no turn before the assistant's, so there is no prompt")
     _check_order(read)
-    if not prompts.encodes(json.dumps(read, ensure_ascii=False, default=str)):
+    text = json.dumps(read, ensure_ascii=False, default=str)
+    if not prompts.encodes(text):
         raise ValueError(HALF_PAIR)
+    if "\ufffd" in text:
+        raise ValueError(REPLACED)
     answers = [number for number in range(1, len(read)) if read[number]["role"] == "assistant"]
     chosen = answers if train_on == "all" else answers[-1:]
     trained = [number for number in chosen if _is_trained(number + 1, turns[number])]

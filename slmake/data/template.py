@@ -11,6 +11,7 @@ from slmake import params, prompts
 from slmake.data.chat import Answer, ChatTemplate
 from slmake.data.conversation import (
     HALF_PAIR,
+    REPLACED,
     Conversation,
     read_conversation,
     refuse_unread,
@@ -138,9 +139,7 @@ class FieldTemplate(PromptTemplate):
                     f"field `{name}` is {type(value).__name__}, not text: {json.dumps(value, default=str)[:60]}"
                 )
             elif "\ufffd" in value:
-                problems.append(
-                    f"field `{name}` holds the replacement character U+FFFD: text that was not UTF-8 was decoded wrongly"
-                )
+                problems.append(f"field `{name}` {REPLACED}")
             elif not prompts.encodes(value):
                 problems.append(f"field `{name}` {HALF_PAIR}")
             elif name == self.answer and not without_closing(value, self.special).strip():

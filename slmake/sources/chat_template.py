@@ -1,5 +1,6 @@
 """A user's chat template in place of the base model's own, for every folder that is made of the base model."""
 
+import codecs
 import hashlib
 import json
 from pathlib import Path
@@ -22,7 +23,8 @@ def replace_chat_template(folder: Path, file: Path) -> dict:
 
     where = f"fetch_model.chat_template: {file}"
     try:
-        content = file.read_bytes()
+        given = file.read_bytes()
+        content = given.removeprefix(codecs.BOM_UTF8)  # which editors write, and every prompt would begin with
         with bounded_jinja.refusals(where, "this template", "Correct the file."), bounded_jinja.bounded():
             bounded_jinja.compiled(content.decode())
     except OSError:
@@ -37,4 +39,4 @@ def replace_chat_template(folder: Path, file: Path) -> dict:
         written = json.loads(config.read_text(encoding="utf-8"))
         if written.pop("chat_template", None) is not None:
             outputs.write_json(config, written)
-    return {"chat_template": {"source": file.as_posix(), "sha256": hashlib.sha256(content).hexdigest()}}
+    return {"chat_template": {"source": file.as_posix(), "sha256": hashlib.sha256(given).hexdigest()}}

@@ -387,9 +387,10 @@ def test_a_developers_turn_is_a_systems(prepared, names):
     assert developer["input_ids"] == system["input_ids"]
 
 
-def test_half_a_surrogate_pair():
-    with pytest.raises(ValueError, match="half a surrogate pair"):
-        read_conversation([user("a"), call({"part": "\ud800"}), tool("3"), assistant("b")])
+@pytest.mark.parametrize(("part", "reason"), [("\ud800", "half a surrogate pair"), ("caf\ufffd", "decoded wrongly")])
+def test_text_that_is_damaged(part, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_conversation([user("a"), call({"part": part}), tool("3"), assistant("b")])
 
 
 @pytest.mark.parametrize("value", [datetime.date(2024, 5, 1), b"x", float("nan")])

@@ -259,6 +259,13 @@ def test_media_are_not_dropped(build, refused, rows, name):
     assert len(build([{**row, name: []} for row in rows[:4]], **NONE, **WHOLE).train) == 4
 
 
+def test_documents_beside_a_chat_are_not_dropped(build, refused):
+    """A standard variable of chat templates: answers may be drawn from them."""
+    rows = [{**row, "documents": [{"title": "t", "text": "the fact"}]} for row in LAYOUTS["messages"]]
+    assert "stands beside `documents`, which no chat template is given" in refused(rows, **NONE)
+    assert len(build([{**row, "documents": []} for row in rows[:4]], **NONE, **WHOLE).train) == 4
+
+
 def test_options_of_the_chat_template_are_those_of_all_rows(build, refused):
     """TRL's field of a row: refused where it says something else than params.yaml."""
 

@@ -24,12 +24,12 @@ def test_the_file_takes_the_place_of_every_older_one(tmp_path, base):
     (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "old"}), encoding="utf-8")
     (model / "chat_template.json").write_text('{"chat_template": "older"}', encoding="utf-8")
     content = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    (tmp_path / "mine.jinja").write_bytes(content)
+    (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf" + content)  # as some editors write it
     folder, report = fetch(tmp_path, model, chat_template=str(tmp_path / "mine.jinja"))
     assert load_tokenizer(folder).chat_template.encode() == content
     assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert not (folder / "chat_template.json").exists()
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(b"\xef\xbb\xbf" + content).hexdigest()
     assert report["chat_template"] == {"source": str(tmp_path / "mine.jinja"), "sha256": digest}
 
 
