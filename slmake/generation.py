@@ -9,6 +9,7 @@ import sys
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # this file's own folder: no file of a package may take a module's place
 
+import bisect
 import json
 import os
 import re
@@ -111,23 +112,8 @@ class Exported:
         refuse_unreadable(list(arguments))
         if self.form["prompt"] is not None:
             return self.form["prompt"].format(**dict(zip(fields, arguments, strict=True)))
-        return self.chat_prompt(_messages(arguments[0]), self.form.get("tools"))
-
-    def arguments(self, text: str) -> list[str]:
-        """The text for each field of the template: for several fields, the values of a JSON object.
-
-        Raises:
-            ValueError: there are several fields, and this is no object of theirs.
-        """
-        fields = self.form["fields"]
-        if self.form["prompt"] is None or len(fields) == 1:
-            return [text]
-        try:
-            given = json.loads(text)
-            return [_field_text(name, given[name]) for name in fields]
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-            reason = f"the template has the fields {', '.join(fields)}: give a JSON object with each."
-            raise ValueError(reason) from None
+        tools = self.form.get("tools")
+        return self.chat_prompt(self.shortened(_messages(arguments[0]), tools), tools)
 
     def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None, answered: bool = False) -> str:
         """The text of a chat, by the chat template with the options and the date of training.
@@ -155,6 +141,22 @@ class Exported:
             raise ValueError(f"the chat template does not take these messages: {_first_line(error)}") from None
         return prompt if answered else prompt + chat.get("answer_prefix", "")
 
+    def shortened(self, messages: list[dict], tools: list[dict] | None = None) -> list[dict]:
+        """The turns of a chat without as many of the earliest ones as training drops where it is too long; a system turn stays."""
+        limit = self.form.get("max_prompt_tokens")
+        users = [number for number, turn in enumerate(messages) if turn.get("role") == "user"]
+        starts, system = [0, *users[1:]], [turn for turn in messages[:1] if turn.get("role") in ("system", "developer")]
+
+        def since(start: int) -> list[dict]:
+            return [*system, *messages[start:]] if start else messages
+
+        def fits(start: int) -> bool:
+            return len(self._ids(self.chat_prompt(since(start), tools))) <= limit
+
+        if limit is None or fits(0):
+            return messages
+        return since(starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)])
+
     def _template(self, chat: dict, tools: list[dict] | None) -> str | None:
         """The chat template with the options, the tools and the date of training; None for the template as it is."""
         file = self.folder / "chat_template.jinja"
@@ -169,11 +171,14 @@ class Exported:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, as in training: normalized, behind the begin token, cut at its start if it is too long."""
+        ids, limit = self._ids(text), self.form.get("max_prompt_tokens")
+        return ids if limit is None else truncate(ids, limit, self.form["kept_token_id"])
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text that is not cut."""
         if "normalization" in self.form:
             text = unicodedata.normalize(self.form["normalization"], text)
-        ids = [*self.form.get("begin_token_ids", []), *map(int, self.tokenizer.encode(text))]
-        limit = self.form.get("max_prompt_tokens")
-        return ids if limit is None else truncate(ids, limit, self.form["kept_token_id"])
+        return [*self.form.get("begin_token_ids", []), *map(int, self.tokenizer.encode(text))]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without its end token and outer white space."""
@@ -312,13 +317,6 @@ def as_form(form: dict) -> dict:
 def _first_line(error: Exception) -> str:
     """A reason of the runtime, which may go on with all of its state."""
     return str(error).strip().partition("\n")[0][:300]
-
-
-def _field_text(name: str, value: object) -> str:
-    """The text of a field, which training's rows have as text only; a whole number or a truth value as JSON writes it."""
-    if not isinstance(value, str | int):
-        raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as the data has it.")
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def literal(value: object) -> str:

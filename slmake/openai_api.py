@@ -212,13 +212,13 @@ def chat_job(model, asked: Chat) -> Job:
             raise ValueError(
                 "messages: this model takes one user message and nothing else; it was not trained on chats."
             )
-        prompt, calls, tools = model.prompt(*model.arguments(turns[0]["content"])), None, []
+        prompt, calls, tools = model.prompt(*field_texts(model.form, turns[0]["content"])), None, []
     else:
         tools = asked.tools if asked.tools and asked.tool_choice != "none" else []
         if (size := len(json.dumps(tools))) > TOOLS_BYTES:
             raise ValueError(f"tools: they have {size:,} bytes of JSON; at most {TOOLS_BYTES:,} are read.")
         calls = tool_calls.CallForm.of(model) if tools else None
-        prompt = model.chat_prompt(turns, tools)
+        prompt = model.chat_prompt(model.shortened(turns, tools), tools)
     guidance = _package_guidance(model)
     if tools and _to_tools(model):
         guidance = calls.guidance(model, tools, optional=True)
@@ -227,6 +227,30 @@ def chat_job(model, asked: Chat) -> Job:
     if tools and asked.tool_choice not in (None, "auto"):
         guidance = calls.guidance(model, _chosen(tools, asked.tool_choice))
     return Job(prompt, *_limits(model, asked, guidance), asked.stops, calls=calls, tools=tools)
+
+
+def field_texts(form: dict, text: str) -> list[str]:
+    """The text for each field of a model's template: for several fields, the values of a JSON object.
+
+    Raises:
+        ValueError: there are several fields, and this is no object of theirs.
+    """
+    fields = form["fields"]
+    if form["prompt"] is None or len(fields) == 1:
+        return [text]
+    try:
+        given = json.loads(text)
+        return [_field_text(name, given[name]) for name in fields]
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        reason = f"the template has the fields {', '.join(fields)}: give a JSON object with each."
+        raise ValueError(reason) from None
+
+
+def _field_text(name: str, value: object) -> str:
+    """The text of a field, which training's rows have as text only; a whole number or a truth value as JSON writes it."""
+    if not isinstance(value, str | int):
+        raise ValueError(f"the field {name} is {json.dumps(value)[:60]}: give it as a text, as the data has it.")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _chosen(tools: list[dict], choice: str | ToolChoice) -> list[dict]:

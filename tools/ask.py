@@ -11,6 +11,7 @@ import time
 from slmake import cli, exported_model
 from slmake.errors import UserError
 from slmake.generation import Exported, shown
+from slmake.openai_api import field_texts
 
 
 def ask(model: Exported, text: str, new_tokens: int | None) -> tuple[str, float]:
@@ -21,7 +22,7 @@ def ask(model: Exported, text: str, new_tokens: int | None) -> tuple[str, float]
     """
     start = time.perf_counter()
     try:
-        return model.answer(*model.arguments(text), new_tokens=new_tokens), 1000 * (time.perf_counter() - start)
+        return model.answer(*field_texts(model.form, text), new_tokens=new_tokens), 1000 * (time.perf_counter() - start)
     except ValueError as error:
         raise UserError(str(error)) from None
 

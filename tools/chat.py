@@ -15,6 +15,7 @@ from slmake import cli, exported_model
 from slmake.answer_stream import Stream
 from slmake.errors import UserError
 from slmake.generation import Exported, shown
+from slmake.openai_api import field_texts
 
 HELP = "/system TEXT sets the system message, /reset starts a new chat, /quit ends"
 
@@ -50,9 +51,10 @@ class Chat:
         """
         if self.remembers:
             turns = [*self.turns, {"role": "user", "content": text}]
-            prompt = self.model.chat_prompt(turns, self.model.form.get("tools"))
+            tools = self.model.form.get("tools")
+            prompt = self.model.chat_prompt(self.model.shortened(turns, tools), tools)
         else:
-            prompt = self.model.prompt(*self.model.arguments(text))
+            prompt = self.model.prompt(*field_texts(self.model.form, text))
         return Stream(self.model, self.model.fitting(self.model.encode(prompt), self.new_tokens), self.new_tokens)
 
     def keep(self, text: str, answer: str) -> None:

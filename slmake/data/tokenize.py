@@ -65,7 +65,7 @@ class Tokenize:
         self.section, self.tokenizer, self.template = section, tokenizer, template
         self.special_tokens = template.special_tokens
         self.truncated = self.shortened = self.dropped = self.apart = 0
-        self.longest_answer = self.unlike = 0
+        self.longest_answer = self.longest_prompt = self.unlike = 0
         self.first_unlike = ""
         self.checked: set[str] = set()  # labels
         self.tools: set[str | None] = set()
@@ -221,6 +221,7 @@ class Tokenize:
             kept = truncate(head, tail, self.section.max_seq_len, self.tokenizer.bos_token_id)
             self.truncated += len(kept) < len(head)
             self.longest_answer = max(self.longest_answer, len(tail))
+            self.longest_prompt = max(self.longest_prompt, len(kept))
             labels, turns = [IGNORED] * len(kept) + tail, [answer.turn] if row.chat else []
             if one_answer and answer.answer not in self.checked:
                 self._compare(row, answer, tail)
@@ -257,7 +258,8 @@ class Tokenize:
 
         `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; `space` becomes a space in an answer, which the
         runtime does not do in added tokens such as Gemma's for several spaces; a prompt keeps its last
-        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. `tools` are
+        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. Where it
+        dropped turns, a chat loses its earliest turns before, and the longest prompt of training is the limit. `tools` are
         those that all conversations have; an empty list where they differ. `system` is the turn that all conversations begin with.
         """
         rules = dict(self._writing)
@@ -270,8 +272,9 @@ class Tokenize:
             ids = ids[:-1]
         if len(ids) > len(plain):
             rules["begin_token_ids"] = ids[: len(ids) - len(plain)]
-        if self.truncated:
-            rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
+        if self.truncated or self.shortened:
+            behind = self.section.max_seq_len - self.longest_answer
+            rules["max_prompt_tokens"] = self.longest_prompt if self.shortened else behind
             rules["kept_token_id"] = self.tokenizer.bos_token_id
         return rules
 

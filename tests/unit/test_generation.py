@@ -10,10 +10,11 @@ import pytest
 from served import TEMPLATE
 from tiny import make_model
 
-from slmake import generation, params
+from slmake import generation, openai_api, params
 from slmake.answer_stream import Stream
 from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
+from slmake.data.store import Row
 from slmake.data.template import Conversations, FieldTemplate
 from slmake.data.tokenize import Tokenize, truncate
 from slmake.errors import UserError
@@ -88,7 +89,7 @@ def test_texts_that_do_not_fit_are_refused(exported, texts, message):
 def test_a_text_that_is_not_the_fields_is_refused(exported, text):
     two = generation.Exported(exported, {**FORM, "prompt": "{a}-{b}", "fields": ["a", "b"]})
     with pytest.raises(ValueError, match="the template has the fields a, b: give a JSON object with each"):
-        two.arguments(text)
+        openai_api.field_texts(two.form, text)
 
 
 def test_begin_token_and_normalization_are_those_of_training(tmp_path, exported, base):
@@ -168,13 +169,39 @@ def test_prompts_are_cut_as_in_training(exported, begin):
 
 
 def test_tokenize_says_how_it_cut(base):
-    from slmake.data.store import Row
-
     tokenize = Tokenize(section(limit=12), tokenizer_of(base), FieldTemplate(section(limit=12)))
     tokenize([Row("f", 1, "word " * 30, "joy", "word", "joy"), Row("f", 2, "a", "sadness", "a", "sadness is long")])
     rules = tokenize.inference()
     assert rules["max_prompt_tokens"] == 12 - tokenize.longest_answer
     assert rules["kept_token_id"] is None
+
+
+@pytest.mark.parametrize("one", ["", "word " * 200], ids=["turns", "tokens"])
+def test_a_long_chat_is_asked_without_the_turns_that_training_dropped(tmp_path, exported, base, one):
+    """The system turn stays; where a single turn is too long, its first tokens go."""
+    tokenizer = tokenizer_of(base)
+    tokenizer.chat_template = TEMPLATE
+    folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    template = Conversations("messages", ChatTemplate(tokenizer, {}, "2024-01-01"), "all")
+    tokenize = Tokenize(section(limit=90), tokenizer, template)
+    turns = [{"role": "system", "content": "Be kind."}]
+    for number in range(6):
+        said = f"question {number} {one * (number == 5)}"
+        turns += [{"role": "user", "content": said}, {"role": "assistant", "content": f"answer {number}"}]
+    last = tokenize([Row("f", 1, *template.render({"messages": turns}))], one_answer=True)[-1]
+    model = generation.Exported(folder, template.inference() | tokenize.inference())
+    prompt = last.ids[: last.labels.count(-100)]
+    assert last.dropped > 0
+    assert (last.cut > 0) == bool(one)
+    assert model.encode(model.prompt(json.dumps(turns[:-1]))) == prompt
+    assert model.shortened(turns[:2]) == turns[:2]
+
+
+def test_a_chat_is_asked_whole_where_training_dropped_nothing(exported):
+    model = generation.Exported(exported, {**FORM, "prompt": None})
+    turns = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "a"}] * 6
+    assert model.shortened(turns) is turns
 
 
 def test_tokenizer_that_differs_is_counted_and_shown(tmp_path, exported, base, dataset):

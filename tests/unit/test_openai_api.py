@@ -81,9 +81,9 @@ def test_fields_with_the_value_that_changes_nothing_are_taken(kind):
 @pytest.mark.parametrize("prompt", [None, "{text}"])
 def test_options_of_the_chat_template_are_those_of_training(own, taken, prompt):
     asks = SimpleNamespace(
-        prompt=lambda text: text, chat_prompt=lambda turns, tools: "Hi", arguments=lambda text: [text]
+        prompt=lambda text: text, chat_prompt=lambda turns, tools: "Hi", shortened=lambda turns, tools: turns
     )
-    form = {"prompt": prompt, "chat": {"template_kwargs": OPTIONS}, "longest_answer_tokens": 1}
+    form = {"prompt": prompt, "fields": ["text"], "chat": {"template_kwargs": OPTIONS}, "longest_answer_tokens": 1}
     model = SimpleNamespace(**vars(asks), form=form, sampling=generation.Sampling())
     request = asked(chat_template_kwargs=own)
     if taken:

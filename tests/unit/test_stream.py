@@ -5,7 +5,7 @@ import json
 import pytest
 from served import CHAT, TEXT, export
 
-from slmake import generation
+from slmake import generation, openai_api
 from slmake.answer_stream import Stream
 from slmake.generation import Sampling
 
@@ -109,17 +109,17 @@ def test_texts_of_several_fields_are_a_json_object(model, fields, text, expected
     several = generation.Exported(model.folder, {**TEXT, "prompt": "x", "fields": fields})
     if expected is None:
         with pytest.raises(ValueError, match=r"the template has the fields a, b: give a JSON object with each\."):
-            several.arguments(text)
+            openai_api.field_texts(several.form, text)
     else:
-        assert several.arguments(text) == expected
-    assert generation.Exported(model.folder, CHAT).arguments(text) == [text]
+        assert openai_api.field_texts(several.form, text) == expected
+    assert openai_api.field_texts(CHAT, text) == [text]
 
 
 @pytest.mark.parametrize("value", ["null", "1e999", "1.0", '{"x": 1}', "[1]"])
 def test_values_that_training_has_no_text_of_are_refused(model, value):
     several = generation.Exported(model.folder, {**TEXT, "prompt": "{a} {b}", "fields": ["a", "b"]})
     with pytest.raises(ValueError, match=r"the field b is .*: give it as a text, as the data has it\."):
-        several.arguments(f'{{"a": "x", "b": {value}}}')
+        openai_api.field_texts(several.form, f'{{"a": "x", "b": {value}}}')
 
 
 def test_chats_show_tools_as_training_did(model, base):
