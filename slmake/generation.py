@@ -23,7 +23,7 @@ from pathlib import Path
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 ROLES = ("system", "user", "assistant", "tool")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # which some templates write before an answer, and some drop
+THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking")  # some templates write them, some do not
 UNREAD = (*THOUGHTS, "function_call", "audio", "prefix", "refusal")  # fields of a message that no training has
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
 

@@ -49,6 +49,7 @@ class ChatTemplate:
         self.kinds: set[tuple] = set()  # of conversations, that the template is known to show
         self.special = tuple(special_tokens(tokenizer).values())
         self.prefixes: set[str] = set()
+        self.left_out: set[str] = set()  # special tokens within answers, which the runtime leaves out
 
     def split(self, turns: list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
         """Prompt and answer text of a conversation that ends with the assistant's turn.
@@ -161,6 +162,7 @@ class ChatTemplate:
     def _text(self, turn: dict, before: str, tail: str) -> str:
         """An answer as the runtime gives it, behind what the template writes `before` it."""
         text = turn["content"] if "tool_calls" not in turn else tail.strip()
+        self.left_out.update(token for token in self.special if token in turn["content"])
         return self._decoded((before + text).lstrip() if before else text)
 
     def check_shown(self, conversation: Conversation) -> None:

@@ -33,6 +33,7 @@ from slmake.params.dataset_files import hub_split, source_files
 from slmake.prompts import CHATS_FILE
 from slmake.sources.fetching import fetch_rows
 from slmake.sources.schemes import parse
+from slmake.text import listing
 
 EXAMPLES = 10  # rows that the report shows
 CHATS_KEPT = 32  # conversations of each split whose turns are kept: `rehearse` lets the runtime write their prompts
@@ -81,11 +82,7 @@ class Preparation:
             tokenize.check_labels(labels or [])
             writers = self._write(store, split, tokenize)
             self.apart = tokenize.apart > 0
-            if tokenize.unlike:
-                self.job.say(
-                    f"warning: {tokenize.unlike} answers of the test split are another text when their tokens are read back, so no answer of a "
-                    f"model can be equal to them; the first is {tokenize.first_unlike}"
-                )
+            self._warn(template, tokenize)
             answers, codes = store.answers(), store.answer_codes().copy()
         for name, (paths, _) in fetched.items():
             for path in {path for path, _ in files[name]} - {path for path, _ in paths}:
@@ -207,6 +204,19 @@ class Preparation:
                             self.examples += examples[: EXAMPLES - len(self.examples)]
                         bar.update(len(chosen))
         return writers
+
+    def _warn(self, template: PromptTemplate, tokenize: Tokenize) -> None:
+        """Say what of the answers no answer of the exported model can have."""
+        if tokenize.unlike:
+            self.job.say(
+                f"warning: {tokenize.unlike} answers of the test split are another text when their tokens are read back, so no answer of a "
+                f"model can be equal to them; the first is {tokenize.first_unlike}"
+            )
+        if template.left_out:
+            self.job.say(
+                f"warning: answers hold {listing(sorted(template.left_out))}: special tokens of this model, which the runtime leaves out of "
+                "what it answers. Scores compare answers without them; write them otherwise if they are meant as text"
+            )
 
     def _write_prompt(self, template: PromptTemplate, labels: list[str] | None, tokenize: Tokenize) -> None:
         written = template.inference()

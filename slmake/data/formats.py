@@ -44,11 +44,11 @@ def prompt_template(
     def chat() -> ChatTemplate:
         return ChatTemplate(tokenizer, section.chat_template_kwargs, section.chat_date)
 
-    special = special_tokens(tokenizer).values()
+    ends = {"special": special_tokens(tokenizer).values(), "closing": (tokenizer.eos_token, tokenizer.pad_token)}
     if section.text_template is not None:
-        return FieldTemplate(section, special=special)
+        return FieldTemplate(section, **ends)
     if isinstance(section.messages, list):
-        return FieldTemplate(section, chat(), special=special)
+        return FieldTemplate(section, template := chat(), special=template.closing)
     if section.messages is not None:
         return Conversations(section.messages, chat(), section.train_on)
     rows = [row for row in first_rows() if isinstance(row, dict)]
@@ -62,10 +62,10 @@ def prompt_template(
     if name == "alpaca":
         if tokenizer.chat_template:
             return Conversations("output", chat(), section.train_on, alpaca_turns)
-        return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields, special=special)
+        return FieldTemplate(_with_template(section, ALPACA), convert=alpaca_fields, **ends)
     if any(isinstance(row.get("prompt"), list) or "role" in _first_turn(row, "prompt") for row in rows):
         return Conversations("completion", chat(), section.train_on, prompt_completion_turns)
-    return FieldTemplate(_with_template(section, PROMPT_COMPLETION), convert=prompt_completion_fields, special=special)
+    return FieldTemplate(_with_template(section, PROMPT_COMPLETION), convert=prompt_completion_fields, **ends)
 
 
 def _with_template(section: params.Prepare, template: str) -> params.Prepare:

@@ -30,6 +30,9 @@ class PromptTemplate(ABC):
     """How a row becomes prompt and answer text."""
 
     fields: list[str]  # that every row has
+    left_out: set[
+        str
+    ]  # special tokens that answers hold, maybe as text: the runtime leaves them out of what it answers
     special_tokens: bool  # the tokenizer adds its own begin token, as for any text; a chat template writes it
 
     @abstractmethod
@@ -65,7 +68,8 @@ class FieldTemplate(PromptTemplate):
 
     Args:
         convert: makes the template's fields of a row's; ValueError where it cannot.
-        special: texts of the tokenizer's special tokens (see `without_closing`).
+        special: texts of special tokens, which are no part of an answer at its end (see `without_closing`).
+        closing: those of them that close answers. An end of others, which may be meant as text, is noted in `left_out`.
     """
 
     def __init__(
@@ -74,9 +78,10 @@ class FieldTemplate(PromptTemplate):
         chat: ChatTemplate | None = None,
         convert: Callable[[dict], dict] | None = None,
         special: Iterable[str] = (),
+        closing: Iterable[str] = (),
     ):
         self.labels, self.chat, self.convert = section.labels, chat, convert
-        self.special = tuple(special)
+        self.special, self.closing, self.left_out = tuple(special), closing, set()
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -156,6 +161,9 @@ class FieldTemplate(PromptTemplate):
         own = "\n".join(values[name] for name in self.prompt_fields)
         said, tail = self.said.format(**values), self.tail.format(**values)
         answer = without_closing(said if self.chat else said.rstrip("\n"), self.special)
+        if closed := said.removeprefix(answer).strip():
+            ends = {token for token in self.special if token in closed and token not in self.tail}
+            self.left_out |= set() if self.chat else ends.difference(self.closing)
         if self.chat:  # which closes the answer itself
             tail = tail.replace(said, answer, 1)
         return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
@@ -187,6 +195,7 @@ class Conversations(PromptTemplate):
                 "prepare.messages: an empty name. Name the column that holds each row's list of messages, or set it to null."
             )
         self.name, self.chat, self.train_on, self.fields = name, chat, train_on, [name]
+        self.left_out = chat.left_out
         self.turns_of = turns_of or (lambda row: turns_in(field(row, name)))
 
     def conversation(self, row: dict) -> Conversation:

@@ -41,7 +41,8 @@ def _chat_prompt(folder: Path, form: dict) -> str:
     chat = form["chat"]
     template = ChatTemplate(tokenizer, chat["template_kwargs"], chat["date"])
     system = [form["system"]] if "system" in form else []
-    return template.asked([*system, {"role": "user", "content": CONTENT}]) + chat.get("answer_prefix", "")
+    turns = [*system, {"role": "user", "content": CONTENT}]
+    return template.asked(turns, form.get("tools") or None) + chat.get("answer_prefix", "")
 
 
 def _template(prompt: str, form: dict) -> str:

@@ -284,6 +284,7 @@ def test_options_of_the_chat_template_are_those_of_all_rows(build, refused):
     [
         ({"train_detail": [{"train": False}]}, "has train_detail in turn 2"),
         ({"reasoning": "Hm."}, "has reasoning in turn 2"),
+        ({"images": ["a.png"]}, "has images in turn 2, which is not read: only text is trained"),
         ({"from": ["gpt"]}, "has a turn from ['gpt']; known are human"),
     ],
 )

@@ -86,6 +86,11 @@ def test_a_model_of_chats_keeps_its_template(tmp_path, base):
     assert prompt.replace("{Content}", "Hi") == generation.Exported(folder, form).prompt("Hi")
     assert "Be kind" in prompt
     assert WEATHER["function"]["name"] not in prompt
+    form["tools"] = [WEATHER]  # which all rows have
+    local_runtimes.write(folder, "chats", form)
+    prompt = json.loads((folder / "inference_model.json").read_text())["PromptTemplate"]["prompt"]
+    assert prompt.replace("{Content}", "Hi") == generation.Exported(folder, form).prompt("Hi")
+    assert WEATHER["function"]["name"] in prompt
 
 
 @pytest.mark.parametrize(
