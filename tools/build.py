@@ -11,20 +11,17 @@ asked. Exit code 0 means that all of it is up to date.
 import argparse
 import contextlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from slmake import cli, outputs, params
+from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.platforms import dvc_yaml, unmoved
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
-from tools import record
+from tools import page, record
 
-OVERVIEW, PAGE = Path("build/report/overview.html"), Path("build/report.html")
-SHOWN = Path(".snakemake/slmake.page")  # digest of the figures that the page shows
 NEXT = {  # a command to try: what it does, and the stage that it needs
     'make ask TEXT="your text"': ("ask the exported model", "quantize"),
     "make verify": ("check the package: checksums, provenance, and that it generates", "package"),
@@ -51,17 +48,18 @@ def main(argv: list[str] | None = None) -> int:
         if not run(screen, args.targets):
             for line in screen.ending():
                 screen.write(line)
+            page.remove_stale(screen.write)
             return 130 if screen.interrupted else 1
     with cli.job("build") as job:
         stages = params.load("params.yaml").stages
-        if OVERVIEW.exists() and with_report(args.targets, stages):
-            write_page()
+        if page.OVERVIEW.exists() and with_report(args.targets, stages):
+            page.write()
         if args.targets:
             job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         if asked:
             record.main([])
-        made = {"report": PAGE} if "report" in stages else {}
+        made = {"report": page.PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}
         scores = [scores_line("gates" in stages)] if "evaluate" in stages else []
         if screen.started:
@@ -78,27 +76,7 @@ def with_report(targets: list[str], stages: list[str]) -> bool:
     """Whether these targets, rules or outputs, have the report's figures among them; other figures than those asked for may be on disk."""
     asked = targets or ["all"]
     whole = "all" in asked and "report" in stages
-    return whole or any(target == "report" or Path(target).parent == OVERVIEW.parent for target in asked)
-
-
-def write_page() -> None:
-    """Put the report's figures on one page, unless the page is of these figures, newer than all of them, and nobody changed it.
-
-    Raises:
-        UserError: Snakemake cannot.
-    """
-    newest = max(path.stat().st_mtime for path in OVERVIEW.parent.iterdir())
-    # DVC restores older figures with their times.
-    figures = outputs.folder_digest(OVERVIEW.parent) + outputs.folder_digest(Path("report"))
-    same = SHOWN.is_file() and SHOWN.read_text(encoding="ascii") == figures
-    if PAGE.exists() and PAGE.stat().st_mtime >= newest and same and outputs.as_built(PAGE):
-        return
-    command = [sys.executable, "-m", "snakemake", "--nocolor", "--report", str(PAGE)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"{PAGE} could not be written. Snakemake's reason:\n{done.stdout.strip()}")
-    outputs.note_built([PAGE])
-    outputs.replace(SHOWN, figures.encode())
+    return whole or any(target == "report" or Path(target).parent == page.OVERVIEW.parent for target in asked)
 
 
 def scores_line(judged: bool) -> str:

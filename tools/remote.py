@@ -50,6 +50,7 @@ from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
 from slmake.platforms.user_data import edited, kept_by, recording, unkept
 from slmake.sources.secrets import holds_secret, masked
+from tools import page
 
 NAME = "storage"  # what the remote is called in .dvc/config
 ATTEMPTS = 2  # runs of dvc; within each the Azure SDK tries every request four times, waiting longer each time
@@ -422,6 +423,7 @@ def record(job: cli.Job, compared: str, seen: dict[str, list[int]]) -> None:
         raise UserError("an output was replaced while it was compared with its receipt: `make restore` compares again.")
     note_outputs()
     note()
+    page.remove_stale(job.say)
     job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
 
 

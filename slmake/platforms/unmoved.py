@@ -11,7 +11,9 @@ from slmake.plan import Plan
 from slmake.platforms import dvc, dvc_yaml, origins
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
-SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local")
+# The workflow's own profile is what Snakemake reads by itself, whichever of these is there.
+PROFILES = tuple(f"profiles/default/config{version}.yaml" for version in ("", ".v8+", ".v9+"))
+SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local", *PROFILES)
 
 
 def unmoved() -> bool:

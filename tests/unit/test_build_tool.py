@@ -3,7 +3,7 @@
 import pytest
 from tiny import write_params
 
-from tools import build
+from tools import build, page
 
 
 @pytest.fixture
@@ -11,12 +11,12 @@ def pages(tmp_path, monkeypatch) -> list[str]:
     """The pages that a build writes in a project with the figures of a former one."""
     monkeypatch.chdir(tmp_path)
     write_params(tmp_path / "params.yaml")
-    build.OVERVIEW.parent.mkdir(parents=True)
-    build.OVERVIEW.touch()
+    page.OVERVIEW.parent.mkdir(parents=True)
+    page.OVERVIEW.touch()
     written = []
     monkeypatch.setattr(build, "run", lambda screen, targets: True)
     monkeypatch.setattr(build.dvc_yaml, "update", lambda: None)
-    monkeypatch.setattr(build, "write_page", lambda: written.append("page"))
+    monkeypatch.setattr(page, "write", lambda: written.append("page"))
     return written
 
 
@@ -36,3 +36,19 @@ def test_the_report_comes_with_its_page(pages, target):
 def test_a_build_of_everything_has_a_page_if_it_has_a_report():
     assert build.with_report([], ["finetune", "report"])
     assert not build.with_report([], ["finetune"])
+
+
+def test_a_page_of_other_figures_is_removed(pages):
+    """A build that failed behind new figures, and outputs that were restored, leave no page of the former ones."""
+    said = []
+    page.remove_stale(said.append)
+    page.PAGE.touch()
+    page.SHOWN.parent.mkdir()
+    page.SHOWN.write_text(page.figures(), encoding="ascii")
+    page.remove_stale(said.append)
+    assert page.PAGE.exists()
+    assert said == []
+    page.OVERVIEW.write_text("new", encoding="utf-8")
+    page.remove_stale(said.append)
+    assert [line[:50] for line in said] == ["build/report.html was of another build and is remo"]
+    assert not page.PAGE.exists()
