@@ -4,6 +4,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slmake.text import listing
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LOOKED_AT = 100  # rows
 LONGEST_LINE = 2**26  # bytes of a row or of a field
+NAMED = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 
 
 def read_delimited(
@@ -34,9 +36,10 @@ def read_delimited(
     if delimiter not in (",", known):
         say(f"{name}: the columns are separated by {DELIMITERS[delimiter]}")
     number = 0
+    quoted = cache(lambda: _quotes_needed(path, delimiter, len(columns)))
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        lines: list[str] = []  # of the row that is read, where tabs are between the columns
-        kept = (lines.append(line) or line for line in handle) if delimiter == "\t" else handle
+        lines: list[str] = []  # of the row that is read
+        kept = (lines.append(line) or line for line in handle)
         reader = csv.reader(kept, delimiter=delimiter, strict=True)
         try:
             columns = next(islice(reader, bool(named_first), None), [])
@@ -54,7 +57,7 @@ def read_delimited(
                     continue
                 number += 1
                 several = min(len(parts), len(columns)) > 1
-                if several and all(part.count("\t") == len(columns) - 1 for part in parts):
+                if several and _whole(parts, delimiter, len(columns)) and not quoted():
                     raise UserError(
                         f"{name}: row {number} (the lines up to {reader.line_num}): {len(parts)} lines with {len(columns)} columns each, or one "
                         "row: the first line opens a quote that the last one closes. If quotes are text there, write each as two and the "
@@ -70,6 +73,20 @@ def read_delimited(
             raise UserError(f"{name}: malformed CSV: row {number + 1} (line {reader.line_num}): {error}") from None
 
 
+def _whole(lines: Iterable[str], delimiter: str, columns: int) -> bool:
+    """Whether each line has the columns of a row where quotes are text."""
+    return all(line.count(delimiter) == columns - 1 for line in lines)
+
+
+def _quotes_needed(path: Path, delimiter: str, columns: int) -> bool:
+    """Whether quotes enclose fields: the header has some, or a line of the file is no row without them. Not asked of tabs: texts have none."""
+    if delimiter == "\t":
+        return False
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        lines = (line for line in handle if line.strip() and not NAMED.fullmatch(line))
+        return '"' in next(lines, "") or not _whole(lines, delimiter, columns)
+
+
 def _named(path: Path, name: str) -> str | None:
     """The delimiter that a first line `sep=;` names, which Excel reads and does not show; None without such a line.
 
@@ -77,7 +94,7 @@ def _named(path: Path, name: str) -> str | None:
         UserError: it is none of DELIMITERS.
     """
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        line = re.fullmatch(r'"?sep=(.)"?\r?\n', handle.readline(20), re.IGNORECASE)
+        line = NAMED.fullmatch(handle.readline(20))
     if line and line[1] not in DELIMITERS:
         raise UserError(
             f"{name}: its first line says that the columns are separated by {line[1]!r}. Save the file with {', '.join(DELIMITERS.values())} "

@@ -158,6 +158,24 @@ def test_quotes_that_may_be_text_are_refused(refused, tmp_path, ending):
     )
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "|"])
+def test_quotes_that_may_be_text_between_other_delimiters(refused, tmp_path, delimiter):
+    """Where another line is a row with quotes only, or the header has some, quotes enclose fields in the whole file."""
+    source = tmp_path / "rows.csv"
+    header, plain = ["id", "phrase", "tone"], [[str(i), "plain", "joy"] for i in range(12)]
+    unquoted = [header, *plain, ["12", '"Great he said', "joy"], ["13", 'Bye."', "fear"]]
+    source.write_text("\n".join(map(delimiter.join, unquoted)), encoding="utf-8")
+    assert f"{source}: row 13 (the lines up to 15): 2 lines with 3 columns each, or one row" in refused(source)
+    text = f"one{delimiter} two\nthree{delimiter} four"
+    for more in (f"five{delimiter} six", "five\nsix"):
+        lines = [header, *plain, ["12", text, "joy"], ["13", more, "joy"]]
+        write_quoted(source, lines, delimiter)
+        assert [row["phrase"] for row in read_rows(source, fields=header)][12:] == [text, more]
+    with open(source, "w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([header, ["1", text, "joy"]])
+    assert list(read_rows(source, fields=header)) == [{"id": "1", "phrase": text, "tone": "joy"}]
+
+
 @pytest.mark.parametrize("text", ["one\ntwo", "one\ttwo", 'a "quoted"\n\nword', "\n", "one\n\ttwo\tthree"])
 def test_quotes_that_enclose_a_field_with_tabs_and_line_ends(tmp_path, text):
     """Only one reading of the lines has the header's columns."""
