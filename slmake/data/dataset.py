@@ -1,6 +1,7 @@
 """From the files that `prepare` names to its output: rows, splits, tokens, prompt.json and statistics."""
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -36,7 +37,9 @@ from slmake.sources.schemes import parse
 from slmake.text import listing
 
 EXAMPLES = 10  # rows that the report shows
-CHATS_KEPT = 32  # conversations of each split whose turns are kept: `rehearse` lets the runtime write their prompts
+CHATS_KEPT = (
+    32  # conversations of each split, and so many of other tools: the runtime writes their prompts in `rehearse`
+)
 FIRST_ROWS = 20  # by which a format is detected
 
 
@@ -52,6 +55,7 @@ class Preparation:
         self.tokenizer = load_tokenizer(base)
         self.examples: list[Example] = []  # of train, for the report
         self.chats: dict[str, list[Row]] = {name: [] for name in SPLITS}
+        self.tools: dict[str, set[str]] = {name: set() for name in SPLITS}  # of these chats, as JSON
         check_context(section, base)
 
     def run(self, downloads: Path) -> dict:
@@ -199,7 +203,8 @@ class Preparation:
                     if chosen:
                         examples = tokenize(chosen, one_answer=name == "test")
                         writer.write(examples)
-                        self.chats[name] += chosen[: CHATS_KEPT - len(self.chats[name])]
+                        if chats:
+                            self._keep(name, chosen)
                         if name == "train":
                             self.examples += examples[: EXAMPLES - len(self.examples)]
                         bar.update(len(chosen))
@@ -217,6 +222,17 @@ class Preparation:
                 f"warning: answers hold {listing(sorted(template.left_out))}: special tokens of this model, which the runtime leaves out of "
                 "what it answers. Scores compare answers without them; write them otherwise if they are meant as text"
             )
+
+    def _keep(self, split: str, rows: list[Row]) -> None:
+        """Keep the first conversations of a split for `rehearse`, and as many of those behind them whose tools are others."""
+        kept, seen = self.chats[split], self.tools[split]
+        for row in rows:
+            if len(kept) == 2 * CHATS_KEPT:
+                return
+            tools = json.dumps(Conversation.parse(row.chat).tools)
+            if len(kept) < CHATS_KEPT or tools not in seen:
+                kept.append(row)
+                seen.add(tools)
 
     def _write_prompt(self, template: PromptTemplate, labels: list[str] | None, tokenize: Tokenize) -> None:
         written = template.inference()

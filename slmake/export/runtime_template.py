@@ -1,7 +1,8 @@
 """Write an export's chat template as the runtime's template engine reads it: transformers reads more of Jinja.
 
 The engine keeps the line breaks behind blocks and the white space before them (`trim_blocks` and `lstrip_blocks` of transformers), finds
-no text in a text, and lacks some methods and filters of text. A template that needs nothing of it stays as it is, byte for byte.
+no text in a text, lacks some methods and filters of text, and writes the empty objects and lists of indented JSON over several lines. A
+template that needs nothing of it stays as it is, byte for byte.
 """
 
 import re
@@ -16,6 +17,15 @@ OPERATORS = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/", "FloorDiv": "//", "
 OPERATORS |= {"And": "and", "Or": "or"}
 COMPARISONS = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
 METHODS = {"capitalize", "title"}  # filters that the engine has as methods only
+# Indented JSON. The engine has one set of arguments for all levels of a macro: a part is indented when it is written, line by line.
+INDENTED = """{% macro indented_json(json_value, json_line) %}\
+{% if json_value is mapping and json_value | length > 0 %}{{ "{" }}{% for key, part in json_value.items() %}\
+{{ json_line + (key | tojson) + ": " + ((indented_json(part, json_line)).split("\\n") | join(json_line)) + ("" if loop.last else ",") }}\
+{% endfor %}{{ "\\n}" }}\
+{% elif json_value is sequence and json_value is not string and json_value is not mapping and json_value | length > 0 %}{{ "[" }}\
+{% for part in json_value %}\
+{{ json_line + ((indented_json(part, json_line)).split("\\n") | join(json_line)) + ("" if loop.last else ",") }}\
+{% endfor %}{{ "\\n]" }}{% else %}{{ json_value | tojson }}{% endif %}{% endmacro %}"""
 UNREAD = r"\\[uUx]|{%[-+]?\s*raw"  # escapes in texts, and a block, that it does not know
 
 
@@ -43,7 +53,7 @@ def rewritten(template: str) -> str:
             tree = environment.parse(template)
             untrimmed = environment.overlay(trim_blocks=False, lstrip_blocks=False, keep_trailing_newline=True)
             writer = Writer(tree)
-            text = writer.statements(tree.body)
+            text = writer.whole(tree)
             needed = writer.changed or re.search(UNREAD, template) or _data(tree) != _data(untrimmed.parse(template))
             return text if needed else template
     except (Unknown, jinja2.TemplateError, RecursionError, TimeoutError, MemoryError):
@@ -62,15 +72,20 @@ class Writer:
 
     Attributes:
         changed: whether it has written something in another way because the runtime does not know it.
+        indents: whether it has written indented JSON.
     """
 
     def __init__(self, tree):
         from jinja2 import nodes
 
-        self.changed = False
+        self.changed = self.indents = False
         self.items = {  # names of what is iterated over: turns, parts and tools, which are no texts
             name.name for loop in tree.find_all(nodes.For) for name in [loop.target] if isinstance(name, nodes.Name)
         }
+
+    def whole(self, tree) -> str:
+        text = self.statements(tree.body)
+        return INDENTED + text if self.indents else text
 
     def statements(self, body: list) -> str:
         return "".join(self._write(node) for node in body)
@@ -206,10 +221,24 @@ class Writer:
         text, given = self._write(node.node), self._arguments(node)
         if node.name == "replace" and len(node.args) == 2 and not node.kwargs:
             return self._replaced(text, node)
+        if node.name == "tojson" and given:
+            return self._json(text, node) or f"({text} | tojson({given}))"
         if node.name in METHODS:
             self.changed = True
             return f"{text}.{node.name}()"
         return f"({text} | {node.name}{f'({given})' if given else ''})"
+
+    def _json(self, text: str, node) -> str | None:
+        """`tojson` with options, of which the engine knows `indent` alone; None for those that are not written in another way."""
+        options = {option.key: getattr(option.value, "value", Unknown) for option in node.kwargs}
+        indent = options.pop("indent", None)
+        if node.args or options.pop("ensure_ascii", False) is not False or options or indent is Unknown:
+            return None
+        self.changed = True
+        if indent is None:
+            return f"({text} | tojson)"
+        self.indents = True
+        return f"indented_json({text}, {literal(chr(10) + (indent if isinstance(indent, str) else ' ' * indent))})"
 
     def _call(self, node) -> str:
         name = node.node.attr if type(node.node).__name__ == "Getattr" else None

@@ -9,6 +9,7 @@ from slmake.errors import UserError
 from slmake.generation import Exported
 from slmake.outputs import read_json
 from slmake.prompts import CHATS_FILE
+from slmake.tool_calls import CALL_ID
 
 BEFORE, SHOWN = 20, 60  # characters shown before a difference, and in all
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there?"}
@@ -21,9 +22,42 @@ MADE_UP = {
     "a chat with an earlier thought": [SYSTEM, ASKED, THOUGHT, ASKED],
 }
 
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "thing": {"type": "object", "properties": {}, "required": []},
+        "unit": {
+            "type": ["string", "null"],
+            "description": "Größe in \"m\" & <ft>,\nor 'cm'.",
+            "enum": ["m", "ft", None],
+        },
+        "sizes": {"type": "array", "items": {"type": "number", "minimum": 0.5, "maximum": 100}, "default": []},
+    },
+    "required": ["thing"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "measure", "description": "Measures a thing.", "parameters": PARAMETERS}},
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}},
+    },
+]
+ARGUMENTS = {"thing": {"name": 'a "wheel" & <hub>, é\n', "parts": []}, "unit": None, "sizes": [1, 0.5, {}]}
+CALL = {"id": CALL_ID, "type": "function", "function": {"name": "measure", "arguments": ARGUMENTS}}
+# Tools of requests, with all shapes that JSON has.
+OF_TOOLS = {
+    "a chat with tools": [ASKED],
+    "a chat with a tool's result": [
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "measure", "tool_call_id": CALL_ID, "content": '{"size": 2}'},
+    ],
+}
+
 
 def compare(base: Path, dataset: Path, exported: Exported) -> int:
-    """Let the runtime write the prompts of the rows that the dataset keeps and of a few made-up chats.
+    """Let the runtime write the prompts of the rows that the dataset keeps and of a few made-up chats, some with tools.
 
     Args:
         exported: that of the twin, whose tokenizer and chat template are those of the real one.
@@ -39,11 +73,15 @@ def compare(base: Path, dataset: Path, exported: Exported) -> int:
         return 0
     settings = form["chat"]
     chat = ChatTemplate(load_tokenizer(base), settings["template_kwargs"], settings["date"])
-    for name, turns, tools in _chats(dataset, form):
+    chats = list(_chats(dataset, form))
+    learned = any(tools for _, _, tools in chats)
+    for name, turns, tools in [*chats, *((name, turns, TOOLS) for name, turns in OF_TOOLS.items())]:
         own = "system" not in form or turns[0]["role"] == "system"
         try:
             trained = chat.asked(turns if own else [form["system"], *turns], tools) + settings.get("answer_prefix", "")
         except ValueError:  # no chat of this template
+            continue
+        if tools is TOOLS and not learned and not _taken(exported, turns):
             continue
         _refuse_other(name, trained, exported, turns, tools)
         count += 1
@@ -57,6 +95,14 @@ def _chats(dataset: Path, form: dict) -> Iterator[tuple[str, list[dict], list[di
         yield f"row {kept['row']} of {kept['file']}", kept["turns"], kept["tools"]
     for name, turns in MADE_UP.items():
         yield name, turns, form.get("tools")
+
+
+def _taken(exported: Exported, turns: list[dict]) -> bool:
+    """Whether the runtime takes tools at all; if not, it says so to whoever gives it some."""
+    try:
+        return bool(exported.chat_prompt(turns, TOOLS))
+    except ValueError:
+        return False
 
 
 def _refuse_other(name: str, trained: str, exported: Exported, turns: list[dict], tools: list[dict] | None) -> None:

@@ -225,6 +225,18 @@ def test_every_answer_of_a_test_row_is_a_question(prepared, tokenizer):
     assert built.prompt["labels"] is None
 
 
+def test_rows_with_other_tools_are_kept_for_the_rehearsal(prepared, monkeypatch):
+    """Behind the first of the split, as many again."""
+    monkeypatch.setattr("slmake.data.dataset.CHATS_KEPT", 2)
+    schemas = [{"name": name, "parameters": {"type": "object"}} for name in "aaaababcde"]
+    rows = [{"messages": [user(f"Any of {i}?"), *TALK[2:]], "tools": [one]} for i, one in enumerate(schemas)]
+    built = prepared(rows, near_duplicate_threshold=1.0)
+    kept = json.loads((built.folder / "chats.json").read_text(encoding="utf-8"))["chats"]
+    assert [(chat["row"], chat["tools"][0]["function"]["name"]) for chat in kept] == [
+        *((1, "a"), (2, "a"), (5, "b"), (8, "c")),
+    ]
+
+
 def test_a_few_words_as_answers_are_no_classes(prepared):
     rows = [[user(f"a {i}"), assistant("yes"), user("b"), assistant("no")] for i in range(40)]
     assert prepared(rows, template=PLAIN).prompt["labels"] is None

@@ -56,6 +56,10 @@ TEMPLATES = {
     + "".join(f"{{{{ 'yes' if {spelling} else 'no' }}}}" for spelling in SPELLINGS)
     + "{{ m.content | replace('i', 'o') }}{{ m.role | capitalize }}{% endfor %}",
 }
+SHOWN = (
+    "{% for m in messages %}" + TURN + "{{ m.content }}{{ m.tool_calls | tojson(OPTIONS) if m.tool_calls }}{% endfor %}"
+)
+SHOWN = "{% for tool in tools or [] %}{{ tool | tojson(OPTIONS) }}\n{% endfor %}" + SHOWN
 ROW = {
     "file": "rows.json",
     "row": 7,
@@ -89,12 +93,31 @@ def test_a_usual_template_is_written_so_that_the_runtime_reads_it_as_training(co
     template = TEMPLATES[name]
     written = rewritten(template)
     assert written != template
-    assert compared(template, written, [ROW]) == 5
-    assert compared(written, written, [ROW]) == 5  # transformers reads it in the same way
+    assert compared(template, written, [ROW]) == 7
+    assert compared(written, written, [ROW]) == 7  # transformers reads it in the same way
     system = {"role": "system", "content": "Be kind."}
-    assert compared(template, written, system=system) == 4
+    assert compared(template, written, system=system) == 6
     with pytest.raises(UserError, match="the runtime's chat template engine"):
         compared(template, template, [ROW])
+
+
+@pytest.mark.parametrize("options", ["indent=4", "ensure_ascii=False, indent='\\t'", "indent=0", "indent=none"])
+def test_indented_tools_are_written_as_training_wrote_them(compared, options):
+    template = SHOWN.replace("OPTIONS", options)
+    assert compared(template, rewritten(template)) == compared(rewritten(template), rewritten(template)) == 6
+    with pytest.raises(UserError, match="the runtime's chat template engine"):
+        compared(template, template, [ROW | {"tools": chat_prompts.TOOLS}])
+
+
+def test_a_template_whose_tools_the_runtime_does_not_take(compared):
+    """It is refused where rows have tools; else the runtime says so when it is given some. Other prompts are refused in any case."""
+    template = SHOWN.replace("OPTIONS", "sort_keys=true")
+    assert rewritten(template) == template
+    assert compared(template, template, [ROW]) == 5
+    with pytest.raises(UserError, match="fails on row 7"):
+        compared(template, template, [ROW | {"tools": chat_prompts.TOOLS}])
+    with pytest.raises(UserError, match="another prompt of a chat with tools: training has"):
+        compared(SHOWN.replace("OPTIONS", "indent=4"), SHOWN.replace("OPTIONS", "indent=4"), [ROW])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +153,7 @@ def test_rehearse_compares_where_it_has_an_export(tmp_path, base, dataset, monke
 def test_chats_that_the_template_does_not_take_are_left_out(compared):
     """And a prompt that is no chat is not compared at all."""
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
-    assert compared(template, template) == 2
+    assert compared(template, template) == 4
     assert compared(template, "{{ other", prompt="{a}") == 0
 
 
