@@ -2,7 +2,7 @@
 
 import re
 
-from slmake.olive import fields, models
+from slmake.olive import defaults, fields, models
 from slmake.olive.fields import OFF, Drop
 from slmake.sources.secrets import scrub
 
@@ -320,3 +320,4 @@ def complete(reader) -> None:
             "no template is named; put the row's fields into prepare.text_template: prompt, then answer",
         )
         prepare["text_template"] = "{prompt}\n{answer}"
+    defaults.rows(reader)

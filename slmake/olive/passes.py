@@ -1,6 +1,6 @@
 """Olive's passes, as the sections finetune, merge and quantize; what has no counterpart is named with the nearest thing."""
 
-from slmake.olive import data, fields, goals, quantizers
+from slmake.olive import data, defaults, fields, goals, quantizers
 from slmake.olive.fields import OFF, Drop
 
 DTYPES = ("float32", "bfloat16")
@@ -105,6 +105,8 @@ def read_pass(reader, base: str, options: dict) -> None:
     else:
         reader.row("renamed", f"{base}.type", f"all.stages: {stage}")
     reader.walk(where, flat(options), COMMON | rules)
+    if method:
+        defaults.training(reader, where)
     section = reader.params["quantize"]
     if (
         stage == "quantize"
@@ -159,7 +161,7 @@ def max_steps(reader, field: str, value: int) -> None:
 def targets(reader, field: str, value: object) -> None:
     """Which modules get an adapter."""
     if value is None:
-        reader.row("dropped", field, "all linear layers get an adapter")
+        reader.row("dropped", field, "as if it were left out")
     else:
         reader.put(field, "finetune.target_modules", value)
 

@@ -4,7 +4,7 @@ There a pass quantizes the weights and ModelBuilder writes them out; here the ex
 first, and become one section quantize when all passes are read.
 """
 
-from slmake.olive import fields
+from slmake.olive import defaults, fields
 from slmake.olive.data import calibration_data
 from slmake.olive.goals import several
 
@@ -55,11 +55,13 @@ def finish(reader) -> None:
         )
         return
     section = reader.params["quantize"]
+    given = {kind: set(options) for kind, options in reader.weights.items()}
     for kind, options in reader.weights.items():
         if kind != "mixed":
             bits(reader, kind, options, section)
             block(reader, options, section)
     method(reader, section)
+    defaults.weights(reader, given)
     if "mixed" in reader.weights:
         mixed(reader, reader.weights["mixed"], section)
 

@@ -19,6 +19,7 @@ KINDS = {
     "same": "taken over",
     "renamed": "taken over under another name",
     "nearest": "not the same here; the nearest is taken",
+    "default": "left out; what Olive does then",
     "dropped": "without meaning here",
     "todo": "to be filled in",
     "unknown": "not understood",
