@@ -1,8 +1,8 @@
 """Write an export's chat template as the runtime's template engine reads it: transformers reads more of Jinja.
 
 The engine keeps the line breaks behind blocks and the white space before them (`trim_blocks` and `lstrip_blocks` of transformers), finds
-no text in a text, lacks some methods and filters of text, and writes the empty objects and lists of indented JSON over several lines. A
-template that needs nothing of it stays as it is, byte for byte.
+no text in a text, lacks some methods and filters of text, writes floats with six digits and the empty objects and lists of indented JSON
+over several lines, and takes an empty object for true. A template that needs nothing of it stays as it is, byte for byte.
 """
 
 import re
@@ -16,6 +16,8 @@ FILE = "chat_template.jinja"
 OPERATORS = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/", "FloorDiv": "//", "Mod": "%", "Pow": "**"}
 OPERATORS |= {"And": "and", "Or": "or"}
 COMPARISONS = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
+# Names of what is always text, and of objects that may be empty.
+TEXTS, OBJECTS = {"content", "role", "bos_token", "eos_token"}, {"arguments", "parameters", "properties"}
 METHODS = {"capitalize", "title"}  # filters that the engine has as methods only
 # Indented JSON. The engine has one set of arguments for all levels of a macro: a part is indented when it is written, line by line.
 INDENTED = """{% macro indented_json(json_value, json_line) %}\
@@ -123,7 +125,7 @@ class Writer:
     def _if(self, node) -> str:
         text, word = "", "if"
         for branch in (node, *node.elif_):
-            text += f"{{% {word} {self._write(branch.test)} %}}{self.statements(branch.body)}"
+            text += f"{{% {word} {self._condition(branch.test)} %}}{self.statements(branch.body)}"
             word = "elif"
         return text + self._else(node.else_) + "{% endif %}"
 
@@ -190,13 +192,31 @@ class Writer:
 
     def _condexpr(self, node) -> str:
         otherwise = f" else {self._write(node.expr2)}" if node.expr2 else ""
-        return f"({self._write(node.expr1)} if {self._write(node.test)}{otherwise})"
+        return f"({self._write(node.expr1)} if {self._condition(node.test)}{otherwise})"
 
     def _concat(self, node) -> str:
-        return f"({' ~ '.join(self._write(part) for part in node.nodes)})"
+        return f"({' ~ '.join(map(self._as_text, node.nodes))})"
 
     def _not(self, node) -> str:
-        return f"(not {self._write(node.node)})"
+        return f"(not {self._condition(node.node)})"
+
+    def _condition(self, node) -> str:
+        """An expression of which only the truth counts."""
+        kind, text = type(node).__name__, self._write(node) if _last_name(node) in OBJECTS else ""
+        if kind in ("And", "Or"):
+            return f"({self._condition(node.left)} {OPERATORS[kind]} {self._condition(node.right)})"
+        if not text:
+            return self._write(node)
+        self.changed = True
+        return f"(({text} | length) > 0 if {text} is mapping else {text})"
+
+    def _as_text(self, node) -> str:
+        """An expression that becomes text. JSON's floats are Python's."""
+        text = self._write(node)
+        if _last_name(node) in {None, *TEXTS}:
+            return text
+        self.changed = True
+        return f"({text} | tojson if {text} is float else {text})"
 
     def _neg(self, node) -> str:
         return f"-{self._write(node.node)}"
@@ -218,7 +238,8 @@ class Writer:
     def _filter(self, node) -> str:
         if node.node is None:
             raise Unknown("filter")
-        text, given = self._write(node.node), self._arguments(node)
+        text = self._as_text(node.node) if node.name in ("string", "safe") else self._write(node.node)
+        given = self._arguments(node)
         if node.name == "replace" and len(node.args) == 2 and not node.kwargs:
             return self._replaced(text, node)
         if node.name == "tojson" and given:
@@ -267,3 +288,11 @@ class Writer:
     def _may_be_text(self, node) -> bool:
         kind = type(node).__name__
         return kind not in ("List", "Tuple", "Dict") and not (kind == "Name" and node.name in self.items)
+
+
+def _last_name(node) -> str | None:
+    """The name of a variable, or of the part of one that is looked at; None for another expression."""
+    kind = type(node).__name__
+    if kind == "Getitem":
+        return str(getattr(node.arg, "value", ""))
+    return node.name if kind == "Name" else node.attr if kind == "Getattr" else None

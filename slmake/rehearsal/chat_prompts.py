@@ -18,7 +18,11 @@ THOUGHT = {"role": "assistant", "content": "<think>\nwell\n</think>\n\nHi."}
 MADE_UP = {
     "a chat of one turn": [ASKED],
     "a chat with a system turn": [SYSTEM, ASKED],
-    "a chat of three turns": [ASKED, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": " So?\n"}],
+    "a chat of three turns": [
+        ASKED,
+        {"role": "assistant", "content": "Grüß dich 🙂"},
+        {"role": "user", "content": " So?\n"},
+    ],
     "a chat with an earlier thought": [SYSTEM, ASKED, THOUGHT, ASKED],
 }
 
@@ -43,16 +47,28 @@ TOOLS = [
         "function": {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}},
     },
 ]
-ARGUMENTS = {"thing": {"name": 'a "wheel" & <hub>, é\n', "parts": []}, "unit": None, "sizes": [1, 0.5, {}]}
-CALL = {"id": CALL_ID, "type": "function", "function": {"name": "measure", "arguments": ARGUMENTS}}
-# Tools of requests, with all shapes that JSON has.
+ARGUMENTS = {
+    "thing": {"name": 'a "wheel" & <hub>, é\n', "parts": [], "weight": 2.5},
+    "size": 1.5,
+    "exact": True,
+    "sizes": [1, {}],
+}
+
+
+def _called(name: str, arguments: dict) -> list[dict]:
+    call = {"id": CALL_ID, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": name, "tool_call_id": CALL_ID, "content": '{"size": 2}'},
+    ]
+
+
+# Tools and calls of requests, with all shapes that JSON has.
 OF_TOOLS = {
     "a chat with tools": [ASKED],
-    "a chat with a tool's result": [
-        ASKED,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "name": "measure", "tool_call_id": CALL_ID, "content": '{"size": 2}'},
-    ],
+    "a chat with a tool's result": _called("measure", ARGUMENTS),
+    "a chat with a call without arguments": _called("now", {}),
 }
 
 

@@ -93,10 +93,10 @@ def test_a_usual_template_is_written_so_that_the_runtime_reads_it_as_training(co
     template = TEMPLATES[name]
     written = rewritten(template)
     assert written != template
-    assert compared(template, written, [ROW]) == 7
-    assert compared(written, written, [ROW]) == 7  # transformers reads it in the same way
+    assert compared(template, written, [ROW]) == 8
+    assert compared(written, written, [ROW]) == 8  # transformers reads it in the same way
     system = {"role": "system", "content": "Be kind."}
-    assert compared(template, written, system=system) == 6
+    assert compared(template, written, system=system) == 7
     with pytest.raises(UserError, match="the runtime's chat template engine"):
         compared(template, template, [ROW])
 
@@ -104,9 +104,28 @@ def test_a_usual_template_is_written_so_that_the_runtime_reads_it_as_training(co
 @pytest.mark.parametrize("options", ["indent=4", "ensure_ascii=False, indent='\\t'", "indent=0", "indent=none"])
 def test_indented_tools_are_written_as_training_wrote_them(compared, options):
     template = SHOWN.replace("OPTIONS", options)
-    assert compared(template, rewritten(template)) == compared(rewritten(template), rewritten(template)) == 6
+    assert compared(template, rewritten(template)) == compared(rewritten(template), rewritten(template)) == 7
     with pytest.raises(UserError, match="the runtime's chat template engine"):
         compared(template, template, [ROW | {"tools": chat_prompts.TOOLS}])
+
+
+def test_arguments_of_calls_are_written_as_training_wrote_them(compared):
+    """Floats as text, and objects that may be empty."""
+    calls = (
+        "{% for call in m.tool_calls or [] %}{% if not call.function.arguments %}none{% endif %}"
+        "{{ 'some' if call.function.arguments and call.function.name else 'none' }}"
+        "{% for name, value in call.function.arguments | items %}"
+        "{% set text = value | tojson | safe if value is mapping or (value is sequence and value is not string) else value | string %}"
+        "{{ '<' ~ name ~ '=' ~ value ~ '>' + text if value is not mapping and value is not sequence else text }}"
+        "{% endfor %}{% endfor %}"
+    )
+    template = "{% for m in messages %}" + TURN + "{{ m.content }}" + calls + "{% endfor %}"
+    assert compared(template, rewritten(template)) == compared(rewritten(template), rewritten(template)) == 7
+    for name in ("result", "call without arguments"):
+        part = calls if name == "result" else calls.partition("{% for name")[0] + "{% endfor %}"
+        template = "{% for m in messages %}" + TURN + "{{ m.content }}" + part + "{% endfor %}"
+        with pytest.raises(UserError, match=f"another prompt of a chat with a .*{name}"):
+            compared(template, template)
 
 
 def test_a_template_whose_tools_the_runtime_does_not_take(compared):
@@ -153,7 +172,7 @@ def test_rehearse_compares_where_it_has_an_export(tmp_path, base, dataset, monke
 def test_chats_that_the_template_does_not_take_are_left_out(compared):
     """And a prompt that is no chat is not compared at all."""
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
-    assert compared(template, template) == 4
+    assert compared(template, template) == 5
     assert compared(template, "{{ other", prompt="{a}") == 0
 
 
