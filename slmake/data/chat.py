@@ -172,7 +172,10 @@ class ChatTemplate:
         """
         turns, tools = conversation.turns, conversation.tools
         kind = (
-            *((turn["role"], len(turn.get("tool_calls", ())), bool(turn["content"])) for turn in turns),
+            *(
+                (turn["role"], len(turn.get("tool_calls", ())), bool(turn["content"]), type(turn.get("tools")))
+                for turn in turns
+            ),
             bool(tools),
         )
         if kind in self.kinds:
@@ -187,6 +190,8 @@ class ChatTemplate:
         marked = []
         for number, turn in enumerate(turns, 1):
             shown = {**turn, "content": turn["content"] and mark(f"turn {number}, of the {turn['role']}")}
+            if turn.get("tools") and isinstance(turn["tools"], str):  # as Phi-4-mini's template reads them
+                shown["tools"] = mark(f"the tools of turn {number}")
             if "tool_calls" in turn:
                 where = f"the tool calls of turn {number}"
                 functions = [{"name": mark(where), "arguments": {mark(where): mark(where)}} for _ in turn["tool_calls"]]

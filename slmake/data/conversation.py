@@ -19,7 +19,8 @@ SWITCHES = (
     "loss",
 )  # of a turn: whether it is trained; `training` is Axolotl's name, `loss` ms-swift's
 FLAGS = (*SWITCHES, "weight")  # `weight` is OpenAI's
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row or a turn
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row, or of a turn
+BESIDE = (*MEDIA, "documents", "refusal", "prefix", "reasoning_details")  # fields of a turn, as at run time
 # Fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, OpenHermes', and what others use.
 SYSTEM = ("system", "system_prompt", "system_message")
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
@@ -217,8 +218,8 @@ def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
         raise ValueError(
             f"has {thought} in turn {number}, which chat templates treat differently; write it into content, as the model shall write it"
         )
-    if media := next((key for key in MEDIA if turn.get(key)), None):
-        raise ValueError(f"has {media} in turn {number}, which is not read: only text is trained")
+    if unread := next((key for key in BESIDE if turn.get(key)), None):
+        raise ValueError(f"has {unread} in turn {number}, which is not read: only text is trained")
     if turn.get("function_call"):
         raise ValueError(f"has function_call in turn {number}, the old form of tool calls; write it as tool_calls")
     if turn.get("train_detail"):

@@ -11,6 +11,7 @@ from tiny import make_rows
 from slmake.bounded_jinja import bounded
 from slmake.data.chat import ChatTemplate
 from slmake.data.conversation import read_conversation
+from slmake.data.tokenize import load_tokenizer
 from slmake.errors import UserError
 
 PLAIN = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -275,3 +276,11 @@ def test_the_turns_of_some_rows_are_kept_for_the_rehearsal(build, monkeypatch):
         assert chat["file"].endswith("rows.json")
         assert chat["tools"] is None
     assert not (build(make_rows(40), name="texts").folder / "chats.json").exists()
+
+
+def test_tools_of_a_turn_that_the_template_shows(tokenizer_folder, tmp_path):
+    """As Phi-4-mini's does in the system turn."""
+    template = "{% for m in messages %}{{ m.content }}{{ m.tools or '' }}<|end|>{% endfor %}"
+    chat = ChatTemplate(load_tokenizer(other_chat(tokenizer_folder, tmp_path / "base", template)), {}, "2024-01-01")
+    turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    chat.check_shown(read_conversation([turns[0] | {"tools": "[]"}, *turns[1:]]))

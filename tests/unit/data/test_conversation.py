@@ -312,6 +312,8 @@ def test_first_turn_that_is_too_long_alone(prepared, tokenizer):
         ([user("a"), assistant("b", training="no")], "has 'no' as `training` in turn 2; it is true or false"),
         ([user("a"), assistant("b", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}])], "has train_detail in turn 2, which"),
         ([user("a"), assistant("b", loss=0)], "has 0 as `loss` in turn 2; it is true or false"),
+        ([user("a") | {"images": ["a.png"]}, assistant("b")], "has images in turn 1, which is not read: only text is"),
+        ([user("a") | {"audio": None}, assistant("b", refusal="no")], "has refusal in turn 2, which is not read"),
         ([user("a"), assistant("b", function_call={"name": "stock", "arguments": "{}"})], "has function_call in turn 2, the old form of tool calls"),
     ],
 )  # fmt: skip
@@ -345,6 +347,7 @@ def test_bad_tools(refused, tools, reason):
     ("row", "lost"),
     [
         ({"messages": TALK}, "the tool calls of turn 3"),
+        ({"messages": [SYSTEM | {"tools": '[{"name": "stock"}]'}, *TALK[1:2], *TALK[4:5]]}, "the tools of turn 1"),
         ({"messages": TALK[1:2] + TALK[4:5], "tools": [SCHEMA]}, "the tools"),
     ],
 )
