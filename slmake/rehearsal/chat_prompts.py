@@ -64,7 +64,7 @@ def _called(name: str, arguments: dict) -> list[dict]:
     ]
 
 
-# Tools and calls of requests, with all shapes that JSON has.
+# Tools and calls of requests, with the shapes of JSON that template engines write differently.
 OF_TOOLS = {
     "a chat with tools": [ASKED],
     "a chat with a tool's result": _called("measure", ARGUMENTS),
