@@ -283,6 +283,8 @@ def test_first_turn_that_is_too_long_alone(prepared, tokenizer):
     built = prepared([turns], template=PLAIN, max_seq_len=64)
     assert learned(tokenizer, built.train[0]) == ["Yes." + END]
     assert (len(built.train[0]["input_ids"]), built.report["truncated"]) == (64, 1)
+    both = prepared([turns, [user("a " * 60), assistant("b"), *TALK[-2:]]], template=PLAIN, max_seq_len=64, name="both")
+    assert both.prompt["max_prompt_tokens"] == 64 - both.prompt["longest_answer_tokens"]  # as evaluate cuts them
 
 
 @pytest.mark.parametrize(
