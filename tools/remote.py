@@ -48,7 +48,7 @@ from slmake.platforms.dvc import (
 )
 from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
-from slmake.platforms.user_data import edited, kept_by, recording, unkept
+from slmake.platforms.user_data import edited, kept_by, recording, refuse_unshared, unkept
 from slmake.sources.secrets import holds_secret, masked
 from tools import page
 
@@ -217,12 +217,12 @@ def push(job: cli.Job) -> None:
 
 
 def held(there: dict[str, int]) -> dict[str, int]:
-    """Sizes in bytes of the recorded objects in the local DVC cache, by MD5. `there` has those of the remote, from `stored`.
+    """Sizes in bytes of those objects in the local DVC cache that belong into the remote, by MD5. `there` has the remote's, from `stored`.
 
     Raises:
         UserError: one is damaged; or the cache and the remote together lack one, or have it cut.
     """
-    kept = [out for out in tracked() if out["md5"]]
+    kept = [out for out in tracked() if out["md5"] and out["shared"]]
     named = [(out, objects(out["md5"], lambda name: listed(name) if name in there else None)) for out in kept]
     here = {name: cached(name).stat().st_size for _, names in named for name in names if cached(name).is_file()}
     if bad := rotten(name for name, size in here.items() if there.get(name) != size):
@@ -330,6 +330,7 @@ def refuse_before_overwriting() -> None:
             f"{path} is not what {name} recorded, and DVC's cache does not have it as it is, so nothing was overwritten. "
             f"`{recording(path, name)}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
         )
+    refuse_unshared()
     made = {out["path"] for out in receipts()} | {path for stage in entries().values() for path in outs(stage)}
     kept = kept_by()  # brought back only where it is another; else outputs may be of what it is now
     made = (made - kept.keys()) | {path for path, name in kept.items() if name in found}
@@ -366,8 +367,7 @@ def prove(job: cli.Job) -> None:
     """
     dvc_yaml.update()
     compared, seen = built_from(Plan(params.load("params.yaml"))), files_here()
-    found = status()
-    if found:
+    if found := status():
         rules = [name for name in found if name != dvc_yaml.CODE] or list(found)
         raise UserError(
             f"what was recorded is here, but {', '.join(rules)} would be built again: parameters, scripts or data here are not those it was "

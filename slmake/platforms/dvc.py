@@ -79,7 +79,8 @@ def status(*names: str, receipts: Path = LOCK) -> dict[str, list[str | dict]]:
         dvc_yaml.write_digests()
     try:
         with receipts_in(receipts), Repo() as repo:
-            return repo.status(targets=list(names) or None)
+            # An import is what its .dvc file says, until `dvc update`: its origin is not asked.
+            return repo.status(targets=list(names) or None, check_updates=False)
     except Exception as error:  # as DVC's own command line: of whatever kind, it has one reason
         raise StatusError(f"dvc status: {reason(f'ERROR: {error}')}") from None
 
@@ -165,7 +166,8 @@ def tracked() -> list[dict]:
 
     Returns:
         Of each its `path`, `stage` (as in `status`: a stage or a `.dvc` file), the stage's `cmd`, and, as it was recorded, `md5` (as in
-        `receipts`) and `size` in bytes; what is not known is None.
+        `receipts`) and `size` in bytes; what is not known is None. `shared`: whether `dvc push` brings it to the default remote;
+        `only_here`: whether it is in no remote, and DVC has no other origin of it.
 
     Raises:
         StatusError: DVC cannot read a stage or a `.dvc` file.
@@ -174,6 +176,7 @@ def tracked() -> list[dict]:
 
     try:
         with Repo() as repo:
+            remotes = (None, repo.config["core"].get("remote"))
             return [
                 {
                     "path": str(out),
@@ -181,6 +184,8 @@ def tracked() -> list[dict]:
                     "cmd": out.stage.cmd,
                     "md5": out.hash_info.value if out.hash_info.name == "md5" else None,
                     "size": out.meta.size,
+                    "shared": out.can_push and not out.stage.is_repo_import and out.remote in remotes,
+                    "only_here": not out.can_push and not out.stage.is_import,
                 }
                 for out in repo.index.outs
                 if out.use_cache

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from slmake.platforms.dvc import cached, changed, md5, tracked
+from slmake.errors import UserError
+from slmake.platforms.dvc import cached, changed, md5, objects, tracked
 from slmake.platforms.dvc_yaml import is_ours
 from slmake.platforms.origins import compared
 
@@ -31,6 +32,16 @@ def unkept(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
         for path, name in edited(found)
         if not all(cached(md5(file)).is_file() for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
     ]
+
+
+def refuse_unshared() -> None:
+    """Raise UserError for what `push: false` keeps from every remote, where DVC's cache here lacks it: nothing brings it."""
+    for out in (out for out in tracked() if out["only_here"] and out["md5"]):
+        if not all(cached(name).is_file() for name in objects(out["md5"])):
+            raise UserError(
+                f"{out['path']}: DVC's cache here lacks it, and `push: false` keeps it from every remote. Bring it here as {out['stage']} "
+                f"recorded it, then `{recording(out['path'], out['stage'])}`; then the same command again."
+            )
 
 
 def recording(path: str, name: str) -> str:

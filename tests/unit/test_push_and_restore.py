@@ -172,6 +172,46 @@ def test_push_refuses_what_is_gone_or_cut_there_and_not_here(damage):
         push()
 
 
+IMPORT = 'deps:\n- path: rows.json\n  repo: {{url: elsewhere, rev_lock: "1"}}\nfrozen: true\nouts:\n{outs}'
+
+
+@pytest.mark.parametrize("form", ["outs:\n- push: false\n{outs}", "outs:\n- remote: private\n{outs}", IMPORT])
+def test_push_leaves_alone_what_dvc_does_not_push_there(form):
+    Path(".dvc/config").write_text("[core]\n    no_scm = True\n    remote = storage\n")
+    receipt = Path(f"{DATA}.dvc")
+    own = receipt.read_text().removeprefix("outs:\n")
+    receipt.write_text(form.format(outs=own if form is IMPORT else own.replace("- ", "  ")))
+    push()
+    [content, weights] = objects(DATA, WEIGHTS)
+    assert not there(content).exists()
+    assert there(weights).exists()
+    content.unlink()
+    push()  # nor is it missed
+    receipt.write_text("outs:\n- remote: storage\n" + own.replace("- ", "  "))  # the default one, by its name
+    with pytest.raises(UserError, match=f"{DATA} is whole neither"):
+        push()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_pull_and_restore_say_what_no_remote_has(here):
+    receipt = Path(f"{DATA}.dvc")
+    receipt.write_text(receipt.read_text().replace("outs:\n- ", "outs:\n- push: false\n  "))
+    Path("there/object").touch()  # `pull` refuses an empty remote
+    for command in (remote.restore, remote.pull):
+        command(JOB)
+    objects(DATA)[0].unlink()
+    if not here:
+        DATA.unlink()
+    for command in (remote.restore, remote.pull):
+        with pytest.raises(
+            UserError, match=f"{DATA}: DVC's cache here lacks it, and `push: false`.*`.venv/bin/dvc add {DATA}`"
+        ):
+            command(JOB)
+    write(DATA, f"first {DATA}")
+    add(DATA)  # as the message says
+    remote.restore(JOB)
+
+
 def test_push_mends_what_is_gone_there_and_is_here():
     push()
     before = remote.stored()
