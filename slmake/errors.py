@@ -23,3 +23,7 @@ def first_line(error: Exception) -> str:
 def is_failure(error: BaseException) -> bool:
     """Whether something failed, and nobody asked for the end: the crash of a library in Rust (pyo3's PanicException) is no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+# What to do about symbolic links in the place of a model's files: its weights then lie in another folder, and a package has files alone.
+RELINK = "`.venv/bin/dvc config --local cache.type hardlink,copy`, then `.venv/bin/dvc checkout --relink` puts files in the place of DVC's links."

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from slmake import cli, outputs, params
-from slmake.errors import UserError, first_line
+from slmake.errors import RELINK, UserError, first_line
 from slmake.export.graph_checks import check_generates
 from slmake.packaging import checksums, provenance, sbom, signature
 from slmake.packaging.contents import sections
@@ -195,7 +195,8 @@ def check(folder: Path, key: Path | None) -> tuple[dict, str]:
     """
     wrong = changed_files(folder)
     if wrong:
-        raise UserError(f"{folder} is not what was built:\n  " + "\n  ".join(wrong))
+        links = [RELINK] if any("/files/md5/" in line for line in wrong) else []
+        raise UserError("\n  ".join([f"{folder} is not what was built:", *wrong, *links]))
     refuse_code(folder)
     signed = check_signature(folder, key)
     statement = provenance.check_statement((folder / checksums.PROVENANCE).read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dvc import rwlock
+from dvc import cachemgr, rwlock
 from dvc.cli import main
 from dvc.dvcfile import FileMixin, Lockfile
 from dvc.exceptions import DvcException
@@ -108,6 +108,21 @@ def load_once(load: Callable) -> Callable:
     return loaded
 
 
+def without_symlinks(get_odb: Callable) -> Callable:
+    """Of DVC's function that opens a cache: it links files by other means, whatever `cache.type` says.
+
+    ONNX Runtime reads no weights behind a symbolic link, and a package has files alone.
+    """
+
+    @functools.wraps(get_odb)
+    def opened(*place: object, **options: object):
+        if "symlink" in (kinds := options.get("type") or []):
+            options["type"] = list(dict.fromkeys([*(kind for kind in kinds if kind != "symlink"), "hardlink", "copy"]))
+        return get_odb(*place, **options)
+
+    return opened
+
+
 @contextlib.contextmanager
 def receipts_in(file: Path) -> Iterator[None]:
     """Let DVC, in this process, read its receipts from this file in the place of dvc.lock."""
@@ -141,6 +156,7 @@ _common._dump_data = dump
 state._checksum = checksum
 rwlock._edit_rwlock = edit_rwlock
 FileMixin._load_yaml = load_once(FileMixin._load_yaml)
+cachemgr.get_odb = without_symlinks(cachemgr.get_odb)
 
 if __name__ == "__main__":
     cli.end_with(os.environ.get(cli.ENGINE, ""))

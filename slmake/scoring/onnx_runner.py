@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError, first_line
+from slmake.errors import RELINK, UserError, first_line
 from slmake.generation import Exported
 from slmake.machine_errors import is_of_machine
 from slmake.scoring.metrics import log_softmax
@@ -27,10 +27,9 @@ def load(folder: Path, form: dict | None = None) -> Exported:
     except Exception as error:
         if is_of_machine(error):
             raise
-        raise UserError(
-            f"{folder}: ONNX Runtime cannot load this model: {first_line(error)}. "
-            "Build it again: remove the folder and run snakemake."
-        ) from error
+        linked = any(path.is_symlink() for path in folder.iterdir())
+        again = RELINK if linked else "Build it again: remove the folder and run snakemake."
+        raise UserError(f"{folder}: ONNX Runtime cannot load this model: {first_line(error)}. {again}") from error
 
 
 class OnnxRunner:

@@ -340,3 +340,18 @@ def test_a_rule_s_lost_output_is_built_again_by_make():
     objects(WEIGHTS)[0].unlink()
     with pytest.raises(UserError, match="`make` puts it into the cache again"):
         push()
+
+
+@pytest.mark.parametrize("kinds", [["symlink"], ["reflink", "symlink", "copy"], ["hardlink", "copy"]])
+def test_outputs_are_files_whatever_links_dvc_is_set_to(kinds):
+    """ONNX Runtime reads no weights behind a symbolic link, and a package has files alone."""
+    Path(".dvc/config").write_text(f"[core]\n    no_scm = True\n[cache]\n    type = {','.join(kinds)}\n")
+    [cached] = objects(WEIGHTS)
+    WEIGHTS.unlink()
+    WEIGHTS.symlink_to(cached)  # as DVC's own command line makes it
+    record()
+    assert not WEIGHTS.is_symlink()
+    shutil.rmtree("build")
+    remote.restore(JOB)
+    assert not WEIGHTS.is_symlink()
+    assert WEIGHTS.read_text() == cached.read_text() == f"first {WEIGHTS}"

@@ -49,6 +49,17 @@ def test_every_edit_of_a_package_is_refused(copy, edit):
     assert message in str(caught.value)
 
 
+def test_links_into_a_cache_of_dvc_are_refused_and_explained(copy, tmp_path):
+    cached = tmp_path / "files" / "md5" / "ab" / "cd"
+    cached.parent.mkdir(parents=True)
+    shutil.move(copy / "run.py", cached)
+    (copy / "run.py").symlink_to(cached)
+    with pytest.raises(UserError, match=r"run.py: a link \(to .*\n.*`.venv/bin/dvc checkout --relink` puts files"):
+        verify.check(copy, None)
+    shutil.move(cached, copy / "run.py")
+    verify.check(copy, None)
+
+
 def test_what_may_be_there_and_where_a_package_may_lie(packed, tmp_path, monkeypatch):
     """Snakemake's empty marker, another folder, another name, a link to the package itself: still the package."""
     shutil.copytree(packed, tmp_path / "moved" / "elsewhere")

@@ -10,6 +10,7 @@ from evaluate_script import export, make_dataset, merged_adapter, random_adapter
 from tiny import make_rows, write_params
 
 from slmake import cli
+from slmake.errors import UserError
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring import onnx_runner
 from slmake.scoring.questions import Questions
@@ -295,6 +296,16 @@ def test_damaged_export_is_named(tmp_path, exported, dataset, capsys):
     message = refused(tmp_path / "run", capsys, dataset, models={"onnx": damaged})
     assert f"{damaged}: ONNX Runtime cannot load this model: " in message
     assert "Build it again: remove the folder and run snakemake." in message
+
+
+def test_export_behind_symbolic_links(tmp_path, exported):
+    """As a bare `dvc checkout` makes them, which has each file in a folder of its own."""
+    for number, file in enumerate(exported["int4"].iterdir()):
+        (tmp_path / "linked").mkdir(exist_ok=True)
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / "linked" / file.name).symlink_to(shutil.copy(file, tmp_path / str(number)))
+    with pytest.raises(UserError, match=r"linked: ONNX Runtime cannot load this model: .*dvc checkout --relink"):
+        onnx_runner.load(tmp_path / "linked")
 
 
 def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys):
