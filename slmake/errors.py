@@ -1,13 +1,17 @@
 """The exceptions whose messages are written for the user."""
 
+from slmake.sources.secrets import scrub
 from slmake.text import printable
 
 
 class UserError(Exception):
-    """Something that the user can correct: the message says what, where, and what to do next; with no control character of what it quotes."""
+    """Something that the user can correct: the message says what, where, and what to do next.
+
+    Of what it quotes it has neither control characters nor credentials.
+    """
 
     def __init__(self, message: str = ""):
-        super().__init__(printable(message))
+        super().__init__(printable(scrub(message)))
 
 
 class NotBuildable(UserError):

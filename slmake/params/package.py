@@ -52,3 +52,13 @@ class Package(Section):
                     f"{name!r} is hidden or has control characters, and no package holds such a file: rename it"
                 )
         return value
+
+    @field_validator("signing_key")
+    @classmethod
+    def _names_a_file(cls, value):
+        if value and ("-----BEGIN" in value or "\n" in value):
+            raise ValueError(
+                "this is a key, and the name of its file is expected. Put it into a file outside of the project; if params.yaml was in a "
+                "commit meanwhile, make another key"
+            )
+        return value

@@ -11,10 +11,14 @@ _NAMES = (
     r"sig|signature|token|secret|pass|passwd|password|pwd|auth|authorization|credential|credentials|apikey|accountkey|jwt|sas"
     r"|(?:api|access|account|private|secret|shared|subscription|master)[-_]?key(?:[-_]?id)?|awsaccesskeyid|sharedaccesssignature"
 )
-_ASSIGNED = re.compile(rf"(?i)(?<![^/?&;#\s'\"])((?:[\w.]+[-_])*(?:{_NAMES}))=[^/&;\s'\"]+")
+_ASSIGNED = re.compile(rf"(?i)(?<![^/?&;#\s'\"])((?:[\w.-]*[-_])?(?:{_NAMES}))=[^/&;\s'\"]+")
 # As headers and JSON answers have them, and percent-encoded.
 _SAID = re.compile(
-    rf"(?i)(\b(?:bearer|authorization:\s*basic)\s+|[\"'](?:[\w.]+[-_])*(?:{_NAMES})[\"']\s*:\s*[\"']?|\b(?:{_NAMES})%3d)(?!\*\*\*)[\w.~+/=%-]{{6,}}"
+    rf"(?i)(\b(?:bearer|authorization:\s*basic)\s+|[\"'](?:[\w.-]*[-_])?(?:{_NAMES})[\"']\s*:\s*[\"']?|\b(?:{_NAMES})%3d)(?!\*\*\*)[\w.~+/=%-]{{6,}}"
+)
+# A private key, as its file has it or in one line; of a part of one, whole lines.
+_KEY = re.compile(
+    r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(?:.*?-----END \1-----|(?:\s|\\n)*(?:[\w+/=]{16,}(?:\s|\\n)*)*)", re.DOTALL
 )
 HARMLESS = {
     "alt",
@@ -83,11 +87,11 @@ def masked(source: str) -> str:
 
 
 def scrub(text: str) -> str:
-    """Any text without passwords and credentials of addresses in it."""
+    """Any text without private keys, and without passwords and credentials of addresses in it; the same if there are none left."""
     # Up to the last `@`: a password may have one, or a slash, that is not encoded.
     text = re.sub(r"(://[^/?#\s'\"@:]*):(?!\d{1,5}[/?#\s'\"])[^\s'\"]+@", r"\1:***@", text)
     text = re.sub(r"(?i)\b(https?://)[^/?#\s'\"@]*@", r"\1***@", text)
-    text = _SAID.sub(r"\1***", text)
+    text = _SAID.sub(r"\1***", _KEY.sub(r"-----BEGIN \1-----***", text))
     text = re.sub(r"(?i)(https?://[^\s'\"?#]*\?)([^\s'\"#]+)", lambda found: found[1] + _query(found[2]), text)
     return _ASSIGNED.sub(r"\1=***", text)
 
@@ -95,4 +99,6 @@ def scrub(text: str) -> str:
 def _query(text: str) -> str:
     """A query without the values that may be a credential."""
     pairs = (part.partition("=") for part in text.split("&"))
-    return "&".join(f"{name}{equals}{value if harmless(name, value) else '***'}" for name, equals, value in pairs)
+    return "&".join(
+        f"{name}{equals}{value if harmless(name, value) or name == '***' else '***'}" for name, equals, value in pairs
+    )

@@ -7,7 +7,7 @@ from tiny import write_params
 from slmake import params
 from slmake.errors import UserError
 from slmake.sources import blob
-from slmake.sources.secrets import harmless, scrub
+from slmake.sources.secrets import harmless, masked, scrub
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,40 @@ from slmake.sources.secrets import harmless, scrub
 )
 def test_scrub(text, expected):
     assert scrub(text) == expected
+
+
+KEY = f"-----BEGIN EC PRIVATE KEY-----\n{'SECRET99' * 8}\nSECRET9==\n-----END EC PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize("text", [KEY, repr(KEY), " ".join(KEY.split("\n")), KEY[:80], KEY.replace("EC ", "")])
+def test_no_message_repeats_a_private_key(text):
+    """Its file's content in the place of its name, by whatever reads the parameter."""
+    shown = str(UserError(f"package.license_files: {text}: no such file. Correct it."))
+    assert "SECRET" not in shown
+    assert shown.endswith(": no such file. Correct it.")
+
+
+@pytest.mark.parametrize("key", [KEY, KEY.strip().replace("\n", " ")])
+def test_a_key_in_params_yaml_is_refused_as_one(tmp_path, key):
+    with pytest.raises(UserError, match=r"package\.signing_key: this is a key, and the name of its file") as refused:
+        params.load(write_params(tmp_path / "params.yaml", package={"signing_key": key}))
+    assert "SECRET" not in str(refused.value)
+    named = write_params(tmp_path / "named.yaml", package={"signing_key": "../keys/my key.pem"})
+    assert params.load(named).package.signing_key == "../keys/my key.pem"
+
+
+def test_every_message_of_ours_loses_its_secrets_once():
+    shown = str(
+        UserError(f"params.yaml: fetch_model.chat_template: https://u:{SECRET}@h/x?v=1&sig={SECRET}: no such file")
+    )
+    assert shown == "params.yaml: fetch_model.chat_template: https://***@h/x?v=1&sig=*** no such file"
+    assert str(UserError(shown)) == shown == scrub(shown)
+    assert scrub(masked(f"https://h/x?sig={SECRET}")) == masked(f"https://h/x?sig={SECRET}") == "https://h/x?***"
+
+
+def test_a_long_name_takes_no_time():
+    """An hour, where its parts can be told apart in several ways."""
+    assert scrub("a_" * 40 + "x") == "a_" * 40 + "x"
 
 
 def test_credentials_of_the_environment_are_scrubbed(monkeypatch):
