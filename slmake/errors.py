@@ -31,3 +31,8 @@ def is_failure(error: BaseException) -> bool:
 
 # What to do about symbolic links in the place of a model's files: its weights then lie in another folder, and a package has files alone.
 RELINK = "`.venv/bin/dvc config --local cache.type hardlink,copy`, then `.venv/bin/dvc checkout --relink` puts files in the place of DVC's links."
+# Where a project is checked, and not built, its signing key is not there.
+PUBLIC_HALF = (
+    "Without the private key nothing is built here, but the package that `.venv/bin/dvc pull` fetches can be checked, with the public half: "
+    "`.venv/bin/python -m tools.verify --key PUBLIC.pem`."
+)

@@ -7,6 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from slmake.code_inputs import code, digest, rule_digest, snakefiles
+from slmake.errors import PUBLIC_HALF
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
 from slmake.params.dataset_files import source_files
@@ -196,7 +197,7 @@ class Plan:
                 folder = os.path.isdir(file)  # noqa: PTH112 (False, where Path.is_dir raises, for a name that is too long)
                 if not (os.path.isfile(file) or (folder and file in [*self.model_source, *self.adapter_source])):  # noqa: PTH113
                     kind = "a folder, not a file" if folder else "no such file"
-                    return f"{name}: {file}: {kind}. Correct the name, or bring the file back."
+                    return f"{name}: {file}: {kind}. Correct the name, or bring the file back. {PUBLIC_HALF * (files == self.signing_key)}".rstrip()
         return None
 
     def section(self, rule: str) -> str:

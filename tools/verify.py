@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from slmake import cli, outputs, params
-from slmake.errors import RELINK, UserError, first_line
+from slmake.errors import PUBLIC_HALF, RELINK, UserError, first_line
 from slmake.export.graph_checks import check_generates
 from slmake.packaging import checksums, provenance, sbom, signature
 from slmake.packaging.contents import sections
@@ -225,6 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         if key is None and Path(args.params).is_file() and not args.package_only:
             configured = params.section(args.params, "package").signing_key
             key = Path(configured) if configured else None
+            if key and not key.is_file():
+                raise UserError(f"package.signing_key: {key}: no such file. {PUBLIC_HALF}")
         statement, signed = check(args.package, key)
         wrong = [] if args.package_only else changed_inputs(statement, Path(args.params))
         if wrong:

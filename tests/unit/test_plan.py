@@ -324,6 +324,10 @@ def test_what_an_output_is_built_from(plan):
         ({"fetch_model": {"source": "data/none", "sha256": None}}, "fetch_model.source: data/none: no such file"),
         ({"fetch_model": {"source": "data/{a}", "sha256": None}}, "Snakemake takes braces for a wildcard"),
         ({"package": {"license_files": ["none"]}}, "package.license_files: none: no such file"),
+        (
+            {"package": {"signing_key": "none"}},
+            "package.signing_key: none: no such file. Correct the name, or bring the file back. Without",
+        ),
         ({"evaluate": {"constrain": {"json_schema": "none.json"}}}, "evaluate.constrain: none.json: no such file"),
     ],
 )

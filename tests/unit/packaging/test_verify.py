@@ -121,12 +121,19 @@ def test_signing_as_the_readme_has_it(parts, tmp_path, monkeypatch, capsys):
     key = make_key(Path("key.pem"))
     folder = pack(parts, Path("build"), signing_key="key.pem")
     assert folder == Path("build/package")
+    Path("public.pem").write_bytes(signature.public_key(key))
+    settings = Path("build/params.yaml").read_text(encoding="utf-8")
+    Path("build/nokey.yaml").write_text(settings.replace("key.pem", "nokey.pem"), encoding="utf-8")
     (folder / ".snakemake_timestamp").touch()
     verify.main(["--params", "build/params.yaml"])  # `make verify`
     assert "signature good; loads and generates" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        verify.main(["--params", "build/nokey.yaml"])  # another machine
+    assert "package.signing_key: nokey.pem: no such file. Without the private key" in capsys.readouterr().err
+    verify.main(["--params", "build/nokey.yaml", "--key", "public.pem"])
+    assert "signature good" in capsys.readouterr().err
     shutil.copytree(folder, "copied")
     folder.rename("moved")
-    Path("public.pem").write_bytes(signature.public_key(key))
     for name in ("moved", "copied", str(tmp_path / "copied")):
         for half in ("key.pem", "public.pem"):
             assert verify.check(Path(name), Path(half))[1] == "signature good"
