@@ -1,6 +1,6 @@
 """The exceptions whose messages are written for the user."""
 
-from slmake.sources.secrets import scrub
+from slmake.credentials import scrub
 from slmake.text import printable
 
 

@@ -17,13 +17,13 @@ import yaml
 
 from slmake import cli, outputs, params
 from slmake.azureml import settings
+from slmake.credentials import scrub
 from slmake.errors import UserError
 from slmake.olive import reader
 from slmake.olive.models import BRANCH
 from slmake.params.errors import Loader, yaml_problem
 from slmake.sources import hub
 from slmake.sources.schemes import parse
-from slmake.sources.secrets import scrub
 
 
 def read(path: Path) -> dict:

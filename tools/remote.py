@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slmake import cli, outputs, params
+from slmake.credentials import holds_secret, masked
 from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.platforms import dvc_yaml
@@ -49,7 +50,6 @@ from slmake.platforms.dvc import (
 from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
 from slmake.platforms.user_data import edited, kept_by, recording, refuse_unshared, unkept
-from slmake.sources.secrets import holds_secret, masked
 from tools import page
 
 NAME = "storage"  # what the remote is called in .dvc/config

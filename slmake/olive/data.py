@@ -2,9 +2,9 @@
 
 import re
 
+from slmake.credentials import scrub
 from slmake.olive import defaults, fields, models
 from slmake.olive.fields import OFF, Drop
-from slmake.sources.secrets import scrub
 
 FORMS = ("json", "jsonl", "csv", "parquet", "text")
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")

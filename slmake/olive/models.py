@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from slmake.credentials import scrub
 from slmake.olive.fields import OFF, TRACED, Drop
-from slmake.sources.secrets import scrub
 
 REMOTE_CODE = Drop("no code of a model repository is run; the model must be native to transformers")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the hub, unless a folder's name is at its beginning

@@ -10,10 +10,10 @@ from typing import NamedTuple, get_args
 
 import yaml
 
+from slmake.credentials import scrub
 from slmake.olive import fields
 from slmake.params import Params
 from slmake.params.all import Stage
-from slmake.sources.secrets import scrub
 
 KINDS = {
     "same": "taken over",

@@ -8,7 +8,7 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel
 
-from slmake.sources.secrets import scrub
+from slmake.credentials import scrub
 
 MOST_VALUES = 100_000  # of a file; an alias counts as what it stands for
 # Plain values of a type that YAML 1.2, which DVC reads, takes for others: 010, 1:30, 1_000, 0b1, yes, off, 0o17.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Self
 
 from slmake import cli
+from slmake.credentials import masked
 from slmake.errors import UserError
 from slmake.sources import blob
 from slmake.sources.base import Source, check_plain
-from slmake.sources.secrets import masked
 
 WORKSPACE = ("AZUREML_ARM_SUBSCRIPTION", "AZUREML_ARM_RESOURCEGROUP", "AZUREML_ARM_WORKSPACE_NAME")
 _IN_WORKSPACE = (

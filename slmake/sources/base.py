@@ -8,8 +8,8 @@ from typing import ClassVar, Self
 from urllib.parse import unquote
 
 from slmake import cli
+from slmake.credentials import masked
 from slmake.errors import UserError
-from slmake.sources.secrets import masked
 
 MOST_UNPACKED, SMALL = 100, 2**28  # a packed file may become so many times as large, and so many bytes in any case
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
-from slmake import cli
+from slmake import cli, credentials
 from slmake.errors import UserError
-from slmake.sources import secrets
 from slmake.sources.base import Source, check_plain, not_of_form
 from slmake.sources.download import PASSING, Broken, digest_of, download, number_of
 from slmake.sources.fetching import model_files
@@ -59,12 +58,12 @@ class AzureBlob(Source):
             raise not_of_form(cls, text) from None
         if url.query:
             raise ValueError(
-                f"`{secrets.masked(text)}`: an az:// source takes no query: put a SAS into AZURE_STORAGE_SAS_TOKEN"
+                f"`{credentials.masked(text)}`: an az:// source takes no query: put a SAS into AZURE_STORAGE_SAS_TOKEN"
             )
         container, at, host = url.netloc.rpartition("@") if "@" in url.netloc else (url.netloc, "", "")
         if at and not re.fullmatch(r"[a-z0-9]+\.(dfs|blob)\.core\.[a-z.]+", host):
             raise ValueError(
-                f"`{secrets.masked(text)}` does not name an account: {url.scheme}://CONTAINER@ACCOUNT.dfs.core.windows.net/path"
+                f"`{credentials.masked(text)}` does not name an account: {url.scheme}://CONTAINER@ACCOUNT.dfs.core.windows.net/path"
             )
         path = url.path.strip("/")
         if not re.fullmatch(r"[a-z0-9$](-?[a-z0-9])+", container) or not path:
@@ -261,7 +260,7 @@ def scrub(text: str) -> str:
         for part in {value, *re.findall(r"(?:AccountKey|SharedAccessSignature)=([^;]+)", value)}:
             if len(part) > 3:
                 text = text.replace(part, "***")
-    return secrets.scrub(text)
+    return credentials.scrub(text)
 
 
 def explain(error: BaseException, what: str) -> UserError:

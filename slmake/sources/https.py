@@ -8,10 +8,10 @@ from typing import Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from slmake import cli
+from slmake.credentials import HARMLESS, harmless, masked
 from slmake.errors import UserError
 from slmake.sources.base import Source, not_of_form
 from slmake.sources.download import PASSING, Broken, Restart, download, number_of
-from slmake.sources.secrets import HARMLESS, harmless, masked
 
 TIMEOUT = 60  # seconds without a byte
 

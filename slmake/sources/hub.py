@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Self
 
 from slmake import cli
+from slmake.credentials import masked
 from slmake.errors import UserError
 from slmake.sources.base import Source, check_plain, not_of_form
 from slmake.sources.download import digest_of
 from slmake.sources.fetching import ENDINGS, ROWS, sums_of
-from slmake.sources.secrets import masked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ one of these. A new scheme is one module with a class (base.py says what it need
 import re
 from dataclasses import replace
 
+from slmake.credentials import holds_secret, masked
 from slmake.sources.azureml import Datastore, RegistryModel
 from slmake.sources.base import Source, check_plain
 from slmake.sources.blob import AzureBlob
@@ -25,7 +26,6 @@ from slmake.sources.https import WebFile
 from slmake.sources.hub import HubRepository
 from slmake.sources.local import LocalPath
 from slmake.sources.pickles import PICKLES, pickle_advice
-from slmake.sources.secrets import holds_secret, masked
 from slmake.sources.wheel import IndexWheel
 
 SCHEMES: tuple[type[Source], ...] = (

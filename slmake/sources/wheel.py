@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Self
 
 from slmake import cli
+from slmake.credentials import scrub
 from slmake.errors import UserError
 from slmake.sources.base import MOST_UNPACKED, SMALL, Source, check_plain, not_of_form
-from slmake.sources.secrets import scrub
 from slmake.text import listing
 
 

@@ -16,6 +16,7 @@ GROUND = (
         "cli",
         "code_inputs",
         "constraints",
+        "credentials",
         "csv_files",
         "errors",
         "generation",

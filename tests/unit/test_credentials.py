@@ -5,9 +5,9 @@ from bad_inputs import SECRET
 from tiny import write_params
 
 from slmake import params
+from slmake.credentials import harmless, masked, scrub
 from slmake.errors import UserError
 from slmake.sources import blob
-from slmake.sources.secrets import harmless, masked, scrub
 
 
 @pytest.mark.parametrize(
