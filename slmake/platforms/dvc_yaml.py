@@ -25,7 +25,7 @@ import yaml
 from slmake import outputs
 from slmake.code_inputs import code, digest, modules, remember, rule_digest, snakefiles
 from slmake.errors import UserError
-from slmake.params import Params, load, sums
+from slmake.params import RULES, Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
 from slmake.platforms.dvc import entries
 
@@ -50,8 +50,9 @@ def rules() -> dict[str, dict[str, list[str]]]:
     """Rule name to its inputs and outputs, in the Snakefile's order, as a forced dry run of Snakemake prints them.
 
     Raises:
-        UserError: Snakemake refuses the Snakefile or params.yaml.
+        UserError: Snakemake refuses the Snakefile or params.yaml; or it has a rule of none of the stages.
     """
+    refuse_unknown_rules()
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nocolor", "--printshellcmds"]
     variables = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
@@ -75,6 +76,17 @@ def rules() -> dict[str, dict[str, list[str]]]:
         rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
     written = re.findall(r"^rule (\w+):", Path("Snakefile").read_text(encoding="utf-8"), re.M)
     return {name: graph[name] for name in written if name in graph}  # independent jobs are printed in any order
+
+
+def refuse_unknown_rules() -> None:
+    """Raise UserError if the Snakefile, or a file that it includes, has a rule that no stage stands for: nothing could record it."""
+    for file in filter(Path.is_file, snakefiles()):
+        for name in re.findall(r"^ *(?:rule|checkpoint) +(\w+) *:", file.read_text(encoding="utf-8"), re.M):
+            if name not in (*RULES, "all"):
+                raise UserError(
+                    f"{file}: slmake does not know the rule {name}, so nothing would record what it makes. Add it as "
+                    "docs/how-to/add-a-rule.md says, or make it a stage of your own, which stays in dvc.yaml: `.venv/bin/dvc stage add`."
+                )
 
 
 def in_order(graph: dict[str, dict[str, list[str]]]) -> list[str]:

@@ -52,3 +52,12 @@ def test_a_page_of_other_figures_is_removed(pages):
     page.remove_stale(said.append)
     assert [line[:50] for line in said] == ["build/report.html was of another build and is remo"]
     assert not page.PAGE.exists()
+
+
+def test_a_rule_that_nothing_would_record_is_refused_before_the_first_one(pages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "run", lambda screen, targets: False)
+    (tmp_path / "Snakefile").write_text('rule summary:\n    shell: "date"\n', encoding="utf-8")
+    assert build.main(["build/base"]) == 1  # by Snakemake: of a single target nothing is recorded
+    with pytest.raises(SystemExit):
+        build.main([])
+    assert "build: error: Snakefile: slmake does not know the rule summary" in capsys.readouterr().err

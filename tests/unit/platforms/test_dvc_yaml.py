@@ -63,3 +63,22 @@ def test_a_stage_of_the_name_of_a_rule_is_not_overwritten(merged):
 def test_a_stage_without_outputs_has_none():
     assert dvc.outs(DEPLOY["deploy"]) == []
     assert dvc.outs(GENERATED["stages"]["merge"]) == ["build/merged"]
+
+
+@pytest.mark.parametrize("place", ["Snakefile", "more.smk"])
+@pytest.mark.parametrize("rule", ["rule summary:", "checkpoint summary:", "if True:\n    rule summary:"])
+def test_a_rule_that_nothing_would_record_is_refused(tmp_path, monkeypatch, place, rule):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (
+        ("Snakefile", 'include: "more.smk"\n\nrule all:\n    input: []\n'),
+        ("more.smk", "rule merge:\n"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    dvc_yaml.refuse_unknown_rules()
+    with (tmp_path / place).open("a", encoding="utf-8") as file:
+        file.write(f'{rule}\n        shell: "date > summary.txt"\n')
+    for refuse in (dvc_yaml.refuse_unknown_rules, dvc_yaml.rules):
+        with pytest.raises(
+            UserError, match=f"^{place}: slmake does not know the rule summary.*`.venv/bin/dvc stage add`"
+        ):
+            refuse()
