@@ -54,10 +54,13 @@ class Loader(yaml.SafeLoader):
 
 
 class ParamsLoader(Loader):
-    """For params.yaml, which DVC reads as YAML 1.2: values that are others there are errors."""
+    """For params.yaml, which DVC reads as YAML 1.2: values that are others there, or that it does not take, are errors."""
 
     def construct_object(self, node, deep=False):
         kind = node.tag.rpartition(":")[2]
+        if kind == "timestamp":
+            problem = f"`{node.value}` is a date for YAML, and DVC records none: put it in quotes, as text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         if (
             isinstance(node, yaml.ScalarNode)
             and node.style is None

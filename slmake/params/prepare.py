@@ -209,17 +209,13 @@ class Prepare(Section):
                 raise ValueError(f"`{name}` is no variable that a chat template can be given")
         return value
 
-    @field_validator("chat_date", mode="before")
+    @field_validator("chat_date")
     @classmethod
     def _date(cls, value):
-        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
-            return value.isoformat()  # YAML reads 2024-01-01 as a date
-        if isinstance(value, str):
-            try:
-                return datetime.date.fromisoformat(value).isoformat()
-            except ValueError:
-                raise ValueError(f"`{value}` is no date of the form 2024-01-31") from None
-        return value
+        try:
+            return datetime.date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError(f"`{value}` is no date of the form 2024-01-31") from None
 
     @model_validator(mode="after")
     def _sources(self):

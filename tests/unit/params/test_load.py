@@ -175,13 +175,24 @@ def test_truths_that_dvc_reads_differently_are_refused(tmp_path, text):
     assert ("different values" in str(refused.value)) == (text != "'yes'")
 
 
-def test_keys_and_dates_as_yaml_reads_them(tmp_path):
-    """Numbers, truth values and dates without quotes are fine."""
+def test_keys_as_yaml_reads_them(tmp_path):
+    """Numbers and truth values without quotes are fine."""
     content = yaml.safe_dump({**SMALLEST, "prepare": {**SMALLEST["prepare"], "labels": {0: "a", True: "b", 2.5: "c"}}})
-    (tmp_path / "params.yaml").write_text(content.replace("prepare:", "prepare:\n  chat_date: 2025-06-30"))
-    prepare = params.load(tmp_path / "params.yaml").prepare
-    assert prepare.labels == {"0": "a", "true": "b", "2.5": "c"}
-    assert prepare.chat_date == "2025-06-30"
+    (tmp_path / "params.yaml").write_text(content, encoding="utf-8")
+    assert params.load(tmp_path / "params.yaml").prepare.labels == {"0": "a", "true": "b", "2.5": "c"}
+
+
+@pytest.mark.parametrize(
+    "line", ["chat_date: 2025-06-30", "where: {day: 2025-06-30 10:00:00}", "labels: {2025-06-30: a}"]
+)
+def test_dates_that_dvc_does_not_record_are_refused(tmp_path, line):
+    """Otherwise the record of a whole build would fail."""
+    content, path = yaml.safe_dump(SMALLEST), tmp_path / "params.yaml"
+    path.write_text(content.replace("prepare:", f"prepare:\n  {line}"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"`2025-06-30.*` is a date for YAML, and DVC .*quotes, as text in line \d+"):
+        params.load(path)
+    path.write_text(content.replace("prepare:", 'prepare:\n  chat_date: "2025-06-30"'), encoding="utf-8")
+    assert params.load(path).prepare.chat_date == "2025-06-30"
 
 
 # As a user runs it
