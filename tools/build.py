@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if not args.targets:  # of a single target nothing is recorded
         with cli.job("build"):
-            dvc_yaml.refuse_unknown_rules()
+            refuse_unrecordable()
     screen = Screen(sys.stderr, args.verbose)
     # Where no file has moved since the last record, neither Snakemake nor DVC need look; but a profile may name another environment.
     asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
@@ -73,6 +73,16 @@ def main(argv: list[str] | None = None) -> int:
             names = " and ".join(map(str, made.values())) or "everything"
             print(f"build: nothing to do: {names} {'are' if len(made) > 1 else 'is'} up to date", *scores, sep="\n")
     return 0
+
+
+def refuse_unrecordable() -> None:
+    """Raise UserError if DVC could not record what is built here: that would show after the last rule."""
+    dvc_yaml.refuse_unknown_rules()
+    if not Path(".dvc").is_dir():
+        raise UserError(
+            "DVC has no folder .dvc here, so it could not record what is built; one in a folder above does not count. "
+            "`.venv/bin/dvc init --subdir` makes it (where this is no part of a Git repository, `--no-scm`)."
+        )
 
 
 def with_report(targets: list[str], stages: list[str]) -> bool:

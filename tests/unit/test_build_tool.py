@@ -61,3 +61,15 @@ def test_a_rule_that_nothing_would_record_is_refused_before_the_first_one(pages,
     with pytest.raises(SystemExit):
         build.main([])
     assert "build: error: Snakefile: slmake does not know the rule summary" in capsys.readouterr().err
+
+
+def test_a_folder_that_dvc_could_not_record_is_refused_before_the_first_rule(pages, tmp_path, monkeypatch, capsys):
+    """Its own folder of DVC: the receipts and the cache's notes are in it."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(SystemExit):
+        build.main([])
+    assert "build: error: DVC has no folder .dvc here" in capsys.readouterr().err
+    (tmp_path / "project" / ".dvc").mkdir()
+    build.refuse_unrecordable()
