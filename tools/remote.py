@@ -12,20 +12,15 @@ by `dvc status`, that every hash matches, and only then it records the outputs i
 """
 
 import argparse
-import configparser
 import contextlib
-import functools
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from slmake import cli, outputs, params
-from slmake.credentials import holds_secret, masked
 from slmake.errors import UserError
 from slmake.plan import Plan
 from slmake.platforms import dvc_yaml
@@ -47,6 +42,7 @@ from slmake.platforms.dvc import (
     status,
     tracked,
 )
+from slmake.platforms.dvc_remote import account_name, ensure_container, is_address, listed, place, stored, upload
 from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
 from slmake.platforms.user_data import edited, kept_by, recording, refuse_unshared, unkept
@@ -64,7 +60,7 @@ def add(url: str) -> None:
     Raises:
         UserError: not of the form azure://container/path, or with a credential in it.
     """
-    if not re.fullmatch(r"azure://[a-z0-9](-?[a-z0-9]){2,62}(/[^\s?#@;&=]+)?", url) or holds_secret(url):
+    if not is_address(url):
         raise UserError(
             "the remote is not of the form azure://container/path (lower-case letters, digits and `-` in the container's name; no "
             "account, query or SAS). Example: make remote URL=azure://models/tones"
@@ -78,82 +74,6 @@ def add(url: str) -> None:
         done = dvc(*step)
         if done.returncode:
             raise UserError(f"dvc {' '.join(step)}: {reason(done.stderr)}")
-
-
-def ensure_container(url: str) -> str:
-    """Create the container where it is missing; says what was found.
-
-    Raises:
-        UserError: no access, or out of reach.
-    """
-    from slmake.sources import blob
-
-    if not account_name():
-        return "its container was not checked, because the environment names no account (docs/azure.md)"
-    container = url.removeprefix("azure://").partition("/")[0]
-    fs = blob.filesystem()
-
-    async def create() -> str:
-        client = fs.service_client.get_container_client(container)
-        if await client.exists(**blob.RETRIES):
-            return f"the container {container} is there"
-        await client.create_container(**blob.RETRIES)
-        return f"the container {container} was created"
-
-    try:
-        return blob.run(fs, create)
-    except Exception as error:
-        raise blob.explain(error, url) from None
-
-
-def account_name() -> str | None:
-    """The account that the environment names."""
-    found = re.search(r"AccountName=([^;]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
-    return found[1] if found else os.environ.get("AZURE_STORAGE_ACCOUNT")
-
-
-def place() -> tuple[str, str, str]:
-    """Account (or ""), container and path of the default remote.
-
-    Raises:
-        UserError: there is none, or it is not in Azure Blob.
-    """
-    config = configparser.ConfigParser()
-    config.read([".dvc/config", ".dvc/config.local"], encoding="utf-8")
-    name = config.get("core", "remote", fallback=None)
-    section = f"'remote \"{name}\"'"
-    if name is None or section not in config:
-        raise UserError("no remote is set up. Name one: `make remote URL=azure://container/path`.")
-    url = config[section].get("url", "")
-    if not url.startswith("azure://"):
-        raise UserError(f"the remote {name} is {masked(url)}, not in Azure Blob: use `dvc push` and `dvc pull`.")
-    container, _, path = url.removeprefix("azure://").partition("/")
-    return config[section].get("account_name", ""), container, path.strip("/")
-
-
-def stored() -> dict[str, int]:
-    """Bytes of every DVC object in the remote, by its MD5 (32 hex digits, `.dir` behind those of folders).
-
-    Raises:
-        UserError: no container, no access, or out of reach.
-    """
-    from slmake.sources import blob
-
-    account, container, path = place()
-    fs = blob.filesystem(account)
-    prefix = f"{path}/files/md5/" if path else "files/md5/"
-
-    async def walk() -> dict[str, int]:
-        client = fs.service_client.get_container_client(container)
-        return {
-            one.name[len(prefix) :].replace("/", ""): one.size
-            async for one in client.list_blobs(prefix, **blob.RETRIES)
-        }
-
-    try:
-        return blob.run(fs, walk)
-    except Exception as error:
-        raise blob.explain(error, f"azure://{container}/{path}") from None
 
 
 def transfer(verb: str, job: cli.Job) -> None:
@@ -244,45 +164,6 @@ def held(there: dict[str, int]) -> dict[str, int]:
     return here
 
 
-def each(names: list[str], send: Callable) -> list:
-    """The results of `send` for each object, by MD5. `send` takes the Azure SDK's client of the object's blob, and the MD5."""
-    from slmake.sources import blob
-
-    account, container, path = place()
-    fs = blob.filesystem(account)
-
-    def client(name: str):
-        target = "/".join(filter(None, [path, "files/md5", name[:2], name[2:]]))
-        return fs.service_client.get_blob_client(container, target)
-
-    try:
-        return [blob.run(fs, functools.partial(send, client(name), name)) for name in names]
-    except Exception as error:
-        raise blob.explain(error, f"azure://{container}/{path}") from None
-
-
-def listed(name: str) -> bytes | None:
-    """A folder's list of files, by its MD5, as the remote has it; None where it is damaged there."""
-    from slmake.sources import blob
-
-    async def get(client, name: str) -> bytes:
-        return await (await client.download_blob(**blob.RETRIES)).readall()
-
-    [content] = each([name], get)
-    return content if hashlib.md5(content).hexdigest() == name.removesuffix(".dir") else None
-
-
-def upload(names: list[str]) -> None:
-    """Upload objects of the cache, over what is there, by MD5; folders last."""
-    from slmake.sources import blob
-
-    async def put(client, name: str) -> None:
-        with open(cached(name), "rb") as handle:
-            await client.upload_blob(handle, overwrite=True, **blob.RETRIES)
-
-    each(sorted(names, key=lambda name: name.endswith(".dir")), put)
-
-
 def pull(job: cli.Job) -> None:
     """Download, prove by content that everything is what was recorded, then record it as built in Snakemake's books.
 
@@ -367,8 +248,10 @@ def prove(job: cli.Job) -> None:
     """
     dvc_yaml.update()
     compared, seen = built_from(Plan(params.load("params.yaml"))), files_here()
-    if found := status():
-        rules = [name for name in found if name != dvc_yaml.CODE] or list(found)
+    # What a user's own stage makes of them, or of what they are made of, is no output that is recorded here.
+    own = {dvc_yaml.CODE, *stages()}
+    if found := [name for name in status() if name in own or name.endswith(".dvc")]:
+        rules = [name for name in found if name != dvc_yaml.CODE] or found
         raise UserError(
             f"what was recorded is here, but {', '.join(rules)} would be built again: parameters, scripts or data here are not those it was "
             "built from. `dvc status` lists them; `dvc repro` or `make` rebuilds exactly these. Nothing was marked as up to date."

@@ -27,6 +27,7 @@ ADDED = """\
     outs: [data/made/{name}.json, {{data/made/{name}.count: {{cache: false}}}}]
 """
 JOB = cli.Job("remote", sys.stderr, None)
+PROVE = remote.prove
 DATA, FOLDER, WEIGHTS = Path("data/rows.json"), Path("data/texts"), Path("build/merged/model.safetensors")
 
 
@@ -355,3 +356,30 @@ def test_outputs_are_files_whatever_links_dvc_is_set_to(kinds):
     remote.restore(JOB)
     assert not WEIGHTS.is_symlink()
     assert WEIGHTS.read_text() == cached.read_text() == f"first {WEIGHTS}"
+
+
+@pytest.mark.parametrize(("edit", "named"), [(None, None), (WEIGHTS, "merge"), (DATA, "merge, data/rows.json.dvc")])
+def test_a_user_s_own_stage_that_is_old_stops_no_proof(monkeypatch, edit, named):
+    """No rule builds it, and what it makes is no output that is recorded."""
+    add_stage("rows")  # never recorded
+    path, name = Path("deployed.md"), "deploy"
+    write(path, "of the former one")
+    write(
+        "dvc.yaml", Path("dvc.yaml").read_text() + "  deploy: {cmd: write, deps: [build/merged], outs: [deployed.md]}\n"
+    )
+    record(name)
+    write(WEIGHTS, "second")
+    record()  # of a later build
+    proved = []
+    stand_ins = {"built_from": str, "Plan": str, "stages": lambda: ["merge"], "record": lambda *_: proved.append(True)}
+    for function, stand_in in stand_ins.items():
+        monkeypatch.setattr(remote, function, stand_in)
+    monkeypatch.setattr(remote.params, "load", str)
+    if edit:
+        write(edit, "edited")
+        with pytest.raises(UserError, match=f"but {named} would be built again"):
+            PROVE(JOB)
+    else:
+        PROVE(JOB)
+    assert proved == [True] * (not edit)
+    assert path.read_text() == "of the former one"

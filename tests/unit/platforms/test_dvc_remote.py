@@ -1,0 +1,87 @@
+"""The default remote by DVC's settings and the environment: no message, and no file that Git has, repeats a credential of them."""
+
+from pathlib import Path
+
+import pytest
+
+from slmake.errors import UserError
+from slmake.platforms import dvc_remote
+from tools import remote
+
+SECRET = "s3cr3tS3CR3T"
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path, monkeypatch) -> Path:
+    """DVC's settings, without a remote yet; the environment names no account."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    Path(".dvc").mkdir()
+    return Path(".dvc/config")
+
+
+def with_url(config: Path, url: str) -> None:
+    config.write_text(f"[core]\n    remote = storage\n['remote \"storage\"']\n    url = {url}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("url", "container", "path"),
+    [
+        ("azure://models/tones/", "models", "tones"),
+        ("azure://models", "models", ""),
+        ("azure://models/my%20models", "models", "my%20models"),
+    ],
+)
+def test_a_remote(config, url, container, path):
+    with_url(config, url)
+    assert dvc_remote.place() == ("", container, path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"azure://models/x?sig={SECRET}",
+        f"azure://me:{SECRET}@models/x",
+        f"azure://m/token={SECRET}",
+        f"s3://me:{SECRET}@b",
+    ],
+)
+def test_a_credential_in_a_remote_is_refused_and_not_repeated(config, url):
+    with_url(config, url)
+    with pytest.raises(UserError, match=r"^the remote storage is") as refused:
+        dvc_remote.place()
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("file", dvc_remote.CONFIG)
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\n", "[core]\na = 1\n[core]\n", "\xff"])
+def test_settings_that_cannot_be_read_are_named(config, file, text):
+    with_url(config, "azure://models/tones")
+    Path(file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"^{file} cannot be read: .* bring back what Git has"):
+        dvc_remote.place()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AZURE_STORAGE_ACCOUNT", f"https://a.blob.core.windows.net/?sig={SECRET}"),
+        ("AZURE_STORAGE_CONNECTION_STRING", f"AccountName=models AccountKey={SECRET}"),
+        ("AZURE_STORAGE_CONNECTION_STRING", f"AccountName=models,AccountKey={SECRET}"),
+    ],
+)
+def test_what_is_no_account_s_name_is_not_written(config, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(remote, "dvc", lambda *arguments: pytest.fail("written"))
+    with pytest.raises(UserError, match=f"{variable} is no name of an account") as refused:
+        remote.add("azure://models/tones")
+    assert SECRET not in str(refused.value)
+
+
+def test_the_account_of_the_environment(monkeypatch):
+    assert dvc_remote.account_name() is None
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "models2")
+    assert dvc_remote.account_name() == "models2"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"AccountKey={SECRET};AccountName=models;X=y")
+    assert dvc_remote.account_name() == "models"
