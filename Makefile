@@ -58,8 +58,9 @@ seeds: setup ## train with N=5 seeds, show mean and spread; SEEDS="--splits 42 7
 reproduce: setup ## build again in another folder and compare the bytes
 	@$(BIN)/python -m tools.reproduce
 
-clean: ## remove everything that was built (not the environment, not DVC's cache)
-	rm -rf build results/* logs benchmarks .snakemake
+clean: ## remove all that was built (not .venv, DVC's cache or results/seeds.*)
+	rm -rf build logs benchmarks .snakemake
+	@test ! -d results || find results -mindepth 1 -maxdepth 1 ! -name 'seeds.*' -exec rm -rf {} +
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -4,17 +4,21 @@ import importlib.util
 import os
 import re
 import subprocess
+from pathlib import Path
 
+import pytest
 from tiny import ROOT
 
 TEXT = (ROOT / "Makefile").read_text(encoding="utf-8")
 LISTED = re.findall(r"^([a-z-]+):.*## \S", TEXT, re.M)
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess:
+def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     # As from a terminal: `make test` would have it say which directory it enters.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS")}
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "-f", ROOT / "Makefile", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_modules_and_scripts_exist():
@@ -58,3 +62,23 @@ def test_an_old_python_is_refused_before_anything_is_installed():
         )
         assert done.returncode == code
         assert ("name one: make PYTHON=python3.12" in done.stderr) == bool(code)
+
+
+def test_clean_leaves_what_no_rule_builds_again(tmp_path):
+    """And Git keeps it, so that a clone has it."""
+    for name in ("build/base/x", "results/seeds.json", "results/seeds.svg", "results/metrics.json", "results/more/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for _ in range(2):
+        done = make("clean", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {"results/seeds.json", "results/seeds.svg"}
+    assert make("clean", folder=tmp_path / "results").returncode == 0  # without results/
+    assert (tmp_path / "results" / "seeds.json").exists()
+
+
+@pytest.mark.parametrize(("name", "ignored"), [("seeds.json", False), ("metrics.json", False), ("gates.json", True)])
+def test_git_keeps_what_no_rule_builds_again(name, ignored):
+    done = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", f"results/{name}"], cwd=ROOT)
+    assert (done.returncode == 0) == ignored
