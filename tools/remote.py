@@ -185,13 +185,36 @@ def restore(job: cli.Job) -> None:
         UserError: the cache lacks something; or the receipts, the parameters and the files here do not agree.
     """
     refuse_before_overwriting()
-    done = dvc("checkout", "--force", capture=True)
-    if done.returncode:
-        raise UserError(
-            f"dvc checkout: {reason(done.stderr)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` builds again."
-        )
+    put_back()
     take_from_git()
     prove(job)
+
+
+def put_back() -> None:
+    """Let DVC put back what its cache has; it would first delete a folder of which the cache has lost something.
+
+    Raises:
+        UserError: the cache lacks something.
+    """
+    kept = [out for out in tracked() if out["md5"] or out["stage"].endswith(".dvc")]
+    lost = {
+        out["path"]: out
+        for out in kept
+        if out["md5"] and not all(cached(name).is_file() for name in objects(out["md5"])) and Path(out["path"]).exists()
+    }
+    if targets := [out["path"] for out in kept if out["path"] not in lost]:
+        done = dvc("checkout", "--force", *targets, capture=True)
+        if done.returncode:
+            raise UserError(
+                f"dvc checkout: {reason(done.stderr)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` "
+                "builds again."
+            )
+    for path, out in lost.items():
+        again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(path, out["stage"])
+        raise UserError(
+            f"{path} was left as it is, because DVC's cache on this disk does not have all of it; what the cache has was put back. "
+            f"`{again}` puts it into the cache again, and `make pull` brings it from a remote."
+        )
 
 
 def refuse_before_overwriting() -> None:

@@ -383,3 +383,33 @@ def test_a_user_s_own_stage_that_is_old_stops_no_proof(monkeypatch, edit, named)
         PROVE(JOB)
     assert proved == [True] * (not edit)
     assert path.read_text() == "of the former one"
+
+
+@pytest.mark.parametrize("lost", [WEIGHTS.parent, WEIGHTS, FOLDER, FOLDER / "a.txt", DATA, None])
+def test_what_the_cache_has_lost_is_never_deleted(lost):
+    """None: the whole cache. `dvc checkout --force` deletes such a folder, though it is what was recorded."""
+    everything = [DATA, *FOLDER.iterdir(), *WEIGHTS.parent.iterdir(), Path("results/scores.csv")]
+    before = {path: path.read_text() for path in everything}
+    shutil.rmtree(".dvc/cache") if lost is None else objects(lost)[0].unlink()
+    if lost:
+        Path("results/scores.csv").unlink()
+    with pytest.raises(
+        UserError, match="was left as it is, because DVC's cache on this disk does not have all"
+    ) as refused:
+        remote.restore(JOB)
+    assert {path: path.read_text() for path in everything} == before
+    path = {WEIGHTS: WEIGHTS.parent, FOLDER / "a.txt": FOLDER}.get(lost, lost)
+    again = "make" if path == WEIGHTS.parent else f".venv/bin/dvc add {path}"
+    assert lost is None or str(refused.value).startswith(f"{path} was")
+    assert lost is None or f"`{again}` puts it into the cache again" in str(refused.value)
+    for added in (DATA, FOLDER):
+        add(added)  # as the message says
+    record()
+    remote.restore(JOB)
+
+
+def test_restore_says_what_is_neither_here_nor_in_the_cache():
+    objects(WEIGHTS)[0].unlink()
+    shutil.rmtree("build")
+    with pytest.raises(UserError, match=r"^dvc checkout: .*`make pull` brings from a remote"):
+        remote.restore(JOB)
