@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from slmake import cli, outputs, params
@@ -76,8 +77,8 @@ def add(url: str) -> None:
             raise UserError(f"dvc {' '.join(step)}: {reason(done.stderr)}")
 
 
-def transfer(verb: str, job: cli.Job) -> None:
-    """`dvc push` or `dvc pull`, again after a failure that may pass.
+def transfer(verb: str, job: cli.Job, *names: str) -> None:
+    """`dvc push` or `dvc pull` of what some names stand for, or of everything; again after a failure that may pass.
 
     Raises:
         UserError: it failed ATTEMPTS times, or for a reason that stays.
@@ -85,7 +86,7 @@ def transfer(verb: str, job: cli.Job) -> None:
     from slmake.sources import blob
 
     for attempt in range(1, ATTEMPTS + 1):
-        done = dvc(verb)
+        done = dvc(verb, *names)
         if done.returncode == 0:
             return
         text = blob.scrub(done.stderr)
@@ -173,7 +174,7 @@ def pull(job: cli.Job) -> None:
     there = stored()
     if not there:
         raise UserError("nothing is in the remote. Where it was built: `make push`.")
-    refuse_before_overwriting()
+    refuse_before_overwriting(lambda names: transfer("pull", job, *names))
     transfer("pull", job)
     prove(job)
 
@@ -184,19 +185,23 @@ def restore(job: cli.Job) -> None:
     Raises:
         UserError: the cache lacks something; or the receipts, the parameters and the files here do not agree.
     """
-    refuse_before_overwriting()
+    refuse_before_overwriting(put_back)
     put_back()
     take_from_git()
     prove(job)
 
 
-def put_back() -> None:
+def put_back(names: Collection[str] = ()) -> None:
     """Let DVC put back what its cache has; it would first delete a folder of which the cache has lost something.
+
+    Args:
+        names: stages and `.dvc` files, as in `status`; all, if none is named.
 
     Raises:
         UserError: the cache lacks something.
     """
     kept = [out for out in tracked() if out["md5"] or out["stage"].endswith(".dvc")]
+    kept = [out for out in kept if not names or out["stage"] in names]
     lost = {
         out["path"]: out
         for out in kept
@@ -217,17 +222,19 @@ def put_back() -> None:
         )
 
 
-def refuse_before_overwriting() -> None:
+def refuse_before_overwriting(bring: Callable[[Collection[str]], None]) -> None:
     """Bring dvc.yaml up to date; refuse where a build runs, or where what is edited, or of other parameters, code or data, would be lost.
+
+    Args:
+        bring: brings a user's data as it was recorded, by the names of what keeps it: dvc.yaml names the files that are in a folder.
 
     Raises:
         UserError: what takes the outputs' place would be refused.
     """
     if any(Path(".snakemake/locks").glob("*")):
         raise UserError("a build is running here. If it was killed: `.venv/bin/snakemake --unlock`, then again.")
-    with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
-        dvc_yaml.update()
-    found = status()
+    kept = kept_by()
+    found = status(*set(kept.values())) if kept else {}
     if data := unkept(found):
         path, name = data[0]
         raise UserError(
@@ -235,12 +242,17 @@ def refuse_before_overwriting() -> None:
             f"`{recording(path, name)}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
         )
     refuse_unshared()
+    if others := {name for _, name in edited(found)}:
+        bring(sorted(others))
+    with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
+        dvc_yaml.update()
+    found = status()
     made = {out["path"] for out in receipts()} | {path for stage in entries().values() for path in outs(stage)}
-    kept = kept_by()  # brought back only where it is another; else outputs may be of what it is now
-    made = (made - kept.keys()) | {path for path, name in kept.items() if name in found}
+    # Data that is gone is brought back; else outputs may be of what it is now.
+    made = (made - kept.keys() - {dvc_yaml.DIGESTS}) | {path for path, name in kept.items() if name in found}
     lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]
     for stage, changes in found.items():
-        deps = [dep for dep in changed(changes, "deps") if dep not in made]
+        deps = [dep for dep in changed(changes, "deps") if not made & {dep, *map(str, Path(dep).parents)}]
         if lost and deps:
             raise UserError(
                 f"{stage} was recorded with other {', '.join(deps)} than are here, and {lost[0]} is not what was recorded, so nothing was "

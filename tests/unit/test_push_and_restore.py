@@ -413,3 +413,28 @@ def test_restore_says_what_is_neither_here_nor_in_the_cache():
     shutil.rmtree("build")
     with pytest.raises(UserError, match=r"^dvc checkout: .*`make pull` brings from a remote"):
         remote.restore(JOB)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_another_commit_has_other_files_in_a_folder_of_data(monkeypatch, gone):
+    """dvc.yaml names those that are here: first the folder is put back, then dvc.yaml is written."""
+
+    def update() -> None:
+        write("dvc.yaml", STAGES.replace("data/texts]", f"{', '.join(sorted(map(str, FOLDER.glob('*'))))}]"))
+
+    monkeypatch.setattr(dvc_yaml, "update", update)
+    update()
+    record()
+    first = {name: Path(name).read_bytes() for name in (f"{FOLDER}.dvc", "dvc.lock", "dvc.yaml")}
+    write(FOLDER / "c.txt", "more")
+    write(WEIGHTS, "second")
+    add(FOLDER)
+    update()
+    record()
+    for name, content in first.items():  # as `git checkout` does
+        Path(name).write_bytes(content)
+    if gone:
+        shutil.rmtree(FOLDER)
+    remote.restore(JOB)
+    assert sorted(path.name for path in FOLDER.iterdir()) == ["a.txt", "b.txt"]
+    assert WEIGHTS.read_text() == f"first {WEIGHTS}"
