@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import yaml
@@ -207,7 +207,9 @@ def scored_models() -> list[str]:
 
 
 def with_added(document: dict, file: Path) -> dict:
-    """The content of dvc.yaml with what users have added to the present one: stages, metrics, plots, and keys that no rule needs.
+    """The content of dvc.yaml with what users have added to the present one.
+
+    That is stages, metrics, plots, keys that no rule needs, and options of outputs, such as `push: false`.
 
     Of a file that cannot be read nothing is kept.
 
@@ -216,7 +218,12 @@ def with_added(document: dict, file: Path) -> dict:
     """
     try:
         present = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-        stages = {name: stage for name, stage in present.pop("stages", {}).items() if not is_ours(name, stage)}
+        every = present.pop("stages", {})
+        stages = {name: stage for name, stage in every.items() if not is_ours(name, stage)}
+        options = options_of(stage for name, stage in every.items() if is_ours(name, stage))
+        own = {
+            name: stage | {"outs": with_options(stage["outs"], options)} for name, stage in document["stages"].items()
+        }
         metrics = [path for path in present.pop("metrics", []) if path not in (*METRICS, *TIMINGS)]
         plots = [plot for plot in present.pop("plots", []) if not OUR_PLOT.match(next(iter(plot), ""))]
     except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):
@@ -227,11 +234,25 @@ def with_added(document: dict, file: Path) -> dict:
             "`make` writes the rule's."
         )
     merged = {
-        "stages": document["stages"] | stages,
+        "stages": own | stages,
         "metrics": document.get("metrics", []) + metrics,
         "plots": document.get("plots", []) + plots,
     }
     return {key: value for key, value in (merged | present).items() if value}
+
+
+def options_of(stages: Iterable[dict]) -> dict[str, dict]:
+    """What stands in dvc.yaml with the outputs of some stages, by path: `push`, `remote`, `desc`, but not `cache`: DVC must keep them."""
+    entries = [out for stage in stages for out in stage.get("outs", []) if isinstance(out, dict)]
+    given = [item for out in entries for item in out.items()]
+    return {path: {name: value for name, value in options.items() if name != "cache"} for path, options in given}
+
+
+def with_options(outs: list[str | dict], options: dict[str, dict]) -> list[str | dict]:
+    """Outputs of a stage as in dvc.yaml, with options; those that slmake gives them itself stay."""
+    given = [next(iter(out.items())) if isinstance(out, dict) else (out, {}) for out in outs]
+    merged = [(path, options.get(path, {}) | own) for path, own in given]
+    return [{path: kept} if kept else path for path, kept in merged]
 
 
 def is_ours(name: str, stage: dict) -> bool:

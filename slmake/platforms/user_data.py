@@ -38,9 +38,10 @@ def refuse_unshared() -> None:
     """Raise UserError for what `push: false` keeps from every remote, where DVC's cache here lacks it: nothing brings it."""
     for out in (out for out in tracked() if out["only_here"] and out["md5"]):
         if not all(cached(name).is_file() for name in objects(out["md5"])):
+            first = "bring it here as it was recorded, then " if out["stage"].endswith(".dvc") else ""
             raise UserError(
-                f"{out['path']}: DVC's cache here lacks it, and `push: false` keeps it from every remote. Bring it here as {out['stage']} "
-                f"recorded it, then `{recording(out['path'], out['stage'])}`; then the same command again."
+                f"{out['path']}: DVC's cache here lacks it, and `push: false` keeps it from every remote. To have it, {first}"
+                f"`{recording(out['path'], out['stage'])}`; then the same command again."
             )
 
 

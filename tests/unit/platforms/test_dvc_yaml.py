@@ -55,6 +55,25 @@ def test_nothing_is_left_of_former_rules_and_of_what_is_damaged(merged, present)
     assert merged(present) == GENERATED
 
 
+def test_options_of_outputs_stay(merged):
+    """What slmake itself says of an output does, too; those of a former rule's go with it."""
+    merge = {
+        "cmd": "snakemake --allowed-rules merge -- x",
+        "outs": [{"build/merged": {"push": False, "remote": "own", "cache": False}}],
+    }
+    former = {"cmd": FORMER["finetune"]["cmd"], "outs": [{"build/adapter": {"push": False}}]}
+    once = merged({"stages": {"merge": merge, "finetune": former}})
+    assert once["stages"] == GENERATED["stages"] | {
+        "merge": GENERATED["stages"]["merge"] | {"outs": [{"build/merged": {"push": False, "remote": "own"}}]}
+    }
+    assert merged(once) == once
+    given = {"results/metrics.json": {"desc": "figures"}}
+    assert dvc_yaml.with_options([{"results/metrics.json": {"cache": False}}, "x"], given) == [
+        {"results/metrics.json": {"cache": False, "desc": "figures"}},
+        "x",
+    ]
+
+
 def test_a_stage_of_the_name_of_a_rule_is_not_overwritten(merged):
     with pytest.raises(UserError, match=r"the stage merge is not as slmake writes it, and a rule has that name"):
         merged({"stages": {"merge": DEPLOY["deploy"]}})
