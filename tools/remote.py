@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from slmake import cli, outputs, params
-from slmake.errors import UserError
+from slmake.errors import PUBLIC_HALF, UserError
 from slmake.plan import Plan
 from slmake.platforms import dvc_yaml
 from slmake.platforms.dvc import (
@@ -189,6 +189,16 @@ def restore(job: cli.Job) -> None:
     put_back()
     take_from_git()
     prove(job)
+
+
+def refuse_without_key() -> None:
+    """Raise UserError if the key that signs the package is not here: nothing could be proved, after all of it was downloaded."""
+    plan = Plan(params.load("params.yaml"))
+    for key in plan.signing_key if "package" in plan.stages else ():
+        if not Path(key).is_file():
+            raise UserError(
+                f"package.signing_key: {key}: no such file, and nothing was brought or changed. {PUBLIC_HALF}"
+            )
 
 
 def put_back(names: Collection[str] = ()) -> None:
@@ -363,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             if repaired := repair_lock():
                 job.say(repaired)
+            if args.verb != "push":
+                refuse_without_key()
             {"push": push, "pull": pull, "restore": restore}[args.verb](job)
 
 

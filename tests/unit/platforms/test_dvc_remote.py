@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny import write_params
 
 from slmake.errors import UserError
 from slmake.platforms import dvc_remote
@@ -85,3 +86,22 @@ def test_the_account_of_the_environment(monkeypatch):
     assert dvc_remote.account_name() == "models2"
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"AccountKey={SECRET};AccountName=models;X=y")
     assert dvc_remote.account_name() == "models"
+
+
+@pytest.mark.parametrize("command", ["pull", "restore"])
+def test_a_missing_signing_key_is_said_before_anything_moves(monkeypatch, capsys, command):
+    done = []
+    monkeypatch.setattr(remote, command, lambda job: done.append(command))
+    write_params(Path("params.yaml"), package={"signing_key": "key.pem"})
+    with pytest.raises(SystemExit):
+        remote.main([command])
+    assert "key.pem: no such file" in (said := capsys.readouterr().err)
+    assert "`.venv/bin/python -m tools.verify --key PUBLIC.pem`" in said
+    assert not done
+    Path("key.pem").touch()
+    remote.main([command])
+    write_params(
+        Path("params.yaml"), package={"signing_key": "gone.pem"}, all={"stages": ["finetune"]}
+    )  # signs nothing
+    remote.main([command])
+    assert done == [command] * 2
