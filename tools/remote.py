@@ -224,7 +224,9 @@ def put_back(names: Collection[str] = ()) -> None:
                 f"dvc checkout: {reason(done.stderr)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` "
                 "builds again."
             )
-    for path, out in lost.items():
+    for path, out in sorted(
+        lost.items(), key=lambda entry: dvc_yaml.is_ours(entry[1]["stage"], entry[1])
+    ):  # data first
         again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(path, out["stage"])
         raise UserError(
             f"{path} was left as it is, because DVC's cache on this disk does not have all of it; what the cache has was put back. "

@@ -288,7 +288,11 @@ def _other_than_recorded(paths: Collection[str]) -> Iterator[tuple[str, str]]:
     with contextlib.suppress(NotDvcRepoError), Repo() if paths else contextlib.nullcontext() as repo:
         for path in paths:
             for out in repo.find_outs_by_path(path):
-                yield from ((path, how) for how in out.workspace_status().values())
+                try:
+                    found = out.workspace_status()
+                except FileNotFoundError:  # a link into a cache that is gone
+                    found = {path: "deleted"}
+                yield from ((path, how) for how in found.values())
 
 
 def built_from(plan: Plan) -> str:

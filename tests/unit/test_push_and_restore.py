@@ -400,12 +400,20 @@ def test_what_the_cache_has_lost_is_never_deleted(lost):
     assert {path: path.read_text() for path in everything} == before
     path = {WEIGHTS: WEIGHTS.parent, FOLDER / "a.txt": FOLDER}.get(lost, lost)
     again = "make" if path == WEIGHTS.parent else f".venv/bin/dvc add {path}"
-    assert lost is None or str(refused.value).startswith(f"{path} was")
+    assert str(refused.value).startswith(f"{path or DATA} was")
     assert lost is None or f"`{again}` puts it into the cache again" in str(refused.value)
     for added in (DATA, FOLDER):
         add(added)  # as the message says
     record()
     remote.restore(JOB)
+
+
+def test_a_link_into_a_cache_that_is_gone_is_named():
+    shutil.rmtree(".dvc/cache")
+    (FOLDER / "a.txt").unlink()
+    (FOLDER / "a.txt").symlink_to("gone")
+    with pytest.raises(UserError, match=f"{FOLDER} is not what {FOLDER}.dvc recorded"):
+        remote.restore(JOB)
 
 
 def test_restore_says_what_is_neither_here_nor_in_the_cache():
