@@ -312,7 +312,9 @@ def serve(model, name: str, options: argparse.Namespace) -> None:
 
     key = os.environ.get(KEY)
     if options.host not in LOOPBACK and not key:
-        raise ValueError(f"{options.host} is neither 127.0.0.1 nor localhost: set a key in the environment, {KEY}=...")
+        raise ValueError(
+            f"{options.host} is neither 127.0.0.1 nor localhost: set a key in the environment variable {KEY}."
+        )
     hosts = LOOPBACK if options.host in LOOPBACK else ["*"]
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:

@@ -386,7 +386,7 @@ def test_an_open_address_needs_a_key(model, dataset, refused, monkeypatch):
     monkeypatch.delenv(serve.KEY, raising=False)
     message = refused(tool.main, [f"--model={model.folder}", f"--dataset={dataset}", *options(host="0.0.0.0")])
     assert message == (
-        "serve: error: 0.0.0.0 is neither 127.0.0.1 nor localhost: set a key in the environment, SLMAKE_API_KEY=..."
+        "serve: error: 0.0.0.0 is neither 127.0.0.1 nor localhost: set a key in the environment variable SLMAKE_API_KEY."
     )
 
 

@@ -65,6 +65,7 @@ def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):
     }
     assert imported == {
         *(
+            "bisect",
             "json",
             "os",
             "re",
