@@ -11,7 +11,7 @@ _NAMES = (
     r"sig|signature|token|secret|pass|passwd|password|pwd|auth|authorization|credential|credentials|apikey|accountkey|jwt|sas"
     r"|(?:api|access|account|private|secret|shared|subscription|master)[-_]?key(?:[-_]?id)?|awsaccesskeyid|sharedaccesssignature"
 )
-_ASSIGNED = re.compile(rf"(?i)(?<![^/?&;#\s'\"])((?:[\w.-]*[-_])?(?:{_NAMES}))=[^/&;\s'\"]+")
+_ASSIGNED = re.compile(rf"(?i)(?<![^/?&;#\s'\"`,(\[{{<|])((?:[\w.-]*[-_])?(?:{_NAMES}))=[^/&;\s'\"`]*[^/&;\s'\"`:,.)]")
 # As headers and JSON answers have them, and percent-encoded.
 _SAID = re.compile(
     rf"(?i)(\b(?:bearer|authorization:\s*basic)\s+|[\"'](?:[\w.-]*[-_])?(?:{_NAMES})[\"']\s*:\s*[\"']?|\b(?:{_NAMES})%3d)(?!\*\*\*)[\w.~+/=%-]{{6,}}"
@@ -92,7 +92,9 @@ def scrub(text: str) -> str:
     text = re.sub(r"(://[^/?#\s'\"@:]*):(?!\d{1,5}[/?#\s'\"])[^\s'\"]+@", r"\1:***@", text)
     text = re.sub(r"(?i)\b(https?://)[^/?#\s'\"@]*@", r"\1***@", text)
     text = _SAID.sub(r"\1***", _KEY.sub(r"-----BEGIN \1-----***", text))
-    text = re.sub(r"(?i)(https?://[^\s'\"?#]*\?)([^\s'\"#]+)", lambda found: found[1] + _query(found[2]), text)
+    # What a sentence has behind an address, in backticks or not, is no part of it.
+    query = r"(?i)(https?://[^\s'\"?#`]*\?)([^\s'\"#`]*[^\s'\"#`:,.;)])"
+    text = re.sub(query, lambda found: found[1] + _query(found[2]), text)
     return _ASSIGNED.sub(r"\1=***", text)
 
 
@@ -100,5 +102,10 @@ def _query(text: str) -> str:
     """A query without the values that may be a credential."""
     pairs = (part.partition("=") for part in text.split("&"))
     return "&".join(
-        f"{name}{equals}{value if harmless(name, value) or name == '***' else '***'}" for name, equals, value in pairs
+        f"{name}{equals}{value if harmless(name, value) else '***'}"
+        if equals
+        else name
+        if name.lower() in HARMLESS
+        else "***"
+        for name, equals, value in pairs
     )

@@ -24,7 +24,8 @@ PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
 INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 ROLES = ("system", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking")  # some templates write them, some do not
-UNREAD = (*THOUGHTS, "function_call", "audio", "prefix", "refusal")  # fields of a message that no training has
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+UNREAD = (*THOUGHTS, *MEDIA, "documents", "function_call", "prefix", "refusal")  # fields of a message that are not read
 IN_PIECES = "it has a character that the model's tokenizer writes in several tokens. Leave it out or write it as ASCII."
 
 
@@ -143,7 +144,7 @@ class Exported:
 
     def shortened(self, messages: list[dict], tools: list[dict] | None = None) -> list[dict]:
         """The turns of a chat without as many of the earliest ones as training drops where it is too long; a system turn stays."""
-        limit = self.form.get("max_prompt_tokens")
+        limit = self.form.get("max_chat_tokens")
         users = [number for number, turn in enumerate(messages) if turn.get("role") == "user"]
         starts, system = [0, *users[1:]], [turn for turn in messages[:1] if turn.get("role") in ("system", "developer")]
 

@@ -9,7 +9,6 @@ asked. Exit code 0 means that all of it is up to date.
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -46,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     # Where no file has moved since the last record, neither Snakemake nor DVC need look; but a profile may name another environment.
     asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
     if asked:
-        with contextlib.suppress(UserError):  # the build reports what is wrong
-            dvc_yaml.update()
+        update(recorded=not args.targets)
         if not run(screen, args.targets):
             for line in screen.ending():
                 screen.write(line)
@@ -75,9 +73,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def update(recorded: bool) -> None:
+    """Bring dvc.yaml up to date. Where it cannot be, the build says why; but it would run a rule that cannot be `recorded`."""
+    with cli.job("build"):
+        try:
+            dvc_yaml.update()
+        except UserError as error:
+            if recorded and isinstance(error, dvc_yaml.UnknownRule):
+                raise
+
+
 def refuse_unrecordable() -> None:
     """Raise UserError if DVC could not record what is built here: that would show after the last rule."""
-    dvc_yaml.refuse_unknown_rules()
     if not Path(".dvc").is_dir():
         raise UserError(
             "DVC has no folder .dvc here, so it could not record what is built; one in a folder above does not count. "

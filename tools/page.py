@@ -43,6 +43,6 @@ def write() -> None:
 
 def remove_stale(say: Callable[[str], None]) -> None:
     """Remove a page of other figures than are here, and say so."""
-    if PAGE.exists() and not (OVERVIEW.exists() and is_of(figures())):
+    if PAGE.exists() and SHOWN.is_file() and not (OVERVIEW.exists() and is_of(figures())):
         PAGE.unlink()
         say(f"{PAGE} was of another build and is removed: `make report` writes it of the figures that are here")

@@ -175,6 +175,7 @@ def pull(job: cli.Job) -> None:
     if not there:
         raise UserError("nothing is in the remote. Where it was built: `make push`.")
     refuse_before_overwriting(lambda names: transfer("pull", job, *names))
+    refuse_deleting(there)
     transfer("pull", job)
     prove(job)
 
@@ -189,6 +190,24 @@ def restore(job: cli.Job) -> None:
     put_back()
     take_from_git()
     prove(job)
+
+
+def refuse_deleting(there: dict[str, int]) -> None:
+    """Raise UserError for what is here and neither DVC's cache nor the remote has whole: DVC would delete such a folder, and then fail.
+
+    Args:
+        there: sizes in bytes of the remote's objects, by MD5, from `stored`.
+    """
+    for out in tracked():
+        if not out["md5"] or not Path(out["path"]).exists():
+            continue
+        names = objects(out["md5"], lambda name: listed(name) if name in there else None)
+        if any(name not in there and not cached(name).is_file() for name in names):
+            again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(out["path"], out["stage"])
+            raise UserError(
+                f"{out['path']}: neither DVC's cache on this disk nor the remote has all of it, so nothing was brought over what is here. "
+                f"`{again}` puts it into the cache again."
+            )
 
 
 def refuse_without_key() -> None:
@@ -218,7 +237,7 @@ def put_back(names: Collection[str] = ()) -> None:
         if out["md5"] and not all(cached(name).is_file() for name in objects(out["md5"])) and Path(out["path"]).exists()
     }
     if targets := [out["path"] for out in kept if out["path"] not in lost]:
-        done = dvc("checkout", "--force", *targets, capture=True)
+        done = dvc("checkout", "--force", *(targets if names or lost else ()), capture=True)
         if done.returncode:
             raise UserError(
                 f"dvc checkout: {reason(done.stderr)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` "
@@ -246,7 +265,8 @@ def refuse_before_overwriting(bring: Callable[[Collection[str]], None]) -> None:
     if any(Path(".snakemake/locks").glob("*")):
         raise UserError("a build is running here. If it was killed: `.venv/bin/snakemake --unlock`, then again.")
     kept = kept_by()
-    found = status(*set(kept.values())) if kept else {}
+    names = set(kept.values())
+    found = status(*(() if any(":" in name for name in names) else names)) if names else {}  # DVC reads FILE:STAGE
     if data := unkept(found):
         path, name = data[0]
         raise UserError(
@@ -254,20 +274,33 @@ def refuse_before_overwriting(bring: Callable[[Collection[str]], None]) -> None:
             f"`{recording(path, name)}` keeps it. To drop it, remove it: then the same command brings back what was recorded."
         )
     refuse_unshared()
-    if others := {name for _, name in edited(found)}:
+    if others := {name for path, name in edited(found) if Path(path).is_dir()}:
+        refuse_other_inputs(kept, dvc_yaml.DIGESTS)
         bring(sorted(others))
     with contextlib.suppress(UserError):  # of what `make pull` has yet to bring; what is wrong else is said afterwards
         dvc_yaml.update()
+    refuse_other_inputs(kept)
+
+
+def refuse_other_inputs(kept: dict[str, str], *coming: str) -> None:
+    """Raise UserError if outputs would be overwritten that may be of what is here now, and of other inputs than were recorded.
+
+    Args:
+        kept: users' data, as `kept_by` gives it.
+        coming: paths of inputs that will be others when the data is as it was recorded.
+    """
     found = status()
     made = {out["path"] for out in receipts()} | {path for stage in entries().values() for path in outs(stage)}
     # Data that is gone is brought back; else outputs may be of what it is now.
-    made = (made - kept.keys() - {dvc_yaml.DIGESTS}) | {path for path, name in kept.items() if name in found}
+    made = (
+        (made - kept.keys() - {dvc_yaml.DIGESTS}) | {path for path, name in kept.items() if name in found} | {*coming}
+    )
     lost = [path for changes in found.values() for path, how in changed(changes, "outs").items() if how == "modified"]
     for stage, changes in found.items():
         deps = [dep for dep in changed(changes, "deps") if not made & {dep, *map(str, Path(dep).parents)}]
         if lost and deps:
             raise UserError(
-                f"{stage} was recorded with other {', '.join(deps)} than are here, and {lost[0]} is not what was recorded, so nothing was "
+                f"{stage} was recorded with other {', '.join(deps)} than are here, and {lost[0]} is not what was recorded, so no output was "
                 "overwritten. Bring back what was there then, or run `make`: it builds of what is here."
             )
 

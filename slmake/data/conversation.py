@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from slmake import prompts
 from slmake.data import json_values
-from slmake.generation import THOUGHTS, UNREAD, without_closing
+from slmake.generation import MEDIA, THOUGHTS, UNREAD, without_closing
 from slmake.text import one_line
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
@@ -19,8 +19,6 @@ SWITCHES = (
     "loss",
 )  # of a turn: whether it is trained; `training` is Axolotl's name, `loss` ms-swift's
 FLAGS = (*SWITCHES, "weight")  # `weight` is OpenAI's
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of a row, or of a turn
-BESIDE = (*MEDIA, "documents", "refusal", "prefix", "reasoning_details")  # fields of a turn, as at run time
 # Fields of a row: Claude's, Bedrock's and LLaMA-Factory's name, OpenHermes', and what others use.
 SYSTEM = ("system", "system_prompt", "system_message")
 MARKS = ("label", "kto_tag")  # of a row: whether its answer is a good one (TRL's and LLaMA-Factory's names)
@@ -218,7 +216,7 @@ def _turn(number: int, turn: object, closing: tuple[str, ...]) -> dict:
         raise ValueError(
             f"has {thought} in turn {number}, which chat templates treat differently; write it into content, as the model shall write it"
         )
-    if unread := next((key for key in BESIDE if turn.get(key)), None):
+    if unread := next((key for key in UNREAD if turn.get(key) and key not in (*THOUGHTS, "function_call")), None):
         raise ValueError(f"has {unread} in turn {number}, which is not read: only text is trained")
     if turn.get("function_call"):
         raise ValueError(f"has function_call in turn {number}, the old form of tool calls; write it as tool_calls")

@@ -258,8 +258,8 @@ class Tokenize:
 
         `begin_token_ids` stand before every prompt; `normalization` is a Unicode form; `space` becomes a space in an answer, which the
         runtime does not do in added tokens such as Gemma's for several spaces; a prompt keeps its last
-        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. A chat
-        loses its earliest turns before; where training dropped turns only, its longest prompt is the limit. `tools` are
+        `max_prompt_tokens` and a first `kept_token_id`, so that the longest answer fits behind it, where training cut prompts. Before that,
+        a chat loses its earliest turns until it has `max_chat_tokens`, the longest prompt of training, where that dropped turns. `tools` are
         those that all conversations have; an empty list where they differ. `system` is the turn that all conversations begin with.
         """
         rules = dict(self._writing)
@@ -272,9 +272,10 @@ class Tokenize:
             ids = ids[:-1]
         if len(ids) > len(plain):
             rules["begin_token_ids"] = ids[: len(ids) - len(plain)]
-        if self.truncated or self.shortened:
-            behind = self.section.max_seq_len - self.longest_answer
-            rules["max_prompt_tokens"] = behind if self.truncated else self.longest_prompt
+        if self.shortened:
+            rules["max_chat_tokens"] = self.longest_prompt
+        if self.truncated:
+            rules["max_prompt_tokens"] = self.section.max_seq_len - self.longest_answer
             rules["kept_token_id"] = self.tokenizer.bos_token_id
         return rules
 

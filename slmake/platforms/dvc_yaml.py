@@ -46,13 +46,16 @@ PREDICTIONS = "results/predictions.csv"
 OUR_PLOT = re.compile("Loss$|Confusion of ")
 
 
+class UnknownRule(UserError):
+    """A rule that would run, and that no stage stands for: nothing could record it."""
+
+
 def rules() -> dict[str, dict[str, list[str]]]:
     """Rule name to its inputs and outputs, in the Snakefile's order, as a forced dry run of Snakemake prints them.
 
     Raises:
-        UserError: Snakemake refuses the Snakefile or params.yaml; or it has a rule of none of the stages.
+        UserError: Snakemake refuses the Snakefile or params.yaml; or an UnknownRule.
     """
-    refuse_unknown_rules()
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nocolor", "--printshellcmds"]
     variables = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
@@ -72,21 +75,15 @@ def rules() -> dict[str, dict[str, list[str]]]:
         elif not line.startswith("    "):
             name = None
     graph.pop("all", None)
+    if unknown := [name for name in graph if name not in RULES]:
+        raise UnknownRule(
+            f"Snakefile: slmake does not know the rule {unknown[0]}, so nothing would record what it makes. Add it as "
+            "docs/how-to/add-a-rule.md says, or make it a stage of your own, which stays in dvc.yaml: `.venv/bin/dvc stage add`."
+        )
     for rule in graph.values():  # what the members of a stage make for each other
         rule["input"] = [path for path in rule["input"] if path not in rule["output"]]
     written = re.findall(r"^rule (\w+):", Path("Snakefile").read_text(encoding="utf-8"), re.M)
     return {name: graph[name] for name in written if name in graph}  # independent jobs are printed in any order
-
-
-def refuse_unknown_rules() -> None:
-    """Raise UserError if the Snakefile, or a file that it includes, has a rule that no stage stands for: nothing could record it."""
-    for file in filter(Path.is_file, snakefiles()):
-        for name in re.findall(r"^ *(?:rule|checkpoint) +(\w+) *:", file.read_text(encoding="utf-8"), re.M):
-            if name not in (*RULES, "all"):
-                raise UserError(
-                    f"{file}: slmake does not know the rule {name}, so nothing would record what it makes. Add it as "
-                    "docs/how-to/add-a-rule.md says, or make it a stage of your own, which stays in dvc.yaml: `.venv/bin/dvc stage add`."
-                )
 
 
 def in_order(graph: dict[str, dict[str, list[str]]]) -> list[str]:
@@ -245,7 +242,10 @@ def options_of(stages: Iterable[dict]) -> dict[str, dict]:
     """What stands in dvc.yaml with the outputs of some stages, by path: `push`, `remote`, `desc`, but not `cache`: DVC must keep them."""
     entries = [out for stage in stages for out in stage.get("outs", []) if isinstance(out, dict)]
     given = [item for out in entries for item in out.items()]
-    return {path: {name: value for name, value in options.items() if name != "cache"} for path, options in given}
+    return {
+        os.path.normpath(path): {name: value for name, value in (options or {}).items() if name != "cache"}
+        for path, options in given
+    }
 
 
 def with_options(outs: list[str | dict], options: dict[str, dict]) -> list[str | dict]:

@@ -36,7 +36,7 @@ def unkept(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
 
 def refuse_unshared() -> None:
     """Raise UserError for what `push: false` keeps from every remote, where DVC's cache here lacks it: nothing brings it."""
-    for out in (out for out in tracked() if out["only_here"] and out["md5"]):
+    for out in (out for out in tracked() if out["only_here"] and out["md5"] and not is_ours(out["stage"], out)):
         if not all(cached(name).is_file() for name in objects(out["md5"])):
             first = "bring it here as it was recorded, then " if out["stage"].endswith(".dvc") else ""
             raise UserError(

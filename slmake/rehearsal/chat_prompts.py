@@ -90,14 +90,13 @@ def compare(base: Path, dataset: Path, exported: Exported) -> int:
     settings = form["chat"]
     chat = ChatTemplate(load_tokenizer(base), settings["template_kwargs"], settings["date"])
     chats = list(_chats(dataset, form))
-    learned = any(tools for _, _, tools in chats)
-    for name, turns, tools in [*chats, *((name, turns, TOOLS) for name, turns in OF_TOOLS.items())]:
+    if any(tools for _, _, tools in chats):  # a model that has seen none in training is not asked with some
+        chats += [(name, turns, TOOLS) for name, turns in OF_TOOLS.items()]
+    for name, turns, tools in chats:
         own = "system" not in form or turns[0]["role"] == "system"
         try:
             trained = chat.asked(turns if own else [form["system"], *turns], tools) + settings.get("answer_prefix", "")
-        except ValueError:  # no chat of this template
-            continue
-        if tools is TOOLS and not learned and not _taken(exported, turns):
+        except (ValueError, UserError):  # no chat of this template
             continue
         _refuse_other(name, trained, exported, turns, tools)
         count += 1
@@ -111,14 +110,6 @@ def _chats(dataset: Path, form: dict) -> Iterator[tuple[str, list[dict], list[di
         yield f"row {kept['row']} of {kept['file']}", kept["turns"], kept["tools"]
     for name, turns in MADE_UP.items():
         yield name, turns, form.get("tools")
-
-
-def _taken(exported: Exported, turns: list[dict]) -> bool:
-    """Whether the runtime takes tools at all; if not, it says so to whoever gives it some."""
-    try:
-        return bool(exported.chat_prompt(turns, TOOLS))
-    except ValueError:
-        return False
 
 
 def _refuse_other(name: str, trained: str, exported: Exported, turns: list[dict], tools: list[dict] | None) -> None:

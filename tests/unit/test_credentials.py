@@ -20,6 +20,10 @@ from slmake.sources import blob
         ("abfs://data@store.dfs.core.windows.net/x", "abfs://data@store.dfs.core.windows.net/x"),
         ("https://host:8080/pkg@1/design=2", "https://host:8080/pkg@1/design=2"),
         ("accuracy=0.8 tokens=12 key=5", "accuracy=0.8 tokens=12 key=5"),
+        ("`https://h/x?abc123`: refused", "`https://h/x?***`: refused"),
+        ("is https://h/x?***, not in Azure", "is https://h/x?***, not in Azure"),
+        ("https://h/x?download: no such file", "https://h/x?download: no such file"),
+        ("`AccountKey=abc` is no date, x,AccountKey=abc", "`AccountKey=***` is no date, x,AccountKey=***"),
     ],
 )
 def test_scrub(text, expected):
@@ -50,7 +54,7 @@ def test_every_message_of_ours_loses_its_secrets_once():
     shown = str(
         UserError(f"params.yaml: fetch_model.chat_template: https://u:{SECRET}@h/x?v=1&sig={SECRET}: no such file")
     )
-    assert shown == "params.yaml: fetch_model.chat_template: https://***@h/x?v=1&sig=*** no such file"
+    assert shown == "params.yaml: fetch_model.chat_template: https://***@h/x?v=1&sig=***: no such file"
     assert str(UserError(shown)) == shown == scrub(shown)
     assert scrub(masked(f"https://h/x?sig={SECRET}")) == masked(f"https://h/x?sig={SECRET}") == "https://h/x?***"
 

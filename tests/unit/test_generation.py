@@ -196,6 +196,9 @@ def test_a_long_chat_is_asked_without_the_turns_that_training_dropped(tmp_path, 
     assert (last.cut > 0) == bool(one)
     assert model.encode(model.prompt(json.dumps(turns[:-1]))) == prompt
     assert model.shortened(turns[:2]) == turns[:2]
+    assert ("max_prompt_tokens" in model.form) == bool(
+        one
+    )  # a turn that is longer than those of training is asked whole
 
 
 def test_a_chat_is_asked_whole_where_training_dropped_nothing(exported):

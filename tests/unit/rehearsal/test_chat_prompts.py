@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from prepared import other_chat
-from served import CHAT, export
+from served import CHAT, WEATHER, export
 from tiny import write_params
 
 from slmake import cli, params
@@ -67,6 +67,8 @@ ROW = {
     "turns": [{"role": "system", "content": "Go /no_think"}, {"role": "user", "content": "<think>"}],
 }
 
+CALLED = ROW | {"tools": [WEATHER]}
+
 
 @pytest.fixture(scope="module")
 def onnx(tmp_path_factory, base) -> Path:
@@ -93,10 +95,10 @@ def test_a_usual_template_is_written_so_that_the_runtime_reads_it_as_training(co
     template = TEMPLATES[name]
     written = rewritten(template)
     assert written != template
-    assert compared(template, written, [ROW]) == 8
-    assert compared(written, written, [ROW]) == 8  # transformers reads it in the same way
+    assert compared(template, written, [ROW]) == 5
+    assert compared(written, written, [ROW]) == 5  # transformers reads it in the same way
     system = {"role": "system", "content": "Be kind."}
-    assert compared(template, written, system=system) == 7
+    assert compared(template, written, system=system) == 4
     with pytest.raises(UserError, match="the runtime's chat template engine"):
         compared(template, template, [ROW])
 
@@ -104,7 +106,11 @@ def test_a_usual_template_is_written_so_that_the_runtime_reads_it_as_training(co
 @pytest.mark.parametrize("options", ["indent=4", "ensure_ascii=False, indent='\\t'", "indent=0", "indent=none"])
 def test_indented_tools_are_written_as_training_wrote_them(compared, options):
     template = SHOWN.replace("OPTIONS", options)
-    assert compared(template, rewritten(template)) == compared(rewritten(template), rewritten(template)) == 7
+    assert (
+        compared(template, rewritten(template), [CALLED])
+        == compared(rewritten(template), rewritten(template), [CALLED])
+        == 8
+    )
     with pytest.raises(UserError, match="the runtime's chat template engine"):
         compared(template, template, [ROW | {"tools": chat_prompts.TOOLS}])
 
@@ -120,12 +126,16 @@ def test_arguments_of_calls_are_written_as_training_wrote_them(compared):
         "{% endfor %}{% endfor %}"
     )
     template = "{% for m in messages %}" + TURN + "{{ m.content }}" + calls + "{% endfor %}"
-    assert compared(template, rewritten(template)) == compared(rewritten(template), rewritten(template)) == 7
+    assert (
+        compared(template, rewritten(template), [CALLED])
+        == compared(rewritten(template), rewritten(template), [CALLED])
+        == 8
+    )
     for name in ("result", "call without arguments"):
         part = calls if name == "result" else calls.partition("{% for name")[0] + "{% endfor %}"
         template = "{% for m in messages %}" + TURN + "{{ m.content }}" + part + "{% endfor %}"
         with pytest.raises(UserError, match=f"another prompt of a chat with a .*{name}"):
-            compared(template, template)
+            compared(template, template, [CALLED])
 
 
 def test_a_template_whose_tools_the_runtime_does_not_take(compared):
@@ -135,8 +145,8 @@ def test_a_template_whose_tools_the_runtime_does_not_take(compared):
     assert compared(template, template, [ROW]) == 5
     with pytest.raises(UserError, match="fails on row 7"):
         compared(template, template, [ROW | {"tools": chat_prompts.TOOLS}])
-    with pytest.raises(UserError, match="another prompt of a chat with tools: training has"):
-        compared(SHOWN.replace("OPTIONS", "indent=4"), SHOWN.replace("OPTIONS", "indent=4"), [ROW])
+    with pytest.raises(UserError, match=r"another prompt of (row 7|a chat with tools)"):
+        compared(SHOWN.replace("OPTIONS", "indent=4"), SHOWN.replace("OPTIONS", "indent=4"), [CALLED])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,7 @@ def test_rehearse_compares_where_it_has_an_export(tmp_path, base, dataset, monke
 def test_chats_that_the_template_does_not_take_are_left_out(compared):
     """And a prompt that is no chat is not compared at all."""
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
-    assert compared(template, template) == 5
+    assert compared(template, template) == 2
     assert compared(template, "{{ other", prompt="{a}") == 0
 
 
