@@ -393,9 +393,10 @@ def test_what_the_cache_has_lost_is_never_deleted(lost):
     shutil.rmtree(".dvc/cache") if lost is None else objects(lost)[0].unlink()
     if lost:
         Path("results/scores.csv").unlink()
-    with pytest.raises(
-        UserError, match="was left as it is, because DVC's cache on this disk does not have all"
-    ) as refused:
+    Path("there/object").touch()  # `pull` refuses an empty remote
+    with pytest.raises(UserError, match="neither DVC's cache on this disk nor the remote has all of it"):
+        remote.pull(JOB)
+    with pytest.raises(UserError, match="was left as it is, because DVC's cache on this disk does not have") as refused:
         remote.restore(JOB)
     assert {path: path.read_text() for path in everything} == before
     path = {WEIGHTS: WEIGHTS.parent, FOLDER / "a.txt": FOLDER}.get(lost, lost)
