@@ -145,18 +145,17 @@ class Exported:
     def shortened(self, messages: list[dict], tools: list[dict] | None = None) -> list[dict]:
         """The turns of a chat without as many of the earliest ones as training drops where it is too long; a system turn stays."""
         limit = self.form.get("max_chat_tokens")
-        users = [number for number, turn in enumerate(messages) if turn.get("role") == "user"]
-        starts, system = [0, *users[1:]], [turn for turn in messages[:1] if turn.get("role") in ("system", "developer")]
-
-        def since(start: int) -> list[dict]:
-            return [*system, *messages[start:]] if start else messages
+        starts = [number for number, turn in enumerate(messages) if turn.get("role") == "user"][1:]
+        if limit is None or not starts or (whole := len(self._ids(self.chat_prompt(messages, tools)))) <= limit:
+            return messages
+        system = [turn for turn in messages[:1] if turn.get("role") in ("system", "developer")]
+        # Tools, which are slow to render, have as many tokens whatever the turns behind them.
+        beside = whole - len(self._ids(self.chat_prompt(messages))) if tools else 0
 
         def fits(start: int) -> bool:
-            return len(self._ids(self.chat_prompt(since(start), tools))) <= limit
+            return len(self._ids(self.chat_prompt([*system, *messages[start:]]))) + beside <= limit
 
-        if limit is None or fits(0):
-            return messages
-        return since(starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)])
+        return [*system, *messages[starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)] :]]
 
     def _template(self, chat: dict, tools: list[dict] | None) -> str | None:
         """The chat template with the options, the tools and the date of training; None for the template as it is."""

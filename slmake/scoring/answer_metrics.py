@@ -30,8 +30,8 @@ NUMBER = re.compile(
         (?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d*)?  # 1,234,567.8
         | (?<!\d,)[1-9]\d?(?:,\d{2})+,\d{3}(?!,?\d)(?:\.\d*)?  # 12,34,567.8
         | (?<!\d,)(?P<comma>(?:[1-9]\d{0,2}(?:\.\d{3})+|\d+),\d+(?![,.]?\d))  # 3,14 or 1.234.567,8
-        | (?<!\d[. '\u2019\xa0\u2009\u202f])(?P<other>  # 1.234.567, 1 234,5 or 1'234.5
-            [1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\.?\d)|(?P<mark>[ '\u2019\xa0\u2009\u202f])\d{3}(?:(?P=mark)\d{3})*(?!(?P=mark)?\d))
+        | (?<!\d[.'\u2019\xa0\u2009\u202f])(?P<other>  # 1.234.567 or 1'234.5
+            [1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?!\.?\d)|(?P<mark>['\u2019\xa0\u2009\u202f])\d{3}(?:(?P=mark)\d{3})*(?!(?P=mark)?\d))
             )(?:[.,]\d*)?
         | \d+(?:\.\d*)?
         | (?<!\d)\.\d+
@@ -133,7 +133,8 @@ def last_number(text: str) -> float | None:
     """The last number in a text, as arithmetic datasets are scored.
 
     A comma before groups of three digits separates thousands; a single one before fewer or more is a decimal comma (3,14); of several, as
-    in 1,2,3, each separates two numbers. A space or an apostrophe before groups of three digits separates thousands, and so do two dots.
+    in 1,2,3, each separates two numbers. An apostrophe or a space that breaks no line before groups of three digits separates thousands, and
+    so do two dots; an ordinary space separates numbers.
     """
     numbers = list(NUMBER.finditer(text))
     if not numbers:

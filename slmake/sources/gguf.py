@@ -116,6 +116,8 @@ def _set_split(file: Path, reader, tokenizer) -> None:
         field.contents() if (field := reader.fields.get(f"tokenizer.ggml.{name}")) else None
         for name in ("model", "pre")
     )
+    if reader.fields["general.architecture"].contents() == "qwen2" and split in (None, "default"):
+        return  # files of before April 2024: transformers takes Qwen2's own tokenizer
     if kind != "gpt2" or split in {*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLIT}:
         return
     if split not in DIGITS_SPLIT:
