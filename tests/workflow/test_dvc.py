@@ -92,7 +92,7 @@ def test_nothing_is_restored_over_outputs_of_what_is_here_now(repository, what):
     before = (repository / "dvc.lock").read_bytes()
     done = run(repository, "python", "-m", "tools.remote", "restore")
     assert done.returncode == 1
-    assert "so nothing was overwritten" in done.stdout
+    assert "so no output was overwritten" in done.stdout
     assert changed.exists()
     assert (repository / "dvc.lock").read_bytes() == before
 
