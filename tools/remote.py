@@ -46,7 +46,7 @@ from slmake.platforms.dvc import (
 from slmake.platforms.dvc_remote import account_name, ensure_container, is_address, listed, place, stored, upload
 from slmake.platforms.origins import PULLED, built_from, note_outputs
 from slmake.platforms.screen import without_location
-from slmake.platforms.user_data import edited, kept_by, recording, refuse_unshared, unkept
+from slmake.platforms.user_data import edited, in_cache, kept_again, kept_by, recording, refuse_unshared, unkept
 from tools import page
 
 NAME = "storage"  # what the remote is called in .dvc/config
@@ -144,7 +144,7 @@ def held(there: dict[str, int]) -> dict[str, int]:
         UserError: one is damaged; or the cache and the remote together lack one, or have it cut.
     """
     kept = [out for out in tracked() if out["md5"] and out["shared"]]
-    named = [(out, objects(out["md5"], lambda name: listed(name) if name in there else None)) for out in kept]
+    named = [(out, known(out, there)) for out in kept]
     here = {name: cached(name).stat().st_size for _, names in named for name in names if cached(name).is_file()}
     if bad := rotten(name for name, size in here.items() if there.get(name) != size):
         raise UserError(
@@ -157,12 +157,16 @@ def held(there: dict[str, int]) -> dict[str, int]:
         size = sum(sizes.get(name, 0) for name in names if not name.endswith(".dir"))
         if missing or out["size"] not in (size, None):
             how = f"objects in neither: {len(missing)}" if missing else "the remote has it cut"
-            again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(out["path"], out["stage"])
             raise UserError(
-                f"{out['path']} is whole neither in DVC's cache here nor in the remote ({how}), so nothing was uploaded. `{again}` puts "
-                "it into the cache again; then the same command again."
+                f"{out['path']} is whole neither in DVC's cache here nor in the remote ({how}), so nothing was uploaded. "
+                f"`{kept_again(out)}` puts it into the cache again; then the same command again."
             )
     return here
+
+
+def known(out: dict, there: dict[str, int]) -> list[str]:
+    """MD5 names of an output's objects (see `objects`), by a folder's list in the cache, or else in the remote, which has those `there`."""
+    return objects(out["md5"], lambda name: listed(name) if name in there else None)
 
 
 def pull(job: cli.Job) -> None:
@@ -201,12 +205,10 @@ def refuse_deleting(there: dict[str, int]) -> None:
     for out in tracked():
         if not out["md5"] or not Path(out["path"]).exists():
             continue
-        names = objects(out["md5"], lambda name: listed(name) if name in there else None)
-        if any(name not in there and not cached(name).is_file() for name in names):
-            again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(out["path"], out["stage"])
+        if any(name not in there and not cached(name).is_file() for name in known(out, there)):
             raise UserError(
                 f"{out['path']}: neither DVC's cache on this disk nor the remote has all of it, so nothing was brought over what is here. "
-                f"`{again}` puts it into the cache again."
+                f"`{kept_again(out)}` puts it into the cache again."
             )
 
 
@@ -231,25 +233,19 @@ def put_back(names: Collection[str] = ()) -> None:
     """
     kept = [out for out in tracked() if out["md5"] or out["stage"].endswith(".dvc")]
     kept = [out for out in kept if not names or out["stage"] in names]
-    lost = {
-        out["path"]: out
-        for out in kept
-        if out["md5"] and not all(cached(name).is_file() for name in objects(out["md5"])) and Path(out["path"]).exists()
-    }
-    if targets := [out["path"] for out in kept if out["path"] not in lost]:
+    lost = [out for out in kept if out["md5"] and not in_cache(out) and Path(out["path"]).exists()]
+    if targets := [out["path"] for out in kept if out not in lost]:
         done = dvc("checkout", "--force", *(targets if names or lost else ()), capture=True)
         if done.returncode:
             raise UserError(
                 f"dvc checkout: {reason(done.stderr)} What the cache on this disk does not have, `make pull` brings from a remote, and `make` "
                 "builds again."
             )
-    for path, out in sorted(
-        lost.items(), key=lambda entry: dvc_yaml.is_ours(entry[1]["stage"], entry[1])
-    ):  # data first
-        again = "make" if dvc_yaml.is_ours(out["stage"], out) else recording(path, out["stage"])
+    if lost:
+        first = min(lost, key=lambda out: dvc_yaml.is_ours(out["stage"], out))  # data before what can be built
         raise UserError(
-            f"{path} was left as it is, because DVC's cache on this disk does not have all of it; what the cache has was put back. "
-            f"`{again}` puts it into the cache again, and `make pull` brings it from a remote."
+            f"{first['path']} was left as it is, because DVC's cache on this disk does not have all of it; what the cache has was put back. "
+            f"`{kept_again(first)}` puts it into the cache again, and `make pull` brings it from a remote."
         )
 
 

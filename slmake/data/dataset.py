@@ -37,9 +37,8 @@ from slmake.sources.schemes import parse
 from slmake.text import listing
 
 EXAMPLES = 10  # rows that the report shows
-CHATS_KEPT = (
-    32  # conversations of each split, and so many of other tools: the runtime writes their prompts in `rehearse`
-)
+# Conversations of each split, and so many of other tools: the runtime writes their prompts in `rehearse`.
+CHATS_KEPT = 32
 FIRST_ROWS = 20  # by which a format is detected
 
 

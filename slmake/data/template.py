@@ -30,9 +30,7 @@ class PromptTemplate(ABC):
     """How a row becomes prompt and answer text."""
 
     fields: list[str]  # that every row has
-    left_out: set[
-        str
-    ]  # special tokens that answers hold, maybe as text: the runtime leaves them out of what it answers
+    left_out: set[str]  # special tokens that answers hold, maybe as text: the runtime leaves them out
     special_tokens: bool  # the tokenizer adds its own begin token, as for any text; a chat template writes it
 
     @abstractmethod

@@ -37,12 +37,22 @@ def unkept(found: dict[str, list[str | dict]]) -> list[tuple[str, str]]:
 def refuse_unshared() -> None:
     """Raise UserError for what `push: false` keeps from every remote, where DVC's cache here lacks it: nothing brings it."""
     for out in (out for out in tracked() if out["only_here"] and out["md5"] and not is_ours(out["stage"], out)):
-        if not all(cached(name).is_file() for name in objects(out["md5"])):
+        if not in_cache(out):
             first = "bring it here as it was recorded, then " if out["stage"].endswith(".dvc") else ""
             raise UserError(
                 f"{out['path']}: DVC's cache here lacks it, and `push: false` keeps it from every remote. To have it, {first}"
                 f"`{recording(out['path'], out['stage'])}`; then the same command again."
             )
+
+
+def in_cache(out: dict) -> bool:
+    """Whether DVC's cache on this disk has all of an output, of those that `tracked` gives with their `md5`."""
+    return all(cached(name).is_file() for name in objects(out["md5"]))
+
+
+def kept_again(out: dict) -> str:
+    """The command that puts an output into DVC's cache again, of those that `tracked` gives."""
+    return "make" if is_ours(out["stage"], out) else recording(out["path"], out["stage"])
 
 
 def recording(path: str, name: str) -> str:
