@@ -18,7 +18,13 @@ _SAID = re.compile(
 )
 # A private key, as its file has it or in one line; of a part of one, whole lines.
 _KEY = re.compile(
-    r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(?:.*?-----END \1-----|(?:\s|\\n)*(?:[\w+/=]{16,}(?:\s|\\n)*)*)", re.DOTALL
+    r"-----BEGIN ([A-Z ]*PRIVATE KEY(?: BLOCK)?)-----(?:.*?-----END \1-----|(?:\s|\\n)*(?:[\w+/=]{16,}(?:\s|\\n)*)*)",
+    re.DOTALL,
+)
+# Credentials that say themselves whose they are: Hugging Face, GitHub, GitLab, OpenAI and those like it, AWS, Google; signed JSON (RFC 7519).
+_ISSUED = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}|sk-(?:proj-)?\w{24,}"
+    r"|A(?:KI|SI)A[A-Z0-9]{16}\b|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]*)?)"
 )
 HARMLESS = {
     "alt",
@@ -47,8 +53,8 @@ HARMLESS |= {"revision", "v", "version", "versionid"}  # query parameters that c
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a source assigns a value to a name that credentials have, as in `;sig=…` or `/token=…`."""
-    return bool(_ASSIGNED.search(text) or _ASSIGNED.search(unquote(text)))
+    """Whether a source assigns a value to a name that credentials have, as in `;sig=…` or `/token=…`, or has one that is known by its form."""
+    return any(pattern.search(form) for pattern in (_ASSIGNED, _ISSUED) for form in (text, unquote(text)))
 
 
 def harmless(name: str, value: str) -> bool:
@@ -95,7 +101,7 @@ def scrub(text: str) -> str:
     # What a sentence has behind an address, in backticks or not, is no part of it.
     query = r"(?i)(https?://[^\s'\"?#`]*\?)([^\s'\"#`]*[^\s'\"#`:,.;)])"
     text = re.sub(query, lambda found: found[1] + _query(found[2]), text)
-    return _ASSIGNED.sub(r"\1=***", text)
+    return _ASSIGNED.sub(r"\1=***", _ISSUED.sub("***", text))
 
 
 def _query(text: str) -> str:

@@ -81,6 +81,9 @@ def update(recorded: bool) -> None:
         except UserError as error:
             if recorded and isinstance(error, dvc_yaml.UnknownRule):
                 raise
+        else:
+            if recorded:
+                record.refuse_ignored()
 
 
 def refuse_unrecordable() -> None:

@@ -22,13 +22,18 @@ from slmake.platforms.dvc import (
     LOCK,
     PENDING,
     dvc,
+    entries,
     note,
+    outs,
     reason,
     repair_lock,
     stages,
     status,
 )
 from slmake.platforms.origins import metadata, refuse_damaged, refuse_other_origin, refuse_unbuilt
+
+# What this project's .dvcignore has.
+IGNORED = {".snakemake", ".snakemake_timestamp", ".venv", "build/checkpoints", "*.partial", "__pycache__"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         dvc_yaml.update()
         wanted = stages()
         dvc_yaml.write_digests()
+        refuse_ignored()
         refuse_damaged(wanted)
         known = refuse_unbuilt(wanted)
         records = [metadata(output) for output in known]
@@ -71,6 +77,25 @@ def main(argv: list[str] | None = None) -> None:
         break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now
         remember()
         unmoved.remember(wanted)
+
+
+def refuse_ignored() -> None:
+    """Raise UserError for what a stage reads or writes and a `.dvcignore` keeps from DVC: receipts, cache and remote would lack it."""
+    named = entries()
+    paths = [Path(path) for name in stages() for path in (*named[name].get("deps", []), *outs(named[name]))]
+    notes = {folder / ".dvcignore" for path in paths for folder in path.parents}
+    if not any({*note.read_text(encoding="utf-8").splitlines()} - IGNORED for note in notes if note.is_file()):
+        return
+    from slmake.platforms.atomic_dvc import Repo  # a second, which few builds need
+
+    with Repo() as repo:
+        for file in (file for path in paths for file in (path, *path.rglob("*"))):
+            found = repo.dvcignore.check_ignore(str(file))
+            if found.match and found.pattern_infos[-1].patterns not in IGNORED:
+                raise UserError(
+                    f"{found.pattern_infos[-1].file_info} keeps {file} from DVC, so what is recorded and shared would lack it. Remove that "
+                    "line, or name less in it."
+                )
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def held(there: dict[str, int]) -> dict[str, int]:
             how = f"objects in neither: {len(missing)}" if missing else "the remote has it cut"
             raise UserError(
                 f"{out['path']} is whole neither in DVC's cache here nor in the remote ({how}), so nothing was uploaded. "
-                f"`{kept_again(out)}` puts it into the cache again; then the same command again."
+                f"{kept_again(out)}; then the same command again."
             )
     return here
 
@@ -208,7 +208,7 @@ def refuse_deleting(there: dict[str, int]) -> None:
         if any(name not in there and not cached(name).is_file() for name in known(out, there)):
             raise UserError(
                 f"{out['path']}: neither DVC's cache on this disk nor the remote has all of it, so nothing was brought over what is here. "
-                f"`{kept_again(out)}` puts it into the cache again."
+                f"{kept_again(out)}."
             )
 
 
@@ -245,7 +245,7 @@ def put_back(names: Collection[str] = ()) -> None:
         first = min(lost, key=lambda out: dvc_yaml.is_ours(out["stage"], out))  # data before what can be built
         raise UserError(
             f"{first['path']} was left as it is, because DVC's cache on this disk does not have all of it; what the cache has was put back. "
-            f"`{kept_again(first)}` puts it into the cache again, and `make pull` brings it from a remote."
+            f"{kept_again(first)}. `make pull` brings it from a remote."
         )
 
 

@@ -27,7 +27,7 @@ from slmake.code_inputs import code, digest, modules, remember, rule_digest, sna
 from slmake.errors import UserError
 from slmake.params import RULES, Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
-from slmake.platforms.dvc import entries
+from slmake.platforms.dvc import entries, outs
 
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
@@ -43,6 +43,7 @@ METRICS = {"results/metrics.json"}  # small and the same in every run: kept in G
 TIMINGS = ["results/benchmark.json"]
 CURVES = ["results/train_loss.csv", "results/eval_loss.csv"]
 PREDICTIONS = "results/predictions.csv"
+ABSENT = "options_of_absent_outputs"  # a variable of dvc.yaml
 OUR_PLOT = re.compile("Loss$|Confusion of ")
 
 
@@ -206,7 +207,8 @@ def scored_models() -> list[str]:
 def with_added(document: dict, file: Path) -> dict:
     """The content of dvc.yaml with what users have added to the present one.
 
-    That is stages, metrics, plots, keys that no rule needs, and options of outputs, such as `push: false`.
+    That is stages, metrics, plots, keys that no rule needs, and options of outputs, such as `push: false`; those of outputs that
+    params.yaml does not ask for now are kept among DVC's variables.
 
     Of a file that cannot be read nothing is kept.
 
@@ -217,7 +219,10 @@ def with_added(document: dict, file: Path) -> dict:
         present = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
         every = present.pop("stages", {})
         stages = {name: stage for name, stage in every.items() if not is_ours(name, stage)}
-        options = options_of(stage for name, stage in every.items() if is_ours(name, stage))
+        variables = present.pop("vars", [])
+        noted = [entry for entry in variables if isinstance(entry, dict) and ABSENT in entry]
+        options = {path: kept for entry in noted for path, kept in entry[ABSENT].items()}
+        options |= options_of(stage for name, stage in every.items() if is_ours(name, stage))
         own = {
             name: stage | {"outs": with_options(stage["outs"], options)} for name, stage in document["stages"].items()
         }
@@ -230,7 +235,11 @@ def with_added(document: dict, file: Path) -> dict:
             f"{file}: the stage {taken[0]} is not as slmake writes it, and a rule has that name. Give yours another name, or remove it: "
             "`make` writes the rule's."
         )
+    # Of outputs that no stage has now: a later build may have them again. DVC's variables cannot refer to others.
+    made = {os.path.normpath(path) for stage in own.values() for path in outs(stage)}
+    absent = {path: kept for path, kept in options.items() if kept and path not in made and "${" not in str(kept)}
     merged = {
+        "vars": [entry for entry in variables if entry not in noted] + ([{ABSENT: absent}] if absent else []),
         "stages": own | stages,
         "metrics": document.get("metrics", []) + metrics,
         "plots": document.get("plots", []) + plots,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from slmake.errors import UserError
-from slmake.platforms.dvc import cached, changed, md5, objects, tracked
+from slmake.platforms.dvc import cached, changed, md5, objects, status, tracked
 from slmake.platforms.dvc_yaml import is_ours
 from slmake.platforms.origins import compared
 
@@ -51,8 +51,13 @@ def in_cache(out: dict) -> bool:
 
 
 def kept_again(out: dict) -> str:
-    """The command that puts an output into DVC's cache again, of those that `tracked` gives."""
-    return "make" if is_ours(out["stage"], out) else recording(out["path"], out["stage"])
+    """What puts an output into DVC's cache again, of those that `tracked` gives: a sentence without its full stop, with the command."""
+    name = out["stage"]
+    if is_ours(name, out):
+        return "`make` puts it into the cache again"
+    if any(path == out["path"] for path, _ in edited(status(*(() if ":" in name else (name,))))):
+        return f"What is here is another version, which `{recording(out['path'], name)}` would record in its place"
+    return f"`{recording(out['path'], name)}` puts it into the cache again"
 
 
 def recording(path: str, name: str) -> str:

@@ -5,7 +5,7 @@ from bad_inputs import SECRET
 from tiny import write_params
 
 from slmake import params
-from slmake.credentials import harmless, masked, scrub
+from slmake.credentials import harmless, holds_secret, masked, scrub
 from slmake.errors import UserError
 from slmake.sources import blob
 
@@ -30,10 +30,39 @@ def test_scrub(text, expected):
     assert scrub(text) == expected
 
 
+@pytest.mark.parametrize(
+    "begin", ["hf_", "ghp_", "github_pat_", "glpat-", "sk-", "sk-proj-", "AKIA", "AIza", "eyJhbGciOiJIUzI1NiJ9.eyJ"]
+)
+def test_credentials_that_say_whose_they_are(begin):
+    """Wherever they stand: they are recognized without a name before them."""
+    token = begin + ("SECRETSECRET9999" if begin == "AKIA" else "Secret9" * 6)
+    assert scrub(f"package.name: {token}: refused") == "package.name: ***: refused"
+    assert holds_secret(f"https://h/{token}/rows.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hf_internal_testing/tiny-random-LlamaForCausalLM", "hf:org/sk-resnet-50-large-model-v2", "eyJust.eyJack.x"],
+)
+def test_names_that_look_like_credentials(text):
+    assert scrub(text) == text
+    assert not holds_secret(text)
+
+
 KEY = f"-----BEGIN EC PRIVATE KEY-----\n{'SECRET99' * 8}\nSECRET9==\n-----END EC PRIVATE KEY-----\n"
 
 
-@pytest.mark.parametrize("text", [KEY, repr(KEY), " ".join(KEY.split("\n")), KEY[:80], KEY.replace("EC ", "")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        KEY,
+        repr(KEY),
+        " ".join(KEY.split("\n")),
+        KEY[:80],
+        KEY.replace("EC ", ""),
+        KEY.replace("EC PRIVATE KEY", "PGP PRIVATE KEY BLOCK"),
+    ],
+)
 def test_no_message_repeats_a_private_key(text):
     """Its file's content in the place of its name, by whatever reads the parameter."""
     shown = str(UserError(f"package.license_files: {text}: no such file. Correct it."))
@@ -41,7 +70,7 @@ def test_no_message_repeats_a_private_key(text):
     assert shown.endswith(": no such file. Correct it.")
 
 
-@pytest.mark.parametrize("key", [KEY, KEY.strip().replace("\n", " ")])
+@pytest.mark.parametrize("key", [KEY, KEY.strip().replace("\n", " "), "MHcCAQEEI" + "SECRET99" * 19 + "=="])
 def test_a_key_in_params_yaml_is_refused_as_one(tmp_path, key):
     with pytest.raises(UserError, match=r"package\.signing_key: this is a key, and the name of its file") as refused:
         params.load(write_params(tmp_path / "params.yaml", package={"signing_key": key}))

@@ -3,7 +3,19 @@
 from pathlib import Path
 
 import pytest
-from test_push_and_restore import DATA, JOB, STAGES, WEIGHTS, add, record, recorded, repository, write  # noqa: F401 (fixtures)
+from test_push_and_restore import (  # noqa: F401 (fixtures)
+    DATA,
+    JOB,
+    STAGES,
+    WEIGHTS,
+    add,
+    kept,
+    objects,
+    record,
+    recorded,
+    repository,
+    write,
+)
 
 from slmake.errors import UserError
 from tools import remote
@@ -17,6 +29,21 @@ def test_a_name_with_a_colon_is_no_stage():
     path.unlink()
     remote.restore(JOB)
     assert path.read_text() == "first"
+
+
+@pytest.mark.parametrize("where", ["corpora", "stage"])
+def test_another_version_than_the_lost_one_is_said(where):
+    """What the message names would record it in the place of the lost one."""
+    path, name = kept(where)
+    write(path, "second")
+    add(path) if where == "corpora" else record(name)
+    write(path, "first rows" if where == "stage" else "first")
+    objects(path)[0].unlink()
+    Path("there/object").touch()
+    with pytest.raises(UserError, match=f"{path}: neither DVC's cache on this disk nor the remote") as refused:
+        remote.pull(JOB)
+    command = f"add {path}" if where == "corpora" else f"commit --force {name}"
+    assert f"What is here is another version, which `.venv/bin/dvc {command}` would record" in str(refused.value)
 
 
 def test_what_a_rule_has_made_and_no_remote_gets_stops_no_pull(monkeypatch):

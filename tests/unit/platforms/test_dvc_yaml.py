@@ -25,10 +25,10 @@ FOR_EACH = {"copies": {"foreach": ["a", "b"], "do": {"cmd": "./copy.sh ${item}",
 def merged(tmp_path):
     """What becomes of the generated document where dvc.yaml has this content."""
 
-    def merge(present: object) -> dict:
+    def merge(present: object, stages: dict = GENERATED["stages"]) -> dict:
         file = tmp_path / "dvc.yaml"
         file.write_text(present if isinstance(present, str) else yaml.safe_dump(present), encoding="utf-8")
-        return dvc_yaml.with_added(GENERATED, file)
+        return dvc_yaml.with_added(GENERATED | {"stages": stages}, file)
 
     return merge
 
@@ -58,17 +58,22 @@ def test_nothing_is_left_of_former_rules_and_of_what_is_damaged(merged, present)
 
 
 def test_options_of_outputs_stay(merged):
-    """What slmake itself says of an output does, too; those of a former rule's go with it."""
+    """What slmake itself says of an output does, too; those of a former rule's are kept until its output is there again."""
     merge = {
         "cmd": "snakemake --allowed-rules merge -- x",
         "outs": [{"build/merged": {"push": False, "remote": "own", "cache": False}}],
     }
-    former = {"cmd": FORMER["finetune"]["cmd"], "outs": [{"build/adapter": {"push": False}}]}
+    outs = [{"build/adapter": {"push": False}}, {"build/base": {"desc": "of ${base}"}}]
+    former = {"cmd": FORMER["finetune"]["cmd"], "outs": outs}
     once = merged({"stages": {"merge": merge, "finetune": former}})
     assert once["stages"] == GENERATED["stages"] | {
         "merge": GENERATED["stages"]["merge"] | {"outs": [{"build/merged": {"push": False, "remote": "own"}}]}
     }
+    assert once["vars"] == [{"options_of_absent_outputs": {"build/adapter": {"push": False}}}]
     assert merged(once) == once
+    later = merged(once | {"vars": ["other.yaml", {"rank": 8}, *once["vars"]]}, GENERATED["stages"] | FORMER)
+    assert later["vars"] == ["other.yaml", {"rank": 8}]
+    assert later["stages"]["finetune"]["outs"] == [{"build/adapter": {"push": False}}]
     given = {"results/metrics.json": {"desc": "figures"}}
     assert dvc_yaml.with_options([{"results/metrics.json": {"cache": False}}, "x"], given) == [
         {"results/metrics.json": {"cache": False, "desc": "figures"}},
