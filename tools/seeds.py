@@ -87,10 +87,10 @@ def content_of(here: Path) -> str:
 def write_params(project: Path, change: dict) -> None:
     """Change parameters of a copy, by section."""
     path = project / "params.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = yaml.load(path.read_text(encoding="utf-8"), params.Loader)
     for section, fields in change.items():
         settings[section] = {**(settings.get(section) or {}), **fields}
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    path.write_text(params.dumped(settings), encoding="utf-8")
 
 
 def build(folder: Path, *targets: str) -> None:

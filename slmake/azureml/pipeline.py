@@ -6,6 +6,7 @@ what is mounted where the rule looks for it and calls Snakemake for this rule al
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +118,9 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
                 paths[split] = local
                 continue
         elif uri:
-            local = f"data/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
+            # Files of several splits may have one name.
+            folder = "data" if len(files) == 1 else f"data/mounted/{split}"
+            local = f"{folder}/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
         else:
             paths[split] = text  # the step reads it from where it is
             continue
@@ -204,8 +207,7 @@ def write_code(planned: Plan, folder: Path = CODE) -> None:
         for file in code_files(planned, rule):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / file)
-        text = yaml.safe_dump(step_params(planned, rule), sort_keys=False, allow_unicode=True)
-        (target / "params.yaml").write_text(text, encoding="utf-8")
+        (target / "params.yaml").write_text(params.dumped(step_params(planned, rule)), encoding="utf-8")
 
 
 def job(planned: Plan, settings: Settings, folder: Path) -> dict:
@@ -250,7 +252,7 @@ def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
             inputs[port(path)] = (path, f"${{{{parent.jobs.{planned.makers[path]}.outputs.{port(path)}}}}}")
     results = {port(path): path for path in parts["output"]}
     command = [f"python -m tools.azureml step {rule}"]
-    command += [f"--input {path}=${{{{inputs.{name}}}}}" for name, (path, _) in inputs.items()]
+    command += [f"--input {shlex.quote(path)}={_mounted(f'inputs.{name}', path)}" for name, (path, _) in inputs.items()]
     command += [f"--output {path}=${{{{outputs.{name}}}}}" for name, path in results.items()]
     command += [f"--receipt ${{{{outputs.receipt_{rule}}}}}"]
     bound = {name: f"${{{{parent.outputs.{name}}}}}" for name in [*results, f"receipt_{rule}"]}
@@ -269,6 +271,12 @@ def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
     if cluster.instance_type:
         content["resources"] = {"instance_type": cluster.instance_type, "instance_count": 1}
     return {"type": "command", "display_name": rule, "command": Folded(" ".join(command)), **content}
+
+
+def _mounted(name: str, path: str) -> str:
+    """Azure ML's word for where something is mounted, in a command for a shell; the file there may have the name that `path` has."""
+    word = f"${{{{{name}}}}}"
+    return word if shlex.quote(path) == path else f'"{word}"'
 
 
 def _environment(environment: Environment, folder: Path) -> dict:

@@ -8,11 +8,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple, get_args
 
-import yaml
-
 from slmake.credentials import scrub
 from slmake.olive import fields
-from slmake.params import Params
+from slmake.params import Params, dumped
 from slmake.params.all import Stage
 
 KINDS = {
@@ -162,7 +160,7 @@ def as_yaml(sections: dict) -> str:
     head = "# Imported from Olive. Fields that are not here have their defaults: docs/params.md.\n"
     whole = sections | {name: {} for name in Params.model_fields if name not in sections}
     whole["prepare"] = whole["prepare"] or None  # no dataset
-    return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
+    return head + dumped(whole)
 
 
 def settings_text(settings: dict) -> str:
@@ -178,7 +176,7 @@ def settings_text(settings: dict) -> str:
         **settings,
     }
     head = "# Imported from Olive. The image is that of `make image`, pushed to a registry of yours: docs/azureml.md.\n"
-    return head + yaml.safe_dump(full, sort_keys=False, allow_unicode=True, width=1000)
+    return head + dumped(full)
 
 
 Rule = str | fields.Drop | Callable[[Reader, str, object], None]

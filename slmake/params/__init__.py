@@ -6,6 +6,7 @@
 from slmake.params.adapter import Adapter
 from slmake.params.all import RULES, All
 from slmake.params.base import Section
+from slmake.params.errors import Loader, dumped
 from slmake.params.evaluate import Evaluate
 from slmake.params.fetch_model import FetchModel
 from slmake.params.finetune import Finetune
@@ -32,6 +33,7 @@ __all__ = [
     "Finetune",
     "Gate",
     "Gates",
+    "Loader",
     "Merge",
     "Message",
     "Package",
@@ -44,6 +46,7 @@ __all__ = [
     "Search",
     "Section",
     "as_json",
+    "dumped",
     "load",
     "section",
     "sums",

@@ -1,4 +1,4 @@
-"""params.yaml is read, and its mistakes are reported: one line for each, with the field, the value and what is allowed."""
+"""params.yaml is read and written, and its mistakes are reported: one line for each, with the field, the value and what is allowed."""
 
 import difflib
 import json
@@ -20,6 +20,7 @@ AMBIGUOUS = {
     "bool": re.compile(r"yes|no|on|off", re.I),
     "str": re.compile(r"[-+]?(0o[0-7]+|0\d+)"),
 }
+TEXT = "tag:yaml.org,2002:str"
 NEVER = re.compile(r"(?!)")
 
 
@@ -93,6 +94,23 @@ Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that a Loader, or DVC, would take for something else."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    plain = Loader("").resolve(yaml.ScalarNode, text, (True, False)) == TEXT and not AMBIGUOUS["str"].fullmatch(text)
+    return dumper.represent_scalar(TEXT, text, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dumped(content: object) -> str:
+    """YAML that a ParamsLoader reads as the same content."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,28 @@ def test_a_mounted_file_keeps_its_sum(tmp_path, monkeypatch):
     everything = params.Params.model_validate(sections)
     assert pipeline._data(everything, loaded(tmp_path), sections) == {"data": ("data/rows.jsonl", uri, "uri_file")}
     assert sections["prepare"]["source"] == f"data/rows.jsonl#sha256={total}"
+
+
+def test_files_of_one_name_are_mounted_apart(tmp_path, monkeypatch):
+    """Of two files in one place the rule would read one twice."""
+    monkeypatch.chdir(tmp_path)
+    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    uris = {split: f"azureml://datastores/blobs/paths/{split}/rows.json" for split in ("train", "eval", "test")}
+    sections["prepare"]["source"] = {split: f"{uri}#etag=0x1" for split, uri in uris.items()}
+    mounts = pipeline._data(params.Params.model_validate(sections), loaded(tmp_path), sections)
+    assert [mount.uri for mount in mounts.values()] == list(uris.values())
+    assert len({mount.local for mount in mounts.values()}) == 3
+    assert sections["prepare"]["source"] == {
+        split: mounts[f"data_{split}"].local for split in ("train", "eval", "test")
+    }
+
+
+@pytest.mark.parametrize("name", ["my tickets (2).json", "it's $HOME; `id`.json", 'a "b" & c.json', "plain-1.json"])
+def test_a_name_is_one_word_of_a_step_s_command(tmp_path, name):
+    plan = small_plan()._replace(data={"data": pipeline.Mount(f"data/{name}", f"data/{name}", "uri_file")})
+    command = pipeline.step(plan, loaded(tmp_path), "finetune", tmp_path)["command"]
+    words = shlex.split(command.replace("${{inputs.data}}", "/mnt/with a space.json" if " " in name else "/mnt/x.json"))
+    assert f"data/{name}=/mnt/{'with a space' if ' ' in name else 'x'}.json" in words
 
 
 @pytest.mark.parametrize("source", ["data/parts", "data/parts/*.jsonl"])

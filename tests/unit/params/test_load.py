@@ -10,10 +10,12 @@ from pathlib import Path
 import pydantic
 import pytest
 import yaml
+from ruamel.yaml import YAML
 from tiny import ROOT
 
 from slmake import params
 from slmake.errors import UserError
+from slmake.params.errors import ParamsLoader
 
 SMALLEST = {
     "fetch_model": {"source": "models/tiny"},
@@ -31,6 +33,38 @@ def test_smallest_file(write):
     assert (loaded.prepare.max_seq_len, loaded.prepare.test_fraction) == (1024, 0.2)
     assert (loaded.finetune.lora_r, loaded.finetune.learning_rate) == (16, 2e-4)
     assert loaded.all.stages == ["rehearse", "finetune", "merge", "quantize", "evaluate", "gates", "package", "report"]
+
+
+TEXTS = (
+    "08",
+    "1e3",
+    "010",
+    "0o17",
+    "1:30",
+    "1_000",
+    "yes",
+    "null",
+    "~",
+    "2026-01-02",
+    "=",
+    "<<",
+    "",
+    " x ",
+    "a: b",
+    "#c",
+    "é\n- d",
+)
+
+
+def test_what_is_written_is_read_as_the_same(tmp_path):
+    """Of `make seeds`, Azure ML's steps and imported configurations; DVC reads it as YAML 1.2."""
+    path = tmp_path / "params.yaml"
+    labels = {text: text for text in TEXTS}
+    content = SMALLEST | {"prepare": SMALLEST["prepare"] | {"labels": labels, "columns": [1, 1e3, True, None, *TEXTS]}}
+    path.write_text(params.dumped(content), encoding="utf-8")
+    read = yaml.load(path.read_text(encoding="utf-8"), ParamsLoader)
+    assert read == content == YAML(typ="safe").load(path)
+    assert list(map(type, read["prepare"]["columns"])) == list(map(type, content["prepare"]["columns"]))
 
 
 def test_section_is_one_part(write):
