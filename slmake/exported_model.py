@@ -5,6 +5,7 @@ from pathlib import Path
 
 from slmake import params, prompts
 from slmake.constraints import constrained
+from slmake.export.foreign import refuse_code
 from slmake.generation import Exported
 from slmake.scoring import onnx_runner
 
@@ -22,11 +23,13 @@ def load(args: argparse.Namespace) -> Exported:
     They lie beside it, because build/dataset may be of other parameters already: of `make preview`, or a build that was interrupted.
 
     Raises:
-        UserError: it is not there, or ONNX Runtime cannot load it.
+        UserError: it is not there, would run code, or ONNX Runtime cannot load it.
     """
     folder = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
     beside = folder if (folder / "prompt.json").is_file() else Path("build/dataset")
     form = prompts.load_prompt(args.dataset or beside)
+    if args.model and (folder / "genai_config.json").is_file():
+        refuse_code(folder)
     model = onnx_runner.load(folder, form)
     if Path(args.params).is_file():
         model.form = constrained(form, params.section(args.params, "package").constrain, lambda _: model)

@@ -11,6 +11,7 @@ import pytest
 from served import CHAT, TEXT, export
 
 from slmake import exported_model, generation
+from slmake.errors import UserError
 from tools import ask, chat
 
 
@@ -124,6 +125,22 @@ def test_ask_answers_every_kind_of_model(onnx, tmp_path, capsys, form):
     for text in asked if form is CHAT else asked[:1]:
         ask.main([*arguments, text])
         assert capsys.readouterr().out.startswith(f"{model.answer(text, new_tokens=4)}  (")
+
+
+def test_code_of_another_s_model_is_never_loaded(onnx, tmp_path):
+    """`ask`, `chat` and the server take any folder: a library that its settings name would run before a word is answered."""
+    folder = tmp_path / "model"
+    shutil.copytree(onnx, folder)
+    args = argparse.Namespace(model=folder, dataset=None, params="none")
+    (folder / "prompt.json").write_text(json.dumps(TEXT), encoding="utf-8")
+    assert exported_model.load(args).context_length
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = str(folder / "evil.bin")
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"genai_config\.json names a library \(custom_ops_library\), whose code would run"
+    ):
+        exported_model.load(args)
 
 
 def test_a_model_is_asked_with_the_prompt_beside_it(onnx, tmp_path, monkeypatch):
