@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,9 @@ class TransformersRunner:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocabulary = config.vocab_size
+        named = self.model.generation_config.eos_token_id
+        # An answer ends where the export's does: also at tokens that are not the tokenizer's (of Phi-3 and Gemma, those that close a turn).
+        self.ends = frozenset(named if isinstance(named, list) else [named] if named is not None else [])
         # Tokens that can be removed from its cache again: those of a sliding window that is not full, none of a recurrent state.
         self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
         self.prefix_tokens, self.prefix_cache = 0, None  # what all prompts begin with, while they are asked
@@ -133,7 +137,7 @@ class TransformersRunner:
                 logits, cache, mask, _ = self._prefill([questions.prompts[i] for i in chosen], [[]] * len(chosen))
                 cache.batch_repeat_interleave(sampling.n)
                 first, mask = (each.repeat_interleave(sampling.n, 0) for each in (logits[:, 0], mask))
-                answers = self._continue(first, cache, mask, new_tokens, questions.end, pick)
+                answers = self._continue(first, cache, mask, new_tokens, self.ends | {questions.end}, pick)
                 for k, answer in enumerate(answers):
                     row, number = divmod(k, sampling.n)
                     texts[number][chosen[row]] = self.tokenizer.decode(answer, skip_special_tokens=True)
@@ -163,7 +167,7 @@ class TransformersRunner:
         for i in chosen[:1] * WARM_UP + chosen:
             start = time.perf_counter()
             logits, cache, mask, _ = self._prefill([questions.prompts[i]], [[]])
-            self._continue(logits[:, 0], cache, mask, new_tokens, questions.end)
+            self._continue(logits[:, 0], cache, mask, new_tokens, self.ends | {questions.end})
             waits.append(1000 * (time.perf_counter() - start))
         return percentiles(waits[WARM_UP:]) if chosen else {}
 
@@ -234,21 +238,23 @@ class TransformersRunner:
             picked, run.margins[chosen] = self._best_labels(questions, chosen, scores, log_first, cache, mask)
             for i, label in zip(chosen, picked, strict=True):
                 run.choices[i] = label
+        ends = self.ends | {questions.end}
         generated: list[list[int] | None] = [None] * len(chosen)
         if one_pass and tokens["decode"]:  # the first batch is generated token by token, to time it
             likeliest, leads = logits.argmax(-1).tolist(), _leads(logits)
             for k, answer in enumerate(answers):
-                whole = answer[-1] == questions.end or len(answer) >= new_tokens
-                if whole and likeliest[k][: len(answer)] == answer:
-                    generated[k] = [token for token in answer[:new_tokens] if token != questions.end]
-                    run.margins[chosen[k]] = min(run.margins[chosen[k]], *leads[k, : len(answer)])
+                stop = next((n for n, token in enumerate(answer) if token in ends), len(answer))
+                decided = min(stop + 1, new_tokens)
+                if decided <= len(answer) and likeliest[k][:decided] == answer[:decided]:
+                    generated[k] = answer[: min(stop, new_tokens)]
+                    run.margins[chosen[k]] = min(run.margins[chosen[k]], *leads[k, :decided])
         rest = [k for k, answer in enumerate(generated) if answer is None]
         if rest:
             start = time.perf_counter()
             if len(rest) < len(chosen):
                 cache.batch_select_indices(torch.tensor(rest, device=self.device))
             least = np.full(len(rest), np.inf)
-            continuations = self._continue(first[rest], cache, mask[rest], new_tokens, questions.end, least=least)
+            continuations = self._continue(first[rest], cache, mask[rest], new_tokens, ends, least=least)
             seconds["decode"] += time.perf_counter() - start
             asked = [chosen[k] for k in rest]
             run.margins[asked] = np.minimum(run.margins[asked], least)
@@ -332,10 +338,11 @@ class TransformersRunner:
             )
         return total
 
-    def _continue(self, logits, cache, mask, new_tokens: int, end: int, pick=None, least=None) -> list[list[int]]:
+    def _continue(self, logits, cache, mask, new_tokens: int, ends: Set[int], pick=None, least=None) -> list[list[int]]:
         """The tokens of each row's answer, up to its end token (which is left out); the cache grows.
 
         Args:
+            ends: tokens that end an answer.
             pick: token ids [rows] by logits [rows, vocabulary]; the most likely ones by default.
             least: float64 [rows], lowered to the smallest lead of a token of the answer, its end token included.
         """
@@ -348,7 +355,7 @@ class TransformersRunner:
             if least is not None:
                 least[running] = np.minimum(least, _leads(logits))[running]
             for k, number in enumerate(token.tolist()):
-                running[k] = running[k] and number != end
+                running[k] = running[k] and number not in ends
                 if running[k]:
                     answers[k].append(number)
             if step == new_tokens - 1 or not any(running):
