@@ -82,7 +82,7 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
 
 
 def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None, split: str = "gpt-2") -> Path:
-    """A tiny Llama or Qwen2 as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more, `split` is tokenizer.ggml.pre."""
+    """A tiny Llama, Qwen2 or Phi-3 as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more, `split` is tokenizer.ggml.pre."""
     from gguf import GGUFWriter
     from safetensors.numpy import load_file
 
@@ -115,8 +115,10 @@ def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None, spli
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output",
+        "self_attn.qkv_proj": "attn_qkv",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
+        "mlp.gate_up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",

@@ -39,6 +39,11 @@ DIGITS_SPLIT = {
     "smollm",
     "starcoder",
 }  # so, after each digit alone
+# Every layer of these looks back as far as `attention.sliding_window` says, which transformers does not read of their files.
+WINDOWED = ("phi3", "mistral")
+# Families that scale attention by another number than the size of a head in their largest model (27B), and the layers that this one has.
+SCALED = {"gemma2": 46, "gemma3_text": 62}
+NO_PART_OF_IT = ("vocab_size", "tensor_data_layout")  # fields that change nothing of a model
 ELSEWHERE = "Name a folder or repository with the safetensors of the same model in fetch_model.source."
 
 
@@ -87,6 +92,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=link.name, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False
             )
+            _set_attention(model.config, _fields(reader))
             _refuse_unread(file, reader, model)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
             _set_split(file, reader, tokenizer)
@@ -105,6 +111,15 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _set_attention(config, fields: dict[str, object]) -> None:
+    """Give a configuration what transformers does not read of how far, and by which scale, its layers look back."""
+    if config.model_type in WINDOWED:
+        config.sliding_window = fields.get("attention.sliding_window") or None
+    if config.model_type in SCALED:  # files do not say it: as llama.cpp computes it (llama-model.cpp)
+        largest = config.num_hidden_layers == SCALED[config.model_type]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
 
 
 def _set_split(file: Path, reader, tokenizer) -> None:
@@ -170,11 +185,29 @@ def _refuse_rope_scaling(file: Path, reader) -> None:
         )
 
 
+def _as_computed(config) -> dict[str, object]:
+    """Fields that transformers does not read, with what they must say of the model that it makes of the others."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = getattr(config, "layer_types", None) or []
+    return {
+        "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1)),
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+        "attention.causal": True,
+        "expert_count": 0,
+        "expert_used_count": 0,
+    }
+
+
 def _refuse_unread(file: Path, reader, model) -> None:
-    """Refuse tensors without a place in transformers' model, and scales other than it computes with."""
+    """Refuse tensors without a place in transformers' model, scales other than it computes with, and fields that it does not read."""
     from transformers import modeling_gguf_pytorch_utils as loading
 
-    processor = loading.TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), loading.TensorProcessor)
+    architecture = reader.fields["general.architecture"].contents()
+    processor = loading.TENSOR_PROCESSORS.get(architecture, loading.TensorProcessor)
     known = loading.get_gguf_hf_weights_map(model, processor())
     # transformers' names of a layer's experts together have no `.weight`.
     unread = [
@@ -185,7 +218,11 @@ def _refuse_unread(file: Path, reader, model) -> None:
     scaling = next(
         (module.scaling for module in model.modules() if isinstance(getattr(module, "scaling", None), float)), 1
     )
+    read, computed = loading.GGUF_CONFIG_MAPPING.get(architecture, {}), _as_computed(model.config)
     for name, value in _fields(reader).items():
+        checked = read.get(name) or name in NO_PART_OF_IT or name.startswith("rope.scal") or SCALE.search(name)
+        if not checked and computed.get(name) != value:
+            unread.append(f"{name} {value}")
         own = scaling if name == "attention.scale" else getattr(model.config, name.rpartition(".")[2], None)
         neutral = (own,) if own else (0, 1) if name.endswith("scale") else (0,)
         if SCALE.search(name) and not any(math.isclose(value, number, rel_tol=1e-4) for number in neutral):

@@ -11,17 +11,18 @@ from fetch_script import fetch, refused
 from tiny import make_model, write_gguf
 
 from slmake import model_folder
+from slmake.sources import gguf
 from slmake.sources import wheel as wheel_module
 
 
-def logits(folder: Path):
-    """Float32 logits of a model for a fixed input."""
+def logits(folder: Path, tokens: int = 20):
+    """Float32 logits [2, tokens, vocabulary] of a model for a fixed input."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return model(torch.arange(2, 42).reshape(2, 20)).logits
+        return model(torch.arange(2, 2 + 2 * tokens).reshape(2, tokens)).logits
 
 
 def test_gguf_gives_the_same_logits_and_tokenizer_as_the_model_it_was_made_from(tmp_path, base, gguf_file):
@@ -76,6 +77,12 @@ def tensor(name: str, size: int):
         (lambda writer: writer.add_float32("llama.logit_scale", 2.0), "logit_scale 2: transformers does not read that"),
         (lambda writer: writer.add_float32("llama.attention.scale", 0.5), "attention.scale 0.5: transformers"),
         (lambda writer: writer.add_float32("llama.final_logit_softcapping", 30.0), "final_logit_softcapping 30"),
+        (
+            lambda writer: writer.add_uint32("llama.attention.sliding_window", 8),
+            "attention.sliding_window 8: transformers does not read that",
+        ),
+        (lambda writer: writer.add_uint32("llama.attention.key_length", 32), "attention.key_length 32: transformers"),
+        (lambda writer: writer.add_bool("llama.attention.causal", False), "attention.causal False: transformers"),
         (tensor("blk.1.attn_q.bias", 64), "blk.1.attn_q.bias: transformers does not read that"),
         (tensor("blk.0.attn_sinks", 4), "blk.0.attn_sinks: transformers does not read that"),
     ],
@@ -115,6 +122,37 @@ def test_scales_that_change_nothing_are_accepted(tmp_path, base):
     fetch(tmp_path, write_gguf(base, tmp_path / "more.gguf", add))
     (tmp_path / "none").mkdir()
     fetch(tmp_path / "none", write_gguf(base, tmp_path / "none.gguf", rope("none", 4.0)))
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_a_window_of_phi3_is_read(tmp_path, window):
+    """2,047 tokens in Phi-3-mini-4k: transformers' table for its files has no such entry."""
+    import torch
+
+    phi = make_model(tmp_path / "phi3", "phi3", tie_word_embeddings=True, sliding_window=window)
+    given = (lambda writer: writer.add_sliding_window(window)) if window else (lambda writer: None)
+    folder, _ = fetch(tmp_path, write_gguf(phi, tmp_path / "phi3.gguf", given))
+    assert torch.equal(logits(folder, 40), logits(phi, 40))
+
+
+def test_a_partial_rotation_of_phi3_is_refused(tmp_path, capsys):
+    phi = make_model(tmp_path / "phi3", "phi3", tie_word_embeddings=True)
+    half = write_gguf(phi, tmp_path / "phi3.gguf", lambda writer: writer.add_rope_dimension_count(8))
+    assert "rope.dimension_count 8: transformers does not read that" in refused(tmp_path, capsys, half)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "scalar"),
+    [("gemma2", 26, 256), ("gemma2", 46, 144), ("gemma3_text", 34, 256), ("gemma3_text", 62, 144)],
+)
+def test_the_scale_of_gemma_s_attention_is_that_of_its_size(family, layers, scalar):
+    """Gemma 2 with 27 billion parameters has heads of 128 and scales by 4608 / 32; its files do not say it."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 4608, "num_attention_heads": 32, "num_hidden_layers": layers}
+    config = AutoConfig.for_model(family, **sizes, head_dim=128 if layers == 46 else 256, query_pre_attn_scalar=99)
+    gguf._set_attention(config, {})
+    assert config.query_pre_attn_scalar == scalar
 
 
 def test_biases_of_a_qwen2_gguf_are_read(tmp_path):
