@@ -20,6 +20,9 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH_BACKEND ?= $(or $(UV_TORCH_BACKEND),$(if $(UV_FIND_LINKS),,$(if $(filter cuda,$(MACHINE)),auto,cpu)))
 INSTALL  = $(BIN)/uv pip install --quiet --compile-bytecode --python
 export DO_NOT_TRACK = 1
+# As they were typed: make would take `$5` in a text for a variable of its own, and run `$(shell …)`.
+override TEXT := $(value TEXT)
+override URL := $(value URL)
 export TEXT URL
 
 .DEFAULT_GOAL := build

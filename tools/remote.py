@@ -384,6 +384,11 @@ def record(job: cli.Job, compared: str, seen: dict[str, list[int]]) -> None:
     note()
     page.remove_stale(job.say)
     job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
+    if "publish" in stages():
+        job.say(
+            "results/published.json is what was published then; what is latest there now is not asked. To publish this model again: "
+            "`.venv/bin/snakemake --cores all --force results/published.json`, then `make`"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,15 +54,21 @@ def copy_inputs(source: Path, scratch: Path, leave_out: tuple[str, ...] = ()) ->
 
     Returns:
         The copy's folder, and the files that params.yaml names.
+
+    Raises:
+        UserError: the project is in no Git repository.
     """
     named = Plan(params.load(source / "params.yaml")).files
     depth = max([Path(os.path.normpath(name)).parts.count("..") for name in named], default=0)
     target = scratch.joinpath(*["project"] * (depth + 1))
     target.mkdir(parents=True)
-    names = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=source, check=True, capture_output=True, text=True
-    ).stdout.split("\0")
-    for name in filter(None, names):
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=source, capture_output=True, text=True)
+    if listed.returncode:
+        raise UserError(
+            f"git ls-files: {listed.stderr.strip().splitlines()[0]}. A copy of the project has the files that Git tracks: `git init`, then "
+            "`git add .`, and the same command again."
+        )
+    for name in filter(None, listed.stdout.split("\0")):
         if not name.startswith(("results/", *leave_out)) and (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)

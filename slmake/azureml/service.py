@@ -186,9 +186,11 @@ def check_sources(ml, settings: Settings, file: Path) -> None:
 
 
 def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
-    """What a run can be found by later: base model, data and commit."""
+    """What a run can be found by later: base model, data and commit; `-changed` behind it says that what is sent is not as it has it."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    commit = {"git_commit": done.stdout.strip()} if done.returncode == 0 else {}
+    sent = ["params.yaml", *pipeline.ALWAYS, *(mount.local for mount in planned.data.values())]
+    changed = subprocess.run(["git", "status", "--porcelain", "--", *sent], capture_output=True, text=True).stdout
+    commit = {"git_commit": done.stdout.strip() + "-changed" * bool(changed)} if done.returncode == 0 else {}
     source = planned.model.uri if planned.model else planned.sections["fetch_model"]["source"]
     data = ", ".join(mount.uri for mount in planned.data.values()) or ", ".join(
         source_files(everything.prepare).values() if everything.prepare else ["no dataset"]

@@ -7,6 +7,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from slmake.credentials import holds_secret, masked
 from slmake.errors import UserError
 from slmake.params import RULES as RULE_NAMES
 from slmake.params import Section
@@ -124,15 +125,21 @@ class Settings(Section):
         for rule, name in self.compute.items():
             if name not in self.clusters:
                 raise ValueError(f"compute.{rule}: clusters has no `{name}`; it has {', '.join(self.clusters)}")
-        data = self.data.values() if isinstance(self.data, dict) else filter(None, [self.data])
+        data = [*self.data.values()] if isinstance(self.data, dict) else [*filter(None, [self.data])]
+        for text in (*data, self.model or ""):
+            if "?" in text or holds_secret(text):
+                raise ValueError(
+                    f"`{masked(text)}`: a query, or a signature, key or token, is refused: this file, the pipeline and the run's tags are "
+                    "shared. Azure ML signs in by itself"
+                )
         for text in data:
             if not re.fullmatch(f"{ASSET}|{DATASTORE}", text):
                 raise ValueError(
-                    f"data: `{text}` is neither azureml:NAME:VERSION nor azureml://datastores/NAME/paths/PATH"
+                    f"data: `{masked(text)}` is neither azureml:NAME:VERSION nor azureml://datastores/NAME/paths/PATH"
                 )
         if self.model and not re.fullmatch(rf"{ASSET}|{DATASTORE}|{REGISTRY}|hf:[^@\s]+@\S+", self.model):
             raise ValueError(
-                f"model: `{self.model}` is none of hf:ORG/NAME@REVISION, azureml://datastores/NAME/paths/PATH, azureml:NAME:VERSION, "
+                f"model: `{masked(self.model)}` is none of hf:ORG/NAME@REVISION, azureml://datastores/NAME/paths/PATH, azureml:NAME:VERSION, "
                 "azureml://registries/REGISTRY/models/NAME/versions/VERSION"
             )
         return self

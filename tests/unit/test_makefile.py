@@ -53,6 +53,26 @@ def test_help_lists_every_target_in_groups_on_100_columns():
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.parametrize(
+    "text", ["It cost $500 & $x and 100$", "$(shell echo run)", "${HOME} $$ `id`", "a \"b\" 'c' #d", ""]
+)
+@pytest.mark.parametrize("given", ["argument", "environment"])
+def test_a_text_is_asked_as_it_was_typed(tmp_path, monkeypatch, text, given):
+    """A dollar is make's own sign, and what a user classifies may come from anyone."""
+    shown = tmp_path / ".venv" / "bin" / "python"
+    shown.parent.mkdir(parents=True)
+    shown.write_text('#!/bin/sh\nshift 3\nprintf "%s" "$1" > shown\n')
+    shown.chmod(0o755)
+    for mark in (".ready-cpu", ".ready-cuda"):
+        (tmp_path / ".venv" / mark).touch()
+    if given == "environment":
+        monkeypatch.setenv("TEXT", text)
+    arguments = [f"TEXT={text}"] if given == "argument" else []
+    done = make("--old-file=.venv/.ready-cpu", "--old-file=.venv/.ready-cuda", "ask", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shown").read_text() == text
+
+
 def test_an_old_python_is_refused_before_anything_is_installed():
     """By the Python that would make the environment; the sentence in the README is this check's."""
     check = re.search(r"-c '(import sys; .*3, 11.*)'$", TEXT, re.M).group(1)
