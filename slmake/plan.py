@@ -17,6 +17,7 @@ from slmake.sources.schemes import parse
 from slmake.user_files import with_what_they_read
 
 LOCKS = ["envs/cpu.lock", "envs/cuda.lock"]
+HARNESS = "envs/lm-eval.lock"  # its scores are another version's after a change, too
 WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change a package
 # Sections, or parameters of others, that a rule reads or names in what it writes, where it is not its own section alone.
 SECTIONS = {
@@ -91,7 +92,8 @@ class Plan:
         scoring = bool({"evaluate", "quantize"} & set(self.stages))
         metric_files = [metric.file for metric in params.evaluate.answer_metrics if scoring and metric.file]
         task_files = [entry for entry in params.evaluate.lm_eval if entry.endswith((".yaml", ".yml"))]
-        self.task_files = when("evaluate" in self.stages, with_what_they_read(task_files))
+        harness = when(params.evaluate.lm_eval, HARNESS)
+        self.task_files = when("evaluate" in self.stages, [*with_what_they_read(task_files), *harness])
         self.metric_files = with_what_they_read(metric_files)
         self.scored_constraint = file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
         self.constraint = file_of(params.package.constrain) if "package" in self.stages else []

@@ -43,6 +43,19 @@ DIGITS_SPLIT = {
 WINDOWED = ("phi3", "mistral")
 # Families that scale attention by another number than the size of a head in their largest model (27B), and the layers that this one has.
 SCALED = {"gemma2": 46, "gemma3_text": 62}
+# Tokens that close a turn, by their text, as llama.cpp finds them (llama-vocab.cpp), and the kinds of token that they are.
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<end_of_utterance>",
+    "_<EOT>",
+    "< EOT >",
+)
+CONTROL, USER_DEFINED = 3, 4
 NO_PART_OF_IT = ("vocab_size", "tensor_data_layout")  # fields that change nothing of a model
 ELSEWHERE = "Name a folder or repository with the safetensors of the same model in fetch_model.source."
 
@@ -93,6 +106,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
                 folder, gguf_file=link.name, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False
             )
             _set_attention(model.config, _fields(reader))
+            _set_ends(reader, model.generation_config)
             _refuse_unread(file, reader, model)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
             _set_split(file, reader, tokenizer)
@@ -120,6 +134,19 @@ def _set_attention(config, fields: dict[str, object]) -> None:
     if config.model_type in SCALED:  # files do not say it: as llama.cpp computes it (llama-model.cpp)
         largest = config.num_hidden_layers == SCALED[config.model_type]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+
+
+def _set_ends(reader, generation_config) -> None:
+    """Let generation end at the tokens that close a turn, too, as llama.cpp does: a file names the end of a text alone (Phi-3, Gemma)."""
+    tokens, kinds = (reader.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    kinds = [kinds.parts[index][0] for index in kinds.data] if kinds else []
+    special = [number for number, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)]
+    ends = [number for number in special if bytes(tokens.parts[tokens.data[number]]).decode() in TURN_ENDS]
+    if field := reader.fields.get("tokenizer.ggml.eot_token_id"):
+        ends.append(field.contents())
+    own = generation_config.eos_token_id
+    if ends := sorted({*ends} - {own}):
+        generation_config.eos_token_id = [own, *ends] if own is not None else ends
 
 
 def _set_split(file: Path, reader, tokenizer) -> None:

@@ -136,7 +136,12 @@ def test_they_are_inputs_of_evaluate(project):
     }
     plan = Plan(params.load(write_params(project / "params.yaml", evaluate=section)))
     assert {"metrics/deep/inner.py", "tasks/utils.py", "rows/a.jsonl", "schema.json"} <= set(plan.named("evaluate"))
+    assert "envs/lm-eval.lock" in plan.named("evaluate")  # another version of the harness scores in another way
+    assert "envs/lm-eval.lock" in plan.materials()
     assert plan.missing().startswith("params.yaml: ")
     before = plan.digest("evaluate") if (ROOT / "envs").is_dir() else None
     Path("rows/a.jsonl").write_text(json.dumps({"a": 1}))
     assert plan.digest("evaluate") != before
+    section["lm_eval"] = []
+    without = Plan(params.load(write_params(project / "params.yaml", evaluate=section)))
+    assert "envs/lm-eval.lock" not in [*without.named("evaluate"), *without.materials()]

@@ -15,6 +15,7 @@ NAMED = {
     "evaluate": {"metrics": ["json_valid", "my_metric.py:score"], "lm_eval": ["tasks/mine.yaml"]},
 }
 FILES = {"LICENSE", "NOTICE", "answer.json", "published.json", "my_metric.py", "tasks/mine.yaml", "data/dataset.json"}
+FILES |= {"envs/lm-eval.lock"}  # of the harness that runs the task
 
 
 @pytest.fixture

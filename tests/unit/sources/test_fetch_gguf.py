@@ -155,6 +155,19 @@ def test_the_scale_of_gemma_s_attention_is_that_of_its_size(family, layers, scal
     assert config.query_pre_attn_scalar == scalar
 
 
+@pytest.mark.parametrize(("fields", "ends"), [([], [1, 0]), ([("eot", 7)], [1, 0, 7]), ([("eos", 0)], 0)])
+def test_generation_ends_at_what_closes_a_turn(tmp_path, base, fields, ends):
+    """Files of Phi-3 and Gemma name the end of a text only: without it an export writes the next turns, too."""
+
+    def add(writer):
+        writer.add_eos_token_id(1)
+        for name, number in fields:
+            getattr(writer, f"add_{name}_token_id")(number)
+
+    folder, _ = fetch(tmp_path, write_gguf(base, tmp_path / "more.gguf", add))
+    assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == ends
+
+
 def test_biases_of_a_qwen2_gguf_are_read(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
