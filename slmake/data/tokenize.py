@@ -68,6 +68,7 @@ class Tokenize:
         self.longest_answer = self.longest_prompt = self.unlike = 0
         self.first_unlike = ""
         self.checked: set[str] = set()  # labels
+        self.closed: set[str] = set()  # labels with what closes them
         self.tools: set[str | None] = set()
         self.systems: set[str | None] = set()
 
@@ -110,6 +111,23 @@ class Tokenize:
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         expected = prompts.as_written(answer, self._writing)
         return expected.strip(), text.replace(self._writing.get("space", " "), " ").strip()
+
+    def _check_closed(self, row: Row, answer: Answer, ids: list[int]) -> None:
+        """Refuse a label that no answer can be equal to, because what closes it is learned as a part of its text.
+
+        Raises:
+            UserError: the chat template closes answers with a mark that is no special token of the model.
+        """
+        if answer.tail in self.closed:
+            return
+        expected, read = self._read_back(answer.answer, ids)
+        if read != expected:
+            raise UserError(
+                f"{row.file}: row {row.line}: the answer {expected!r} is {read!r} when its tokens are read back: the chat template closes it "
+                "with what is no special token of this model, so answers would have it as text, and none would be equal to a label. Name a "
+                "template with this model's own marks in fetch_model.chat_template, or a base model that has these."
+            )
+        self.closed.add(answer.tail)
 
     def _compare(self, row: Row, answer: Answer, ids: list[int]) -> None:
         """Count an answer that no answer of the runtime can be equal to."""
@@ -223,7 +241,9 @@ class Tokenize:
             self.longest_answer = max(self.longest_answer, len(tail))
             self.longest_prompt = max(self.longest_prompt, len(kept))
             labels, turns = [IGNORED] * len(kept) + tail, [answer.turn] if row.chat else []
-            if one_answer and answer.answer not in self.checked:
+            if answer.answer in self.checked:
+                self._check_closed(row, answer, tail)
+            elif one_answer:
                 self._compare(row, answer, tail)
             if examples and not one_answer:
                 before = examples[-1]

@@ -284,3 +284,18 @@ def test_tools_of_a_turn_that_the_template_shows(tokenizer_folder, tmp_path):
     chat = ChatTemplate(load_tokenizer(other_chat(tokenizer_folder, tmp_path / "base", template)), {}, "2024-01-01")
     turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
     chat.check_shown(read_conversation([turns[0] | {"tools": "[]"}, *turns[1:]]))
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("closing", ["<|im_end|>", "<|end|>", "", "\n\n"])
+def test_a_mark_that_the_model_does_not_know_is_refused(build, refused, tmp_path, tokenizer_folder, column, closing):
+    """It would be learned as text of every answer, and no answer would be equal to its label."""
+    base = other_chat(tokenizer_folder, tmp_path / "base", PLAIN.replace("<|end|>", closing))
+    rows = turns_column(make_rows(24)) if column else make_rows(24)
+    given = CHAT | WHOLE | {"messages": "turns" if column else MESSAGES}
+    if closing == "<|im_end|>":
+        message = refused(rows, base=base, **given)
+        assert "row 1: the answer 'sadness' is 'sadness<|im_end|>' when its tokens are read back" in message
+        assert "fetch_model.chat_template" in message
+    else:
+        assert build(rows, base=base, **given).prompt["labels"] == ["fear", "joy", "sadness", "surprise"]
