@@ -17,6 +17,10 @@ from slmake.errors import UserError, first_line, is_failure
 from slmake.model_config import refuse_foreign_kernels, refuse_oversized, refuse_quantized
 from slmake.sources.pickles import PICKLES, pickle_advice
 
+SINGLE, INDEX = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # all weights in one file, or the shard that has each
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")  # in a tensor's name: a part of a decoder layer
 
@@ -71,14 +75,14 @@ def element_bits(dtype: str) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, checked.
+    """The safetensors files of a model folder, checked; where it has a single file, that one, as transformers takes it, and no shards.
 
     Raises:
         UserError: no weights, pickled weights only, a shard of the index missing, a damaged file, or a tensor that is in two shards, in
             none, or in another one than the index says.
     """
-    index, places = folder / "model.safetensors.index.json", {}
-    if index.exists():
+    single, index, places = folder / SINGLE, folder / INDEX, {}
+    if index.exists() and not single.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             places = {tensor: str(name) for tensor, name in content.items()}
@@ -98,12 +102,12 @@ def weight_files(folder: Path) -> list[Path]:
             )
         files = [folder / name for name in names]
     else:
-        files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
+        files = [single] if single.exists() else []
     if not files:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise UserError(f"{folder}: weights are in {pickle_advice(pickled[0])}.")
-        raise UserError(f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards).")
+        raise UserError(f"{folder}: no weights ({SINGLE}, or {INDEX} with its shards).")
     found: dict[str, str] = {}
     for file in files:
         for tensor in check_safetensors(file):
@@ -212,7 +216,7 @@ def copy_folder(source: Path, target: Path, dtype: str) -> None:
     """Copy a model folder, casting floating-point weights to `dtype` (`auto`: as they are), one shard at a time."""
     files = weight_files(source)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in KEPT:
+        if path.is_file() and path.suffix in KEPT and not (path.name == INDEX and files == [source / SINGLE]):
             shutil.copyfile(path, target / path.name)
     if dtype == "auto":
         for file in files:
@@ -231,7 +235,7 @@ def copy_folder(source: Path, target: Path, dtype: str) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     outputs.write_json(target / "config.json", config)
-    index = target / "model.safetensors.index.json"
+    index = target / INDEX
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
         content.setdefault("metadata", {})["total_size"] = total

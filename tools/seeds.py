@@ -35,7 +35,7 @@ from slmake.reporting.pages import models_of
 from slmake.reporting.seeds import draw_seeds, inputs, summary, table
 from tools.reproduce import copy_inputs, snakemake
 
-KEPT = Path("build/seeds")
+KEPT, COPY = Path("build/seeds"), "slmake-seed"
 RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
 METRICS = "results/metrics.json"
 BASE, MADE_BY = ["build/base", "results/base.json"], "fetch_model"
@@ -78,9 +78,20 @@ def copy_project(here: Path, scratch: Path) -> tuple[Path, str]:
     return target, sha256(content.encode()).hexdigest()
 
 
+def remove_left_over(kept: Path) -> None:
+    """Remove copies of the project, with their models, of runs that were killed."""
+    for folder in kept.glob(f"{COPY}-*"):
+        try:
+            os.kill(int(folder.name.removeprefix(f"{COPY}-").partition("-")[0]), 0)
+        except ProcessLookupError:
+            outputs.remove(folder)
+        except (ValueError, PermissionError):  # no copy of ours, or another user's process
+            continue
+
+
 def content_of(here: Path) -> str:
     """The project's content now, as `copy_project` gives it."""
-    with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{COPY}-{os.getpid()}-", dir=here / KEPT) as scratch:
         return copy_project(here, Path(scratch))[1]
 
 
@@ -109,7 +120,7 @@ def measured(here: Path, change: dict, planned: str) -> dict:
     Raises:
         UserError: the project is another now, the base model changed meanwhile, or the build failed.
     """
-    with tempfile.TemporaryDirectory(prefix="slmake-seed-", dir=here / KEPT) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{COPY}-{os.getpid()}-", dir=here / KEPT) as scratch:
         project, content = copy_project(here, Path(scratch))
         if content != planned:
             raise UserError(CHANGED)
@@ -192,6 +203,7 @@ def base_to_be_linked() -> Iterator[None]:
 
 def run_all(here: Path, own: params.Params, args: argparse.Namespace, job: cli.Job) -> None:
     """All runs of `repeat`, whose base model is built."""
+    remove_left_over(here / KEPT)
     planned, read = content_of(here), inputs(own)
     if params.sums(params.load(here / "params.yaml")) != params.sums(own):
         raise UserError(CHANGED)

@@ -135,7 +135,12 @@ class Tokenize:
         if read == expected:
             return
         if not self.unlike:
-            texts = f"{one_line(repr(expected), 60)} is read back as {one_line(repr(read), 60)}"
+            # From a little before the first difference on: long texts are cut, and two that look the same say nothing.
+            pairs = enumerate(zip(expected, read, strict=False))
+            same = next((number for number, (one, other) in pairs if one != other), min(len(expected), len(read)))
+            start = same - 20 if same > 40 else 0
+            shown = ["…" * bool(start) + text[start:] for text in (expected, read)]
+            texts = f"{one_line(repr(shown[0]), 60)} is read back as {one_line(repr(shown[1]), 60)}"
             self.first_unlike = f"{row.file}: row {row.line}: {texts}"
         self.unlike += 1
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import statistics
+import subprocess
+import sys
 
 import pytest
 from project import change, planned, run, snakemake
@@ -134,3 +136,12 @@ def test_a_failed_build_keeps_what_was_measured(repository):
     assert "Finished runs are kept" in done.stdout
     assert (repository / seeds.RESULT).read_text() == before
     assert [path.suffix for path in (repository / seeds.KEPT).iterdir()] == [".json"]
+
+
+def test_copies_of_killed_runs_are_removed(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    folders = [f"slmake-seed-{int(ended.stdout)}-abc", f"slmake-seed-{os.getpid()}-abc", "slmake-seed-other"]
+    for name in folders:
+        (tmp_path / name / "build").mkdir(parents=True)
+    seeds.remove_left_over(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(folders[1:])

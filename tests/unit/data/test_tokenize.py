@@ -1,6 +1,7 @@
 """Tokens and labels: the loss on the answer, sequences, truncation."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -213,3 +214,9 @@ def test_lengths_summary():
         "histogram": {"3": 2, "5": 1, "9": 1},
     }
     assert tokenize.lengths_summary(Counter()) == {"min": 0, "median": 0, "p95": 0, "max": 0, "histogram": {}}
+
+
+def test_the_difference_of_long_answers_is_shown(build, lower, capsys):
+    start = "an answer that is long enough to be cut where it is shown, " * 2
+    build([row | {"tone": f"{start}number {i} of Two"} for i, row in enumerate(make_rows(80))], base=lower)
+    assert re.search(r"'….*number \d+ of Two' is read back as '….*number \d+ of two'", capsys.readouterr().err)

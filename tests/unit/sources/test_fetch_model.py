@@ -80,6 +80,24 @@ def test_sharded_folder_is_cast_to_bfloat16_shard_by_shard(tmp_path, sharded):
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_single_file_goes_before_shards(tmp_path, sharded, kept, dtype):
+    """As in transformers, whose save_pretrained into the folder of a sharded model leaves the index, and no shards."""
+    from safetensors.torch import load_file, save_file
+
+    both = Path(shutil.copytree(sharded, tmp_path / "both"))
+    tensors = {name: value * 2 for file in both.glob("*.safetensors") for name, value in load_file(file).items()}
+    save_file(tensors, both / "model.safetensors", metadata={"format": "pt"})
+    for shard in [] if kept else both.glob("model-*.safetensors"):
+        shard.unlink()
+    folder, _ = fetch(tmp_path, both, dtype=dtype)
+    assert [path.name for path in folder.iterdir() if "model" in path.name] == ["model.safetensors"]
+    assert (
+        load_file(folder / "model.safetensors")["model.norm.weight"].tolist() == tensors["model.norm.weight"].tolist()
+    )
+
+
 def test_cast_up_to_float32_replaces_the_old_dtype_key(tmp_path, base):
     import torch
     from safetensors.torch import load_file, save_file
