@@ -28,6 +28,7 @@ from slmake.text import printable
 PLANNED = "SLMAKE_PARAMS"  # environment variable: the sections of params.yaml that the running build was planned with
 SOURCES = "SLMAKE_SOURCES"  # environment variable: a file with the code and files that it was planned with
 ENGINE = "SLMAKE_ENGINE"  # environment variable: the process that started this one, as `engine` writes it
+IMAGE = "SLMAKE_IMAGE"  # environment variable: the image that a rule runs in, as params.yaml names it
 OUT_OF_MEMORY = "out of memory. Use smaller batches or a machine with more memory."
 STARTED = time.time_ns()  # every script imports this module first
 # Nothing phones home. Set before any library is imported.

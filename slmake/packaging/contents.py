@@ -5,7 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from slmake import params, serve
+from slmake import cli, params, serve
 from slmake.constraints import constrained
 from slmake.csv_files import read_csv
 from slmake.errors import UserError
@@ -106,8 +106,8 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     (folder / checksums.BOM).write_text(checksums.canonical(bom), encoding="utf-8")
     sbom.check_bom((folder / checksums.BOM).read_text(encoding="utf-8"))
 
-    inside = "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
-    container = everything.all.container if inside else None
+    # A shell may be in a container of its own, in which Snakemake started no rule.
+    container = everything.all.container if os.environ.get(cli.IMAGE) == everything.all.container else None
     facts["providers"] = providers(facts["quantize"], metrics)
     statement = provenance.provenance(
         checksums.digests(folder, ()), args.materials, sections(everything), facts, container

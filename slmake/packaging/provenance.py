@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from datetime import UTC, datetime
 from hashlib import sha256 as hash_of
 from pathlib import Path
@@ -17,14 +18,19 @@ def build_time() -> str | None:
     """SOURCE_DATE_EPOCH (https://reproducible-builds.org/specs/source-date-epoch/) as RFC 3339, or None where it is not set.
 
     Raises:
-        UserError: it is no whole number of seconds.
+        UserError: it is no whole number of seconds, or one beyond the year 9999.
     """
     text = os.environ.get("SOURCE_DATE_EPOCH")
     if text is None:
         return None
-    if not text.isdigit():
-        raise UserError(f"SOURCE_DATE_EPOCH={text}: it must be a whole number of seconds since 1970.")
-    return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        if not re.fullmatch("[0-9]+", text):
+            raise ValueError
+        return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        raise UserError(
+            f"SOURCE_DATE_EPOCH={text}: it must be a whole number of seconds since 1970, up to the year 9999. Correct it, or unset it."
+        ) from None
 
 
 def provenance(

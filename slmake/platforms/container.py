@@ -18,9 +18,11 @@ import sys
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+from slmake import cli
 from slmake.errors import UserError
 
 NAMED = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "PIP_FIND_LINKS")
+GIVEN = ("APPTAINERENV", "SINGULARITYENV")  # with these before their names, variables are set in a container
 OFFLINE = ["--net", "--network", "none"]
 
 
@@ -50,7 +52,9 @@ def prepare(setting: str, files: list[str], online: list[str]) -> None:
         files: what rules read, as written in params.yaml; what lies outside the project's folder is made visible.
         online: scripts that need the network.
     """
-    os.environ.update(APPTAINERENV_PYTHONPATH="", SLMAKE_OFFLINE="", SLMAKE_ONLINE="|".join(online))
+    given = {"PYTHONPATH": "", cli.IMAGE: setting}
+    os.environ.update({f"{prefix}_{name}": value for prefix in GIVEN for name, value in given.items()})
+    os.environ.update(SLMAKE_OFFLINE="", SLMAKE_ONLINE="|".join(online))
     binds = [f"{path}:{path}:ro" if path.is_file() else f"{path}:{path}" for path in outside(files, Path())]
     # A site's own certificates and wheels, where the environment names them by these variables, which go into the image, too.
     named = [Path(os.environ[name]) for name in NAMED if name in os.environ]

@@ -11,6 +11,7 @@ import pytest
 from project import RULES, change, digests, elsewhere, new_project, planned, run, snakemake
 from safetensors.numpy import load_file
 
+from slmake import cli
 from slmake.platforms import container
 
 PROFILE = ("--profile", "profiles/container")
@@ -86,7 +87,8 @@ def test_a_sites_own_certificates_are_visible(image, tmp_path, monkeypatch):
     for name in container.NAMED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("APPTAINER_BIND", f"{certificates}:/opt/by-the-user")
-    for variable in ("APPTAINERENV_PYTHONPATH", "SLMAKE_OFFLINE", "SLMAKE_ONLINE"):
+    given = [f"{prefix}_{name}" for prefix in container.GIVEN for name in ("PYTHONPATH", cli.IMAGE)]
+    for variable in (*given, "SLMAKE_OFFLINE", "SLMAKE_ONLINE"):
         monkeypatch.setenv(variable, "")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates))
     monkeypatch.setenv("PIP_CERT", str(tmp_path / "none.pem"))

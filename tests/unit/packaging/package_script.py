@@ -63,12 +63,15 @@ FILES = {
 }
 
 
-def pack(parts: Path, folder: Path, options: Sequence[object] = (), **section: object) -> Path:
+def pack(
+    parts: Path, folder: Path, options: Sequence[object] = (), container: str | None = None, **section: object
+) -> Path:
     """Run the script in this process, with further `options`; returns the package's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"license_files": [str(ROOT / "LICENSE")], **section}
     file = write_params(
         folder / "params.yaml",
+        all={"container": container},
         package=settings,
         quantize={"precision": "fp32", "calibration": "none", "int8_nodes": []},
     )

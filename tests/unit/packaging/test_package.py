@@ -39,11 +39,23 @@ def test_source_date_epoch_is_the_only_time(parts, tmp_path, monkeypatch, capsys
     assert json.loads((folder / "bom.cdx.json").read_text())["metadata"]["timestamp"] == "2023-11-14T22:13:20Z"
     run = json.loads((folder / "provenance.intoto.json").read_text())["predicate"]["runDetails"]
     assert run["metadata"]["finishedOn"] == "2023-11-14T22:13:20Z"
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(SystemExit):
-        pack(parts, tmp_path / "two")
-    assert "SOURCE_DATE_EPOCH=yesterday: it must be a whole number of seconds" in capsys.readouterr().err
-    assert not (tmp_path / "two" / "package").exists()
+    for text in ("yesterday", "", "²", "1700000000000", "9" * 40, "-1"):  # of milliseconds, the year would be 55,841
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+        with pytest.raises(SystemExit):
+            pack(parts, tmp_path / "two")
+        assert f"SOURCE_DATE_EPOCH={text}: it must be a whole number of seconds" in capsys.readouterr().err
+        assert not (tmp_path / "two" / "package").exists()
+
+
+def test_a_package_names_the_image_that_its_rules_ran_in(parts, tmp_path, monkeypatch):
+    """Not where a shell in another container runs Snakemake without one: Apptainer's own variable is set there, too."""
+    image = f"containers/slmake-cpu.sif@sha256:{'a' * 64}"
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/opt/python-3.11.sif")
+    for number, (inside, named) in enumerate([(None, False), ("containers/other.sif", False), (image, True)]):
+        if inside:
+            monkeypatch.setenv("SLMAKE_IMAGE", inside)
+        folder = pack(parts, tmp_path / str(number), container=image)
+        assert ("a" * 64 in (folder / "provenance.intoto.json").read_text()) == named
 
 
 def test_run_py_answers_as_the_pipeline_does(packed, tmp_path):

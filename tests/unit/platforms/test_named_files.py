@@ -103,3 +103,15 @@ def test_files_that_can_be_used(checked, tmp_path):
     (tmp_path / "seeds.json").write_text(json.dumps(SEEDS), encoding="utf-8")
     checked(report={"seeds": str(tmp_path / "seeds.json")})
     checked()
+
+
+@pytest.mark.parametrize(
+    "stages", [["finetune", "merge"], ["finetune", "merge", "quantize", "evaluate", "gates", "package"]]
+)
+def test_a_date_that_no_package_can_have(checked, monkeypatch, stages):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    if "package" in stages:
+        with pytest.raises(UserError, match="SOURCE_DATE_EPOCH=: it must be a whole number of seconds since 1970"):
+            checked(all={"stages": stages})
+    else:
+        checked(all={"stages": stages})
