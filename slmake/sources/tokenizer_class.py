@@ -20,13 +20,17 @@ def restore_tokenizer(folder: Path, source: str, job: cli.Job) -> None:
     Raises:
         UserError: transformers takes its own class for this type of model, whatever the file names.
     """
-    other = _difference(folder)
-    if not other:
+    behind = None if (other := _difference(folder)) else _difference(folder, behind_special=True)
+    if not (other or behind):
         return
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    outputs.write_json(path, {**config, "tokenizer_class": AS_IT_IS})
-    if _difference(folder):
+    before = path.read_bytes() if path.exists() else b"{}"
+    outputs.write_json(path, {**json.loads(before), "tokenizer_class": AS_IT_IS})
+    if behind and (_difference(folder) or _difference(folder, behind_special=True)):
+        outputs.replace(path, before)  # tokenizer_config.json says more of its special tokens than the file
+        return
+    other = other or behind
+    if not behind and _difference(folder):
         raise UserError(
             f"{source}: transformers does not read tokenizer.json as it is: {other}. That is its class for this model_type, whatever "
             "tokenizer_class says, so training would give the model other tokens than it knows. Choose a base model that it reads."
@@ -36,11 +40,14 @@ def restore_tokenizer(folder: Path, source: str, job: cli.Job) -> None:
     )
 
 
-def _difference(folder: Path) -> str | None:
+def _difference(folder: Path, behind_special: bool = False) -> str | None:
     """The first text of which transformers makes other tokens than tokenizer.json does, in words; None if there is none.
 
-    Neither adds special tokens, and texts that hold such are left out: tokenizer_config.json may name more of them. So is white space
-    around a text: Llama 2's class joins it otherwise than the file.
+    Neither adds special tokens. White space around a text is left out: Llama 2's class joins it otherwise than the file.
+
+    Args:
+        behind_special: compare texts around the special tokens that both have, as a chat has them; else texts without any:
+            tokenizer_config.json may name more of them.
     """
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -52,7 +59,15 @@ def _difference(folder: Path) -> str | None:
     read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     plain.no_truncation()
     plain.no_padding()
-    for text in (text.strip(" ") for text in HARD_TEXTS if "<" not in text):
+    texts = [text.strip(" ") for text in HARD_TEXTS if "<" not in text]
+    if behind_special:
+        both = [
+            token for token in read.all_special_tokens if plain.token_to_id(token) == read.convert_tokens_to_ids(token)
+        ]
+        texts = [
+            form.format(token) for token in both for form in ("{0}[INST] a{0}b", "{0}\na {0}b", "a{0}\n{0}user\nb")
+        ]
+    for text in texts:
         expected = plain.encode(text, add_special_tokens=False).ids
         ids = read(text, add_special_tokens=False)["input_ids"]
         if ids != expected:

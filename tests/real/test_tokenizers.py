@@ -54,6 +54,25 @@ def test_the_file_of_each_is_read_as_it_is(tmp_path, kind, named):
         )
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokens_behind_special_ones_are_those_of_the_file(tmp_path, legacy):
+    """Llama-2-chat and TinyLlama-chat (`legacy: false`): transformers puts another pre-tokenizer in the place of the file's normalizer."""
+    folder = Path(shutil.copytree(real_tokenizers.packages() / "tokenizer-llama2" / "models", tmp_path / "model"))
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    path, said = folder / "tokenizer_config.json", []
+    config = json.loads(path.read_text(encoding="utf-8")) | {"legacy": legacy, "tokenizer_class": "LlamaTokenizer"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    restore_tokenizer(folder, "here", SimpleNamespace(say=said.append))
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "<s>[INST] Say hi [/INST] hi</s>[INST] b [/INST]"
+    assert (
+        load_tokenizer(folder)(text, add_special_tokens=False).tokens()
+        == plain.encode(text, add_special_tokens=False).tokens
+    )
+    assert len(said) == (not legacy)
+    assert (json.loads(path.read_text(encoding="utf-8")) == config) == legacy
+
+
 def rows(count: int, words: int = 1) -> list[dict]:
     """Phrases with what tokenizers often differ in."""
     hard = [

@@ -82,3 +82,15 @@ def test_texts_that_name_special_tokens_are_left_out(broken):
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "bos_token": "<bos>"}), encoding="utf-8")
     assert same(broken)
+
+
+def test_what_the_configuration_says_of_special_tokens_is_meant_so(broken):
+    """That white space behind one belongs to it, for example: no class reads the file otherwise, so none is named."""
+    path = broken / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    number = Tokenizer.from_file(str(broken / "tokenizer.json")).token_to_id("<|end|>")
+    token = {"content": "<|end|>", "rstrip": True, "lstrip": False, "normalized": False, "single_word": False}
+    decoder = {str(number): token | {"special": True}}
+    path.write_text(json.dumps({**config, "added_tokens_decoder": decoder}), encoding="utf-8")
+    assert load_tokenizer(broken)("a<|end|>\n b")["input_ids"] == load_tokenizer(broken)("a<|end|>b")["input_ids"]
+    assert same(broken)
