@@ -25,7 +25,7 @@ trap 'rm -rf "$empty"' EXIT
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 git diff --quiet HEAD -- envs containers 2>/dev/null || revision+=-changed
 # Never with a user name or password that the remote's address may hold.
-source=$(git remote get-url origin 2>/dev/null | sed -E 's#^([a-z]+://)[^/@]*@#\1#' || true)
+source=$(git remote get-url origin 2>/dev/null | sed -E 's#^([a-z]+://)[^/]*@#\1#' || true)
 
 options=(
   --build-arg "MACHINE=$machine" --build-arg "TORCH=$torch" --build-arg "TORCH_BACKEND=$backend"

@@ -372,7 +372,9 @@ def record(job: cli.Job, compared: str, seen: dict[str, list[int]]) -> None:
         seen: the outputs that were compared, as `files_here` gives them.
     """
     quiet = ["--quiet", "host", "progress", "rules"]  # all of it would hide errors, too
-    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", *quiet, "--", "all"]
+    named = entries()
+    made = [path for stage in stages() for path in outs(named[stage])]  # all that is asked for, but what was published
+    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", *quiet, "--", *made]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {PULLED: compared})
     if done.returncode:
         said = done.stdout + done.stderr
@@ -383,12 +385,10 @@ def record(job: cli.Job, compared: str, seen: dict[str, list[int]]) -> None:
     note_outputs()
     note()
     page.remove_stale(job.say)
-    job.say(f"everything matches its receipt; `snakemake --cores all` has nothing to do ({job.seconds():.0f} s)")
-    if "publish" in stages():
-        job.say(
-            "results/published.json is what was published then; what is latest there now is not asked. To publish this model again: "
-            "`.venv/bin/snakemake --cores all --force results/published.json`, then `make`"
-        )
+    left = "nothing to do"
+    if dvc_yaml.PUBLISH in Plan(params.load("params.yaml")).rules:
+        left = "to publish it: no receipt says what is the latest model there"
+    job.say(f"everything matches its receipt; `snakemake --cores all` has {left} ({job.seconds():.0f} s)")
 
 
 def main(argv: list[str] | None = None) -> None:

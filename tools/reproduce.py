@@ -29,15 +29,10 @@ DIFFER = {  # timings, and what is free on this machine
 MEASURED = "measured.json"  # of a candidate: timings, too
 
 
-def compared() -> list[str]:
-    """The stages that this folder's params.yaml asks for, but for the one that uploads."""
-    return [stage for stage in dvc.stages() if stage != "publish"]
-
-
 def built_files(root: Path) -> dict[str, str]:
     """Relative path to SHA-256 of every file under `root` that the rules of this folder's params.yaml make."""
     digests, named = {}, dvc.entries()
-    for output in (root / output for stage in compared() for output in dvc.outs(named[stage])):
+    for output in (root / output for stage in dvc.stages() for output in dvc.outs(named[stage])):
         for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
             name = path.relative_to(root).as_posix()
             if path.is_file() and not path.name.startswith(".") and name not in DIFFER and path.name != MEASURED:
@@ -90,7 +85,7 @@ def build_again(here: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="slmake-again-") as scratch:
         project, _ = copy_inputs(here, Path(scratch))
         named = dvc.entries()
-        if not snakemake(project, *(output for stage in compared() for output in dvc.outs(named[stage]))):
+        if not snakemake(project, *(output for stage in dvc.stages() for output in dvc.outs(named[stage]))):
             raise UserError("the second build failed; the message is above.")
         return built_files(project)
 

@@ -36,6 +36,8 @@ HEADER = """\
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
 CODE, DIGESTS = "code", "build/code"  # the stage that is no rule, and what it writes
+# No stage: DVC would bring its receipt back from its cache, where nothing was published, and publish each experiment.
+PUBLISH, RELEASED = "publish", "results/published.json"
 BY_BYTES = "package"  # its provenance names every file of code by its bytes
 PATH = 'PATH="$PWD/.venv/bin:$PATH"'  # the environment's own programs first, whether or not it is activated
 NOTE = Path(".dvc/tmp/slmake.yaml.sha256")  # what dvc.yaml was last written from
@@ -121,7 +123,7 @@ def dvc_yaml(graph: dict[str, dict[str, list[str]]], metric_models: list[str], g
         }
     }
     outputs: set[str] = set()
-    for name in in_order(graph):
+    for name in (name for name in in_order(graph) if name != PUBLISH):
         rule = graph[name]
         outputs |= set(rule["output"])
         members = [name, *(member for member, stage in MEMBERS.items() if stage == name)]

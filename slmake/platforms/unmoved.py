@@ -7,7 +7,7 @@ from pathlib import Path
 from slmake import outputs, params
 from slmake.code_inputs import snakefiles
 from slmake.errors import UserError
-from slmake.plan import Plan
+from slmake.plan import Plan, when
 from slmake.platforms import dvc, dvc_yaml, origins
 
 SEEN = Path(".dvc/tmp/slmake.seen.json")
@@ -41,6 +41,7 @@ def remember(wanted: list[str]) -> None:
         *SETTINGS,
         *map(str, snakefiles()),
         *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}),
+        *when(dvc_yaml.PUBLISH in Plan(params.load("params.yaml")).rules, dvc_yaml.RELEASED),
     ]
     seen = outputs.marks(paths)
     try:

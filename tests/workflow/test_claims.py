@@ -153,6 +153,23 @@ def test_a_second_build_publishes_nothing(repository):
     assert "published" not in done.stdout
 
 
+def test_what_is_brought_back_was_not_published(repository):
+    """The pointer may be to a later model: what DVC brings back, publishes of an experiment or skips is no release."""
+    change(repository, "publish", url="az://models/tones")
+    change(repository, "all", stages=["quantize", "publish"])
+    done = run(repository, "snakemake", "--cores", "all", "build/onnx-int4")
+    assert done.returncode == 0, done.stdout
+    (repository / "results/published.json").write_text("{}", encoding="utf-8")
+    run(repository, "snakemake", "--touch", "--cores", "1", "--", "results/published.json")
+    assert record(repository).returncode == 0
+    assert not planned(repository)
+    assert "published.json" not in (repository / "dvc.yaml").read_text(encoding="utf-8")
+    done = restore(repository)
+    assert done.returncode == 0, done.stdout
+    assert "has to publish it: no receipt says what is the latest model there" in done.stdout
+    assert set(planned(repository)) == {"publish"}
+
+
 def test_copies_see_no_file_beside_them(repository):
     """`../` of a name leads to a link in the copy's own folder, and its content counts."""
     (repository.parent / "shared").mkdir()
