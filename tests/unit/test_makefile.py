@@ -102,3 +102,19 @@ def test_clean_leaves_what_no_rule_builds_again(tmp_path):
 def test_git_keeps_what_no_rule_builds_again(name, ignored):
     done = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", f"results/{name}"], cwd=ROOT)
     assert (done.returncode == 0) == ignored
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("https://me:p@SECRETword@host/x.git", "https://host/x.git"),
+        ("https://token@host/x@1.git", "https://host/x@1.git"),
+        ("git@host:org/x.git", "git@host:org/x.git"),
+        ("https://host/x.git", "https://host/x.git"),
+    ],
+)
+def test_an_image_s_label_has_no_password(address, named):
+    """Git and curl take the last `@` for the end of a password."""
+    command = re.search(r"sed -E '[^']+'", (ROOT / "tools" / "image.sh").read_text(encoding="utf-8"))[0]
+    done = subprocess.run(["bash", "-c", command], input=address, capture_output=True, text=True)
+    assert done.stdout.strip() == named

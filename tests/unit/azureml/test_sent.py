@@ -1,0 +1,49 @@
+"""What is sent to Azure ML: no credential, and the commit that it is of."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_azureml import loaded, small_plan
+from tiny import ROOT
+
+from slmake import params
+from slmake.azureml import service
+from slmake.errors import UserError
+
+
+@pytest.mark.parametrize("field", ["data", "model"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "azureml://datastores/shop/paths/a.json?sv=2022-11-02&sig=SECRET99",
+        "azureml://datastores/shop/paths/token=SECRET99/a.json",
+        "azureml://datastores/shop/paths/a.json?code=SECRET99",
+        "hf:org/name@main?token=SECRET99",
+        "https://u:SECRET99@host/a.json",
+    ],
+)
+def test_no_credential_gets_into_the_pipeline(tmp_path, field, text):
+    """What stands in the settings is written into the pipeline, the steps' code and the run's tags."""
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, **{field: text})
+    assert "nothing was sent" in str(caught.value)
+    assert "SECRET99" not in str(caught.value)
+
+
+def test_the_commit_is_that_of_what_is_sent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    for name in ("params.yaml", "Snakefile", "dvc.lock"):
+        Path(name).write_text("first")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    everything = params.load(ROOT / "params.yaml")
+    Path("dvc.lock").write_text("of the last build here")
+    assert service.tags(everything, small_plan())["git_commit"] == commit
+    for name in ("params.yaml", "data/train.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("second")
+        assert service.tags(everything, small_plan())["git_commit"] == f"{commit}-changed"
+        subprocess.run([*git, "stash", "-q", "--include-untracked"], check=True)
