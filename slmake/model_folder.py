@@ -17,10 +17,8 @@ from slmake.errors import UserError, first_line, is_failure
 from slmake.model_config import refuse_foreign_kernels, refuse_oversized, refuse_quantized
 from slmake.sources.pickles import PICKLES, pickle_advice
 
-SINGLE, INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # all weights in one file, or the shard that has each
+SINGLE = "model.safetensors"  # all weights in one file
+INDEX = "model.safetensors.index.json"  # the shard that has each weight
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")  # in a tensor's name: a part of a decoder layer
 

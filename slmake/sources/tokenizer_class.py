@@ -24,10 +24,11 @@ def restore_tokenizer(folder: Path, source: str, job: cli.Job) -> None:
     if not (other or behind):
         return
     path = folder / "tokenizer_config.json"
-    before = path.read_bytes() if path.exists() else b"{}"
-    outputs.write_json(path, {**json.loads(before), "tokenizer_class": AS_IT_IS})
+    before = path.read_bytes() if path.exists() else None
+    outputs.write_json(path, {**json.loads(before or "{}"), "tokenizer_class": AS_IT_IS})
     if behind and (_difference(folder) or _difference(folder, behind_special=True)):
-        outputs.replace(path, before)  # tokenizer_config.json says more of its special tokens than the file
+        # tokenizer_config.json says more of its special tokens than the file.
+        path.unlink() if before is None else outputs.replace(path, before)
         return
     other = other or behind
     if not behind and _difference(folder):
