@@ -41,6 +41,7 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
                 f"fetch_model.source: {path.name}: one file is read as GGUF (.gguf). Name the model's folder instead."
             )
         convert_gguf(path, target, section.dtype)
+        restore_tokenizer(target, section.source, job)
         return record
     refuse_odd_files(path)
     if mlflow.description(path):

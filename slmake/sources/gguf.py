@@ -10,40 +10,19 @@ from pathlib import Path
 from slmake.errors import UserError, first_line, is_failure
 from slmake.model_config import refuse_long_context
 from slmake.model_folder import refuse_incomplete
-from slmake.sources import gguf_header
+from slmake.sources import gguf_header, gguf_tokenizer
+from slmake.sources.gguf_header import ELSEWHERE
+from slmake.sources.gguf_tokenizer import CONTROL, USER_DEFINED
 
 # Fields that are a size or a count; a context's length is no part of the weights.
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
 # Fields that multiply or limit values within the model. transformers reads none of them.
 SCALE = re.compile(r"(^|[._])(scale|softcapping|clamp_kqv)$")
-# How a byte-level vocabulary splits text (tokenizer.ggml.pre; llama.cpp's llama-vocab.cpp), where transformers has no entry and takes GPT-2's way.
-GPT2_SPLIT = {
-    "a.x-4.0",
-    "exaone4",
-    "gigachat",
-    "gpt-2",
-    "granite-docling",
-    "jais",
-    "mellum",
-    "mpt",
-    "olmo",
-    "phi-2",
-    "trillion",
-}
-DIGITS_SPLIT = {
-    "codeshell",
-    "command-r",
-    "exaone",
-    "minerva-7b",
-    "refact",
-    "smollm",
-    "starcoder",
-}  # so, after each digit alone
 # Every layer of these looks back as far as `attention.sliding_window` says, which transformers does not read of their files.
 WINDOWED = ("phi3", "mistral")
 # Families that scale attention by another number than the size of a head in their largest model (27B), and the layers that this one has.
 SCALED = {"gemma2": 46, "gemma3_text": 62}
-# Tokens that close a turn, by their text, as llama.cpp finds them (llama-vocab.cpp), and the kinds of token that they are.
+# Tokens that close a turn, by their text, as llama.cpp finds them (llama-vocab.cpp).
 TURN_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -55,9 +34,7 @@ TURN_ENDS = (
     "_<EOT>",
     "< EOT >",
 )
-CONTROL, USER_DEFINED = 3, 4
 NO_PART_OF_IT = ("vocab_size", "tensor_data_layout")  # fields that change nothing of a model
-ELSEWHERE = "Name a folder or repository with the safetensors of the same model in fetch_model.source."
 
 
 @contextlib.contextmanager
@@ -84,14 +61,14 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
 
     Raises:
         UserError: not a GGUF file, sizes that its tensors do not have, an architecture that transformers does not read from GGUF, or
-            tensors, scales, a scaling of rotary embeddings or a tokenizer's way to split text that it does not read.
+            tensors, scales, a scaling of rotary embeddings or a tokenizer that it does not read.
     """
     with open(file, "rb") as handle:
         if handle.read(4) != b"GGUF":
             raise UserError(f"{file}: not a GGUF file (it does not begin with `GGUF`).")
     import gguf
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -108,8 +85,7 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
             _set_attention(model.config, _fields(reader))
             _set_ends(reader, model.generation_config)
             _refuse_unread(file, reader, model)
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
-            _set_split(file, reader, tokenizer)
+            tokenizer = gguf_tokenizer.load(file, link)
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics
         if not is_failure(error) or isinstance(error, UserError | MemoryError) or getattr(error, "errno", None):
             raise
@@ -147,28 +123,6 @@ def _set_ends(reader, generation_config) -> None:
     own = generation_config.eos_token_id
     if ends := sorted({*ends} - {own}):
         generation_config.eos_token_id = [own, *ends] if own is not None else ends
-
-
-def _set_split(file: Path, reader, tokenizer) -> None:
-    """Let a tokenizer split text as the file says, before its merges; refuse where transformers would take another model's way."""
-    from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    kind, split = (
-        field.contents() if (field := reader.fields.get(f"tokenizer.ggml.{name}")) else None
-        for name in ("model", "pre")
-    )
-    if reader.fields["general.architecture"].contents() == "qwen2" and split in (None, "default"):
-        return  # files of before April 2024: transformers takes Qwen2's own tokenizer
-    if kind != "gpt2" or split in {*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLIT}:
-        return
-    if split not in DIGITS_SPLIT:
-        raise UserError(
-            f"{file}: tokenizer.ggml.pre is {split!r}: transformers does not know how this tokenizer splits text, and would take GPT-2's way: "
-            f"other tokens than the model was trained with. {ELSEWHERE}"
-        )
-    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
 
 
 def _refuse_oversized(file: Path, reader) -> None:

