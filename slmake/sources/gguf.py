@@ -143,10 +143,10 @@ def _refuse_oversized(file: Path, reader) -> None:
 
 
 def _fields(reader) -> dict[str, object]:
-    """The architecture's fields, without its name before them."""
-    others = ("GGUF.", "general.", "tokenizer.")
+    """The architecture's fields, without its name before them: of others, programs write how they made the file (`quantize.`, `split.`)."""
+    before = f"{reader.fields['general.architecture'].contents()}."
     return {
-        name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if not name.startswith(others)
+        name.removeprefix(before): field.contents() for name, field in reader.fields.items() if name.startswith(before)
     }
 
 

@@ -118,6 +118,8 @@ def test_scales_that_change_nothing_are_accepted(tmp_path, base):
         writer.add_float32("llama.logit_scale", 1.0)
         writer.add_float32("llama.attention.scale", 0.25)  # 1 / sqrt(head size 16), as without it
         writer.add_float32("llama.attn_logit_softcapping", 0.0)
+        writer.add_string("quantize.imatrix.file", "calibration.dat")  # of llama.cpp's programs
+        writer.add_uint16("split.count", 0)
 
     fetch(tmp_path, write_gguf(base, tmp_path / "more.gguf", add))
     (tmp_path / "none").mkdir()
