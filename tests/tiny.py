@@ -67,13 +67,13 @@ def make_tokenizer(folder: Path) -> None:
 def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", **overrides: object) -> Path:
     """A tiny model of a real architecture with seeded random weights, and its tokenizer, in Hugging Face layout."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
     sizes = SIZES | overrides
     if architecture == "phi3":  # as in Phi-3-mini-4k; otherwise the exporter takes it for the long-context kind
         sizes.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
     kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}
-    config = kinds[architecture](**sizes)
+    config = (kinds | {"gemma3": Gemma3TextConfig})[architecture](**sizes)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder, max_shard_size=shards)
@@ -82,14 +82,15 @@ def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", 
 
 
 def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None, split: str = "gpt-2") -> Path:
-    """A tiny Llama, Qwen2 or Phi-3 as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more, `split` is tokenizer.ggml.pre."""
-    from gguf import GGUFWriter
+    """A tiny Llama, Qwen2, Phi-3 or Gemma as a float32 GGUF file as llama.cpp's converter lays it out; `add` gives its GGUFWriter more, `split` is tokenizer.ggml.pre."""
+    from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
     from safetensors.numpy import load_file
 
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = GGUFWriter(path, config["model_type"])
+    architecture = config["model_type"].removesuffix("_text")
+    writer = GGUFWriter(path, architecture)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -110,31 +111,16 @@ def write_gguf(base: Path, path: Path, add: Callable = lambda writer: None, spli
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.qkv_proj": "attn_qkv",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.gate_up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    names = get_tensor_name_map(architectures[architecture], config["num_hidden_layers"])
     for name, value in load_file(base / "model.safetensors").items():
-        if name in whole:
-            writer.add_tensor(whole[name], value)
-            continue
-        _, _, layer, rest = name.split(".", 3)
-        part, _, kind = rest.rpartition(".")
-        if config["model_type"] == "llama" and part.endswith(("q_proj", "k_proj")):  # rows are permuted
-            count = heads if part.endswith("q_proj") else kv_heads
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + 1
+        if architecture == "llama" and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):  # rows are permuted
+            count = heads if part == "q_proj" else kv_heads
             rows, width = value.shape
             value = value.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width).copy()
-        writer.add_tensor(f"blk.{layer}.{names[part]}.{kind}", value)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), value)
     add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -105,6 +105,8 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
 
 def _set_attention(config, fields: dict[str, object]) -> None:
     """Give a configuration what transformers does not read of how far, and by which scale, its layers look back."""
+    if config.model_type == "phi3":  # without a scaling of its rotary embeddings, there is no other length
+        config.original_max_position_embeddings = config.max_position_embeddings
     if config.model_type in WINDOWED:
         config.sliding_window = fields.get("attention.sliding_window") or None
     if config.model_type in SCALED:  # files do not say it: as llama.cpp computes it (llama-model.cpp)
@@ -170,13 +172,16 @@ def _as_computed(config) -> dict[str, object]:
     """Fields that transformers does not read, with what they must say of the model that it makes of the others."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = getattr(config, "layer_types", None) or []
+    sliding = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
+    near = rope.get("sliding_attention", {}).get("rope_theta")
     return {
+        "rope.freq_base_swa": near,
+        "rope.local.freq_base": near,
         "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1)),
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
-        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+        "attention.sliding_window_pattern": sliding,
         "attention.causal": True,
         "expert_count": 0,
         "expert_used_count": 0,
@@ -196,11 +201,15 @@ def _refuse_unread(file: Path, reader, model) -> None:
         for name in (tensor.name for tensor in reader.tensors)
         if not {name, name.removesuffix(".weight")} & known.keys()
     ]
-    scaling = next(
-        (module.scaling for module in model.modules() if isinstance(getattr(module, "scaling", None), float)), 1
-    )
+    scalings = (getattr(module, "scaling", None) for module in model.modules())
+    scalar = getattr(model.config, "query_pre_attn_scalar", None)  # `_set_attention` may have set it since
+    scaling = scalar**-0.5 if scalar else next((value for value in scalings if isinstance(value, float)), 1)
     read, computed = loading.GGUF_CONFIG_MAPPING.get(architecture, {}), _as_computed(model.config)
     for name, value in _fields(reader).items():
+        if (
+            name == "attention.sliding_window_pattern" and isinstance(value, int) and value
+        ):  # of so many layers the last one sees all
+            value = [bool((layer + 1) % value) for layer in range(model.config.num_hidden_layers)]
         checked = read.get(name) or name in NO_PART_OF_IT or name.startswith("rope.scal") or SCALE.search(name)
         if not checked and computed.get(name) != value:
             unread.append(f"{name} {value}")

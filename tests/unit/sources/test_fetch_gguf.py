@@ -135,12 +135,48 @@ def test_a_window_of_phi3_is_read(tmp_path, window):
     given = (lambda writer: writer.add_sliding_window(window)) if window else (lambda writer: None)
     folder, _ = fetch(tmp_path, write_gguf(phi, tmp_path / "phi3.gguf", given))
     assert torch.equal(logits(folder, 40), logits(phi, 40))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["original_max_position_embeddings"] == config["max_position_embeddings"] == 512  # else a long context
 
 
 def test_a_partial_rotation_of_phi3_is_refused(tmp_path, capsys):
     phi = make_model(tmp_path / "phi3", "phi3", tie_word_embeddings=True)
     half = write_gguf(phi, tmp_path / "phi3.gguf", lambda writer: writer.add_rope_dimension_count(8))
     assert "rope.dimension_count 8: transformers does not read that" in refused(tmp_path, capsys, half)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rope.freq_base_swa": 10000.0}, None),
+        ({"rope.local.freq_base": 10000.0, "attention.scale": 0.25}, None),
+        ({"attention.sliding_window_pattern": 6}, None),
+        ({"attention.sliding_window_pattern": [True] * 5 + [False, True]}, None),
+        ({"rope.freq_base_swa": 5000.0}, "rope.freq_base_swa 5000.0"),
+        ({"attention.sliding_window_pattern": 3}, "attention.sliding_window_pattern [True, True, False, "),
+        ({"attention.scale": 0.5}, "attention.scale 0.5"),
+    ],
+)
+def test_fields_of_gemma_that_say_what_is_computed_are_accepted(tmp_path, capsys, fields, named):
+    import torch
+
+    sizes = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7}
+    gemma = make_model(tmp_path / "gemma3", "gemma3", tie_word_embeddings=True, **sizes)
+
+    def add(writer):
+        writer.add_rope_freq_base(1e6)
+        writer.add_key_length(16)
+        writer.add_sliding_window(8)
+        kinds = {float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+        for name, value in fields.items():
+            kinds[type(value)](f"gemma3.{name}", value)
+
+    file = write_gguf(gemma, tmp_path / "gemma3.gguf", add)
+    if named:
+        assert f"{file}: {named}" in refused(tmp_path, capsys, file)
+    else:
+        folder, _ = fetch(tmp_path, file, dtype="float32")
+        assert torch.equal(logits(folder, 40), logits(gemma, 40))
 
 
 @pytest.mark.parametrize(
