@@ -34,7 +34,9 @@ from slmake.sources.tokenizer_class import restore_tokenizer
 
 def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Job) -> dict:
     """Fetch the source, write the model into `target`, and return what was read."""
-    path, record = fetch_source(parse(section.source), "model", downloads, job, section.sha256)
+    source = parse(section.source)
+    sha256 = None if source.in_place_of else section.sha256  # the sum is that of the source that is written there
+    path, record = fetch_source(source, "model", downloads, job, sha256)
     if not path.is_dir():
         if path.suffix != ".gguf":
             raise UserError(
@@ -53,9 +55,14 @@ def fetch(section: params.FetchModel, target: Path, downloads: Path, job: cli.Jo
         check_loadable(path)
         check_complete(path)
         copy_folder(path, target, section.dtype)
-    restore_tokenizer(target, section.source, job)
+    restore_tokenizer(target, named(section, record), job)
     restore_prefix(target)
     return record
+
+
+def named(section: params.FetchModel, record: dict) -> str:
+    """What was read, for messages: as params.yaml has it, or what a step of Azure ML read in its place."""
+    return record["source"] if "in_place_of" in record else section.source
 
 
 def copy_mlflow(source: Path, target: Path, dtype: str) -> None:
@@ -87,10 +94,10 @@ def main(argv: list[str] | None = None) -> None:
                 read |= replace_chat_template(folder, Path(section.chat_template))
             weight_files(folder)
             check_loadable(folder)
-            refuse_not_finite(weight_files(folder), section.source)
+            refuse_not_finite(weight_files(folder), named(section, read))
             outputs.write_json(report, read)
         job.say(
-            f"{section.source} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"
+            f"{named(section, read)} is in {args.output} ({outputs.folder_size(args.output) / 1e6:.0f} MB, {job.seconds():.0f} s)"
         )
 
 

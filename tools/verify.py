@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from slmake import cli, outputs, params
+from slmake.azureml import settings
 from slmake.errors import PUBLIC_HALF, RELINK, UserError
 from slmake.export.foreign import refuse_code
 from slmake.export.graph_checks import check_generates
@@ -21,6 +22,7 @@ from slmake.packaging.contents import sections
 from slmake.plan import Plan
 from slmake.sources.download import digest_of
 from slmake.sources.fetching import sums_of
+from tools.azureml import SETTINGS
 
 OWN = (checksums.SUMS, checksums.SIGNATURE, checksums.PROVENANCE)  # what the provenance's subjects do not list
 
@@ -74,9 +76,27 @@ def differences(actual: dict[str, str], listed: dict[str, str], subjects: dict[s
     return list(dict.fromkeys(problems))
 
 
-def changed_inputs(statement: dict, params_file: Path) -> list[str]:
+def replaced_sources(statement: dict) -> dict[str, str]:
+    """What Azure ML read in place of sources of params.yaml, because its settings named it, by these sources."""
+    read = statement["predicate"]["buildDefinition"].get("internalParameters", {})
+    records = [read.get("base"), *read.get("dataset", {}).values()]
+    return {record["in_place_of"]: record["source"] for record in records if record and "in_place_of" in record}
+
+
+def other_settings(replaced: dict[str, str], settings_file: Path) -> list[str]:
+    """One line for each source that Azure ML read and that its settings do not name any more."""
+    loaded = settings.load(settings_file) if replaced and settings_file.is_file() else None
+    named = [*loaded.data_files, loaded.model] if loaded else []
+    return [
+        f"{text}: read on Azure ML in place of {source}, and {settings_file} does not name it now; build again"
+        for source, text in replaced.items()
+        if text not in named
+    ]
+
+
+def changed_inputs(statement: dict, params_file: Path, settings_file: Path = SETTINGS) -> list[str]:
     """Inputs that are here, but no longer what the package was made from: files, a base model's folder, and sections of the parameter file."""
-    now, named, added, gone = {}, [], [], []
+    now, named, added, gone, others = {}, [], [], [], []
     recorded = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     if params_file.is_file():
         everything = params.load(params_file)
@@ -87,9 +107,11 @@ def changed_inputs(statement: dict, params_file: Path) -> list[str]:
         if "Snakefile" in names:  # a build's; the script alone may have been given other inputs
             sources = [source.text for source in plan.sources]
             known = {*materials, *named, *sources, str(everything.all.container).partition("@")[0]}
-            added = [name for name in materials if name not in names]
+            replaced = replaced_sources(statement)
+            others = other_settings(replaced, settings_file)
+            added = [name for name in materials if name not in (*names, *replaced)]
             gone = [name for name in names if not re.search(r"[:#]", name) and name not in known]
-    problems = [f"{name}: an input since the package was made; build again" for name in added]
+    problems = others + [f"{name}: an input since the package was made; build again" for name in added]
     problems += [f"{name}: no input any more; build again" for name in gone]
     for dependency in recorded:
         path = Path(dependency["name"])
@@ -146,6 +168,9 @@ def main(argv: list[str] | None = None) -> None:
         "--key", type=Path, help="public key of the signer (default: package.signing_key of the parameter file)"
     )
     parser.add_argument("--package-only", action="store_true", help="do not compare the inputs that are in this folder")
+    parser.add_argument(
+        "--settings", type=Path, default=SETTINGS, help=f"settings of a build on Azure ML (default: {SETTINGS})"
+    )
     args = parser.parse_args(argv)
     with cli.job("verify", args.log) as job:
         if not args.package.is_dir():
@@ -157,10 +182,12 @@ def main(argv: list[str] | None = None) -> None:
             if key and not key.is_file():
                 raise UserError(f"package.signing_key: {key}: no such file. {PUBLIC_HALF}")
         statement, signed = check(args.package, key)
-        wrong = [] if args.package_only else changed_inputs(statement, Path(args.params))
+        wrong = [] if args.package_only else changed_inputs(statement, Path(args.params), args.settings)
         if wrong:
             raise UserError(f"{args.package} is whole, but not of this folder's inputs:\n  " + "\n  ".join(wrong))
         check_generates(args.package)
+        for source, text in replaced_sources(statement).items():
+            job.say(f"{args.package}: made of {text}, which Azure ML's settings named in place of {source}")
         job.say(
             f"{args.package}: {len(subjects_of(statement)) + 2} files as built, provenance and bill of materials valid, {signed}; loads and generates"
         )

@@ -15,12 +15,15 @@ import yaml
 
 from slmake import outputs, params
 from slmake.azureml.settings import LEFT_HERE, REGISTRY, Cluster, Environment, Settings
+from slmake.azureml.step import ORIGINS_FILE
 from slmake.errors import UserError
 from slmake.params.dataset_files import source_files
 from slmake.params.errors import Loader
 from slmake.plan import SECTIONS
 from slmake.platforms import dvc_yaml
+from slmake.sources.base import Source
 from slmake.sources.local import row_files
+from slmake.sources.mounted import Origin
 from slmake.sources.schemes import parse
 
 HEADER = """\
@@ -59,7 +62,8 @@ class Plan(NamedTuple):
     makers: dict[str, str]  # output path to the rule that makes it
     data: dict[str, Mount]  # pipeline input to the data file
     model: Mount | None  # the base model, where it is mounted
-    sections: dict  # params.yaml, with sources as the steps see them
+    sections: dict  # params.yaml
+    origins: dict[str, Origin]  # what the steps read in place of sources of params.yaml
 
 
 def port(path: str) -> str:
@@ -86,14 +90,14 @@ def plan(settings: Settings) -> Plan:
     for stage in rules.keys() & set(dvc_yaml.MEMBERS.values()):
         rules[stage]["output"].sort()  # its members' jobs are printed in any order
     sections = yaml.load(Path("params.yaml").read_text(encoding="utf-8"), Loader)
-    data = _data(everything, settings, sections)
-    model = _model(everything, settings, sections)
+    data, origins = _data(everything, settings)
+    model, origin = _model(everything, settings)
     makers = {path: name for name, rule in rules.items() for path in rule["output"]}
-    return Plan(rules, makers, data, model, sections)
+    return Plan(rules, makers, data, model, sections, origins | origin)
 
 
-def _data(everything: params.Params, settings: Settings, sections: dict) -> dict[str, Mount]:
-    """Data files by input name; `sections` is changed to name the paths at which steps find them."""
+def _data(everything: params.Params, settings: Settings) -> tuple[dict[str, Mount], dict[str, Origin]]:
+    """Data files by input name; and of those that lie on Azure, what takes their sources' place."""
     files = source_files(everything.prepare) if everything.prepare else {}
     named = settings.data if isinstance(settings.data, dict) else {"train": settings.data} if settings.data else {}
     if named and set(named) != set(files):
@@ -101,63 +105,60 @@ def _data(everything: params.Params, settings: Settings, sections: dict) -> dict
             f"azureml/settings.yaml: data names {', '.join(named)}, prepare.source in params.yaml names {', '.join(files) or 'nothing'}: name "
             "the same."
         )
-    mounts, paths = {}, {}
+    mounts, origins = {}, {}
     for split, text in files.items():
         source = parse(text)
         uri = named.get(split) or (source.text if source.kind == "datastore" else None)
         name = "data" if len(files) == 1 else f"data_{split}"
-        if not source.remote:
-            local = source.path
-            if row_files(local) != [local]:
-                if uri:
-                    raise UserError(
-                        f"prepare.source: {local} names several files, and data in azureml/settings.yaml one. Name one file, or take it out there."
-                    )
-                several = enumerate(row_files(_inside(local, "prepare.source")))
-                mounts |= {f"{name}_{number}": Mount(file, file, "uri_file") for number, file in several}
-                paths[split] = local
-                continue
-        elif uri:
+        if uri:
+            _refuse_several(everything.prepare, source, uri, origins)
             # Files of several splits may have one name.
             folder = "data" if len(files) == 1 else f"data/mounted/{split}"
             local = f"{folder}/{(uri if '/paths/' in uri else source.path).rpartition('/')[2]}"
-        else:
-            paths[split] = text  # the step reads it from where it is
-            continue
-        mounts[name] = Mount(_inside(local, "prepare.source"), uri or local, "uri_file")
-        paths[split] = local + _sum(source)
-    if files:
-        sections["prepare"]["source"] = paths if isinstance(sections["prepare"]["source"], dict) else paths["train"]
-    return mounts
+            mounts[name] = Mount(local, uri, "uri_file")
+            origins[source.full] = Origin(text=uri, path=local, sha256=source.sha256)
+        elif not source.remote:  # else the step reads it from where it is
+            paths = row_files(_inside(source.path, "prepare.source"))
+            names = [name] if paths == [source.path] else [f"{name}_{number}" for number in range(len(paths))]
+            mounts |= {name: Mount(path, path, "uri_file") for name, path in zip(names, paths, strict=True)}
+    return mounts, origins
 
 
-def _model(everything: params.Params, settings: Settings, sections: dict) -> Mount | None:
-    section = sections["fetch_model"]
+def _refuse_several(section: params.Prepare, source: Source, uri: str, origins: dict[str, Origin]) -> None:
+    """Raise UserError where one file of Azure cannot take a source's place: it names several files, or is that of several splits."""
+    whole = source.kind == "hf" and not source.path
+    chosen = section.config or section.split or section.where or "/paths/" not in uri  # an asset's name has no ending
+    if (whole and chosen) or (not source.remote and row_files(source.path) != [source.path]):
+        raise UserError(
+            f"prepare.source: {source.full} names several files, and data in azureml/settings.yaml one. Name one file, or take it out there."
+        )
+    if source.full in origins and origins[source.full]["text"] != uri:
+        raise UserError(
+            f"prepare.source: {source.full} stands for several splits, and data in azureml/settings.yaml names a file for each. Name "
+            "different files in prepare.source, too."
+        )
+
+
+def _model(everything: params.Params, settings: Settings) -> tuple[Mount | None, dict[str, Origin]]:
+    """The base model's mount, if it is mounted; and what takes its source's place, if it lies on Azure or the settings name another."""
     source = parse(everything.fetch_model.source)
-    if settings.model and settings.model.startswith("hf:"):
-        section.update(source=settings.model, sha256=None)
-        return None
-    uri = settings.model or (source.text if source.kind in ("datastore", "registry") else None)
+    other = settings.model if settings.model != source.text else None
+    pin = None if other else source.sha256
+    if other and other.startswith("hf:"):
+        return None, {source.full: Origin(text=other, path=None, sha256=None)}
+    uri = other or (source.text if source.kind in ("datastore", "registry") else None)
     if uri:
         registered = re.fullmatch(REGISTRY, uri) or not uri.startswith("azureml://")
-        file = Path(uri).name if uri.endswith(".gguf") else "model"
-        kind = settings.model_type if registered else "uri_file" if uri.endswith(".gguf") else "uri_folder"
-        local = f"data/{file}"
-        section.update(source=local + ("" if settings.model else _sum(source)))
-        if settings.model:
-            section["sha256"] = None
-        return Mount(local, uri, kind)
+        file = uri.endswith((".gguf", ".whl"))
+        kind = settings.model_type if registered else "uri_file" if file else "uri_folder"
+        local = f"data/{Path(uri).name if file else 'model'}"
+        return Mount(local, uri, kind), {source.full: Origin(text=uri, path=local, sha256=pin)}
     if source.remote:
-        return None
+        return None, {}
     path = _inside(source.path, "fetch_model.source")
     if not Path(path).exists():
         raise UserError(f"params.yaml: fetch_model.source: {path}: no such file or folder.")
-    return Mount(path, path, "uri_folder" if Path(path).is_dir() else "uri_file")
-
-
-def _sum(source) -> str:
-    """The pin that still holds for a mounted file."""
-    return f"#sha256={source.sha256}" if source.sha256 else ""
+    return Mount(path, path, "uri_folder" if Path(path).is_dir() else "uri_file"), {}
 
 
 def _inside(path: str, field: str) -> str:
@@ -190,9 +191,9 @@ def step_params(planned: Plan, rule: str) -> dict:
 
 
 def code_files(planned: Plan, rule: str) -> list[Path]:
-    """Every file of the project that a step is sent, but params.yaml."""
-    mounted = {mount.local for mount in [*planned.data.values(), *filter(None, [planned.model])]}
-    needed = [path for path in planned.rules[rule]["input"] if path not in planned.makers and path not in mounted]
+    """Every file of the project that a step is sent, but params.yaml and what takes its sources' place."""
+    elsewhere = {mount.local for mount in [*planned.data.values(), *filter(None, [planned.model])]} | {*planned.origins}
+    needed = [path for path in planned.rules[rule]["input"] if path not in planned.makers and path not in elsewhere]
     files = []
     for path in map(Path, [*ALWAYS, *needed]):
         files += [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -208,6 +209,9 @@ def write_code(planned: Plan, folder: Path = CODE) -> None:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / file)
         (target / "params.yaml").write_text(params.dumped(step_params(planned, rule)), encoding="utf-8")
+        if planned.origins:
+            (target / ORIGINS_FILE).parent.mkdir(exist_ok=True)
+            outputs.write_json(target / ORIGINS_FILE, planned.origins)
 
 
 def job(planned: Plan, settings: Settings, folder: Path) -> dict:

@@ -13,6 +13,7 @@ from slmake.azureml.settings import REGISTRY, Cluster, Settings
 from slmake.azureml.step import sums
 from slmake.errors import UserError
 from slmake.params.dataset_files import source_files
+from slmake.sources.schemes import parse
 
 LAST = Path("build/azureml/job.json")  # the run that `submit` made last
 ENDED = ("Completed", "Failed", "Canceled", "NotResponding")
@@ -191,7 +192,9 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     sent = ["params.yaml", *pipeline.ALWAYS, *(mount.local for mount in planned.data.values())]
     changed = subprocess.run(["git", "status", "--porcelain", "--", *sent], capture_output=True, text=True).stdout
     commit = {"git_commit": done.stdout.strip() + "-changed" * bool(changed)} if done.returncode == 0 else {}
-    source = planned.model.uri if planned.model else planned.sections["fetch_model"]["source"]
+    fetched = planned.sections["fetch_model"]["source"]
+    other = planned.origins.get(parse(fetched).full)  # a model of the hub
+    source = planned.model.uri if planned.model else other["text"] if other else fetched
     data = ", ".join(mount.uri for mount in planned.data.values()) or ", ".join(
         source_files(everything.prepare).values() if everything.prepare else ["no dataset"]
     )

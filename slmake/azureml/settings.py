@@ -125,14 +125,13 @@ class Settings(Section):
         for rule, name in self.compute.items():
             if name not in self.clusters:
                 raise ValueError(f"compute.{rule}: clusters has no `{name}`; it has {', '.join(self.clusters)}")
-        data = [*self.data.values()] if isinstance(self.data, dict) else [*filter(None, [self.data])]
-        for text in (*data, self.model or ""):
+        for text in (*self.data_files, self.model or ""):
             if "?" in text or holds_secret(text):
                 raise ValueError(
                     f"`{masked(text)}`: a query, or a signature, key or token, is refused: this file, the pipeline and the run's tags are "
                     "shared. Azure ML signs in by itself"
                 )
-        for text in data:
+        for text in self.data_files:
             if not re.fullmatch(f"{ASSET}|{DATASTORE}", text):
                 raise ValueError(
                     f"data: `{masked(text)}` is neither azureml:NAME:VERSION nor azureml://datastores/NAME/paths/PATH"
@@ -143,6 +142,11 @@ class Settings(Section):
                 "azureml://registries/REGISTRY/models/NAME/versions/VERSION"
             )
         return self
+
+    @property
+    def data_files(self) -> list[str]:
+        """What `data` names."""
+        return [*self.data.values()] if isinstance(self.data, dict) else [*filter(None, [self.data])]
 
     def cluster(self, rule: str) -> Cluster:
         """The compute that runs a rule."""

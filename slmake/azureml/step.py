@@ -1,9 +1,11 @@
 """One step of the pipeline, on a machine of Azure ML: put what is mounted where the rule looks for it, run the rule, hand over what it made.
 
-The rule sees the same paths as everywhere else, so it is the Snakefile's own command that runs. The receipt has the SHA-256 of every
+The rule sees the same paths as everywhere else, so it is the Snakefile's own command that runs. Sources of params.yaml stay as they are
+written: what is mounted in their place is told in the environment (slmake/sources/mounted.py). The receipt has the SHA-256 of every
 file that was handed over; `download` checks them.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from pathlib import Path
 from slmake import outputs
 from slmake.errors import UserError
 from slmake.platforms import container, dvc_yaml
+from slmake.sources.mounted import ORIGINS
 
 MARKERS = (".snakemake_timestamp",)
+ORIGINS_FILE = Path("azureml/origins.json")  # in a step's code: what it reads in place of sources of params.yaml
 
 
 def check_environment() -> None:
@@ -52,7 +56,8 @@ def run(rule: str, targets: list[str]) -> None:
     """
     allowed = [rule, *(member for member, stage in dvc_yaml.MEMBERS.items() if stage == rule)]
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "host", "progress"]
-    done = subprocess.run([*command, "--allowed-rules", *allowed, "--", *targets])
+    origins = {ORIGINS: ORIGINS_FILE.read_text(encoding="utf-8")} if ORIGINS_FILE.exists() else {}
+    done = subprocess.run([*command, "--allowed-rules", *allowed, "--", *targets], env=os.environ | origins)
     if done.returncode:
         raise UserError(
             f"{rule} failed (exit code {done.returncode}). The reason is above, details are in logs/{rule}.log."

@@ -23,6 +23,7 @@ class Source(ABC):
         path: the file or folder: on this disk, or below what the scheme names.
         pin: ("sha256", 64 hex digits) or ("etag", value).
         member: a file inside a wheel.
+        in_place_of: the source of params.yaml that it replaces, where azureml/settings.yaml names another.
     """
 
     kind: ClassVar[str]
@@ -35,6 +36,7 @@ class Source(ABC):
     path: str = ""
     pin: tuple[str, str] | None = None
     member: str = ""
+    in_place_of: str = ""
 
     @classmethod
     @abstractmethod

@@ -30,7 +30,7 @@ class Fetched(NamedTuple):
     """A source's file or folder on this disk."""
 
     path: Path
-    record: dict  # source, pin, etag or revision where there is one, sha256, size_bytes
+    record: dict  # source, pin, in_place_of, etag or revision where there is one, sha256, size_bytes
 
 
 @contextlib.contextmanager
@@ -64,6 +64,8 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
     source.check_etag(details.get("etag"))
     pins = details.pop("pin", {}) | (dict([source.pin]) if source.pin else {})
     record = {"source": source.full} | ({"pin": pins} if source.remote else {}) | details
+    if source.in_place_of:
+        record["in_place_of"] = source.in_place_of
     if use == "dataset" and path.is_dir() and source.kind != "hf":
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
     sums = sums_of(path, use)
@@ -94,7 +96,9 @@ def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[P
     several = glob.has_magic(source.path) if source.remote else row_files(source.path) != [source.path]
     if not several:
         fetched = fetch(source, "dataset", folder, job)
-        return [(fetched.path, fetched.record["source"])], fetched.record
+        # The name of an asset, unlike that of its file, has no ending that says how rows are read.
+        name = fetched.path.as_posix() if source.in_place_of else fetched.record["source"]
+        return [(fetched.path, name)], fetched.record
     if source.pin:
         raise UserError(
             f"{source.full}: a pin goes with one file, and this names several. Leave it out, or name each file."

@@ -25,6 +25,7 @@ from slmake.sources.blob import AzureBlob
 from slmake.sources.https import WebFile
 from slmake.sources.hub import HubRepository
 from slmake.sources.local import LocalPath
+from slmake.sources.mounted import Mounted, origin_of
 from slmake.sources.pickles import PICKLES, pickle_advice
 from slmake.sources.wheel import IndexWheel
 
@@ -41,7 +42,7 @@ FORMS = ", ".join(scheme.form for scheme in SCHEMES[:-1]) + f", or {SCHEMES[-1].
 
 
 def parse(text: str, must_pin: bool = True) -> Source:
-    """Read one source.
+    """Read one source. In a step of Azure ML it is what is mounted in its place.
 
     Args:
         must_pin: refuse a remote source without a pin.
@@ -49,6 +50,20 @@ def parse(text: str, must_pin: bool = True) -> Source:
     Raises:
         ValueError: not of a known form, not pinned, with a credential in it, or a pickle; the message holds no credential.
     """
+    source = _as_written(text, must_pin)
+    origin = origin_of(source)
+    if not origin:
+        return source
+    other = origin["text"] != source.text
+    replaced = source.full if other else ""
+    if not origin["path"]:
+        return replace(_as_written(origin["text"], must_pin), in_place_of=replaced)
+    pin = ("sha256", origin["sha256"]) if origin["sha256"] else None
+    member = "" if other else source.member
+    return Mounted(text=origin["text"], at=origin["path"], pin=pin, member=member, in_place_of=replaced)
+
+
+def _as_written(text: str, must_pin: bool) -> Source:
     whole, mark, fragment = text.partition("#")
     pin = _pin(fragment) if re.match("(sha256|etag)=", fragment) else None
     scheme = _scheme(whole)

@@ -1,5 +1,6 @@
 """The compiled pipeline, run as Azure ML would run it (aml_runner.py), in the container image where there is one."""
 
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,44 @@ def test_the_pipeline_ends_in_the_bytes_of_a_local_build(compiled, built, tmp_pa
         assert sums(made[port(path)]) == files
         if path not in VARYING:
             assert files == sums(built / path), path
+
+
+def test_records_name_what_was_mounted(compiled, built, tmp_path):
+    """A registry's model that params.yaml names, and an asset that the settings name in place of a local file."""
+    project = Path(shutil.copytree(compiled, tmp_path / "project"))
+    model, data = "azureml://registries/azureml/models/Phi-3-mini-4k-instruct/versions/15", "azureml:phrases:3"
+    change(project, "fetch_model", source=model)
+    (project / "data" / "dataset.json").write_text("[]", encoding="utf-8")  # the asset's rows are read
+    fill_in(project, data=data)
+    done = run(project, "python", "-m", "tools.azureml", "compile")
+    assert done.returncode == 0, done.stdout
+    held = {model: built / "data" / "base", data: built / "data" / "dataset.json"}
+    made = Runner(tmp_path).pipeline(project / "azureml" / "pipeline.yml", held)
+    for path in ("base", "dataset", "adapter", "merged", "onnx-int4"):
+        assert sums(made[port(path)]) == sums(built / "build" / path), path
+
+    package = Path(shutil.copytree(made["package"], project / "build" / "package"))
+    assert f"Base model: `{model}`" in (package / "README.md").read_text(encoding="utf-8")
+    base = json.loads(made["results_base_json"].read_text(encoding="utf-8"))
+    rows = json.loads(made["results_dataset_json"].read_text(encoding="utf-8"))["source"]["train"]
+    assert (base["source"], base["pin"]) == (model, {"version": "15"})
+    assert (rows["source"], rows["in_place_of"]) == (data, "data/dataset.json")
+    statement = json.loads((package / "provenance.intoto.json").read_text(encoding="utf-8"))
+    read = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    sha256 = {dependency["name"]: dependency["digest"]["sha256"] for dependency in read}
+    assert (sha256[model], sha256[data]) == (base["sha256"], rows["sha256"])
+    bom = json.loads((package / "bom.cdx.json").read_text(encoding="utf-8"))
+    assert {model, data} <= {component["name"] for component in bom["components"]}
+    for file in ("README.md", "provenance.intoto.json", "bom.cdx.json"):
+        assert "data/model" not in (package / file).read_text(encoding="utf-8")
+
+    done = run(project, "python", "-m", "tools.verify")
+    assert done.returncode == 0, done.stdout
+    assert f"made of {data}, which Azure ML's settings named in place of data/dataset.json" in done.stdout
+    fill_in(project, data="azureml:phrases:4")
+    done = run(project, "python", "-m", "tools.verify")
+    assert done.returncode != 0
+    assert f"{data}: read on Azure ML in place of data/dataset.json" in done.stdout
 
 
 def test_a_finetune_that_loses_its_machine_resumes(compiled, built, tmp_path):

@@ -82,10 +82,18 @@ class Runner:
         threads = ",".join(f"{name}={value}" for name, value in THREADS.items())
         return [*base, "--env", threads, self.image, "bash", "-c", command]
 
-    def pipeline(self, file: Path) -> dict[str, Path]:
-        """Run a whole pipeline.yml; where each of its outputs lies, by name."""
+    def pipeline(self, file: Path, held: dict[str, Path] | None = None) -> dict[str, Path]:
+        """Run a whole pipeline.yml; where each of its outputs lies, by name.
+
+        Args:
+            held: what Azure holds, by its address: datastores, assets and registries.
+        """
+        held = held or {}
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        inputs_of_job = {name: (file.parent / value["path"]).resolve() for name, value in document["inputs"].items()}
+        inputs_of_job = {
+            name: held.get(value["path"]) or (file.parent / value["path"]).resolve()
+            for name, value in document["inputs"].items()
+        }
         outputs_of_job = {name: self.new_path("out") for name in document["outputs"]}
         left = dict(document["jobs"])
         while left:

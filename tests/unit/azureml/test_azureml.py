@@ -56,7 +56,7 @@ def small_plan() -> pipeline.Plan:
     data = {"data": pipeline.Mount("data/train.json", "azureml://datastores/blobs/paths/train.json", "uri_file")}
     model = pipeline.Mount("data/model", "azureml://registries/azureml/models/Phi-3/versions/7", "custom_model")
     sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    return pipeline.Plan(rules, makers, data, model, sections)
+    return pipeline.Plan(rules, makers, data, model, sections, {})
 
 
 def given(**changes: object) -> dict:
@@ -251,77 +251,12 @@ def test_every_mistake_is_reported_at_once(tmp_path):
     assert "3 errors" in str(caught.value)
 
 
-def test_data_and_model_on_azure_take_the_place_of_those_in_params(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    everything = params.load(ROOT / "params.yaml")
-    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    chosen = loaded(tmp_path, data="azureml:phrases:3", model="azureml://registries/azureml/models/Phi-3/versions/7", model_type="mlflow_model")  # fmt: skip
-    assert pipeline._data(everything, chosen, sections) == {
-        "data": ("data/dataset.json", "azureml:phrases:3", "uri_file")
-    }
-    assert sections["prepare"]["source"] == "data/dataset.json"
-    assert pipeline._model(everything, chosen, sections) == ("data/model", chosen.model, "mlflow_model")
-    assert sections["fetch_model"]["source"] == "data/model"
-    assert sections["fetch_model"]["sha256"] is None
-    assert pipeline._model(everything, loaded(tmp_path, model="hf:org/name@v1"), sections) is None
-    assert sections["fetch_model"]["source"] == "hf:org/name@v1"
-    with pytest.raises(UserError, match=r"data names train, eval, prepare\.source in params\.yaml names train"):
-        pipeline._data(everything, loaded(tmp_path, data={"train": "azureml:a:1", "eval": "azureml:b:1"}), sections)
-
-
-def test_a_mounted_file_keeps_its_sum(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    uri, total = "azureml://datastores/blobs/paths/a/rows.jsonl", "b" * 64
-    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    sections["prepare"]["source"] = f"{uri}#sha256={total}"
-    everything = params.Params.model_validate(sections)
-    assert pipeline._data(everything, loaded(tmp_path), sections) == {"data": ("data/rows.jsonl", uri, "uri_file")}
-    assert sections["prepare"]["source"] == f"data/rows.jsonl#sha256={total}"
-
-
-def test_files_of_one_name_are_mounted_apart(tmp_path, monkeypatch):
-    """Of two files in one place the rule would read one twice."""
-    monkeypatch.chdir(tmp_path)
-    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    uris = {split: f"azureml://datastores/blobs/paths/{split}/rows.json" for split in ("train", "eval", "test")}
-    sections["prepare"]["source"] = {split: f"{uri}#etag=0x1" for split, uri in uris.items()}
-    mounts = pipeline._data(params.Params.model_validate(sections), loaded(tmp_path), sections)
-    assert [mount.uri for mount in mounts.values()] == list(uris.values())
-    assert len({mount.local for mount in mounts.values()}) == 3
-    assert sections["prepare"]["source"] == {
-        split: mounts[f"data_{split}"].local for split in ("train", "eval", "test")
-    }
-
-
 @pytest.mark.parametrize("name", ["my tickets (2).json", "it's $HOME; `id`.json", 'a "b" & c.json', "plain-1.json"])
 def test_a_name_is_one_word_of_a_step_s_command(tmp_path, name):
     plan = small_plan()._replace(data={"data": pipeline.Mount(f"data/{name}", f"data/{name}", "uri_file")})
     command = pipeline.step(plan, loaded(tmp_path), "finetune", tmp_path)["command"]
     words = shlex.split(command.replace("${{inputs.data}}", "/mnt/with a space.json" if " " in name else "/mnt/x.json"))
     assert f"data/{name}=/mnt/{'with a space' if ' ' in name else 'x'}.json" in words
-
-
-@pytest.mark.parametrize("source", ["data/parts", "data/parts/*.jsonl"])
-def test_every_file_of_a_folder_or_pattern_is_mounted(tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "parts").mkdir(parents=True)
-    for name in ("b.jsonl", "a.jsonl", "notes.txt"):
-        (tmp_path / "data" / "parts" / name).write_text("{}")
-    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    sections["prepare"]["source"] = source
-    everything = params.Params.model_validate(sections)
-    files = [f"data/parts/{name}.jsonl" for name in "ab"]
-    assert pipeline._data(everything, loaded(tmp_path), sections) == {
-        f"data_{number}": (file, file, "uri_file") for number, file in enumerate(files)
-    }
-    assert sections["prepare"]["source"] == source  # the step finds them there
-    with pytest.raises(UserError, match=r"names several files, and data in azureml/settings\.yaml one"):
-        pipeline._data(everything, loaded(tmp_path, data="azureml:phrases:3"), sections)
-    sections["prepare"]["source"] = source.replace("data", "../data")
-    (tmp_path / "inner").mkdir()
-    monkeypatch.chdir(tmp_path / "inner")
-    with pytest.raises(UserError, match="lies outside the project's folder"):
-        pipeline._data(params.Params.model_validate(sections), loaded(tmp_path), sections)
 
 
 def test_a_private_key_is_not_sent(tmp_path, monkeypatch):
