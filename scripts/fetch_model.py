@@ -8,23 +8,22 @@ Learning datastore or registry (slmake/sources/schemes.py has the forms). Writes
 without network, and a report of what was read (source, pin, SHA-256, size). The only rule that reads the base model from elsewhere.
 """
 
-import shutil
 from pathlib import Path
 
 from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.model_folder import (
-    KEPT,
     check_complete,
     check_loadable,
     copy_folder,
+    copy_kept,
     refuse_not_finite,
     refuse_odd_files,
     weight_files,
 )
 from slmake.sources import mlflow
 from slmake.sources.base_class import restore_prefix
-from slmake.sources.chat_template import replace_chat_template
+from slmake.sources.chat_template import join_named_templates, replace_chat_template
 from slmake.sources.fetching import downloading
 from slmake.sources.fetching import fetch as fetch_source
 from slmake.sources.gguf import convert_gguf
@@ -69,9 +68,7 @@ def copy_mlflow(source: Path, target: Path, dtype: str) -> None:
     """Copy the Hugging Face folder in an MLflow model folder; the tokenizer may be in a folder of its own."""
     model, *tokenizer = mlflow.parts(source)
     for folder in tokenizer:
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.suffix in KEPT:
-                shutil.copyfile(path, target / path.name)
+        copy_kept(folder, target)
     copy_folder(model, target, dtype)
 
 
@@ -92,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
                 read = fetch(section, folder, downloads, job)
             if section.chat_template:
                 read |= replace_chat_template(folder, Path(section.chat_template))
+            else:
+                join_named_templates(folder)
             weight_files(folder)
             check_loadable(folder)
             refuse_not_finite(weight_files(folder), named(section, read))

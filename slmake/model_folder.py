@@ -210,12 +210,21 @@ def refuse_not_finite(files: Iterable[Path], source: str) -> None:
                     )
 
 
+def copy_kept(source: Path, target: Path) -> None:
+    """Copy what a model folder has beside its weights: configuration, tokenizer and chat templates."""
+    for path in (*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")):
+        if path.is_file() and path.suffix in KEPT:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
 def copy_folder(source: Path, target: Path, dtype: str) -> None:
     """Copy a model folder, casting floating-point weights to `dtype` (`auto`: as they are), one shard at a time."""
     files = weight_files(source)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in KEPT and not (path.name == INDEX and files == [source / SINGLE]):
-            shutil.copyfile(path, target / path.name)
+    copy_kept(source, target)
+    if files == [source / SINGLE]:
+        (target / INDEX).unlink(missing_ok=True)
     if dtype == "auto":
         for file in files:
             shutil.copyfile(file, target / file.name)

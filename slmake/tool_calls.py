@@ -51,10 +51,12 @@ class CallForm:
         if model.form["prompt"] is not None or not file.exists() or "tools" not in file.read_text(encoding="utf-8"):
             raise ValueError("this model takes no tools: its chat template does not show them.")
         asked, given = [{"role": "user", "content": "?"}], {"key": "value"}
+        function = {"name": "its_name", "description": "", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]  # with none, some templates write no calls
         call = {"id": CALL_ID, "type": "function", "function": {"name": "its_name", "arguments": given}}
         called = {"role": "assistant", "content": "", "tool_calls": [call]}
-        said, prompt = {"role": "assistant", "content": "its_text"}, model.chat_prompt(asked)
-        text, plain = (model.chat_prompt([*asked, turn], answered=True).removeprefix(prompt) for turn in (called, said))
+        said, prompt = {"role": "assistant", "content": "its_text"}, model.chat_prompt(asked, tools)
+        text, plain = (model.chat_prompt([*asked, turn], tools, True).removeprefix(prompt) for turn in (called, said))
         before = plain.partition("its_text")[0]  # any answer, such as an empty think block: no part of a call
         text = text.removeprefix(before).split(model.form.get("end_token") or "\0")[0]
         for brace in re.finditer("{", text):

@@ -234,6 +234,7 @@ class ChatTemplate:
         """Roles whose content the template strips. Python strips white space of all kinds, the runtime's template engine ASCII only."""
         space, question = "\u00a0", {"role": "user", "content": "?"}
         function = {"name": "f", "arguments": {}}
+        tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}]
         calls = {"tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
         trimmed = []
         for role, before, behind in (
@@ -245,7 +246,7 @@ class ChatTemplate:
             with contextlib.suppress(ValueError):  # a template without a system turn
                 turn = {"role": role, "content": f"{space}{MARK}{space}"}
                 turn |= {"name": "f", "tool_call_id": CALL_ID} if role == "tool" else {}
-                text, _ = self._render([*before, turn, *behind], True)
+                text, _ = self._render([*before, turn, *behind], True, tools if role == "tool" else None)
                 if MARK in text and space + MARK not in text and MARK + space not in text:
                     trimmed.append(role)
         return trimmed

@@ -9,9 +9,10 @@ from pathlib import Path
 from slmake.errors import UserError
 from slmake.merging.adapter import Adapter, Change
 from slmake.model_folder import meta_model
+from slmake.sources.chat_template import NAME
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", NAME),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
 
@@ -216,7 +217,9 @@ def tokenizer_files(adapter: Adapter, base: Path, planned: Plan) -> list[Path]:
         UserError: the base's stays, and lacks a token that the adapter was trained with.
     """
     if planned.vocabulary:
-        return [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
+        files = [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
+        # The base's template may be of two, of which the adapter has one as a file.
+        return [file for file in files if file.name != NAME or not (base / NAME).exists()]
     files = [folder / "tokenizer.json" for folder in (adapter.folder, base)]
     if all(file.exists() for file in files):
         own, theirs = map(_added_tokens, files)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slmake.errors import UserError
 from slmake.merging.adapter import Adapter
-from slmake.sources.chat_template import CONFIG, NAME
+from slmake.sources.chat_template import CONFIG, NAME, default_of
 from slmake.sources.schemes import parse
 
 SPECIAL = "special_tokens_map.json"
@@ -59,7 +59,7 @@ def _default(template: object) -> str | None:
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
         template = template.get("default")
-    return template.replace("\r\n", "\n").removesuffix("\n") if isinstance(template, str) else None
+    return default_of(template.replace("\r\n", "\n").removesuffix("\n")) if isinstance(template, str) else None
 
 
 def _end_token(folder: Path, config: dict) -> str | None:

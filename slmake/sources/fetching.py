@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from slmake import cli, outputs, planned
 from slmake.errors import UserError
 from slmake.sources.base import Source
+from slmake.sources.chat_template import FOLDER
 from slmake.sources.download import digest_of
 from slmake.sources.local import check_one_split, row_files
 from slmake.sources.wheel import extract
@@ -133,10 +135,10 @@ def sha256_of(source: Source, job: cli.Job) -> str:
 
 
 def model_files(names: Iterable[str]) -> list[str]:
-    """The names that are read of a model folder: those beside its config.json, and in an MLflow folder those below, too."""
+    """The names that are read of a model folder: those beside its config.json and its named chat templates; of an MLflow folder, all."""
     kept = sorted(name for name in names if name.endswith(ENDINGS))
     deep = any(name.count("/") <= 1 and name.rpartition("/")[2] == "MLmodel" for name in kept)
-    return [name for name in kept if deep or "/" not in name]
+    return [name for name in kept if deep or "/" not in name or re.fullmatch(rf"{FOLDER}/[^/]+\.jinja", name)]
 
 
 def sums_of(path: Path, use: str = "model") -> dict[str, str]:

@@ -100,6 +100,9 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
     model.config._name_or_path = ""
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(target)
+    if field := reader.fields.get("tokenizer.chat_template.tool_use"):  # transformers reads the default one only
+        default = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+        tokenizer.chat_template = default | {"tool_use": field.contents()}
     tokenizer.save_pretrained(target)
 
 
