@@ -9,6 +9,7 @@ from slmake.olive.fields import OFF, Drop
 FORMS = ("json", "jsonl", "csv", "parquet", "text")
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 OLIVES = ("huggingface_dataset", "local_dataset", "dummy_dataset")  # loading functions of its own
+CHOSEN = "{!r}: put the chosen rows into the file"
 LOADING = ("data_name", "subset", "split", "data_files", "data_dir", "col_filters", "data_type")
 
 
@@ -180,7 +181,7 @@ def place_rows(reader, base: str, loading: Loading, split: str) -> None:
         elif key != "data_files" and value in OFF:
             reader.row("dropped", field, "absent")
         elif key != "data_files":
-            reader.unknown(field, f"{scrub(str(value))[:60]!r}: put the chosen rows into the file")
+            reader.unknown(field, CHOSEN.format(scrub(str(value))[:60]))
 
 
 def file_for(name: str, split: str) -> str:
@@ -226,7 +227,7 @@ def hub_rows(reader, loading: Loading, split: str) -> None:
 
 def cut(reader, field: str, value: object, split: str) -> None:
     """A slice of a file's rows: fractions of prepare cut the file once more."""
-    if value in (*OFF, "train", "train[:]"):
+    if value in OFF or (isinstance(value, str) and re.fullmatch(r"[\w.-]+(\[:\])?", value)):
         reader.row("dropped", field, "all rows of the file; prepare.eval_fraction and test_fraction cut it")
         return
     share = re.fullmatch(r"train\[:(\d+)%\]", str(value))
@@ -238,7 +239,7 @@ def cut(reader, field: str, value: object, split: str) -> None:
         reader.params["prepare"]["source"] = source["train"]
         reader.row("nearest", field, "cut from the training rows by prepare.eval_fraction")
     else:
-        reader.row("nearest", field, "the whole file is read: prepare.max_samples takes fewer rows")
+        reader.unknown(field, CHOSEN.format(scrub(str(value))[:60]))
 
 
 def files(reader, field: str, value: object, split: str) -> None:

@@ -221,6 +221,18 @@ def test_slices_of_one_file_are_fractions(tmp_path):
     assert made.prepare.eval_fraction == 0.3
 
 
+PLAIN, SLICES = ("train", "validation", "train[:]", None), ("train[:10%]", "train[:100]", "train[70%:]", "a+b", 5)
+
+
+@pytest.mark.parametrize("split", PLAIN + SLICES)
+def test_a_slice_of_a_file_that_no_fraction_is_stops_the_import(split):
+    content = tutorial(old=False, spelling="flat")
+    content["data_configs"][0]["load_dataset_config"]["split"] = split
+    [row] = [row for row in read(content).rows if row.field.endswith(".split")]
+    assert row.kind == ("dropped" if split in PLAIN else "unknown")
+    assert split in PLAIN or row.note == f"{str(split)!r}: put the chosen rows into the file"
+
+
 def test_a_loading_function_is_named_with_what_to_do(tmp_path):
     content = tutorial(old=False, spelling="flat")
     content["data_configs"][0] |= {"user_script": "mine.py"}
