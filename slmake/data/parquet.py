@@ -84,15 +84,12 @@ def rows_of(tables: Iterable[Any], features: Any) -> Iterator[dict]:
     """
     import datasets
 
-    kinds = {key: kind for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-    single = {key: kind for key, kind in features.items() if _is_single(kind)}
+    written = {key: kind for key, kind in features.items() if _is_rewritten(kind)}
     texts = datasets.Features({key: _without_media(kind) for key, kind in features.copy().items()})
     for table in tables:
         for row in map(texts.decode_example, table.to_pylist()):
-            for key, kind in kinds.items():  # -1 is no label
-                row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
-            for key, kind in single.items():
-                row[key] = _shortest(row[key], kind)
+            for key, kind in written.items():
+                row[key] = _rewritten(row[key], kind)
             yield {key: without_none(value) for key, value in row.items()}
 
 
@@ -103,20 +100,24 @@ def _parts(kind: Any) -> Iterable[Any]:
     return [kind.feature] if hasattr(kind, "feature") else []
 
 
-def _is_single(kind: Any) -> bool:
-    """Whether a column holds numbers of single or half precision."""
-    return getattr(kind, "dtype", None) in SINGLE or any(map(_is_single, _parts(kind)))
+def _is_rewritten(kind: Any) -> bool:
+    """Whether a column holds labels, or numbers of single or half precision."""
+    named = hasattr(kind, "int2str") or getattr(kind, "dtype", None) in SINGLE
+    return named or any(map(_is_rewritten, _parts(kind)))
 
 
-def _shortest(value: Any, kind: Any) -> Any:
-    """A value whose numbers are written as short as their precision allows: a float32 of 0.1 is no 0.10000000149011612."""
-    if isinstance(value, dict):
-        inner = kind.feature if hasattr(kind, "feature") else kind  # datasets' Sequence of an object
-        return {key: _shortest(part, inner[key]) for key, part in value.items()}
+def _rewritten(value: Any, kind: Any) -> Any:
+    """A value with names in place of a ClassLabel's numbers, and with numbers written as short as their precision allows: a float32 of
+    0.1 is no 0.10000000149011612."""
+    inner = getattr(kind, "feature", kind)  # datasets' Sequence of an object
+    if isinstance(value, dict) and isinstance(inner, dict):
+        return {key: _rewritten(part, inner[key]) for key, part in value.items()}
     if isinstance(value, list):
         # An array of two dimensions is its own column.
         inner = kind if isinstance(kind, dict) else next(iter(_parts(kind)), kind)
-        return [_shortest(part, inner) for part in value]
+        return [_rewritten(part, inner) for part in value]
+    if isinstance(value, int) and hasattr(kind, "int2str"):
+        return kind.int2str(value) if value >= 0 else None  # -1 is no label
     if isinstance(value, float) and getattr(kind, "dtype", None) in SINGLE:
         return float(str(getattr(np, kind.dtype)(value)))
     return value

@@ -127,3 +127,44 @@ def test_a_column_of_another_type_that_the_template_needs(refused, tmp_path):
     assert 'row 1: field `tone` is list, not text: [["a", 1]]' in refused(tmp_path / "rows.parquet")
     pyarrow.parquet.write_table(table.select(["tone"]), tmp_path / "rows.parquet")
     assert "field `phrase` is in no row. Fields there: tone" in refused(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_labels_have_their_names_at_any_depth(tmp_path, hub):
+    label, text = datasets.ClassLabel(names=["neg", "pos"]), datasets.Value("string")
+    role = datasets.ClassLabel(names=["user", "assistant"])
+    media = {"tone": label, "score": datasets.Value("float32"), "image": datasets.Image()}
+    features = datasets.Features(
+        {
+            "top": label,
+            "info": {"label": label, "number": datasets.Value("int64"), "deep": [{"label": label}]},
+            "many": datasets.List(label),
+            "pairs": datasets.Sequence({"label": label, "text": text}),
+            "messages": [{"role": role, "content": text}],
+            "media": media,
+        }
+    )
+    turns = [{"role": 0, "content": "hi"}, {"role": 1, "content": "yo"}]
+    row = {
+        "top": 1,
+        "info": {"label": 1, "number": 1, "deep": [{"label": 0}, {"label": -1}, {"label": None}]},
+        "many": [0, 1],
+        "pairs": {"label": [1, 0], "text": ["a", "b"]},
+        "messages": turns,
+        "media": {"tone": 1, "score": 0.1, "image": {"bytes": None, "path": "a.png"}},
+    }
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "train.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([row], features.arrow_schema), path)
+    section = params.Prepare(source=f"hf:org/rows@{'a' * 40}", text_template="Call: {text}")
+    read = read_hub_rows(path.parent, "rows", section, "train", tmp_path / "scratch") if hub else read_rows(path)
+    assert list(read) == [
+        {
+            "top": "pos",
+            "info": {"label": "pos", "number": 1, "deep": [{"label": "neg"}, {}, {}]},
+            "many": ["neg", "pos"],
+            "pairs": {"label": ["pos", "neg"], "text": ["a", "b"]},
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
+            "media": {"tone": "pos", "score": 0.1, "image": {"path": "a.png"}},
+        }
+    ]
