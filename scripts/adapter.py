@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
                 path, record = fetch(parse(section.source), "model", downloads, job, section.sha256)
                 if not path.is_dir():
                     raise UserError(f"adapter.source: {path.name} is a file. Name the adapter's folder.")
-                adapter = Adapter(path)
+                adapter = Adapter(path, section.source)
                 shapes: dict[str, list[int]] = {}
                 for file in weight_files(args.base):
                     shapes |= tensor_shapes(file)

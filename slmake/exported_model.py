@@ -5,6 +5,7 @@ from pathlib import Path
 
 from slmake import params, prompts
 from slmake.constraints import constrained
+from slmake.errors import UserError
 from slmake.export.foreign import refuse_code
 from slmake.generation import Exported
 from slmake.scoring import onnx_runner
@@ -26,9 +27,12 @@ def load(args: argparse.Namespace) -> Exported:
         UserError: it is not there, would run code, or ONNX Runtime cannot load it.
     """
     folder = args.model or Path(f"build/onnx-{params.section(args.params, 'quantize').precision}")
+    for option, given, name in (("model", args.model, "genai_config.json"), ("dataset", args.dataset, "prompt.json")):
+        if given and not (given / name).is_file():
+            raise UserError(f"--{option} {given}: no {name} there. Correct the folder's name, or build it with `make`.")
     beside = folder if (folder / "prompt.json").is_file() else Path("build/dataset")
     form = prompts.load_prompt(args.dataset or beside)
-    if args.model and (folder / "genai_config.json").is_file():
+    if args.model:
         refuse_code(folder)
     model = onnx_runner.load(folder, form)
     if Path(args.params).is_file():

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("verify", args.log) as job:
         if not args.package.is_dir():
-            raise UserError(f"{args.package}: no package here. Build it with `make`.")
+            raise UserError(f"{args.package}: no package here. Build it with `make`, or correct the folder's name.")
         key = args.key
         if key is None and Path(args.params).is_file() and not args.package_only:
             configured = params.section(args.params, "package").signing_key

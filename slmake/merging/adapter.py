@@ -10,6 +10,7 @@ from slmake.merging import scope
 from slmake.merging.adapter_config import by_pattern, read_config
 from slmake.merging.update import Update
 from slmake.model_folder import check_safetensors, refuse_odd_files, tensor_shapes
+from slmake.text import listing
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TENSOR = re.compile(
@@ -54,13 +55,16 @@ class Adapter:
         ranks, alphas: of the modules that have others than the configuration's r and lora_alpha.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, source: str | None = None):
         """Read the configuration and the names of the tensors.
+
+        Args:
+            source: `adapter.source`, where the folder is a user's; else a rule builds it.
 
         Raises:
             UserError: no adapter there, damaged, or of a kind that cannot be merged exactly.
         """
-        self.folder, self.config_path = folder, folder / "adapter_config.json"
+        self.folder, self.source, self.config_path = folder, source, folder / "adapter_config.json"
         self.weights = folder / "adapter_model.safetensors"
         self._check_files()
         self.config = read_config(self.config_path)
@@ -106,9 +110,16 @@ class Adapter:
                 "where you trust it: `PeftModel.from_pretrained(BASE, ADAPTER).save_pretrained(NEW)` writes safetensors."
             )
         for path in (self.config_path, self.weights):
+            if not path.exists() and self.source:
+                there = listing(sorted(path.name for path in self.folder.iterdir())) or "nothing"
+                raise UserError(
+                    f"adapter.source: {self.source}: no {path.name} there. The folder has {there}; an adapter in PEFT's layout has "
+                    "adapter_config.json and adapter_model.safetensors. Convert it to PEFT's layout, or name the folder with these files."
+                )
             if not path.exists():
                 raise UserError(f"{path}: no such file. Build the adapter with `snakemake --cores all {self.folder}`.")
-        kinds = check_safetensors(self.weights, f"Remove {self.folder} and run snakemake: it is built again.")
+        again = f"Remove {self.folder} and run snakemake: it is built again."
+        kinds = check_safetensors(self.weights, "Download or save it again." if self.source else again)
         for name, kind in kinds.items():
             if kind not in DTYPES:
                 raise UserError(f"{self.weights}: tensor {name} is of type {kind}; {', '.join(DTYPES)} can be merged.")

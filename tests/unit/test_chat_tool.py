@@ -160,3 +160,12 @@ def test_a_model_is_asked_with_the_prompt_beside_it(onnx, tmp_path, monkeypatch)
     assert exported_model.load(args).prompt("We danced") == TEXT["prompt"].format(phrase="We danced")
     args.dataset = dataset
     assert exported_model.load(args).prompt("We danced") == "Another We danced?\n"
+
+
+@pytest.mark.parametrize(("option", "name"), [("model", "genai_config.json"), ("dataset", "prompt.json")])
+def test_a_folder_of_the_users_that_is_something_else_is_named(onnx, tmp_path, option, name):
+    (tmp_path / "prompt.json").write_text(json.dumps(TEXT), encoding="utf-8")
+    (tmp_path / "other").mkdir()
+    given = {"model": onnx, "dataset": tmp_path, option: tmp_path / "other"}
+    with pytest.raises(UserError, match=rf"^--{option} {tmp_path}/other: no {name} there\. Correct the folder's name"):
+        exported_model.load(argparse.Namespace(**given, params="none"))

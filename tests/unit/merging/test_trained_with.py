@@ -125,3 +125,39 @@ def test_the_script_warns_and_refuses(tmp_path, capsys, base, adapter):
         script.main(arguments)
     assert "adapter: error: " in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def as_mlx(folder: Path) -> None:
+    """As MLX writes an adapter."""
+    (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}')
+
+
+def cut(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (as_mlx, "no adapter_model.safetensors there. The folder has adapter_config.json, adapters.safetensors; "),
+        (
+            lambda folder: (folder / "adapter_config.json").unlink(),
+            "no adapter_config.json there. The folder has adapter_model",
+        ),
+        (cut, "Download or save it again."),
+    ],
+    ids=["mlx", "configuration", "damaged"],
+)
+def test_a_folder_of_the_users_is_not_to_be_built(tmp_path, capsys, base, adapter, change, expected):
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    change(own)
+    params = write_params(tmp_path / "params.yaml", all={"stages": ["merge"]}, adapter={"source": str(own)})
+    with pytest.raises(SystemExit):
+        script.main(
+            ["--params", str(params), "--base", str(base), "--output", str(tmp_path / "a"), "--report", f"{tmp_path}/r"]
+        )
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "snakemake" not in message
