@@ -23,8 +23,9 @@ _KEY = re.compile(
 )
 # Credentials that say themselves whose they are: Hugging Face, GitHub, GitLab, OpenAI and those like it, AWS, Google; signed JSON (RFC 7519).
 _ISSUED = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}|sk-(?:proj-)?\w{24,}"
-    r"|A(?:KI|SI)A[A-Z0-9]{16}\b|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]*)?)"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}|xox[abeprs]-[\w-]{20,}"
+    r"|sk-(?:[A-Za-z0-9]{40,}|(?:proj|svcacct|admin|ant-\w+|or-v1)-[\w-]{20,})|A(?:KI|SI)A[A-Z0-9]{16}\b|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,500}\.eyJ[\w-]{8,4000}(?:\.[\w-]*)?)"
 )
 HARMLESS = {
     "alt",

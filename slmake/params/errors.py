@@ -101,8 +101,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.Node:
-    plain = Loader("").resolve(yaml.ScalarNode, text, (True, False)) == TEXT and not AMBIGUOUS["str"].fullmatch(text)
-    return dumper.represent_scalar(TEXT, text, style=None if plain else "'")
+    """Double quotes around what a number may begin with, and what has line ends that only double quotes keep."""
+    known = Loader("").resolve(yaml.ScalarNode, text, (True, False)) == TEXT
+    plain = known and not re.match(r"[-+.\d]", text) and not re.search("[\r\x85\u2028\u2029\ufeff]", text)
+    return dumper.represent_scalar(TEXT, text, style=None if plain else '"')
 
 
 _Dumper.add_representer(str, _text)

@@ -31,12 +31,17 @@ def test_scrub(text, expected):
 
 
 @pytest.mark.parametrize(
-    "begin", ["hf_", "ghp_", "github_pat_", "glpat-", "sk-", "sk-proj-", "AKIA", "AIza", "eyJhbGciOiJIUzI1NiJ9.eyJ"]
+    "begin",
+    [
+        *("hf_", "ghp_", "github_pat_", "glpat-", "xoxb-1-2-", "AKIA", "AIza", "eyJhbGciOiJIUzI1NiJ9.eyJ"),
+        *("sk-", "sk-proj-", "sk-proj-Ab_c-", "sk-ant-api03-", "sk-svcacct-"),
+    ],
 )
 def test_credentials_that_say_whose_they_are(begin):
     """Wherever they stand: they are recognized without a name before them."""
     token = begin + ("SECRETSECRET9999" if begin == "AKIA" else "Secret9" * 6)
     assert scrub(f"package.name: {token}: refused") == "package.name: ***: refused"
+    assert scrub(f"MY_{token}") == "MY_***"
     assert holds_secret(f"https://h/{token}/rows.json")
 
 
@@ -70,7 +75,11 @@ def test_no_message_repeats_a_private_key(text):
     assert shown.endswith(": no such file. Correct it.")
 
 
-@pytest.mark.parametrize("key", [KEY, KEY.strip().replace("\n", " "), "MHcCAQEEI" + "SECRET99" * 19 + "=="])
+# Without the first line and the last, of P-256 and of Ed25519.
+BASE64 = ("MHcCAQEEI" + "SECRET99 " * 19 + "==", "MC4CAQAwBQYDK2VwBCIEI" + "SECRET99" * 5 + "ab=")
+
+
+@pytest.mark.parametrize("key", [KEY, KEY.strip().replace("\n", " "), *BASE64])
 def test_a_key_in_params_yaml_is_refused_as_one(tmp_path, key):
     with pytest.raises(UserError, match=r"package\.signing_key: this is a key, and the name of its file") as refused:
         params.load(write_params(tmp_path / "params.yaml", package={"signing_key": key}))
@@ -90,7 +99,8 @@ def test_every_message_of_ours_loses_its_secrets_once():
 
 def test_a_long_name_takes_no_time():
     """An hour, where its parts can be told apart in several ways."""
-    assert scrub("a_" * 40 + "x") == "a_" * 40 + "x"
+    for part, count in (("a_", 40), ("eyJaaaaaaaa-", 20000)):
+        assert scrub(part * count + "x") == part * count + "x"
 
 
 def test_credentials_of_the_environment_are_scrubbed(monkeypatch):
