@@ -12,7 +12,7 @@ from slmake.model_config import refuse_long_context
 from slmake.model_folder import refuse_incomplete
 from slmake.sources import gguf_header, gguf_tokenizer
 from slmake.sources.gguf_header import ELSEWHERE
-from slmake.sources.gguf_tokenizer import CONTROL, USER_DEFINED
+from slmake.sources.gguf_tokenizer import CONTROL, TURN_ENDS, USER_DEFINED
 
 # Fields that are a size or a count; a context's length is no part of the weights.
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
@@ -22,18 +22,6 @@ SCALE = re.compile(r"(^|[._])(scale|softcapping|clamp_kqv)$")
 WINDOWED = ("phi3", "mistral")
 # Families that scale attention by another number than the size of a head in their largest model (27B), and the layers that this one has.
 SCALED = {"gemma2": 46, "gemma3_text": 62}
-# Tokens that close a turn, by their text, as llama.cpp finds them (llama-vocab.cpp).
-TURN_ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<end_of_utterance>",
-    "_<EOT>",
-    "< EOT >",
-)
 NO_PART_OF_IT = ("vocab_size", "tensor_data_layout")  # fields that change nothing of a model
 
 

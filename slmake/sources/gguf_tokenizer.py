@@ -46,6 +46,18 @@ WHOLE_PARTS = {
 BEGIN = {"llama-bpe", "llama-v3", "llama3", "tekken"}
 COMPOSED = {"deepseek-r1-qwen", "qwen2", "qwen35"}  # Qwen's own tokenizers compose characters (NFC)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+# Tokens that close a turn, by their text, as llama.cpp finds them (llama-vocab.cpp).
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<end_of_utterance>",
+    "_<EOT>",
+    "< EOT >",
+)
 # Phi-3's own tokenizer takes the white space behind all of its added tokens away, but of these.
 KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 
@@ -139,7 +151,7 @@ def _set_sentencepiece(backend, prefix: bool, tokens: list[str]) -> None:
 
 
 def _added_tokens(architecture: str, vocabulary: dict, config: dict, numbers: dict[str, int]) -> list[dict]:
-    """The tokens that are found whole in text, as tokenizer.json lists them; all but user-defined ones without a role are special.
+    """The tokens that are found whole in text, as tokenizer.json lists them; special are all but user-defined ones that have no role.
 
     Args:
         config: tokenizer_config.json.
@@ -157,7 +169,7 @@ def _added_tokens(architecture: str, vocabulary: dict, config: dict, numbers: di
             "lstrip": False,
             "rstrip": phi3 and token not in KEEPS_SPACE,
             "normalized": False,
-            "special": kind != USER_DEFINED or token in roles,
+            "special": kind != USER_DEFINED or token in roles or token in TURN_ENDS,
         }
         for number, (token, kind) in enumerate(zip(vocabulary["tokens"], kinds, strict=True))
         if number in spelled and (kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in roles)

@@ -287,7 +287,7 @@ def test_tools_of_a_turn_that_the_template_shows(tokenizer_folder, tmp_path):
 
 
 @pytest.mark.parametrize("column", [False, True])
-@pytest.mark.parametrize("closing", ["<|im_end|>", "<|end|>", "", "\n\n"])
+@pytest.mark.parametrize("closing", ["<|im_end|>", "<|end|>", "", "\n\n", "\n###"])
 def test_a_mark_that_the_model_does_not_know_is_refused(build, refused, tmp_path, tokenizer_folder, column, closing):
     """It would be learned as text of every answer, and no answer would be equal to its label."""
     base = other_chat(tokenizer_folder, tmp_path / "base", PLAIN.replace("<|end|>", closing))

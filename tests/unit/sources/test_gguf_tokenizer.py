@@ -162,3 +162,9 @@ def test_a_token_without_a_number_of_its_own_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(GGUFWriter, "add_token_list", lambda writer, tokens: add(writer, [*tokens[:-1], "cd"]))
     with pytest.raises(UserError, match="the token 'cd' has not a number of its own among the 259 of"):
         byte_level(tmp_path, "gpt-2", {"cd": 1, "last": 1})
+
+
+def test_a_user_defined_token_that_closes_turns_is_special(tmp_path):
+    """Generation ends there, and no answer has it as text: llama.cpp makes a control token of it."""
+    tokenizer = byte_level(tmp_path, "gpt-2", {"<|end|>": 4, "<|im_end|>": 4, "<tool>": 4}, eos="<|end|>")
+    assert tokenizer.decode([64, 258, 259], skip_special_tokens=True) == tokenizer.decode([64]) + "<tool>"
