@@ -161,7 +161,10 @@ def _refuse_rope_scaling(file: Path, reader) -> None:
 
 def _as_computed(config) -> dict[str, object]:
     """Fields that transformers does not read, with what they must say of the model that it makes of the others."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except Exception:  # Gemma 4 has several, Mamba none
+        head = 0
     rope = getattr(config, "rope_parameters", None) or {}
     sliding = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
     near = rope.get("sliding_attention", {}).get("rope_theta")
@@ -171,6 +174,7 @@ def _as_computed(config) -> dict[str, object]:
         "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1)),
         "attention.key_length": head,
         "attention.value_length": head,
+        "attention.layer_norm_epsilon": getattr(config, "norm_eps", None),
         "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
         "attention.sliding_window_pattern": sliding,
         "attention.causal": True,
@@ -202,7 +206,8 @@ def _refuse_unread(file: Path, reader, model) -> None:
         ):  # of so many layers the last one sees all
             value = [bool((layer + 1) % value) for layer in range(model.config.num_hidden_layers)]
         checked = read.get(name) or name in NO_PART_OF_IT or name.startswith("rope.scal") or SCALE.search(name)
-        if not checked and computed.get(name) != value:
+        right = computed.get(name)
+        if not (checked or (math.isclose(value, right, rel_tol=1e-4) if isinstance(right, float) else value == right)):
             unread.append(f"{name} {value}")
         own = scaling if name == "attention.scale" else getattr(model.config, name.rpartition(".")[2], None)
         neutral = (own,) if own else (0, 1) if name.endswith("scale") else (0,)

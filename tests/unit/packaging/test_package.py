@@ -249,7 +249,7 @@ def test_missing_licence_and_missing_package_are_named(parts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         pack(parts, tmp_path / "run", license_files=["NO-LICENCE"])
     assert "package.license_files: NO-LICENCE: no such file." in capsys.readouterr().err
-    assert "no package here. Build it with `make`." in refused(capsys, tmp_path / "no")
+    assert "no package here. Build it with `make`, or correct the folder's name." in refused(capsys, tmp_path / "no")
 
 
 @pytest.mark.parametrize("read", ["same", "other"])
