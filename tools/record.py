@@ -31,6 +31,7 @@ from slmake.platforms.dvc import (
     status,
 )
 from slmake.platforms.origins import metadata, refuse_damaged, refuse_other_origin, refuse_unbuilt
+from slmake.sources.fetching import files_of
 
 # What this project's .dvcignore has.
 IGNORED = {".snakemake", ".snakemake_timestamp", ".venv", "build/checkpoints", "*.partial", "__pycache__"}
@@ -80,16 +81,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def refuse_ignored() -> None:
-    """Raise UserError for what a stage reads or writes and a `.dvcignore` keeps from DVC: receipts, cache and remote would lack it."""
+    """Raise UserError for what a stage reads or writes and a `.dvcignore` keeps from DVC: receipts, cache and remote would lack it.
+
+    Hidden files do not count: rules neither read nor write any, and DVC itself leaves some of them out.
+    """
     named = entries()
-    paths = [Path(path) for name in stages() for path in (*named[name].get("deps", []), *outs(named[name]))]
-    notes = {folder / ".dvcignore" for path in paths for folder in path.parents}
-    if not any({*note.read_text(encoding="utf-8").splitlines()} - IGNORED for note in notes if note.is_file()):
+    stages_now = [named[name] for name in stages()]
+    made = [Path(path) for stage in stages_now for path in outs(stage)]
+    read = [Path(path) for stage in stages_now for path in stage.get("deps", [])]
+    notes = {folder / ".dvcignore" for path in (*made, *read) for folder in path.parents}
+    lines = {line for note in notes if note.is_file() for line in note.read_text("utf-8", "replace").splitlines()}
+    if not lines - IGNORED:
         return
     from slmake.platforms.atomic_dvc import Repo  # a second, which few builds need
 
+    # Of a folder that is read, such as a base model, a rule does not read every file.
+    inner = [file for path in read if path.is_dir() for file in files_of(path).values()]
+    files = [*read, *inner, *made, *(file for path in made for file in path.rglob("*"))]
     with Repo() as repo:
-        for file in (file for path in paths for file in (path, *path.rglob("*"))):
+        for file in (file for file in files if not any(part.startswith(".") for part in file.parts)):
             found = repo.dvcignore.check_ignore(str(file))
             if found.match and found.pattern_infos[-1].patterns not in IGNORED:
                 raise UserError(

@@ -14,6 +14,7 @@ Writes results/seeds.json (parameters and scores of every run) and results/seeds
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from slmake.reporting.pages import models_of
 from slmake.reporting.seeds import draw_seeds, inputs, summary, table
 from tools.reproduce import copy_inputs, snakemake
 
-KEPT, COPY = Path("build/seeds"), "slmake-seed"
+KEPT, COPY, IN_USE = Path("build/seeds"), "slmake-seed", ".in-use"
 RESULT, PICTURE = Path("results/seeds.json"), Path("results/seeds.svg")
 METRICS = "results/metrics.json"
 BASE, MADE_BY = ["build/base", "results/base.json"], "fetch_model"
@@ -78,21 +79,26 @@ def copy_project(here: Path, scratch: Path) -> tuple[Path, str]:
     return target, sha256(content.encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def scratch(kept: Path) -> Iterator[Path]:
+    """A folder for a copy of the project, which others see is in use."""
+    with tempfile.TemporaryDirectory(prefix=f"{COPY}-", dir=kept) as folder, open(Path(folder, IN_USE), "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield Path(folder)
+
+
 def remove_left_over(kept: Path) -> None:
     """Remove copies of the project, with their models, of runs that were killed."""
-    for folder in kept.glob(f"{COPY}-*"):
-        try:
-            os.kill(int(folder.name.removeprefix(f"{COPY}-").partition("-")[0]), 0)
-        except ProcessLookupError:
-            outputs.remove(folder)
-        except (ValueError, PermissionError):  # no copy of ours, or another user's process
-            continue
+    for mark in kept.glob(f"{COPY}-*/{IN_USE}"):
+        with mark.open("a") as handle, contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            outputs.remove(mark.parent)
 
 
 def content_of(here: Path) -> str:
     """The project's content now, as `copy_project` gives it."""
-    with tempfile.TemporaryDirectory(prefix=f"{COPY}-{os.getpid()}-", dir=here / KEPT) as scratch:
-        return copy_project(here, Path(scratch))[1]
+    with scratch(here / KEPT) as folder:
+        return copy_project(here, folder)[1]
 
 
 def write_params(project: Path, change: dict) -> None:
@@ -120,8 +126,8 @@ def measured(here: Path, change: dict, planned: str) -> dict:
     Raises:
         UserError: the project is another now, the base model changed meanwhile, or the build failed.
     """
-    with tempfile.TemporaryDirectory(prefix=f"{COPY}-{os.getpid()}-", dir=here / KEPT) as scratch:
-        project, content = copy_project(here, Path(scratch))
+    with scratch(here / KEPT) as folder:
+        project, content = copy_project(here, folder)
         if content != planned:
             raise UserError(CHANGED)
         write_params(project, change)

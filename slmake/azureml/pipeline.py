@@ -256,7 +256,14 @@ def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
             inputs[port(path)] = (path, f"${{{{parent.jobs.{planned.makers[path]}.outputs.{port(path)}}}}}")
     results = {port(path): path for path in parts["output"]}
     command = [f"python -m tools.azureml step {rule}"]
-    command += [f"--input {shlex.quote(path)}={_mounted(f'inputs.{name}', path)}" for name, (path, _) in inputs.items()]
+    for name, (path, _) in inputs.items():
+        if bad := re.search(r"[$`\"'\\=]", path):
+            raise UserError(
+                f"{path}: a step's command cannot name a file with {bad[0]} in its name, which a shell reads otherwise. Rename it."
+            )
+        # Where it is mounted, the file has its name, too; Azure ML's own word stands where no quotes are needed.
+        mounted = f"${{{{inputs.{name}}}}}"
+        command.append(f'--input "{path}={mounted}"' if shlex.quote(path) != path else f"--input {path}={mounted}")
     command += [f"--output {path}=${{{{outputs.{name}}}}}" for name, path in results.items()]
     command += [f"--receipt ${{{{outputs.receipt_{rule}}}}}"]
     bound = {name: f"${{{{parent.outputs.{name}}}}}" for name in [*results, f"receipt_{rule}"]}
@@ -275,12 +282,6 @@ def step(planned: Plan, settings: Settings, rule: str, folder: Path) -> dict:
     if cluster.instance_type:
         content["resources"] = {"instance_type": cluster.instance_type, "instance_count": 1}
     return {"type": "command", "display_name": rule, "command": Folded(" ".join(command)), **content}
-
-
-def _mounted(name: str, path: str) -> str:
-    """Azure ML's word for where something is mounted, in a command for a shell; the file there may have the name that `path` has."""
-    word = f"${{{{{name}}}}}"
-    return word if shlex.quote(path) == path else f'"{word}"'
 
 
 def _environment(environment: Environment, folder: Path) -> dict:

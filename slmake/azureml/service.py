@@ -189,8 +189,12 @@ def check_sources(ml, settings: Settings, file: Path) -> None:
 def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     """What a run can be found by later: base model, data and commit; `-changed` behind it says that what is sent is not as it has it."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    sent = ["params.yaml", *pipeline.ALWAYS, *(mount.local for mount in planned.data.values())]
-    changed = subprocess.run(["git", "status", "--porcelain", "--", *sent], capture_output=True, text=True).stdout
+    mounts = [*planned.data.values(), *filter(None, [planned.model])]
+    sent = {str(file) for rule in planned.rules for file in pipeline.code_files(planned, rule)}
+    sent |= {"params.yaml", *pipeline.ALWAYS, *(mount.local for mount in mounts)}  # what is gone, too
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", *sorted(sent)], capture_output=True, text=True
+    ).stdout
     commit = {"git_commit": done.stdout.strip() + "-changed" * bool(changed)} if done.returncode == 0 else {}
     fetched = planned.sections["fetch_model"]["source"]
     other = planned.origins.get(parse(fetched).full)  # a model of the hub

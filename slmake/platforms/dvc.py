@@ -17,6 +17,7 @@ from slmake.plan import Plan
 LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
 KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
+RELEASED = "results/published.json"  # no output that DVC keeps: it would bring it back where nothing was published
 PENDING = Path(".dvc/tmp/slmake.pending.lock")  # receipts that `dvc commit` wrote, until they are compared again
 
 
@@ -158,7 +159,8 @@ def receipts() -> list[dict]:
     except (ValueError, yaml.YAMLError):
         raise UserError(f"{LOCK} is damaged. Bring it back with `git checkout {LOCK}`.") from None
     stages = (receipt or {}).get("stages", {}).values()
-    return [out for stage in stages for out in stage.get("outs", []) if "md5" in out]
+    # What an earlier version recorded of a release can be brought back by nothing.
+    return [out for stage in stages for out in stage.get("outs", []) if "md5" in out and out["path"] != RELEASED]
 
 
 def tracked() -> list[dict]:

@@ -27,7 +27,7 @@ from slmake.code_inputs import code, digest, modules, remember, rule_digest, sna
 from slmake.errors import UserError
 from slmake.params import RULES, Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
-from slmake.platforms.dvc import entries, outs
+from slmake.platforms.dvc import RELEASED, entries, outs
 
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
@@ -36,8 +36,7 @@ HEADER = """\
 """
 MEMBERS = {"candidate": "search"}  # rules with wildcards: their jobs belong to the stage of the rule that gathers them
 CODE, DIGESTS = "code", "build/code"  # the stage that is no rule, and what it writes
-# No stage: DVC would bring its receipt back from its cache, where nothing was published, and publish each experiment.
-PUBLISH, RELEASED = "publish", "results/published.json"
+PUBLISH = "publish"  # no stage: DVC would publish each experiment, and nothing where it brings what was published back from its cache
 BY_BYTES = "package"  # its provenance names every file of code by its bytes
 PATH = 'PATH="$PWD/.venv/bin:$PATH"'  # the environment's own programs first, whether or not it is activated
 NOTE = Path(".dvc/tmp/slmake.yaml.sha256")  # what dvc.yaml was last written from
@@ -221,9 +220,9 @@ def with_added(document: dict, file: Path) -> dict:
         present = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
         every = present.pop("stages", {})
         stages = {name: stage for name, stage in every.items() if not is_ours(name, stage)}
-        variables = present.pop("vars", [])
+        variables = present.pop("vars", None) or []
         noted = [entry for entry in variables if isinstance(entry, dict) and ABSENT in entry]
-        options = {path: kept for entry in noted for path, kept in entry[ABSENT].items()}
+        options = {path: kept for entry in noted for path, kept in (entry[ABSENT] or {}).items()}
         options |= options_of(stage for name, stage in every.items() if is_ours(name, stage))
         own = {
             name: stage | {"outs": with_options(stage["outs"], options)} for name, stage in document["stages"].items()
@@ -238,7 +237,7 @@ def with_added(document: dict, file: Path) -> dict:
             "`make` writes the rule's."
         )
     # Of outputs that no stage has now: a later build may have them again. DVC's variables cannot refer to others.
-    made = {os.path.normpath(path) for stage in own.values() for path in outs(stage)}
+    made = {RELEASED, *(os.path.normpath(path) for stage in own.values() for path in outs(stage))}
     absent = {path: kept for path, kept in options.items() if kept and path not in made and "${" not in str(kept)}
     merged = {
         "vars": [entry for entry in variables if entry not in noted] + ([{ABSENT: absent}] if absent else []),

@@ -13,7 +13,7 @@ from slmake.platforms import dvc, dvc_yaml, origins
 SEEN = Path(".dvc/tmp/slmake.seen.json")
 # The workflow's own profile is what Snakemake reads by itself, whichever of these is there.
 PROFILES = tuple(f"profiles/default/config{version}.yaml" for version in ("", ".v8+", ".v9+"))
-SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local", *PROFILES)
+SETTINGS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvcignore", ".dvc/config", ".dvc/config.local", *PROFILES)
 
 
 def unmoved() -> bool:
@@ -41,7 +41,7 @@ def remember(wanted: list[str]) -> None:
         *SETTINGS,
         *map(str, snakefiles()),
         *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}),
-        *when(dvc_yaml.PUBLISH in Plan(params.load("params.yaml")).rules, dvc_yaml.RELEASED),
+        *when(dvc_yaml.PUBLISH in Plan(params.load("params.yaml")).rules, dvc.RELEASED),
     ]
     seen = outputs.marks(paths)
     try:

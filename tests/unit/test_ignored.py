@@ -34,10 +34,14 @@ def test_what_a_pattern_would_keep_from_dvc_is_named_with_it(file, pattern, kept
     assert str(refused.value).startswith(f"{file}:{line}:{pattern} keeps {kept} from DVC, so ")
 
 
-@pytest.mark.parametrize("pattern", ["*.bak", "notes", "*.safetensors\n!*.safetensors", "/rows.json"])
+@pytest.mark.parametrize(
+    "pattern", ["*.bak", "# mine", "README.md", "notes", "*.safetensors\n!*.safetensors", "/rows.json"]
+)
 def test_other_patterns_are_the_user_s(pattern):
     write(".dvcignore", f"{OURS}{pattern}\n")
     write("build/merged/model.partial", "of a rule that is running")
+    write("data/texts/README.md", "of a model")
+    write("data/texts/.git/HEAD", "of a clone, which DVC leaves out by itself")
     record.refuse_ignored()
 
 

@@ -139,9 +139,18 @@ def test_a_failed_build_keeps_what_was_measured(repository):
 
 
 def test_copies_of_killed_runs_are_removed(tmp_path):
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    folders = [f"slmake-seed-{int(ended.stdout)}-abc", f"slmake-seed-{os.getpid()}-abc", "slmake-seed-other"]
-    for name in folders:
-        (tmp_path / name / "build").mkdir(parents=True)
+    """Not those of runs that go on, here or elsewhere on the same disk."""
+    code = "import sys, time, pathlib; from tools import seeds\nwith seeds.scratch(pathlib.Path(sys.argv[1])):\n print(flush=True)\n time.sleep(60)"
+    runs = [subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) for _ in range(2)]
+    for run_ in runs:
+        run_.stdout.readline()
+    runs[0].kill()
+    runs[0].wait()
+    (tmp_path / "slmake-seed-other").mkdir()
+    assert len(list(tmp_path.iterdir())) == 3
     seeds.remove_left_over(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(folders[1:])
+    assert len(list(tmp_path.iterdir())) == 2
+    runs[1].kill()
+    runs[1].wait()
+    seeds.remove_left_over(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["slmake-seed-other"]

@@ -81,6 +81,11 @@ def test_options_of_outputs_stay(merged):
     ]
 
 
+@pytest.mark.parametrize("variables", [None, [{"options_of_absent_outputs": None}]])
+def test_variables_that_were_emptied_cost_no_stage(merged, variables):
+    assert merged({"vars": variables, "stages": DEPLOY})["stages"] == GENERATED["stages"] | DEPLOY
+
+
 def test_a_stage_of_the_name_of_a_rule_is_not_overwritten(merged):
     with pytest.raises(UserError, match=r"the stage merge is not as slmake writes it, and a rule has that name"):
         merged({"stages": {"merge": DEPLOY["deploy"]}})
