@@ -308,7 +308,7 @@ DATA_ROWS = [
 # A model's folder: what is done to its files (None: deleted; bytes: written; a number: cut to so many bytes; text: renamed; fields:
 # set in the JSON file), a part of the message
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer_config.json"
-INDEX = "model.safetensors.index.json"
+INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"  # a single file goes before an index
 
 
 def header(text: bytes) -> bytes:
@@ -337,13 +337,13 @@ MODELS = [
     ({WEIGHTS: header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 0]}}')}, "0 bytes do not hold a F32 tensor of shape [2]"),
     ({WEIGHTS: header(b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}')}, "truncated or corrupt safetensors"),
     ({WEIGHTS: header(b"[" * 3000)}, "truncated or corrupt safetensors"),
-    ({INDEX: b"{}"}, "damaged: no weight_map in it"),
-    ({INDEX: b'{"metadata": {"total'}, "damaged: no weight_map in it"),
-    ({INDEX: b'{"weight_map": {"a": "other.safetensors"}}'}, "names other.safetensors, which is not there"),
-    ({INDEX: b'{"weight_map": {"a": "../other.safetensors"}}'}, "it names the file '../other.safetensors'; a plain name"),
-    ({INDEX: b'{"weight_map": {"a": "/etc/passwd"}}'}, "it names the file '/etc/passwd'; a plain name"),
-    ({INDEX: b'{"weight_map": {"a": ".."}}'}, "it names the file '..'; a plain name"),
-    ({INDEX: b'{"weight_map": {"a": ""}}'}, "it names the file ''; a plain name"),
+    ({WEIGHTS: SHARD, INDEX: b"{}"}, "damaged: no weight_map in it"),
+    ({WEIGHTS: SHARD, INDEX: b'{"metadata": {"total'}, "damaged: no weight_map in it"),
+    ({WEIGHTS: SHARD, INDEX: b'{"weight_map": {"a": "other.safetensors"}}'}, "names other.safetensors, which is not there"),
+    ({WEIGHTS: SHARD, INDEX: b'{"weight_map": {"a": "../other.safetensors"}}'}, "it names the file '../other.safetensors'; a plain name"),
+    ({WEIGHTS: SHARD, INDEX: b'{"weight_map": {"a": "/etc/passwd"}}'}, "it names the file '/etc/passwd'; a plain name"),
+    ({WEIGHTS: SHARD, INDEX: b'{"weight_map": {"a": ".."}}'}, "it names the file '..'; a plain name"),
+    ({WEIGHTS: SHARD, INDEX: b'{"weight_map": {"a": ""}}'}, "it names the file ''; a plain name"),
     ({"tokenizer.json": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}}, "no usable tokenizer (tokenizer.json and tokenizer_config.json)"),
     ({"tokenizer.json": {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "Q", "type_id": 0}}], "pair": [], "special_tokens": {}}}}, "no usable tokenizer"),
     ({"tokenizer.json": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "((a*)*)*b|((\\w+\\s?)*)*$"}, "behavior": "Isolated", "invert": False}}}, "it does not read some short texts: "),
