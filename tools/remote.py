@@ -344,8 +344,7 @@ def refuse_rotten() -> None:
     Raises:
         UserError: a file is not what its receipt says.
     """
-    named = entries()
-    wrong = damaged([path for stage in stages() for path in outs(named[stage])])
+    wrong = damaged(made_here())
     if not wrong:
         return
     lost = rotten({right for _, _, right in wrong})
@@ -357,10 +356,15 @@ def refuse_rotten() -> None:
     raise UserError(f"{known} `rm -r {output}`, then {then}.")
 
 
+def made_here() -> list[str]:
+    """The outputs of the stages that params.yaml asks for: all but what was published."""
+    named = entries()
+    return [path for stage in stages() for path in outs(named[stage])]
+
+
 def files_here() -> dict[str, list[int]]:
     """Size and number of the inode of every output's files: `snakemake --touch` sets their times."""
-    named = entries()
-    seen = outputs.marks(path for stage in stages() for path in outs(named[stage]))
+    seen = outputs.marks(made_here())
     return {path: [mark[0], mark[3]] for path, mark in seen.items()}
 
 
@@ -372,9 +376,7 @@ def record(job: cli.Job, compared: str, seen: dict[str, list[int]]) -> None:
         seen: the outputs that were compared, as `files_here` gives them.
     """
     quiet = ["--quiet", "host", "progress", "rules"]  # all of it would hide errors, too
-    named = entries()
-    made = [path for stage in stages() for path in outs(named[stage])]  # all that is asked for, but what was published
-    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", *quiet, "--", *made]
+    command = [sys.executable, "-m", "snakemake", "--touch", "--forceall", "--cores", "1", *quiet, "--", *made_here()]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {PULLED: compared})
     if done.returncode:
         said = done.stdout + done.stderr

@@ -65,6 +65,11 @@ class Plan(NamedTuple):
     sections: dict  # params.yaml
     origins: dict[str, Origin]  # what the steps read in place of sources of params.yaml
 
+    @property
+    def mounts(self) -> dict[str, Mount]:
+        """What is mounted, by pipeline input."""
+        return self.data | ({"model": self.model} if self.model else {})
+
 
 def port(path: str) -> str:
     """The name of an input or output: `build/onnx-int4` is onnx_int4, `results/base.json` is results_base_json.
@@ -192,7 +197,7 @@ def step_params(planned: Plan, rule: str) -> dict:
 
 def code_files(planned: Plan, rule: str) -> list[Path]:
     """Every file of the project that a step is sent, but params.yaml and what takes its sources' place."""
-    elsewhere = {mount.local for mount in [*planned.data.values(), *filter(None, [planned.model])]} | {*planned.origins}
+    elsewhere = {mount.local for mount in planned.mounts.values()} | {*planned.origins}
     needed = [path for path in planned.rules[rule]["input"] if path not in planned.makers and path not in elsewhere]
     files = []
     for path in map(Path, [*ALWAYS, *needed]):
@@ -220,7 +225,6 @@ def job(planned: Plan, settings: Settings, folder: Path) -> dict:
     Args:
         folder: where the file will lie: Azure ML's paths are relative to it.
     """
-    mounts = planned.data | ({"model": planned.model} if planned.model else {})
     paths = {port(path): path for path in planned.makers}
     return {
         "$schema": SCHEMA,
@@ -230,7 +234,7 @@ def job(planned: Plan, settings: Settings, folder: Path) -> dict:
         "settings": {"default_compute": f"azureml:{settings.cluster('default').name}", "force_rerun": False},
         "inputs": {
             name: {"type": mount.kind, "path": _relative(mount.uri, folder), "mode": "ro_mount"}
-            for name, mount in mounts.items()
+            for name, mount in planned.mounts.items()
         },
         "outputs": {
             **{name: _output(path) for name, path in paths.items()},

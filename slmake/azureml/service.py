@@ -189,9 +189,8 @@ def check_sources(ml, settings: Settings, file: Path) -> None:
 def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     """What a run can be found by later: base model, data and commit; `-changed` behind it says that what is sent is not as it has it."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    mounts = [*planned.data.values(), *filter(None, [planned.model])]
     sent = {str(file) for rule in planned.rules for file in pipeline.code_files(planned, rule)}
-    sent |= {"params.yaml", *pipeline.ALWAYS, *(mount.local for mount in mounts)}  # what is gone, too
+    sent |= {"params.yaml", *pipeline.ALWAYS, *(mount.local for mount in planned.mounts.values())}  # what is gone, too
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--", *sorted(sent)], capture_output=True, text=True
     ).stdout

@@ -1,7 +1,7 @@
 """One step of the pipeline, on a machine of Azure ML: put what is mounted where the rule looks for it, run the rule, hand over what it made.
 
 The rule sees the same paths as everywhere else, so it is the Snakefile's own command that runs. Sources of params.yaml stay as they are
-written: what is mounted in their place is told in the environment (slmake/sources/mounted.py). The receipt has the SHA-256 of every
+written: an environment variable says what is mounted in their place (slmake/sources/mounted.py). The receipt has the SHA-256 of every
 file that was handed over; `download` checks them.
 """
 

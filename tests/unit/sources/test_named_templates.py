@@ -108,7 +108,7 @@ def test_a_gguf_file_has_named_templates_too(tmp_path, base):
     tokenizer = load_tokenizer(fetch(tmp_path, write_gguf(base, tmp_path / "named.gguf", add))[0])
     theirs = load_tokenizer(named_base(base, tmp_path / "model", as_files))
     for tools in ([WEATHER], None):
-        texts = [one.apply_chat_template(TURNS, tools=tools, tokenize=False) for one in (tokenizer, theirs)]
+        texts = [each.apply_chat_template(TURNS, tools=tools, tokenize=False) for each in (tokenizer, theirs)]
         assert texts[0] == texts[1]
 
 
