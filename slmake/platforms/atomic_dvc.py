@@ -25,7 +25,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
 from dvc.utils.serialize import _common, _yaml
-from dvc_data.hashfile import state
+from dvc_data.hashfile import checkout, state
 
 from slmake import cli, outputs
 from slmake.platforms.dvc import LOCK, PENDING, receipts
@@ -91,6 +91,27 @@ def refuse_replaced(cache: StageCache, stage) -> None:
             raise DvcException(f"{out.def_path} was replaced while it was recorded")
 
 
+def relink(link, cache, cache_info: str, fs, path: str, in_cache: bool, force: bool, prompt=None) -> None:
+    """Stands in for DVC's own function of the same arguments, which removes a file before it links the cache's: a kill between would lose it.
+
+    A folder's files are brought in by `make restore` and `make pull` alone, which bring them again.
+    """
+    place = Path(path)
+    if not (in_cache or force) or place not in map(Path.absolute, outputs.single_files()):
+        RELINK(link, cache, cache_info, fs, path, in_cache, force, prompt)
+        return
+    beside = place.with_name(f".{place.name}.partial")
+    beside.unlink(missing_ok=True)
+    try:
+        link(cache, cache_info, fs, str(beside))
+        os.replace(beside, place)
+    except checkout.CheckoutError:  # the cache has lost it
+        raise checkout.CheckoutError([path]) from None
+    finally:
+        beside.unlink(missing_ok=True)  # where both are one file already, a rename does nothing
+    cache.protect(cache_info)
+
+
 def load_once(load: Callable) -> Callable:
     """Of DVC's function that reads and checks a YAML file: once as long as the file is the same. DVC does it for each stage that is named."""
     kept: dict[tuple, tuple] = {}
@@ -152,6 +173,8 @@ def retry_sooner() -> None:
     ExponentialRetry.__init__ = functools.partialmethod(ExponentialRetry.__init__, initial_backoff=4)
 
 
+RELINK = checkout._relink
+checkout._relink = relink
 _common._dump_data = dump
 state._checksum = checksum
 rwlock._edit_rwlock = edit_rwlock

@@ -158,9 +158,16 @@ def kill_rule(
                 seconds[rule] = max(0.2, spent)
             if attempt < ATTEMPTS - 1:
                 remove(project, OUTPUTS[rule])
-    left = [path.name for folder in ("build", "results") for path in (project / folder).glob(".*.partial")]
-    expect(not left, f"left behind: {left}")
+    nothing_left(project)
     return kills
+
+
+def nothing_left(project: Path) -> None:
+    """No temporary file or folder of a killed run stands beside an output."""
+    left = [
+        path.name for folder in ("build", "build/report", "results") for path in (project / folder).glob(".*.partial")
+    ]
+    expect(not left, f"left behind: {left}")
 
 
 def receipts(project: Path) -> dict:
@@ -175,7 +182,7 @@ def receipts(project: Path) -> dict:
 def kill_record(whole: Path, work: Path, rng: random.Random, seconds: dict[str, float]) -> int:
     """Kill the recording of receipts at random moments; returns the number of kills."""
     project = copy(whole, work)
-    right = receipts(project)
+    right, before = receipts(project), seen(project)
     command = ["python", "-m", "tools.record"]
     (project / "dvc.lock").unlink()
     kills = 0
@@ -186,6 +193,7 @@ def kill_record(whole: Path, work: Path, rng: random.Random, seconds: dict[str, 
             kills += 1
             wrong = [name for name, receipt in receipts(project).items() if receipt != right[name]]
             expect(not wrong, f"wrong receipts: {wrong}")
+            no_wrong_bytes(project, before, [])
         else:
             expect(code == 0, f"record: the rerun after {kills} kills failed:\n{log_of(project)}")
             seconds["record"] = spent
@@ -193,6 +201,8 @@ def kill_record(whole: Path, work: Path, rng: random.Random, seconds: dict[str, 
     expect(receipts(project) == right, "the receipts are not those of an undisturbed recording")
     status = run(project, "dvc", "status", timeout=TIMEOUT)
     expect("up to date" in status.stdout, f"dvc status: {status.stdout}")
+    no_wrong_bytes(project, before, [])
+    nothing_left(project)
     return kills
 
 

@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from project import TINY, change, run
+from project import TINY, change, environment, run
+from tiny import ROOT
 
 from slmake import outputs
 from slmake.errors import UserError
@@ -63,6 +67,44 @@ def test_an_output_that_is_replaced_while_it_is_recorded_is_in_no_receipt(compar
     monkeypatch.setattr(record, "dvc", commit_another)
     assert "build/adapter was replaced while it was recorded" in refused(record.main, [])
     assert Path("dvc.lock").read_bytes() == before
+
+
+KILLED = """
+import os, runpy, signal
+from dvc_data.hashfile import checkout
+
+links, moment = [], {moment}
+
+def link(self, cache, from_path, to_fs, to_path):
+    links.append(to_path)
+    if len(links) == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return linked(self, cache, from_path, to_fs, to_path)
+
+linked, checkout.Link.__call__ = checkout.Link.__call__, link
+runpy.run_module("slmake.platforms.atomic_dvc", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 4, 7])
+def test_a_kill_while_dvc_links_an_output_loses_none(compared, monkeypatch, moment):
+    right = dvc.LOCK.read_bytes()
+    before = {path: path.read_bytes() for path in outputs.single_files()}
+    dvc.LOCK.unlink()
+
+    def killed(*arguments, **options):
+        program = [sys.executable, "-c", KILLED.format(moment=moment), *arguments]
+        assert subprocess.run(program, env=environment() | {"PYTHONPATH": str(ROOT)}).returncode == -signal.SIGKILL
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "dvc", killed)
+    with pytest.raises(SystemExit):
+        record.main([])
+    assert {path: path.read_bytes() for path in outputs.single_files()} == before
+    monkeypatch.setattr(record, "dvc", dvc.dvc)
+    record.main([])
+    assert dvc.LOCK.read_bytes() == right
+    assert {path: path.read_bytes() for path in outputs.single_files()} == before
 
 
 def test_what_is_no_rules_output_may_change(compared):
