@@ -18,8 +18,6 @@ from slmake.sources.gguf_tokenizer import CONTROL, TURN_ENDS, USER_DEFINED
 SIZE = re.compile(r"(count|length|size|dim|rank)(_\w+)?$")
 # Fields that multiply or limit values within the model. transformers reads none of them.
 SCALE = re.compile(r"(^|[._])(scale|softcapping|clamp_kqv)$")
-# Every layer of these looks back as far as `attention.sliding_window` says, which transformers does not read of their files.
-WINDOWED = ("phi3", "mistral")
 # Families that scale attention by another number than the size of a head in their largest model (27B), and the layers that this one has.
 SCALED = {"gemma2": 46, "gemma3_text": 62}
 NO_PART_OF_IT = ("vocab_size", "tensor_data_layout")  # fields that change nothing of a model
@@ -96,9 +94,9 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
 
 def _set_attention(config, fields: dict[str, object]) -> None:
     """Give a configuration what transformers does not read of how far, and by which scale, its layers look back."""
-    if config.model_type == "phi3":  # without a scaling of its rotary embeddings, there is no other length
+    if config.model_type == "phi3":
+        # Without a scaling of its rotary embeddings, there is no other length.
         config.original_max_position_embeddings = config.max_position_embeddings
-    if config.model_type in WINDOWED:
         config.sliding_window = fields.get("attention.sliding_window") or None
     if config.model_type in SCALED:  # files do not say it: as llama.cpp computes it (llama-model.cpp)
         largest = config.num_hidden_layers == SCALED[config.model_type]
@@ -201,9 +199,8 @@ def _refuse_unread(file: Path, reader, model) -> None:
     scaling = scalar**-0.5 if scalar else next((value for value in scalings if isinstance(value, float)), 1)
     read, computed = loading.GGUF_CONFIG_MAPPING.get(architecture, {}), _as_computed(model.config)
     for name, value in _fields(reader).items():
-        if (
-            name == "attention.sliding_window_pattern" and isinstance(value, int) and value
-        ):  # of so many layers the last one sees all
+        if name == "attention.sliding_window_pattern" and isinstance(value, int) and value:
+            # Of so many layers the last one sees all.
             value = [bool((layer + 1) % value) for layer in range(model.config.num_hidden_layers)]
         checked = read.get(name) or name in NO_PART_OF_IT or name.startswith("rope.scal") or SCALE.search(name)
         right = computed.get(name)
