@@ -45,6 +45,7 @@ try:
     # With profiles/container or profiles/slurm, rules run in this image; without a profile or an image, in this environment.
     IMAGE = containers.image(CONTAINER)
     IN_CONTAINERS = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+    named_files.refuse_unusable_date(PLAN)
     # DVC, Azure ML and Snakemake's own jobs run one rule alone and have the inputs of that rule only.
     if "--allowed-rules" not in sys.argv:
         if problem := PLAN.missing():

@@ -15,18 +15,21 @@ from slmake import cli, constraints, memory, outputs, params
 from slmake.prompts import load_prompt
 from slmake.rehearsal import estimate
 from slmake.rehearsal.checks import rehearse, try_metrics
+from slmake.scoring import harness
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.gates import check_figures
 
 
 def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
-    """Raise UserError where a constraint or a gate asks for what the dataset does not have, or a metric's file cannot be used."""
+    """Raise UserError where a constraint or a gate asks for what the dataset does not have, or a metric or a task cannot be used."""
     for stage in ("evaluate", "package"):
         if stage in everything.all.stages:
             constraints.check(getattr(everything, stage).constrain, form, f"{stage}.constrain")
     if {"evaluate", "quantize"} & set(everything.all.stages):  # the search of quantize scores its candidates, too
         for metric in everything.evaluate.answer_metrics:
             function_of(metric)
+    if "evaluate" in everything.all.stages and everything.evaluate.lm_eval:
+        harness.load(everything.evaluate.lm_eval)
     if "gates" in everything.all.stages:
         check_figures(everything.gates, form["labels"])
 

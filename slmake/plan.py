@@ -23,7 +23,8 @@ WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change 
 SECTIONS = {
     "rehearse": [
         *("rehearse", "finetune", "merge", "quantize", "all.stages"),
-        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "evaluate.models", "package.constrain"),
+        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "evaluate.models", "evaluate.lm_eval"),
+        "package.constrain",
         *("gates.checks", "gates.max_tokenizer_differences"),
     ],
     "adapter": ["adapter", "fetch_model.source"],  # the model that the adapter names may be another
@@ -145,8 +146,8 @@ class Plan:
     @property
     def online(self) -> list[str]:
         """Patterns of the commands that need the network."""
-        tasks = bool(self.params.evaluate.lm_eval)  # the harness fetches their datasets
-        rules = ["fetch_model", "adapter", "publish", *when(self.remote_data, "prepare"), *when(tasks, "evaluate")]
+        tasks = when(self.params.evaluate.lm_eval, ["rehearse", "evaluate"])  # the harness fetches their datasets
+        rules = ["fetch_model", "adapter", "publish", *when(self.remote_data, "prepare"), *tasks]
         return [f"-m scripts[.]{rule} " for rule in rules]
 
     @property
@@ -231,7 +232,7 @@ class Plan:
             "fetch_model": [*self.model_source, *self.chat_template],
             "adapter": self.adapter_source,
             "prepare": self.data,
-            "rehearse": [*self.metric_files, *self.scored_constraint, *self.constraint],
+            "rehearse": [*self.metric_files, *self.scored_constraint, *self.task_files, *self.constraint],
             "candidate": self.metric_files,
             "evaluate": [*self.metric_files, *self.scored_constraint, *self.task_files],
             "gates": self.published_metrics,

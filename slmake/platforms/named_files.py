@@ -8,11 +8,15 @@ from slmake.plan import Plan
 from slmake.scoring.gates import check_published
 
 
+def refuse_unusable_date(plan: Plan) -> None:
+    """Raise UserError for a SOURCE_DATE_EPOCH that the package would refuse, hours later."""
+    if "package" in plan.stages:
+        build_time()
+
+
 def refuse_unusable(plan: Plan) -> None:
     """Raise UserError for the first file that a rule of this build would refuse for its content, hours later."""
     stages = set(plan.stages)
-    if "package" in stages:
-        build_time()
     if "package" in stages and plan.signing_key:
         signature.refuse_unusable(Path(*plan.signing_key))
     if "gates" in stages:  # the report shows why a gate cannot be judged

@@ -3,8 +3,10 @@
 Each model runs on the harness's own backend: base and merged on Hugging Face's, the export on onnxruntime-genai's.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +36,10 @@ def tasks(entries: list[str]) -> "tuple[list[str], TaskManager]":
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("evaluate.lm_eval: the harness is not installed here. Run `make lm-eval`.") from None
+        raise UserError(
+            "evaluate.lm_eval: the harness is not installed here. Run `make lm-eval`, or install envs/lm-eval.lock in the image that rules "
+            "run in."
+        ) from None
     names, folders = [], []
     for entry in entries:
         if entry.endswith((".yaml", ".yml")):
@@ -49,6 +54,17 @@ def tasks(entries: list[str]) -> "tuple[list[str], TaskManager]":
             "a task of your own is named by its YAML file."
         )
     return names, known
+
+
+def load(entries: list[str]) -> None:
+    """Load tasks with their rows, as `run` does: before training, what is not there is said.
+
+    Raises:
+        UserError: as `tasks` and `run`.
+    """
+    names, known = tasks(entries)
+    with _explained(names):
+        known.load(names)
 
 
 def _task_of(file: Path) -> str:
@@ -141,16 +157,23 @@ def _exported_backend() -> type:
 def _results(model, names: list[str], known: "TaskManager", limit: int | None) -> dict[str, dict]:
     import lm_eval
 
-    try:
+    with _explained(names):
         found = lm_eval.simple_evaluate(
             model=model, tasks=names, task_manager=known, limit=limit, log_samples=False, bootstrap_iters=1000
         )
+    return found["results"]
+
+
+@contextlib.contextmanager
+def _explained(names: list[str]) -> Iterator[None]:
+    """Raise what the harness raises of some tasks as a UserError."""
+    try:
+        yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise UserError(
             f"evaluate.lm_eval: {', '.join(names)}: {type(error).__name__}: {reason}. Correct the task, or take it out."
         ) from error
-    return found["results"]
 
 
 def _figures(results: dict[str, dict]) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """The real lm-evaluation-harness on local task files: the same figures from every backend, gates on them, and what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import write_params
 
+from scripts import rehearse
 from slmake import cli, params
 from slmake.errors import UserError
 from slmake.export import builder
@@ -131,8 +133,27 @@ def test_what_is_refused_before_any_model_is_asked(tmp_path, files):
 def test_a_task_whose_rows_are_gone(tmp_path, base):
     file = tmp_path / "gone.yaml"
     file.write_text(CHOICE.format(name="gone", rows=tmp_path / "absent.jsonl"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"evaluate.lm_eval: gone: \w+: .*Correct the task, or take it out"):
+    message = r"evaluate.lm_eval: gone: \w+: .*Correct the task, or take it out"
+    with pytest.raises(UserError, match=message):
         harness.run({"base": base}, "int4", [str(file)], None, job())
+    asked = params.load(write_params(tmp_path / "params.yaml", evaluate={"lm_eval": [str(file)]}))
+    with pytest.raises(UserError, match=message):  # before training
+        rehearse.refuse_what_is_not_there(asked, {"labels": None})
+
+
+def test_rehearse_finds_that_a_task_or_the_harness_is_not_there(tmp_path, files, monkeypatch):
+    def check(task: str, *stages: str) -> None:
+        changes = {"evaluate": {"lm_eval": [task]}, "all": {"stages": ["finetune", "merge", *stages]}}
+        file = write_params(tmp_path / "params.yaml", **changes)
+        rehearse.refuse_what_is_not_there(params.load(file), {"labels": None})
+
+    check(str(files["tones"]), "evaluate")
+    check("no_such_task")
+    with pytest.raises(UserError, match="the harness has no task `no_such_task`"):
+        check("no_such_task", "evaluate")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r"the harness is not installed here\. Run `make lm-eval`"):
+        check(str(files["tones"]), "evaluate")
 
 
 def test_gates_take_its_figures(tmp_path):

@@ -138,6 +138,7 @@ def test_they_are_inputs_of_evaluate(project):
     assert {"metrics/deep/inner.py", "tasks/utils.py", "rows/a.jsonl", "schema.json"} <= set(plan.named("evaluate"))
     assert "envs/lm-eval.lock" in plan.named("evaluate")  # another version of the harness scores in another way
     assert "envs/lm-eval.lock" in plan.materials()
+    assert {"tasks/utils.py", "rows/a.jsonl", "envs/lm-eval.lock"} <= set(plan.named("rehearse"))  # it loads them
     assert plan.missing().startswith("params.yaml: ")
     before = plan.digest("evaluate") if (ROOT / "envs").is_dir() else None
     Path("rows/a.jsonl").write_text(json.dumps({"a": 1}))

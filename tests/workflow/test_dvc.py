@@ -27,6 +27,16 @@ def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
     assert "up to date" in run(repository, "dvc", "repro").stdout
 
 
+def test_a_date_that_no_package_can_have_is_refused_by_the_first_rule_of_dvc(repository, monkeypatch):
+    """DVC runs each rule alone; the package would be the last."""
+    change(repository, "prepare", seed=3)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    done = run(repository, "dvc", "repro")
+    assert done.returncode != 0
+    assert "SOURCE_DATE_EPOCH=today: it must be a whole number of seconds since 1970" in done.stdout
+    assert "failed to reproduce 'prepare'" in done.stdout
+
+
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
 def test_what_was_damaged_after_it_was_built_is_no_receipt(repository, damage):
     """Snakemake does not look into folders: nothing to do for it."""
