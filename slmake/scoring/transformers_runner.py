@@ -63,9 +63,11 @@ class TransformersRunner:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocabulary = config.vocab_size
-        named = self.model.generation_config.eos_token_id
         # An answer ends where the export's does: also at tokens that are not the tokenizer's (of Phi-3 and Gemma, those that close a turn).
-        self.ends = frozenset(named if isinstance(named, list) else [named] if named is not None else [])
+        # A generation_config.json with other settings alone leaves them to config.json.
+        sources = (self.model.generation_config, self.model.config, config)
+        named = next((ends for source in sources if (ends := getattr(source, "eos_token_id", None)) is not None), [])
+        self.ends = frozenset(named if isinstance(named, list) else [named])
         # Tokens that can be removed from its cache again: those of a sliding window that is not full, none of a recurrent state.
         self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
         self.prefix_tokens, self.prefix_cache = 0, None  # what all prompts begin with, while they are asked
