@@ -67,15 +67,22 @@ def make_tokenizer(folder: Path) -> None:
 def make_model(folder: Path, architecture: str = "llama", shards: str = "50GB", **overrides: object) -> Path:
     """A tiny model of a real architecture with seeded random weights, and its tokenizer, in Hugging Face layout."""
     import torch
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+    import transformers
 
     sizes = SIZES | overrides
     if architecture == "phi3":  # as in Phi-3-mini-4k; otherwise the exporter takes it for the long-context kind
         sizes.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
-    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config}
-    config = (kinds | {"gemma3": Gemma3TextConfig})[architecture](**sizes)
+    kinds = {
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "phi3": "Phi3",
+        "qwen2": "Qwen2",
+        "gemma3": "Gemma3Text",
+        "lfm2": "Lfm2",
+    }
+    config = getattr(transformers, f"{kinds[architecture]}Config")(**sizes)
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder, max_shard_size=shards)
     make_tokenizer(folder)
     return folder

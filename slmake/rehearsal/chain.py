@@ -10,6 +10,8 @@ import numpy as np
 from slmake import cli, params
 from slmake.errors import UserError
 
+ANSWER = 4  # tokens at the end of a prompt that are given one by one
+
 
 def finetune(
     section: params.Finetune,
@@ -118,7 +120,10 @@ def for_twin(section: params.Quantize, twin: Path, depth: int) -> params.Quantiz
 
 
 def reference_logits(model: Path, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits behind each prompt as transformers computes them in float32: one float32 array [vocabulary] per prompt."""
+    """Logits as transformers computes them in float32: one float32 array [ANSWER + 1, vocabulary] per prompt.
+
+    They are those behind the last ANSWER + 1 positions of each prompt.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -127,13 +132,16 @@ def reference_logits(model: Path, prompts: list[np.ndarray]) -> list[np.ndarray]
     ).eval()
     with torch.no_grad():
         return [
-            loaded(input_ids=torch.from_numpy(prompt)[None], logits_to_keep=1).logits[0, -1].numpy()
+            loaded(input_ids=torch.from_numpy(prompt)[None], logits_to_keep=ANSWER + 1).logits[0].numpy()
             for prompt in prompts
         ]
 
 
 def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits behind each prompt as the exported model computes them: one float32 array [vocabulary] per prompt.
+    """The same logits as the exported model computes them.
+
+    It is asked as `evaluate` asks it: it reads a prompt without its last ANSWER tokens, goes on as it likes, and is then given these
+    tokens as another answer.
 
     Raises:
         UserError: ONNX Runtime cannot load or run the model.
@@ -141,13 +149,11 @@ def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]
     from slmake.scoring import onnx_runner
 
     model = onnx_runner.load(folder)
-    logits: list[np.ndarray] = []
-
-    def keep(generator) -> None:
-        logits.append(np.array(generator.get_logits()).reshape(-1).astype(np.float32))
-
-    for prompt in prompts:
-        model.generate(prompt.tolist(), 1, keep)
+    logits = []
+    for prompt in map(np.ndarray.tolist, prompts):
+        row = onnx_runner.OnnxRow(model, prompt[:-ANSWER], ANSWER + 1)
+        model.generate(row.prompt, ANSWER, row.look, row.room)
+        logits.append(np.stack(row.logits([*prompt[-ANSWER:], 0], [])).astype(np.float32))
     return logits
 
 

@@ -11,21 +11,26 @@ from slmake.generation import Exported
 from slmake.prompts import load_prompt
 from slmake.rehearsal import chain, chat_prompts, twin
 from slmake.scoring import answer_metrics, constrained, gates, onnx_runner, tokenizers
+from slmake.scoring.measure import ask_all
 from slmake.scoring.questions import TUNING, Questions
 
 LONGEST = 8192  # tokens of the longest prompt that is tried
+SCORED, NEW_TOKENS = 4, 8  # test rows on which the twin is scored, and tokens of an answer there
 ROWS = 512  # largest number of test rows that the runtime's tokenizer reads and writes
 
 
 def lengths(base: Path) -> list[int]:
-    """Lengths of the prompts to compare: short ones, and one beyond each length at which the model changes what it computes."""
+    """Lengths of the prompts to compare: short ones, and some beyond each length at which the model changes what it computes.
+
+    Two beyond: the runtime takes tokens back only where a prompt is little longer than a sliding window.
+    """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     limit = min(LONGEST, config.get("max_position_embeddings") or LONGEST)
     edges = [config.get("sliding_window"), config.get("original_max_position_embeddings")]
     edges += [
         (config.get(name) or {}).get("original_max_position_embeddings") for name in ("rope_scaling", "rope_parameters")
     ]
-    beyond = {edge + 8 for edge in edges if isinstance(edge, int) and edge > 0}
+    beyond = {edge + more for edge in edges if isinstance(edge, int) and edge > 0 for more in (8, 32)}
     return sorted({length for length in {8, 40, *beyond} if length <= limit})
 
 
@@ -60,6 +65,9 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
             job.say(f"the runtime writes {same} chats as training does")
         try_tokenizer(everything, base, dataset, exported)
         try_constraints(everything, dataset, exported)
+    if "evaluate" in stages and (tried := try_evaluate(everything, scratch, dataset, job)):
+        checks["evaluate"] = {"models": tried}
+        job.say(f"it is scored as {', '.join(tried)}")
     return checks
 
 
@@ -99,6 +107,29 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
                 f"the runtime's tokenizer differs from training's on {entry['value']} of the prompts and answers of the first "
                 f"{questions.scored} test rows; {entry['bound']} may{gates.advice(entry, metrics)}."
             )
+
+
+def try_evaluate(everything: params.Params, scratch: Path, dataset: Path, job: cli.Job) -> list[str]:
+    """Score the twin on the first rows in each form that `evaluate` will score. Returns the names of these forms.
+
+    Args:
+        scratch: has what the stages before made of it.
+    """
+    section, onnx = everything.evaluate, everything.quantize.precision
+    made = {"base": "twin", "adapter": "adapter", "merged": "merged", "onnx": "asked"}
+    folders = {
+        onnx if name == "onnx" else name: scratch / folder
+        for name, folder in made.items()
+        if name in section.models and (scratch / folder).is_dir()
+    }
+    section = section.model_copy(update={"latency_rows": 0, "constrain": "none"})
+    questions = Questions(dataset, SCORED)
+    new_tokens = min(section.max_new_tokens or questions.form["longest_answer_tokens"], NEW_TOKENS)
+    quantized = everything.finetune if everything.merge.onto == "dequantized" else None
+    runs, _ = ask_all(
+        section, folders | {"adapter_base": scratch / "twin"}, onnx, quantized, questions, new_tokens, job
+    )
+    return list(runs)
 
 
 def try_constraints(everything: params.Params, dataset: Path, exported: Exported) -> None:

@@ -48,7 +48,7 @@ def ask(
             for i in [*range(min(WARM_UP, questions.scored)), *range(questions.scored)]:
                 chosen = held(i)
                 prompt = questions.runtime_prompt(model, i)
-                row, sampling = OnnxRow(len(prompt)), replace(model.sampling, guidance=chosen)
+                row, sampling = OnnxRow(model, prompt, new_tokens), replace(model.sampling, guidance=chosen)
                 texts.append(model.decode(model.generate(prompt, new_tokens, row.look, sampling=sampling)))
                 waits.append(1000 * row.elapsed())
                 bar.update(1)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import numpy as np
 from slmake import cli
 from slmake.errors import UserError
 from slmake.scoring.metrics import log_softmax
+from slmake.scoring.onnx_runner import rewound
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -127,20 +128,24 @@ def _exported_backend() -> type:
             config = json.loads((self.model_dir / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
             smallest = config.get("sliding_window", {}).get("window_size", 0)
             room = max((len(continuation) for _, _, continuation in requests), default=0)
+
+            def read(start: list[int]):
+                parameters = self.og.GeneratorParams(self.model)
+                length = max(min(len(start) + room, self.max_length), smallest)
+                parameters.set_search_options(max_length=length, do_sample=False)
+                generator = self.og.Generator(self.model, parameters)
+                generator.append_tokens(np.array(start, dtype=np.int32))
+                return generator
+
             for _, context, continuation in requests:
                 tokens = [*context, *continuation][-self.max_length :]
                 count = min(len(continuation), len(tokens) - 1)
                 start = tokens[: len(tokens) - count]
                 if start != before:
-                    parameters = self.og.GeneratorParams(self.model)
-                    parameters.set_search_options(
-                        max_length=max(min(len(start) + room, self.max_length), smallest), do_sample=False
-                    )
-                    generator, before = self.og.Generator(self.model, parameters), start
-                    generator.append_tokens(np.array(start, dtype=np.int32))
+                    generator, before = read(start), start
                     first = np.asarray(generator.get_logits()).reshape(-1)
                 else:
-                    generator.rewind_to(len(start))
+                    generator = rewound(generator, len(start), partial(read, start))
                 logits, total, greedy = first, 0.0, True
                 for position, token in enumerate(tokens[len(start) :]):
                     total += float(log_softmax(logits)[token])

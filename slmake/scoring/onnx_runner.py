@@ -1,13 +1,15 @@
 """Ask an exported model through onnxruntime-genai."""
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from slmake import cli
 from slmake.errors import RELINK, UserError, first_line
-from slmake.generation import Exported
+from slmake.generation import Exported, Sampling
 from slmake.machine_errors import is_of_machine
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.questions import Questions
@@ -55,8 +57,8 @@ class OnnxRunner:
         waits, prefill, generated, room = [], 0.0, 0, max(map(len, questions.label_tokens or [[]]))
         with job.progress(len(prompts), f"rows of {name}") as bar:
             for i, prompt in enumerate(prompts):
-                row = OnnxRow(len(prompt))
-                tokens = self.model.generate(prompt, new_tokens, row.look, max(room, len(questions.answers[i])))
+                row = OnnxRow(self.model, prompt, max(new_tokens, room, len(questions.answers[i])))
+                tokens = self.model.generate(prompt, new_tokens, row.look, row.room)
                 waits.append(row.elapsed())
                 prefill += row.prefill
                 generated += len(tokens)
@@ -99,10 +101,15 @@ def _score(questions: Questions, i: int, row: "OnnxRow", tokens: list[int], run:
 
 
 class OnnxRow:
-    """One row's generator: logits of the steps taken and of other answers, and time."""
+    """One row's generator: logits of the steps taken and of other answers, and time.
 
-    def __init__(self, prompt_tokens: int):
-        self.prompt_tokens = prompt_tokens
+    Args:
+        prompt: token ids.
+        room: tokens of the longest answer.
+    """
+
+    def __init__(self, model: Exported, prompt: Sequence[int], room: int):
+        self.model, self.prompt, self.room = model, prompt, room
         self.steps: list[np.ndarray] = []
         self.prefill = 0.0
         self.start = time.perf_counter()
@@ -127,11 +134,26 @@ class OnnxRow:
             return self.steps[: len(answer)]
         # Token by token, as generation does it: an export may give the last position's logits only.
         logits = self.steps[:1]
-        self.generator.rewind_to(self.prompt_tokens)
+        again = partial(self.model.generator, self.prompt, self.room, Sampling())
+        self.generator = rewound(self.generator, len(self.prompt), again)
         for token in answer[:-1]:
             self.generator.append_tokens(np.array([token], dtype=np.int32))
             logits.append(np.array(self.generator.get_logits()).reshape(-1))
         return logits
+
+
+def rewound(generator, tokens: int, again: Callable):
+    """An `onnxruntime_genai.Generator` that has read its first `tokens` only.
+
+    Args:
+        again: makes another one that has read them, where the runtime cannot take back what was read: it cannot for layers of
+            convolutions (LFM2), nor for a prompt that is longer than a sliding window.
+    """
+    try:
+        generator.rewind_to(tokens)
+    except RuntimeError:
+        return again()
+    return generator
 
 
 def log_probability(logits: list[np.ndarray], answer: list[int]) -> float:

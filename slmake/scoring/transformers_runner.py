@@ -49,6 +49,8 @@ class TransformersRunner:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from slmake.training.shared_prefix import only_attends
+
         reset_peak()
         began = time.monotonic()
         self.folder, self.batch_size, self.latency_rows = folder, batch_size, latency_rows
@@ -68,8 +70,8 @@ class TransformersRunner:
         sources = (self.model.generation_config, self.model.config, config)
         named = next((ends for source in sources if (ends := getattr(source, "eos_token_id", None)) is not None), [])
         self.ends = frozenset(named if isinstance(named, list) else [named])
-        # Tokens that can be removed from its cache again: those of a sliding window that is not full, none of a recurrent state.
-        self.croppable = 0 if self.model._is_stateful else getattr(config, "sliding_window", None) or math.inf
+        # Tokens that can be removed from its cache again: those of a sliding window that is not full; none of a convolution's state.
+        self.croppable = (getattr(config, "sliding_window", None) or math.inf) if only_attends(self.model) else 0
         self.prefix_tokens, self.prefix_cache = 0, None  # what all prompts begin with, while they are asked
         self.load_s = time.monotonic() - began
 
@@ -137,8 +139,9 @@ class TransformersRunner:
             for start in order[::step]:
                 chosen = order[start : start + step]
                 logits, cache, mask, _ = self._prefill([questions.prompts[i] for i in chosen], [[]] * len(chosen))
-                cache.batch_repeat_interleave(sampling.n)
-                first, mask = (each.repeat_interleave(sampling.n, 0) for each in (logits[:, 0], mask))
+                each = torch.arange(len(chosen), device=self.device).repeat_interleave(sampling.n)
+                cache.reorder_cache(each)
+                first, mask = logits[each, 0], mask[each]
                 answers = self._continue(first, cache, mask, new_tokens, self.ends | {questions.end}, pick)
                 for k, answer in enumerate(answers):
                     row, number = divmod(k, sampling.n)
@@ -201,7 +204,7 @@ class TransformersRunner:
         start = time.perf_counter()
         shared = copy.deepcopy(self.prefix_cache)
         if shared is not None:
-            shared.batch_repeat_interleave(len(rows))
+            shared.reorder_cache(torch.zeros(len(rows), dtype=torch.long, device=self.device))
         out = self.model(
             input_ids=ids[:, common:],
             attention_mask=mask,
@@ -254,7 +257,7 @@ class TransformersRunner:
         if rest:
             start = time.perf_counter()
             if len(rest) < len(chosen):
-                cache.batch_select_indices(torch.tensor(rest, device=self.device))
+                cache.reorder_cache(torch.tensor(rest, device=self.device))
             least = np.full(len(rest), np.inf)
             continuations = self._continue(first[rest], cache, mask[rest], new_tokens, ends, least=least)
             seconds["decode"] += time.perf_counter() - start
@@ -326,7 +329,7 @@ class TransformersRunner:
             for k, answer in enumerate(wanted):  # padded on the right, which is not read
                 ids[k, : len(answer) - 1] = torch.tensor(answer[:-1])
             own = copy.deepcopy(cache)
-            own.batch_select_indices(torch.tensor(part, device=self.device))
+            own.reorder_cache(torch.tensor(part, device=self.device))
             before = mask[part]
             out = self.model(
                 input_ids=ids.to(self.device),

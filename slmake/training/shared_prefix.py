@@ -150,6 +150,12 @@ class ByToken(torch.autograd.Function):
         return flat.index_select(0, ctx.layout.back).view(ctx.shape), None
 
 
+def only_attends(model) -> bool:
+    """Whether a transformers model's result for a token depends on the tokens that it attends to, and on nothing else."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None)
+    return not model._is_stateful and set(layers or ATTENTION) <= ATTENTION
+
+
 def share(model) -> float:
     """Make a transformers model accept a `Layout` (`forward` here), in place.
 
@@ -162,7 +168,7 @@ def share(model) -> float:
     config, name = model.config.get_text_config(), model.config._attn_implementation
     if name not in ("sdpa", "slmake_short"):  # others use positions, or take no mask of four dimensions
         return 0
-    if model._is_stateful or not set(getattr(config, "layer_types", None) or ATTENTION) <= ATTENTION:
+    if not only_attends(model):
         return 0
     inner = ALL_ATTENTION_FUNCTIONS[name]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_params
+import transformers
+from tiny import SIZES, make_tokenizer, write_params
 
 from scripts import rehearse
 from slmake import cli, params
@@ -104,6 +105,23 @@ def test_every_backend_gives_the_same_figures(base, exported, files):
     error = (mine["lm_eval.tones.acc"] * (1 - mine["lm_eval.tones.acc"]) / 29) ** 0.5
     assert mine["lm_eval.tones.acc_high"] - mine["lm_eval.tones.acc"] == pytest.approx(1.959964 * error, abs=1e-5)
     assert "lm_eval.spoken.exact_match" in mine
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("Lfm2", {}), ("Mistral", {"sliding_window": 2})])
+def test_choices_are_scored_where_the_runtime_cannot_rewind(tmp_path, files, kind, changes):
+    """ONNX Runtime GenAI cannot for LFM2, nor behind a prompt that is longer than a sliding window."""
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    (tmp_path / "onnx").mkdir()
+    section = params.Quantize(precision="fp32", matmul_mixed_precision=None)
+    builder.export(section, tmp_path / "base", tmp_path / "onnx", tmp_path / "cache")
+    models = {"base": tmp_path / "base", "fp32": tmp_path / "onnx"}
+    figures = harness.run(models, "fp32", [str(files["tones"])], None, job())
+    assert figures["fp32"] == figures["base"]
+    assert 0 < figures["base"]["lm_eval.tones.acc"] < 1
 
 
 def test_the_limit_takes_the_first_rows(base, files):

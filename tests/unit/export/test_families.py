@@ -12,6 +12,8 @@ import torch
 
 from slmake import params
 from slmake.export import builder, builder_fixes, families
+from slmake.generation import Exported
+from slmake.scoring import onnx_runner
 
 SIZES = tiny.SIZES | {"vocab_size": 520}
 WIDE = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 128
@@ -116,6 +118,28 @@ def test_logits_are_transformers(tmp_path, name):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert families.unsupported(config) is None
     assert difference(model, export(tmp_path / "model", tmp_path / "onnx")) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("llama", []), ("mistral-window", [100]), ("gemma3", [100]), ("lfm2", [10, 100])]
+)
+def test_other_answers_are_scored_where_the_runtime_cannot_rewind(tmp_path, monkeypatch, name, whole):
+    """ONNX Runtime GenAI cannot for LFM2, nor behind a prompt that is longer than a sliding window."""
+    model = make_twin(name, tmp_path / "model")
+    exported = Exported(export(tmp_path / "model", tmp_path / "onnx"))
+    read, again = exported.generator, []
+    monkeypatch.setattr(exported, "generator", lambda prompt, *more: again.append(len(prompt)) or read(prompt, *more))
+    for length in (10, 100):
+        prompt = np.random.default_rng(length).integers(2, 500, length).tolist()
+        row = onnx_runner.OnnxRow(exported, prompt, 6)
+        tokens = exported.generate(prompt, 4, row.look, row.room)
+        again.pop()
+        for answer in ([9, 11, 13, 17, 19, 23], [30, 31, 32], [*tokens[:2], 40]):
+            with torch.no_grad():
+                expected = model(torch.tensor([prompt + answer[:-1]])).logits[0, length - 1 :].numpy()
+            found = np.stack(row.logits(answer, tokens))
+            assert np.abs(found - expected).max() / expected.std() < 1e-3
+    assert sorted(set(again)) == whole
 
 
 def test_every_proven_family_has_a_twin():

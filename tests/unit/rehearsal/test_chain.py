@@ -16,15 +16,19 @@ LONG_ROPE = {"original_max_position_embeddings": 128, "max_position_embeddings":
 # A model of each family, its changes, tokens of the prompts that are compared, and the builder's faults that are worked around.
 FAMILIES = {
     "Llama 3.2 1B": ({}, [8, 40], []),
-    "Phi-3-mini-4k": (WINDOW, [8, 40, 72], ["uniform_window"]),
-    "Phi-3.5-mini": (LONG_ROPE, [8, 40, 136], ["long_window"]),  # beyond the length at which its rotary factors change
-    "Phi-4-mini": (LONG_ROPE, [8, 40, 136], ["long_window"]),
+    "Phi-3-mini-4k": (WINDOW, [8, 40, 72, 96], ["uniform_window"]),
+    "Phi-3.5-mini": (
+        LONG_ROPE,
+        [8, 40, 136, 160],
+        ["long_window"],
+    ),  # beyond the length at which its rotary factors change
+    "Phi-4-mini": (LONG_ROPE, [8, 40, 136, 160], ["long_window"]),
     "Qwen2.5 0.5B": ({}, [8, 40], []),
     "Qwen3 0.6B": ({}, [8, 40], []),
-    "Gemma 2 2B": (WINDOW, [8, 40, 72], []),
-    "Gemma 3 270M": (WINDOW, [8, 40, 72], ["nested_rope"]),
+    "Gemma 2 2B": (WINDOW, [8, 40, 72, 96], []),
+    "Gemma 3 270M": (WINDOW, [8, 40, 72, 96], ["nested_rope"]),
     "SmolLM3 3B": ({}, [8, 40], ["layers_without_rope"]),
-    "Mistral 7B v0.1": (WINDOW, [8, 40, 72], ["uniform_window"]),
+    "Mistral 7B v0.1": (WINDOW, [8, 40, 72, 96], ["uniform_window"]),
     "Granite 3.3 2B": ({}, [8, 40], []),
 }
 

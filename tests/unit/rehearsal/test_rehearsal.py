@@ -122,7 +122,8 @@ def rehearse(tmp_path, base, dataset, **sections):
 def test_the_chain_runs_on_the_twin(tmp_path, base, dataset, capsys):
     passed, needs = rehearse(tmp_path, base, dataset)
     checks = needs["checks"]
-    assert passed == {"passed": ["finetune", "merge", "export"]}
+    assert passed == {"passed": ["finetune", "merge", "export", "evaluate"]}
+    assert checks["evaluate"] == {"models": ["base", "adapter", "merged", "int4"]}
     differences = checks["export"]["fp32_difference_by_prompt_tokens"]
     assert set(differences) == {"8", "40"}
     assert max(differences.values()) < 1e-4
@@ -131,6 +132,19 @@ def test_the_chain_runs_on_the_twin(tmp_path, base, dataset, capsys):
     assert needs["stages"]["finetune"]["memory"] > 100e6
     assert not list((tmp_path / "results").glob(".*"))
     assert "every stage works on the twin" in capsys.readouterr().err
+
+
+def test_a_model_with_convolutions_is_scored_before_it_is_trained(tmp_path, dataset, monkeypatch, capsys):
+    base = make_model(tmp_path / "base", "lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+    stages = {"stages": ["rehearse", "quantize", "evaluate"]}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(onnx_runner, "rewound", lambda generator, tokens, again: generator.rewind_to(tokens))
+        rehearse(tmp_path, base, dataset, all=stages)
+    assert "RewindTo is currently not supported" in capsys.readouterr().err
+    assert not list((tmp_path / "results").iterdir())
+    passed, needs = rehearse(tmp_path, base, dataset, all=stages)
+    assert passed == {"passed": ["export", "evaluate"]}
+    assert needs["checks"]["evaluate"] == {"models": ["base", "int4"]}
 
 
 def test_a_build_that_does_not_fit_stops_before_training(tmp_path, base, dataset, capsys):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from evaluate_script import export, make_dataset, merged_adapter, random_adapter, read_json, read_rows, run
-from tiny import make_rows, write_params
+from tiny import make_model, make_rows, write_params
 
 from slmake import cli
 from slmake.errors import UserError
+from slmake.params.evaluate import AnswerSampling
 from slmake.scoring import metrics as metrics_module
 from slmake.scoring import onnx_runner
 from slmake.scoring.questions import Questions
@@ -120,6 +121,30 @@ def test_both_runtimes_give_the_same_scores(tmp_path, base, taught, exported, da
     np.testing.assert_allclose(torch_run.answer_nll, onnx_run.answer_nll, atol=5e-3)
     assert torch_run.choices == onnx_run.choices
     assert metrics_module.parity(np.stack(torch_run.logits), np.stack(onnx_run.logits))["kl_max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("lfm2", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
+        ("mistral", {"sliding_window": 4}),
+    ],
+)
+def test_models_whose_caches_cannot_be_cut_are_scored_alike(tmp_path, dataset, architecture, sizes):
+    """Convolutions, and windows shorter than the prompt: in both runtimes, with a prefix that all prompts share."""
+    folder = make_model(tmp_path / "base", architecture, **sizes)
+    onnx, questions = export(folder, tmp_path / "onnx", "fp32"), Questions(dataset, 16)
+    assert min(map(len, questions.prompts)) > 4 + 16
+    with cli.job("test") as job:
+        runner = TransformersRunner(folder, 5, 4)
+        torch_run = runner.ask(questions, 4, job, "merged")
+        onnx_run = onnx_runner.OnnxRunner(onnx).ask(questions, 4, job, "fp32")
+        sampled = runner.sample(questions, 4, AnswerSampling(n=2, temperature=1e-4), job, "merged")
+    np.testing.assert_allclose(np.stack(torch_run.logits), np.stack(onnx_run.logits), atol=2e-3)
+    np.testing.assert_allclose(torch_run.answer_nll, onnx_run.answer_nll, atol=5e-3)
+    assert torch_run.choices == onnx_run.choices
+    assert [text.strip() for text in torch_run.texts] == onnx_run.texts
+    assert sampled == [torch_run.texts, torch_run.texts]
 
 
 def test_labels_that_share_their_first_tokens(tmp_path, base):
@@ -321,7 +346,7 @@ def test_existing_outputs_are_refused(tmp_path, scored, taught, dataset, capsys)
 
 def test_an_answer_that_was_generated_is_not_computed_again():
     """onnxruntime-genai leaves out the end token; the logits that chose it are there all the same."""
-    row = onnx_runner.OnnxRow(3)
+    row = onnx_runner.OnnxRow(None, [1, 2, 3], 4)
     row.steps = list(np.random.default_rng(1).normal(size=(3, 8)))
     row.generator = None  # using it would fail
     logs = [step - np.log(np.exp(step).sum()) for step in row.steps]
