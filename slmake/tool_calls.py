@@ -17,6 +17,8 @@ BOUND = 1000  # items that a schema may count, and objects in it: the runtime ma
 MEMBERS = 10_000  # of all lists and objects in a schema
 LARGEST = 10**15
 STEPS = 10_000  # what all multipleOf of a schema may be together, as a product: remainders that the runtime tells apart
+NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")  # whose keys are names
+DATA = ("const", "enum", "default", "examples")  # keys of a schema whose values are no schemas
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
 
@@ -104,9 +106,10 @@ class CallForm:
             ValueError: see `refuse_endless`.
         """
         calls = []
-        for function in (tool["function"] for tool in tools):
+        for number, function in enumerate(tool["function"] for tool in tools):
             refuse_endless(schema_of(function))
-            properties = {self.name: {"const": function["name"]}, self.arguments: schema_of(function)}
+            place = f"#/anyOf/{number}/properties/{self.arguments.replace('~', '~0').replace('/', '~1')}"
+            properties = {self.name: {"const": function["name"]}, self.arguments: moved(schema_of(function), place)}
             properties |= {self.id: {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if self.id else {}
             calls.append(
                 {
@@ -163,6 +166,26 @@ class CallForm:
 def schema_of(function: dict) -> dict:
     """The JSON Schema of a function's arguments: any object where it has none."""
     return function.get("parameters") or {"type": "object"}
+
+
+def moved(schema: object, place: str) -> object:
+    """A JSON Schema as it is written at a place, a JSON pointer, of another one: its references to itself begin there.
+
+    What pydantic and others make of an enumeration or of a nested object is such a reference, `#/$defs/NAME`.
+    """
+    if isinstance(schema, list):
+        return [moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    there = {key: value for key, value in schema.items() if key != "$id"}  # which names another place
+    for key, value in there.items():
+        if key == "$ref" and isinstance(value, str) and re.match(r"#(/|$)", value):
+            there[key] = place + value[1:]
+        elif key in NAMED and isinstance(value, dict):
+            there[key] = {name: moved(part, place) for name, part in value.items()}
+        elif key not in DATA:
+            there[key] = moved(value, place)
+    return there
 
 
 def _literal(model, text: str) -> str:

@@ -7,6 +7,7 @@ from slmake.reporting.pages import models_of
 from slmake.text import one_line
 
 LONGEST = 40  # characters of a label in a figure
+MOST = 30  # labels in a figure
 
 COLOURS = {
     "base": "#9aa0a6",
@@ -97,7 +98,7 @@ def draw_data(plt, dataset: dict, path: Path) -> None:
     left.axvline(dataset["length"]["p95"], color="#57606a", linestyle="--", linewidth=1)
     left.set(xlabel="tokens (dashed: 95th percentile)", ylabel="sequences", title="Length")
     left.locator_params(integer=True)
-    labels = sorted(dataset["labels"]["train"], key=lambda label: -dataset["labels"]["train"][label])[:30]
+    labels = sorted(dataset["labels"]["train"], key=lambda label: -dataset["labels"]["train"][label])[:MOST]
     if labels:
         start = [0] * len(labels)
         for split, shade in (("train", COLOURS["merged"]), ("eval", COLOURS["adapter"]), ("test", COLOURS["last"])):
@@ -145,14 +146,20 @@ def draw_scores(plt, metrics: dict, path: Path) -> None:
 
 
 def draw_confusion(plt, metrics: dict, path: Path) -> None:
-    """A confusion matrix per model: a row per expected label, a column per answer, shares of the row as shades."""
+    """A confusion matrix per model: a row per expected label, a column per answer, shares of the row as shades.
+
+    Of many labels, those whose rows the last model got wrong most often.
+    """
     names = [name for name in models_of(metrics) if "confusion" in metrics[name]]
     if not names:
         figure, axes = plt.subplots(figsize=(8, 2))
         draw_note(axes, "Open text: no labels to confuse.")
         save(plt, figure, path)
         return
-    labels = list(metrics[names[0]]["per_class"])
+    every = list(metrics[names[0]]["per_class"])
+    wrong = [sum(row) - row[i] for i, row in enumerate(metrics[names[-1]]["confusion"])]
+    kept = sorted(sorted(range(len(every)), key=lambda i: -wrong[i])[:MOST])
+    labels, others = [every[i] for i in kept], "(other)" if len(kept) == len(every) else "(any other)"
     columns = min(2, len(names))
     lines = -(-len(names) // columns)
     side = max(3.4, 0.62 * len(labels) + 1.4)
@@ -160,7 +167,8 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     for axes, name in zip(grid.flat, names, strict=False):
-        counts = metrics[name]["confusion"]
+        rows = [metrics[name]["confusion"][i] for i in kept]
+        counts = [[*(own := [row[k] for k in kept]), sum(row) - sum(own)] for row in rows]
         shares = [[count / max(1, sum(row)) for count in row] for row in counts]
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         if len(labels) <= 12:
@@ -169,9 +177,10 @@ def draw_confusion(plt, metrics: dict, path: Path) -> None:
                     axes.text(
                         k, i, count, ha="center", va="center", color="white" if shares[i][k] > 0.55 else "#1f2328"
                     )
-        axes.set_xticks(range(len(labels) + 1), [*shown(labels), "(other)"], rotation=35, ha="right")
+        axes.set_xticks(range(len(labels) + 1), [*shown(labels), others], rotation=35, ha="right")
         axes.set_yticks(range(len(labels)), shown(labels))
-        axes.set(title=name, xlabel="answer", ylabel="expected")
+        title = name if len(kept) == len(every) else f"{name}: the {MOST} of {len(every)} labels with the most errors"
+        axes.set(title=title, xlabel="answer", ylabel="expected")
         axes.spines[:].set_visible(False)
     save(plt, figure, path)
 

@@ -1,27 +1,30 @@
 """Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024) on the models that `evaluate` scores.
 
-Each model runs on the harness's own backend: base and merged on Hugging Face's, the export on onnxruntime-genai's.
+Each model runs on the harness's own backend for transformers; behind it, the export runs on onnxruntime-genai.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slmake import cli
 from slmake.errors import UserError
+from slmake.generation import Exported, Sampling
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.onnx_runner import rewound
+from slmake.scoring.transformers_runner import ends_of
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 Z = 1.959964  # of a 95% interval
+SEED = 1234  # of sampled answers, as the harness's own
 SKIPPED = ("adapter",)  # merged is the same function: parity proves it
 
 
@@ -103,42 +106,50 @@ def run(folders: dict[str, Path], onnx: str, entries: list[str], limit: int | No
 def _backend(folder: Path, exported: bool):
     """The harness's model over a folder. No code of a model is run."""
     if exported:
-        return _exported_backend()(pretrained=str(folder))
+        return _exported_backend()(folder)
     import torch
     from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HFLM(pretrained=str(folder), dtype="auto", device=device, batch_size=1, trust_remote_code=False)
+    backend = HFLM(pretrained=str(folder), dtype="auto", device=device, batch_size=1, trust_remote_code=False)
+    # As an export answers: without generation_config.json's penalty of repetitions, which would hold for one of the two only.
+    backend.model.generation_config = GenerationConfig(eos_token_id=ends_of(backend.model) or None)
+    return backend
 
 
 @cache
 def _exported_backend() -> type:
-    from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer, PretrainedConfig
 
-    class Exported(ONNXRuntimeGenAILM):
-        """The harness's backend, for exports that give the logits of the last position only (`quantize.prune_lm_head`), too.
+    class ExportedLM(HFLM):
+        """The harness's backend of transformers with an exported model behind it.
 
-        A continuation is fed token by token behind its context, which is computed once for all choices of a question.
+        So base, merged and export get the same tokens, begin tokens included, and the same limits and ends of an answer; the
+        harness's own backend of onnxruntime-genai has others. A continuation is fed token by token behind its context, which is
+        computed once for all choices of a question: an export may give the logits of the last position only.
         """
+
+        def __init__(self, folder: Path):
+            self.exported = Exported(folder)
+            model = SimpleNamespace(device=torch.device("cpu"), config=PretrainedConfig())
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            length = self.exported.context_length
+            super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=length, batch_size=1)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             """Log likelihood in nats of each continuation, and whether it is the most likely one."""
             results, generator, before = [], None, None
-            # ONNX Runtime GenAI refuses a cache that is smaller than a sliding window.
-            config = json.loads((self.model_dir / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-            smallest = config.get("sliding_window", {}).get("window_size", 0)
-            room = max((len(continuation) for _, _, continuation in requests), default=0)
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
 
             def read(start: list[int]):
-                parameters = self.og.GeneratorParams(self.model)
-                length = max(min(len(start) + room, self.max_length), smallest)
-                parameters.set_search_options(max_length=length, do_sample=False)
-                generator = self.og.Generator(self.model, parameters)
-                generator.append_tokens(np.array(start, dtype=np.int32))
-                return generator
+                room = min(longest, self.max_length - len(start))
+                return self.exported.generator(start, room, Sampling())
 
             for _, context, continuation in requests:
-                tokens = [*context, *continuation][-self.max_length :]
+                tokens = [*context, *continuation][-self.max_length - 1 :]  # the last one is not read
                 count = min(len(continuation), len(tokens) - 1)
                 start = tokens[: len(tokens) - count]
                 if start != before:
@@ -156,7 +167,18 @@ def _exported_backend() -> type:
                 results.append((total, greedy))
             return results
 
-    return Exported
+        def _model_generate(self, context, max_length, stop, do_sample=False, temperature=0.0, top_p=1.0, **_):
+            """The prompt and its answer, int64 [1, tokens], up to an end token or one of the texts of `stop`."""
+            prompt, sampling = context[0].tolist(), Sampling(temperature if do_sample else 0.0, top_p, SEED)
+            new_tokens, answer = max_length - len(prompt), []
+            for token in self.exported.steps(self.exported.generator(prompt, new_tokens, sampling), new_tokens):
+                answer.append(token)
+                text = self.tok_decode(answer)
+                if any(end and end in text for end in stop):
+                    break
+            return torch.tensor([[*prompt, *answer]])
+
+    return ExportedLM
 
 
 def _results(model, names: list[str], known: "TaskManager", limit: int | None) -> dict[str, dict]:

@@ -36,6 +36,17 @@ def _leads(logits) -> np.ndarray:
     return (best - second).cpu().numpy()
 
 
+def ends_of(model) -> list[int]:
+    """The tokens at which an answer of a transformers model ends, as its export's does.
+
+    Some are not the tokenizer's end token: of Phi-3 and Gemma, those that close a turn. A generation_config.json with other settings
+    alone leaves them to config.json.
+    """
+    sources = (model.generation_config, model.config, model.config.get_text_config())
+    named = next((ends for source in sources if (ends := getattr(source, "eos_token_id", None)) is not None), [])
+    return named if isinstance(named, list) else [named]
+
+
 class TransformersRunner:
     """A Hugging Face model, with or without an adapter, asked in batches of similar length in its own data type.
 
@@ -65,11 +76,7 @@ class TransformersRunner:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocabulary = config.vocab_size
-        # An answer ends where the export's does: also at tokens that are not the tokenizer's (of Phi-3 and Gemma, those that close a turn).
-        # A generation_config.json with other settings alone leaves them to config.json.
-        sources = (self.model.generation_config, self.model.config, config)
-        named = next((ends for source in sources if (ends := getattr(source, "eos_token_id", None)) is not None), [])
-        self.ends = frozenset(named if isinstance(named, list) else [named])
+        self.ends = frozenset(ends_of(self.model))
         # Tokens that can be removed from its cache again: those of a sliding window that is not full; none of a convolution's state.
         self.croppable = (getattr(config, "sliding_window", None) or math.inf) if only_attends(self.model) else 0
         self.prefix_tokens, self.prefix_cache = 0, None  # what all prompts begin with, while they are asked

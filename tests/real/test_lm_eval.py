@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lm_eval.api.instance import Instance
 from tiny import SIZES, make_tokenizer, write_params
 
 from scripts import rehearse
@@ -40,17 +41,28 @@ doc_to_target: "{{{{['joy', 'fear', 'surprise'][label]}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+ROLLING = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {rows}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}]
+"""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """A task of choices and a task of open answers."""
+    """A task of choices, one of open answers, and one of whole texts."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"text": f"The sun {'shines' if i % 2 else 'is gone'} on day {i}:", "label": i % 3} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for name, text in (("tones", CHOICE), ("spoken", OPEN)):
+    for name, text in (("tones", CHOICE), ("spoken", OPEN), ("read", ROLLING)):
         (folder / f"{name}.yaml").write_text(text.format(name=name, rows=folder / "rows.jsonl"), encoding="utf-8")
-    return {name: folder / f"{name}.yaml" for name in ("tones", "spoken")}
+    return {name: folder / f"{name}.yaml" for name in ("tones", "spoken", "read")}
 
 
 @pytest.fixture(scope="module")
@@ -104,24 +116,64 @@ def test_every_backend_gives_the_same_figures(base, exported, files):
     assert 0 < mine["lm_eval.tones.acc"] < 1
     error = (mine["lm_eval.tones.acc"] * (1 - mine["lm_eval.tones.acc"]) / 29) ** 0.5
     assert mine["lm_eval.tones.acc_high"] - mine["lm_eval.tones.acc"] == pytest.approx(1.959964 * error, abs=1e-5)
-    assert "lm_eval.spoken.exact_match" in mine
+    assert {"lm_eval.spoken.exact_match", "lm_eval.read.bits_per_byte"} <= mine.keys()
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("Lfm2", {}), ("Mistral", {"sliding_window": 2})])
-def test_choices_are_scored_where_the_runtime_cannot_rewind(tmp_path, files, kind, changes):
-    """ONNX Runtime GenAI cannot for LFM2, nor behind a prompt that is longer than a sliding window."""
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Lfm2", {}),  # ONNX Runtime GenAI takes no tokens back here,
+        ("Mistral", {"sliding_window": 2}),  # nor behind a prompt that is longer than a sliding window,
+        ("Mistral", {"sliding_window": 128}),  # and refuses a cache that is smaller than one
+        ("Llama", {"max_position_embeddings": 16}),  # less than a prompt
+        ("Llama", {"begin": True}),
+    ],
+)
+def test_models_of_other_kinds_have_the_same_figures(tmp_path, files, kind, changes):
     torch.manual_seed(7)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **changes)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "base")
+    begin = changes.get("begin")
+    sizes = SIZES | {name: value for name, value in changes.items() if name != "begin"}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.mul_(6.0)  # so that a token more or less tells
+    model.float().save_pretrained(tmp_path / "base")
     make_tokenizer(tmp_path / "base")
+    if begin:
+        begin_with(tmp_path / "base", "<|start|>", SIZES["bos_token_id"])
     (tmp_path / "onnx").mkdir()
     section = params.Quantize(precision="fp32", matmul_mixed_precision=None)
     builder.export(section, tmp_path / "base", tmp_path / "onnx", tmp_path / "cache")
     models = {"base": tmp_path / "base", "fp32": tmp_path / "onnx"}
-    figures = harness.run(models, "fp32", [str(files["tones"])], None, job())
-    assert figures["fp32"] == figures["base"]
+    figures = harness.run(models, "fp32", list(map(str, files.values())), None, job())
+    assert figures["fp32"] == pytest.approx(figures["base"], abs=2e-6)
+    limits = {"until": ["e"], "max_new_tokens": 6}  # the harness's other name for its own limit
+    asked = [
+        Instance("generate_until", {}, (text, limits), number)
+        for number, text in enumerate(("The sun shines on day 4:", "It rains. " * 12))
+    ]
+    answers = [harness._backend(folder, folder.name == "onnx").generate_until(asked) for folder in models.values()]
+    assert answers[0] == answers[1]
     assert 0 < figures["base"]["lm_eval.tones.acc"] < 1
+    assert figures["base"]["lm_eval.read.bits_per_byte"] > 1
+
+
+def begin_with(folder: Path, token: str, number: int) -> None:
+    """Have a tokenizer write a begin token, as Llama's and Gemma's do."""
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    one = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    known = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": one,
+        "pair": [*one, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": known,
+    }
+    file.write_text(json.dumps(content), encoding="utf-8")
+    changed = json.loads(settings.read_text(encoding="utf-8")) | {"bos_token": token}
+    settings.write_text(json.dumps(changed), encoding="utf-8")
 
 
 def test_the_limit_takes_the_first_rows(base, files):

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 from prepared import other_chat
 from served import CHAT, CLOCK, TEMPLATE, TEXT, WEATHER, export
@@ -24,9 +25,9 @@ def model(tmp_path_factory, base) -> generation.Exported:
     return generation.Exported(export(base, tmp_path_factory.mktemp("calls") / "onnx"), CHAT)
 
 
-def answer(model: generation.Exported, guidance: tuple[str, str], new_tokens: int = 80) -> str:
+def answer(model: generation.Exported, guidance: tuple[str, str], new_tokens: int = 80, seed: int = 1) -> str:
     prompt = model.encode(model.chat_prompt([{"role": "user", "content": "Hi"}]))
-    return "".join(Stream(model, prompt, new_tokens, Sampling(temperature=1.0, seed=1, guidance=guidance)))
+    return "".join(Stream(model, prompt, new_tokens, Sampling(temperature=1.0, seed=seed, guidance=guidance)))
 
 
 def other_template(model: generation.Exported, folder: Path, template: str, **form: object) -> generation.Exported:
@@ -204,6 +205,37 @@ def test_guidance_holds_a_random_model_to_a_call(model):
         "name": "weather",
         "arguments": arguments,
     }
+
+
+def test_schemas_that_refer_to_themselves_hold_where_they_stand(model):
+    """What pydantic makes of an enumeration is a reference; so is a tree. Two tools may use one name for two things."""
+    unit = {"type": "object", "properties": {"default": {"$ref": "#/$defs/Unit"}}, "required": ["default"]}
+    tree = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "$id": "https://example.com/tree",
+        "type": "object",
+        "properties": {"kids": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}, "$id": {"const": "one"}},
+        "required": ["kids", "$id"],
+        "additionalProperties": False,
+    }
+    closed = {"additionalProperties": False}
+    schemas = {
+        "warm": unit | closed | {"$defs": {"Unit": {"enum": ["celsius"]}}},
+        "long": unit | closed | {"$defs": {"Unit": {"enum": ["metre"], "title": "Unit"}}},
+        "plant": tree,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schemas[name]}} for name in schemas]
+    form, seen = CallForm.of(model), {}
+    for seed in range(24):
+        text = answer(model, form.guidance(model, tools), 300, seed)
+        if calls := form.read(text, schemas)[1]:  # a long tree is cut
+            name, arguments = calls[0]
+            jsonschema.validate(arguments, schemas[name])
+            seen.setdefault(name, []).append(arguments)
+    assert seen.keys() == schemas.keys()
+    assert seen["warm"][0] == {"default": "celsius"}
+    assert seen["long"][0] == {"default": "metre"}
+    assert any(each["kids"] for each in seen["plant"])
 
 
 def test_calls_are_read_out_of_an_answer():

@@ -65,6 +65,18 @@ def test_labels_are_drawn_as_they_are(plt, tmp_path):
         assert [texts.count(label) for label in SHOWN] == [times] * len(SHOWN), name
 
 
+def test_of_many_labels_the_most_confused_are_drawn(plt, tmp_path):
+    """300 labels took all memory."""
+    names, wrong = [f"label {i}" for i in range(300)], range(100, 130)
+    counts = [[5 * (i == k) + (i in wrong and k == 300) for k in range(301)] for i in range(300)]
+    scores = SCORES | {"per_class": dict.fromkeys(names, {}), "confusion": counts}
+    figures.draw_confusion(plt, METRICS | {"merged": scores, "base": scores}, tmp_path / "confusion.svg")
+    texts = texts_of(tmp_path / "confusion.svg")
+    assert [name for name in names if name in texts] == [names[i] for i in wrong]
+    assert "merged: the 30 of 300 labels with the most errors" in texts
+    assert (tmp_path / "confusion.svg").stat().st_size < 1e6
+
+
 def test_labels_that_are_cut_alike_stay_apart(plt, tmp_path):
     counts = {f"{'long ' * 20}{number}": 10 for number in range(3)} | {"": 1}
     dataset = {"length": {"histogram": {"3": 5}, "p95": 3}, "labels": dict.fromkeys(("train", "eval", "test"), counts)}
