@@ -78,15 +78,27 @@ class Store:
         return self.run(get, name)
 
     def upload(self, path: Path, name: str, sha256: str) -> None:
-        """Upload one file; it appears when the last block is committed."""
+        """Upload one file; it appears when the last block is committed, and has its SHA-256 when what was sent is compared with it.
+
+        Raises:
+            UserError: out of reach, or the file has another content by now.
+        """
 
         async def put():
             with open(path, "rb") as handle:
-                await self.client(name).upload_blob(
-                    handle, overwrite=True, metadata={"sha256": sha256}, max_concurrency=8, **blob.RETRIES
-                )
+                sent, blob_of = Hashing(handle), self.client(name)
+                size = path.stat().st_size
+                await blob_of.upload_blob(sent, length=size, overwrite=True, max_concurrency=8, **blob.RETRIES)
+            if sent.sum.hexdigest() != sha256:
+                await blob_of.delete_blob(**blob.RETRIES)
+                return False
+            await blob_of.set_blob_metadata({"sha256": sha256}, **blob.RETRIES)
+            return True
 
-        self.run(put, name)
+        if not self.run(put, name):
+            raise UserError(
+                f"{path} was changed while publish read it; {POINTER} was not moved. Run the same command again."
+            )
 
     def swap(self, name: str, content: bytes, etag: str | None) -> bool:
         """Write a small blob if it is still the one with that ETag (None: if there is none); whether that was so."""
@@ -102,6 +114,18 @@ class Store:
             return True
 
         return self.run(put, name)
+
+
+class Hashing:
+    """A file that is read once, from its start, and the SHA-256 of what was read."""
+
+    def __init__(self, handle):
+        self.handle, self.sum = handle, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.handle.read(size)
+        self.sum.update(content)
+        return content
 
 
 def as_bytes(value: dict) -> bytes:

@@ -84,6 +84,29 @@ def test_the_same_model_with_other_scores_moves_the_pointer(tmp_path, blob_serve
         assert latest["previous"] is None
 
 
+def test_a_file_that_changes_while_it_is_published_is_not_published(tmp_path, blob_server, container):
+    """Not even its blob stays: the next one who has these bytes would take it for theirs."""
+    url, job = f"az://{container}/models/tones", Job("publish", sys.stderr, None)
+    store = blob_store.Store(parse(url, must_pin=False))
+    model = make_exported(tmp_path / "model")
+    blob_store.publish(store, model, blob_store.describe(model, None), job)
+    before = pointer(blob_server, container)
+    (model / "model.onnx.data").write_bytes(b"two" * 30_000_000)  # of more than one block
+    manifest = blob_store.describe(model, None)
+    with open(model / "model.onnx.data", "r+b") as handle:
+        handle.seek(80_000_000)
+        handle.write(b"x")
+    with pytest.raises(
+        UserError, match=r"model.onnx.data was changed while publish read it; latest.json was not moved"
+    ):
+        blob_store.publish(store, model, manifest, job)
+    assert pointer(blob_server, container) == before
+    assert f"models/tones/{manifest['digest']}/model.onnx.data" not in blobs(blob_server, container)
+    blob_store.publish(store, model, blob_store.describe(model, None), job)
+    assert pointer(blob_server, container)["previous"] == before["digest"]
+    blob_store.verify(store, job)
+
+
 DAMAGE = {  # which blob, and what the message says of it
     **dict.fromkeys(("flip", "cut", "flip, with its metadata"), ("DIGEST/model.onnx.data", "model.onnx.data: ")),
     "delete": ("DIGEST/model.onnx.data", "model.onnx.data: missing"),

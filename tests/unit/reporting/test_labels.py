@@ -69,7 +69,7 @@ def test_of_many_labels_the_most_confused_are_drawn(plt, tmp_path):
     """300 labels took all memory."""
     names, wrong = [f"label {i}" for i in range(300)], range(100, 130)
     counts = [[5 * (i == k) + (i in wrong and k == 300) for k in range(301)] for i in range(300)]
-    scores = SCORES | {"per_class": dict.fromkeys(names, {}), "confusion": counts}
+    scores = SCORES | {"per_class": dict.fromkeys(names), "confusion": counts}
     figures.draw_confusion(plt, METRICS | {"merged": scores, "base": scores}, tmp_path / "confusion.svg")
     texts = texts_of(tmp_path / "confusion.svg")
     assert [name for name in names if name in texts] == [names[i] for i in wrong]
