@@ -206,10 +206,8 @@ class _Facts:
         if not self.changed:
             return
         kept = {key: entry for key, entry in self.known.items() if entry["mark"] and os.path.exists(key)}  # noqa: PTH110
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"reader": self.reader, "files": kept}), encoding="utf-8")
-            os.replace(temporary, self.path)
+            outputs.replace(self.path, json.dumps({"reader": self.reader, "files": kept}).encode())
 
 
 def _read(file: Path) -> dict:

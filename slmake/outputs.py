@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -115,6 +116,23 @@ def replace(path: Path, content: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def alone(path: Path, wait: bool) -> Iterator[bool]:
+    """Be the only process in a block with this file, which stays; yields whether this one is.
+
+    Args:
+        wait: until it is.
+    """
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write `value` as indented JSON with a stable key order of insertion and a final newline."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -183,10 +201,13 @@ def note_built(paths: Iterable[Path | str], to_be_linked: bool = False) -> None:
             BUILT.mkdir(exist_ok=True)
             note = _note_of(path)
             temporary = note.with_name(f".{note.name}.{secrets.token_hex(4)}.partial")
-            temporary.touch()
-            made = {"inode": temporary.stat().st_ino, "is": seen_of(Path(path)), "to_be_linked": to_be_linked}
-            temporary.write_text(json.dumps(made), encoding="utf-8")
-            os.replace(temporary, note)
+            try:
+                temporary.touch()
+                made = {"inode": temporary.stat().st_ino, "is": seen_of(Path(path)), "to_be_linked": to_be_linked}
+                temporary.write_text(json.dumps(made), encoding="utf-8")
+                os.replace(temporary, note)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def as_built(path: Path | str, linked: bool = False) -> bool:

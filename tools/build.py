@@ -9,6 +9,7 @@ asked. Exit code 0 means that all of it is up to date.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
-from slmake.platforms import dvc_yaml, unmoved
+from slmake.platforms import dvc, dvc_yaml, unmoved
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
 from tools import page, record
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
     if asked:
         update(recorded=not args.targets)
-        if not run(screen, args.targets):
+        if not built(screen, args.targets):
             for line in screen.ending():
                 screen.write(line)
             page.remove_stale(screen.write)
@@ -71,6 +72,19 @@ def main(argv: list[str] | None = None) -> int:
             names = " and ".join(map(str, made.values())) or "everything"
             print(f"build: nothing to do: {names} {'are' if len(made) > 1 else 'is'} up to date", *scores, sep="\n")
     return 0
+
+
+def built(screen: Screen, targets: list[str]) -> bool:
+    """Run Snakemake, and let no DVC in another terminal remove what it makes; whether all is built."""
+    if not Path(".dvc").is_dir():  # of a single target nothing is recorded
+        return run(screen, targets)
+    from slmake.platforms.atomic_dvc import held
+
+    outs = [path for stage in dvc.entries().values() for path in dvc.outs(stage)]
+    with contextlib.ExitStack() as stack:
+        with cli.job("build"):
+            stack.enter_context(held(outs))
+        return run(screen, targets)
 
 
 def update(recorded: bool) -> None:

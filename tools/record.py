@@ -10,10 +10,11 @@ old file with its old time, and Snakemake would take it for older than what it w
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
-from slmake import cli
+from slmake import cli, outputs
 from slmake.code_inputs import remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
@@ -33,6 +34,7 @@ from slmake.platforms.dvc import (
 from slmake.platforms.origins import metadata, refuse_damaged, refuse_other_origin, refuse_unbuilt
 from slmake.sources.fetching import files_of
 
+RECORDING = Path(".dvc/tmp/slmake.recording")
 # What this project's .dvcignore has.
 IGNORED = {".snakemake", ".snakemake_timestamp", ".venv", "build/checkpoints", "*.partial", "__pycache__"}
 
@@ -40,7 +42,7 @@ IGNORED = {".snakemake", ".snakemake_timestamp", ".venv", "build/checkpoints", "
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    with cli.job("record") as job:
+    with cli.job("record") as job, one_at_a_time():
         if unmoved.unmoved():
             return
         if repaired := repair_lock():
@@ -78,6 +80,11 @@ def main(argv: list[str] | None = None) -> None:
         break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now
         remember()
         unmoved.remember(wanted)
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager:
+    """Wait for another recording; what it records need not be recorded again."""
+    return outputs.alone(RECORDING, wait=True) if Path(".dvc").is_dir() else contextlib.nullcontext()
 
 
 def refuse_ignored() -> None:

@@ -22,7 +22,10 @@ class Store:
     def __init__(self, source: AzureBlob):
         self.source = source
         self.fs = blob.filesystem(source.account)
-        self.url = f"az://{source.name}/{source.path}"
+        where = (
+            f"abfs://{source.name}@{source.account}.dfs.core.windows.net" if source.account else f"az://{source.name}"
+        )
+        self.url = f"{where}/{source.path}"
 
     def client(self, name: str):
         """The Azure SDK's client of one blob below the prefix."""

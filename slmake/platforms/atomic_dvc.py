@@ -12,22 +12,26 @@ import copy
 import functools
 import io
 import json
+import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dvc import cachemgr, rwlock
 from dvc.cli import main
 from dvc.dvcfile import FileMixin, Lockfile
 from dvc.exceptions import DvcException
+from dvc.fs import localfs
+from dvc.lock import LockError
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import checkout, state
 
 from slmake import cli, outputs
+from slmake.errors import UserError
 from slmake.platforms.dvc import LOCK, PENDING, receipts
 from slmake.platforms.origins import metadata
 
@@ -112,6 +116,31 @@ def relink(link, cache, cache_info: str, fs, path: str, in_cache: bool, force: b
     cache.protect(cache_info)
 
 
+@contextlib.contextmanager
+def held(names: Iterable[str]) -> Iterator[None]:
+    """Let no other DVC touch these outputs while a build makes them: `dvc repro` removes a stage's outputs before it runs its command.
+
+    Raises:
+        UserError: another DVC works on them.
+    """
+    paths, folder = [str(Path(name).absolute()) for name in names], Path(".dvc/tmp")
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # it says of each process that was killed that it was
+    with outputs.alone(folder / "slmake.building", wait=False) as alone, contextlib.ExitStack() as stack:
+        if alone:  # another build meets Snakemake's lock
+            with edit_rwlock(
+                str(folder), localfs, False
+            ) as lock:  # of builds that were killed; their numbers are given again
+                lock["write"] = {path: info for path, info in lock["write"].items() if info["cmd"] != BUILD}
+            try:
+                stack.enter_context(rwlock.rwlock(str(folder), localfs, BUILD, [], paths, False))
+            except LockError as error:
+                other = str(error).splitlines()[1].strip()
+                raise UserError(
+                    f"DVC works on what would be built: {other}. Run `make` again when it has ended."
+                ) from None
+        yield
+
+
 def load_once(load: Callable) -> Callable:
     """Of DVC's function that reads and checks a YAML file: once as long as the file is the same. DVC does it for each stage that is named."""
     kept: dict[tuple, tuple] = {}
@@ -173,6 +202,7 @@ def retry_sooner() -> None:
     ExponentialRetry.__init__ = functools.partialmethod(ExponentialRetry.__init__, initial_backoff=4)
 
 
+BUILD = "make"  # how a build is called to others
 RELINK = checkout._relink
 checkout._relink = relink
 _common._dump_data = dump

@@ -52,8 +52,10 @@ def account_name() -> str | None:
     Raises:
         UserError: it can be the name of none; it would stand in .dvc/config, and may have a credential in it.
     """
-    found = re.search(r"AccountName=([^;]+)", os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
-    name = found[1] if found else os.environ.get("AZURE_STORAGE_ACCOUNT")
+    from slmake.sources import blob
+
+    found = blob.account_of(os.environ.get(blob.CONNECTION, ""))
+    name = found or os.environ.get("AZURE_STORAGE_ACCOUNT")
     if name and not re.fullmatch("[a-z0-9]{3,24}", name):
         raise UserError(
             f"{'AccountName in AZURE_STORAGE_CONNECTION_STRING' if found else 'AZURE_STORAGE_ACCOUNT'} is no name of an account: 3 to 24 "
@@ -89,7 +91,14 @@ def place() -> tuple[str, str, str]:
             "it. `make remote URL=azure://container/path` sets it anew; credentials come from the environment (docs/azure.md)."
         )
     container, _, path = url.removeprefix("azure://").partition("/")
-    return config[section].get("account_name", ""), container, path.strip("/")
+    from slmake.sources import blob
+
+    account, given = config[section].get("account_name", ""), blob.account_of(os.environ.get(blob.CONNECTION, ""))
+    if account and given and given != account:  # DVC would take the environment's
+        raise UserError(
+            f"the remote {name} is of the account {account}, AZURE_STORAGE_CONNECTION_STRING of {given}. Unset it, or give that of {account}."
+        )
+    return account, container, path.strip("/")
 
 
 def stored() -> dict[str, int]:

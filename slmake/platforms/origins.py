@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -325,14 +326,20 @@ def _note_proved(named: dict[str, dict], proved: Iterable[str]) -> None:
 
 
 def date_results() -> None:
-    """Give single files the time again at which their rule wrote them: Snakemake goes by times.
+    """Give single files the time again at which their rule wrote them, and no output one of the future: Snakemake goes by times.
 
-    DVC puts a file of its cache in the place of one with the same content, and with it the time of an earlier build.
+    DVC puts a file of its cache in the place of one with the same content, and with it the time of an earlier build. Where the clock was
+    put back, what is built on an output is older than it: Snakemake deletes that at the end of its rule.
     """
+    now = time.time()
     for path in outputs.single_files():
         record = metadata(path.as_posix())
-        if record and path.stat().st_mtime < (record["starttime"] or 0) and outputs.as_built(path):
+        began = record and (record["starttime"] or 0)
+        if record and path.stat().st_mtime < began < now and outputs.as_built(path):
             os.utime(path, (record["endtime"], record["endtime"]))
+    for path in [*outputs.single_files(), *Path("build").glob("*/.snakemake_timestamp")]:
+        if path.stat().st_mtime > now:
+            os.utime(path, (now, now))
 
 
 def of_now(paths: list[str]) -> list[str]:

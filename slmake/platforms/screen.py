@@ -8,6 +8,7 @@ import ast
 import contextlib
 import io
 import json
+import logging
 import re
 import signal
 import sys
@@ -98,6 +99,7 @@ def run(screen: Screen, targets: Iterable[str]) -> bool:
     """Run `snakemake --cores all` on targets, its events handed to `screen`; whether all of them are built."""
     # Snakemake opens its own files with smart_open, which imports Azure's whole SDK for that: a third of a start with nothing to do.
     sys.modules.setdefault("smart_open.azure", None)
+    logging.raiseExceptions = False  # where Snakemake's own log is on a full disk, what failed is said in words
     from snakemake.cli import args_to_api, parse_args
     from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
     from snakemake_interface_logger_plugins.registry.plugin import Plugin

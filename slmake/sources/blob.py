@@ -25,6 +25,7 @@ from slmake.sources.pickles import PICKLES, pickle_advice
 
 # The SDK waits 15 s and more before it tries again: `run` below and `download` do it sooner.
 RETRIES = {"retry_total": 0}
+CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
 ATTEMPTS = 5
 BLOCK = 16 * 2**20  # bytes of a request
 PARALLEL = 4  # requests at a time; each keeps a block in memory
@@ -131,8 +132,8 @@ def filesystem(account: str = "", credential: object | None = None):
     from adlfs import AzureBlobFileSystem
 
     logging.getLogger("azure").setLevel(logging.ERROR)
-    connection = os.environ.get("AZURE_STORAGE_CONNECTION_STRING")
-    if connection and account and f"AccountName={account};" not in connection + ";":
+    connection = os.environ.get(CONNECTION)
+    if connection and account and account_of(connection) != account:
         connection = None  # the URI names another account
     name = account or os.environ.get("AZURE_STORAGE_ACCOUNT") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not connection and not name:
@@ -140,6 +141,7 @@ def filesystem(account: str = "", credential: object | None = None):
             "Azure Blob: no account. Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY, "
             "AZURE_STORAGE_SAS_TOKEN or `az login`. docs/azure.md shows each."
         )
+    kept = os.environ.pop(CONNECTION, None)  # adlfs would take it for this account all the same
     try:
         return AzureBlobFileSystem(
             account_name=name,
@@ -153,6 +155,17 @@ def filesystem(account: str = "", credential: object | None = None):
         )
     except ValueError as error:
         raise UserError(f"Azure Blob: the credentials of the environment cannot be used: {scrub(str(error))}") from None
+    finally:
+        if kept is not None:
+            os.environ[CONNECTION] = kept
+
+
+def account_of(connection: str) -> str:
+    """The account that a connection string is of, or ""."""
+    found = re.search(r"AccountName=([^;]+)", connection) or re.search(
+        r"BlobEndpoint=https?://([a-z0-9]+)\.", connection
+    )
+    return found[1] if found else ""
 
 
 def run(fs, request: Callable[[], Coroutine], attempts: int = ATTEMPTS):

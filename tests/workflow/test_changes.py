@@ -1,5 +1,6 @@
 """What changes before, during and after a build: nothing is built from two versions, and no receipt claims what is not so."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -56,6 +57,23 @@ def test_a_touched_file_is_the_same(repository):
     assert planned(repository) == set()
     assert record(repository).returncode == 0
     assert "up to date" in run(repository, "dvc", "status").stdout
+
+
+def test_outputs_dated_in_the_future_are_built_on(repository):
+    """As a clock that was put back leaves them: Snakemake took what was built on them for older, and deleted it after its rule."""
+    soon = time.time() + 7200
+    for made in ("results/*", "build/*/.snakemake_timestamp", "build/report/*", "benchmarks/*"):
+        for file in repository.glob(made):
+            os.utime(file, (soon, soon))
+    for file in (repository / ".snakemake" / "metadata").iterdir():
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        times = {name: entry[name] + 7200 for name in ("starttime", "endtime")}
+        file.write_text(json.dumps(entry | times), encoding="utf-8")
+    assert planned(repository) == set()
+    change(repository, "gates", max_accuracy_drop=0.9)
+    done = snakemake(repository)
+    assert done.returncode == 0, done.stdout
+    assert planned(repository) == set()
 
 
 def test_a_comment_in_the_module_that_writes_outputs_makes_a_new_package_and_nothing_else(repository):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from project import RULES, change, planned, run, snakemake
+from project import RULES, change, environment, planned, run, snakemake
 from tiny import ROOT
 
 from slmake.plan import SECTIONS
-from slmake.platforms import dvc
-from tools import remote
+from slmake.platforms import atomic_dvc, dvc
+from tools import build, remote
 
 
 def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
@@ -261,3 +261,53 @@ def test_metrics_and_plots_are_shown(repository):
     page = (repository / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert "cross entropy per answer token" in page
     assert "Confusion of int4" in page
+
+
+def test_dvc_removes_nothing_that_a_build_makes(repository, monkeypatch):
+    """`dvc repro` removes a stage's outputs before it runs the command that meets Snakemake's lock."""
+    monkeypatch.chdir(repository)
+    lock, seen = Path(".dvc/tmp/rwlock"), []
+
+    def while_it_builds(screen, targets) -> bool:
+        done = run(repository, "dvc", "repro", "--single-item", "--force", "finetune")
+        seen.append((done.returncode, done.stdout))
+        with atomic_dvc.held([]):  # another build is not held up: it meets Snakemake's lock
+            pass
+        return True
+
+    monkeypatch.setattr(build, "run", while_it_builds)
+    lock.write_text(json.dumps({"write": {str(Path("build/adapter").absolute()): {"pid": 1, "cmd": "make"}}}))  # killed
+    assert build.main(["all"]) == 0
+    [(code, shown)] = seen
+    assert code != 0
+    assert "is busy, it is being blocked by" in shown
+    assert ": make" in shown
+    assert Path("build/adapter/adapter_model.safetensors").is_file()
+    assert json.loads(lock.read_text())["write"] == {}
+
+
+def test_a_build_waits_for_no_dvc_but_names_it(repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(build, "run", lambda screen, targets: pytest.fail("it runs"))
+    entry = {str(Path("build/adapter").absolute()): {"pid": os.getpid(), "cmd": "dvc repro"}}
+    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": entry}))
+    with pytest.raises(SystemExit):
+        build.main(["all"])
+    assert (
+        f"DVC works on what would be built: (PID {os.getpid()}): dvc repro. Run `make` again" in capsys.readouterr().err
+    )
+    assert json.loads(Path(".dvc/tmp/rwlock").read_text())["write"] == entry
+
+
+def test_two_recordings_come_one_after_the_other(repository):
+    change(repository, "report", wrong_answers=9)
+    assert snakemake(repository).returncode == 0
+    command = [sys.executable, "-m", "tools.record"]
+    started = [
+        subprocess.Popen(command, cwd=repository, env=environment(), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in started:
+        _, shown = process.communicate(timeout=120)
+        assert process.returncode == 0, shown
+    assert "up to date" in run(repository, "dvc", "status").stdout

@@ -1,5 +1,7 @@
 """The default remote by DVC's settings and the environment: no message, and no file that Git has, repeats a credential of them."""
 
+import base64
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from tiny import write_params
 
 from slmake.errors import UserError
 from slmake.platforms import dvc_remote
+from slmake.sources import blob
 from tools import remote
 
 SECRET = "s3cr3tS3CR3T"
@@ -86,6 +89,29 @@ def test_the_account_of_the_environment(monkeypatch):
     assert dvc_remote.account_name() == "models2"
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"AccountKey={SECRET};AccountName=models;X=y")
     assert dvc_remote.account_name() == "models"
+
+
+def test_credentials_of_another_account_are_not_used(config, monkeypatch):
+    """adlfs, and with it DVC, takes the connection string of the environment whatever account is named."""
+    key = base64.b64encode(b"key").decode()
+    string = f"DefaultEndpointsProtocol=https;AccountName=models;AccountKey={key};EndpointSuffix=core.windows.net"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", string)
+    with_url(config, "azure://models/tones")
+    config.write_text(config.read_text() + "    account_name = models\n")
+    assert dvc_remote.place() == ("models", "models", "tones")
+    config.write_text(config.read_text().replace("= models", "= archive"))
+    with pytest.raises(
+        UserError, match=r"remote .* is of the account archive, AZURE_STORAGE_CONNECTION_STRING of models"
+    ):
+        dvc_remote.place()
+    for account, credential in (("models", None), ("archive", "key")):
+        opened = blob.filesystem(account, credential)
+        assert opened.account_name == account
+        assert opened.service_client.account_name == account
+        assert (opened.connection_string == string) == (account == "models")
+    assert os.environ["AZURE_STORAGE_CONNECTION_STRING"] == string
+    shared = "BlobEndpoint=https://models.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=x"
+    assert [blob.account_of(text) for text in (string, shared, "", "x")] == ["models", "models", "", ""]
 
 
 @pytest.mark.parametrize("command", ["pull", "restore"])
