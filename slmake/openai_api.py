@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, WrapValidator, model_validator  # noqa: F401 (serve.py catches it)
 from pydantic_core import PydanticCustomError
 
 from slmake import generation, tool_calls

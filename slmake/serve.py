@@ -19,8 +19,6 @@ import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 LOOPBACK = ["127.0.0.1", "localhost"]
 KEY = "SLMAKE_API_KEY"  # environment variable: the key that clients must send
 BODY_SECONDS = 60  # to send a request in
@@ -37,11 +35,13 @@ def _use_files_beside() -> None:
     """
     package = sys.modules["slmake"] = types.ModuleType("slmake")
     for name, file in FILES.items():
-        path = Path(__file__).resolve().with_name(file)
         module = sys.modules[f"slmake.{name}"] = types.ModuleType(f"slmake.{name}")
-        module.__file__ = str(path)
+        module.__file__ = str(path := Path(__file__).resolve().with_name(file))
         setattr(package, name, module)
-        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
+        try:
+            exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
+        except ImportError as error:
+            sys.exit(f"serve.py: error: {error}")
 
 
 if not __package__:
@@ -145,7 +145,7 @@ class Server:
         """
         try:
             asked = kind.model_validate_json(content)
-        except ValidationError as error:
+        except openai_api.ValidationError as error:
             reasons = [f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}" for item in error.errors()[:5]]
             raise ApiError(400, "; ".join(reasons) + ".") from None
         if asked.model not in (None, "", self.name):

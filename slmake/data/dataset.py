@@ -76,7 +76,8 @@ class Preparation:
             return list(islice(self._rows("train", *files["train"][0]), FIRST_ROWS))
 
         template = prompt_template(self.section, self.tokenizer, first_rows, self.job.say)
-        with Store(self.folder / ".rows.sqlite", FEW_ANSWERS) as store:
+        few = max(FEW_ANSWERS, len(self.section.labels or {}))
+        with Store(self.folder / ".rows.sqlite", few) as store:
             split, before, labels = self._split(store, self._read(store, files, template))
             within = store.exact_duplicates(split == 0)
             chats = isinstance(template, Conversations)
@@ -85,7 +86,7 @@ class Preparation:
             tokenize.check_labels(labels or [])
             writers = self._write(store, split, tokenize)
             self.apart = tokenize.apart > 0
-            self._warn(template, tokenize)
+            self._warn(template, tokenize, None if chats else store.repeated_answers())
             answers, codes = store.answers(), store.answer_codes().copy()
         for name, (paths, _) in fetched.items():
             for path in {path for path, _ in files[name]} - {path for path, _ in paths}:
@@ -209,8 +210,13 @@ class Preparation:
                         bar.update(len(chosen))
         return writers
 
-    def _warn(self, template: PromptTemplate, tokenize: Tokenize) -> None:
-        """Say what of the answers no answer of the exported model can have."""
+    def _warn(self, template: PromptTemplate, tokenize: Tokenize, repeated: int | None) -> None:
+        """Say what of the answers no answer of the exported model can have, and that so many `repeated` ones are no labels."""
+        if repeated:
+            self.job.say(
+                f"warning: {repeated} different answers, more than {FEW_ANSWERS}, so they are scored as open text, without labels. To score "
+                "them as labels, name them in prepare.labels."
+            )
         if tokenize.unlike:
             self.job.say(
                 f"warning: {tokenize.unlike} answers of the test split are another text when their tokens are read back, so no answer of a "

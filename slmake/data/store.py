@@ -33,6 +33,8 @@ class Row(NamedTuple):
 
 
 COLUMNS = ",".join(Row._fields)
+MOST_ANSWERS = 1000  # different answers that may be labels
+REPEATED = 5  # rows of a label, on average
 
 
 class Store:
@@ -45,6 +47,7 @@ class Store:
         self.path, self.few_answers = path, few_answers
         self.hashes, self.codes = array("Q"), array("i")
         self._answers: dict[str, int] | None = {}
+        self._different: set[int] = set()  # hashes of answers, up to MOST_ANSWERS and one
 
     def __enter__(self) -> "Store":
         self.database = sqlite3.connect(self.path, isolation_level=None)
@@ -75,6 +78,8 @@ class Store:
             if any(row.answers > 1 for row in batch):
                 self._answers = None  # a conversation is no example of a class
             codes = [self._code(row.answer) for row in batch]  # may find that there are many answers
+            if len(self._different) <= MOST_ANSWERS:
+                self._different |= {xxhash.xxh3_64_intdigest(row.answer.encode()) for row in batch}
             if self._answers is None:
                 self.codes = array("i", bytes(4 * (len(self.codes) + len(codes))))
             else:
@@ -94,6 +99,12 @@ class Store:
     def forget_answers(self) -> None:
         """From now on the answers are no classes, as if there were many different ones."""
         self._answers, self.codes = None, array("i", bytes(4 * len(self.codes)))
+
+    def repeated_answers(self) -> int | None:
+        """How many different answers there are, if there are more than `few_answers` that repeat all the same; else None."""
+        count = len(self._different)
+        many = self.few_answers < count <= MOST_ANSWERS
+        return count if many and self._answers is None and len(self) >= REPEATED * count else None
 
     def answers(self) -> list[str] | None:
         """The different answers by code, or None if there are more than `few_answers`."""

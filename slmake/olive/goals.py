@@ -60,7 +60,7 @@ def finish(reader) -> None:
     """Gates of the goals, when it is known whether there is a dataset."""
     checks = []
     for field, (kind, name), goal in reader.goals:
-        figure, more_is_better = METRICS.get((str(kind).lower(), name), (None, False))
+        figure, more_is_better = METRICS.get((str(kind).lower(), str(name)), (None, False))
         limit = bound(goal, more_is_better) if figure else None
         drops = limit and "maximum_drop" in limit and figure not in ("accuracy", "macro_f1")
         if limit is None or drops:

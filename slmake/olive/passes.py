@@ -234,7 +234,7 @@ def converted(target: str, convert):
 
 
 def number(value: object) -> object:
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
 def flag(value: object) -> object:

@@ -64,7 +64,7 @@ def read_system(reader, base: str, name: str, system: object) -> None:
     kind = str(system.get("type", "")).lower()
     nested = isinstance(system.get("config"), dict)
     flat = {key: inner for key, inner in system.items() if key != "type" and not (key == "config" and nested)}
-    reader.systems[name] = {"remote": kind == "azureml", "gpu": False, "provider": None}
+    reader.systems[name] = {"remote": kind == "azureml", "gpu": False, "provider": None, "devices": []}
     if kind not in KINDS:
         reader.unknown(f"{base}.type", f"{system.get('type')!r} is no kind of system")
         return
@@ -106,8 +106,7 @@ def accelerators(reader, field: str, value: object) -> None:
         if provider and system["provider"] is None:
             system["provider"] = (where, provider)
         elif device and not options.get("execution_providers"):
-            note = "detected where the rule runs" if device == "cpu" else "rules that use it are listed in compute"
-            reader.row("dropped", f"{field}.{i}.device", note)
+            system["devices"].append((f"{field}.{i}.device", device))
 
 
 def provider_of(reader, field: str, value: object, device: str = "") -> str | None:
@@ -237,6 +236,14 @@ def finish(reader, hosts: dict[str, object]) -> None:
     used = next(filter(None, [*named_first, reader.provider]), None) if "quantize" in reader.stages else None
     if used:
         reader.put(used[0], "quantize.execution_provider", used[1])
+    for name, system in reader.systems.items():
+        for field, device in system["devices"]:  # without a provider, Olive takes one that is installed
+            if device == "gpu" and name == hosts["target"] and not used and "quantize" in reader.stages:
+                reader.put(field, "quantize.execution_provider", "cuda")
+                used = (field, "cuda")
+                continue
+            note = "detected where the rule runs" if device == "cpu" else "rules that use it are listed in compute"
+            reader.row("dropped", field, note)
     for provider in filter(None, providers):
         if provider != used:
             reason = f"the export is made for {used[1]}" if used else "nothing is exported for it"

@@ -122,7 +122,8 @@ class Prepare(Section):
     )
     labels: dict[str, str] | None = Field(
         None,
-        description="Words for the values of the answer's field, such as `{0: sadness, 1: joy}`; a value that is not named is an error.",
+        description="Words for the values of the answer's field, such as `{0: sadness, 1: joy}`; a value that is not named is an error. "
+        "Up to 50 different answers are labels without it, more are open text.",
     )
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         {},

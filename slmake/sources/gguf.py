@@ -63,6 +63,11 @@ def convert_gguf(file: Path, target: Path, dtype: str) -> None:
             link.symlink_to(file.resolve())
             gguf_header.check(link)
             reader = gguf.GGUFReader(str(link))
+            if (count := reader.fields.get("split.count")) and count.contents() > 1:
+                raise UserError(
+                    f"{file}: one of the files of a model that was split. Join them with llama.cpp's `llama-gguf-split --merge FIRST.gguf "
+                    "WHOLE.gguf`, and name the whole."
+                )
             _refuse_oversized(file, reader)
             _refuse_rope_scaling(file, reader)
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -283,7 +283,7 @@ def test_dvc_removes_nothing_that_a_build_makes(repository, monkeypatch):
     assert "is busy, it is being blocked by" in shown
     assert ": make" in shown
     assert Path("build/adapter/adapter_model.safetensors").is_file()
-    assert json.loads(lock.read_text())["write"] == {}
+    assert not json.loads(lock.read_text()).get("write")
 
 
 def test_a_build_waits_for_no_dvc_but_names_it(repository, monkeypatch, capsys):

@@ -55,6 +55,19 @@ def test_free_text_is_split_without_strata(build):
     assert built.report["labels"] == {"train": {}, "eval": {}, "test": {}}
 
 
+def test_more_answers_than_50_are_labels_where_they_are_named(build, capsys):
+    """As those of Banking77 and CLINC150. Where they are not, it is said."""
+    rows = [{"phrase": f"{row['phrase']} {i * 7919 % 10007}", "tone": i % 60} for i, row in enumerate(make_rows(360))]
+    warning = "60 different answers, more than 50, so they are scored as open text"
+    built = build(rows, near_duplicate_threshold=1.0)
+    assert built.prompt["labels"] is None
+    assert warning in capsys.readouterr().err
+    built = build(rows, near_duplicate_threshold=1.0, labels={str(i): f"word {i}" for i in range(60)}, name="named")
+    assert sorted(built.prompt["labels"]) == sorted(f"word {i}" for i in range(60))
+    assert warning not in capsys.readouterr().err
+    assert set(built.report["labels"]["test"]) == set(built.prompt["labels"])
+
+
 @pytest.mark.parametrize(("answers", "copies"), [(48, 1), (48, 2), (30, 4)])
 def test_fractions_hold_for_small_classes(build, answers, copies):
     """A quarter of the rows is held out even if a quarter of each answer's rows is less than one."""

@@ -38,6 +38,7 @@ def test_a_goal_is_a_gate(tmp_path, kind, name, goal, gate):
         ("latency", "avg", {"type": "min-improvement", "value": 3}),
         ("latency", "avg", {"type": "percent-min-improvement", "value": 100}),
         ("custom", "score", {"type": "threshold", "value": 1}),
+        ("accuracy", ["accuracy_score"], {"type": "threshold", "value": 1}),
         ("accuracy", "accuracy_score", {"type": "threshold"}),
         ("accuracy", "accuracy_score", "high"),
     ],

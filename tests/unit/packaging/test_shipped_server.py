@@ -115,3 +115,8 @@ def test_prompt_templates(tmp_path, base, form, template):
         json.dumps([{"role": "user", "content": "Hi"}])
     )
     assert applied == template.replace("{Content}", "Hi")
+
+
+def test_serve_py_names_a_library_that_is_not_there(packed):
+    done = subprocess.run([sys.executable, "-S", "serve.py"], cwd=packed, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "serve.py: error: No module named 'pydantic'\n")

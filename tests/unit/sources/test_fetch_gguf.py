@@ -317,3 +317,11 @@ def test_wheel_that_becomes_much_larger_is_refused_before_it_is_unpacked(tmp_pat
     assert path.stat().st_size < 2**14
     message = refused(tmp_path, capsys, f"{path}/m/x.gguf")
     assert f"{path}: m/x.gguf unpacks to more than 100 times the wheel's size, which no model does." in message
+
+
+def test_a_part_of_a_split_model_is_named(tmp_path, capsys, base):
+    file = write_gguf(base, tmp_path / "tiny-00001-of-00002.gguf", lambda writer: writer.add_uint16("split.count", 2))
+    message = refused(tmp_path, capsys, file)
+    assert "one of the files of a model that was split. Join them with llama.cpp's `llama-gguf-split --merge" in message
+    whole = write_gguf(base, tmp_path / "whole.gguf", lambda writer: writer.add_uint16("split.count", 1))
+    fetch(tmp_path, whole)
