@@ -320,16 +320,6 @@ def test_pass_flows(tmp_path):
     assert "placeholder" in notes(read(tutorial() | {"pass_flows": [["<place_holder>"]]}), "todo")["pass_flows.0"]
 
 
-@pytest.mark.parametrize(("device", "provider"), [("gpu", "cuda"), ("cpu", None)])
-@pytest.mark.parametrize("providers", [{}, {"execution_providers": []}])
-def test_a_gpu_without_a_provider_is_that_of_cuda(device, provider, providers):
-    """Olive takes what is installed there."""
-    system = {"type": "LocalSystem", "accelerators": [{"device": device, **providers}]}
-    imported = read(small(BUILDER, systems={"here": system}, target="here"))
-    assert imported.params["quantize"].get("execution_provider") == provider
-    assert "execution_provider" not in read(small(BUILDER, systems={"here": system}, host="here")).params["quantize"]
-
-
 @pytest.mark.parametrize(
     ("given", "device", "provider"),
     [
