@@ -115,6 +115,7 @@ onstart:
         # --touch is the user's own claim, and `make pull` has compared.
         if workflow.is_main_process and not workflow.touch:
             jobs = list(workflow.dag.needrun_jobs())
+            origins.refuse_future({str(path) for job in jobs for path in job.input})
             rebuilt = {str(path) for job in jobs for path in job.output}
             made_of = origins.inputs_of((job.rule.name, job.input) for job in workflow.dag.jobs)
             if not workflow.dag_settings.allowed_rules:  # DVC and Azure ML run one rule and compare for themselves

@@ -14,13 +14,13 @@ from pathlib import Path
 from slmake import cli, constraints, memory, outputs, params
 from slmake.prompts import load_prompt
 from slmake.rehearsal import estimate
-from slmake.rehearsal.checks import rehearse, try_metrics
+from slmake.rehearsal.checks import context_of, rehearse, try_metrics
 from slmake.scoring import harness
 from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.gates import check_figures
 
 
-def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
+def refuse_what_is_not_there(everything: params.Params, form: dict, context: int) -> None:
     """Raise UserError where a constraint or a gate asks for what the dataset does not have, or a metric or a task cannot be used."""
     for stage in ("evaluate", "package"):
         if stage in everything.all.stages:
@@ -29,7 +29,7 @@ def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
         for metric in everything.evaluate.answer_metrics:
             function_of(metric)
     if "evaluate" in everything.all.stages and everything.evaluate.lm_eval:
-        harness.load(everything.evaluate.lm_eval)
+        harness.load(everything.evaluate.lm_eval, context)
     if "gates" in everything.all.stages:
         check_figures(everything.gates, form["labels"])
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
-        refuse_what_is_not_there(everything, load_prompt(args.dataset))
+        refuse_what_is_not_there(everything, load_prompt(args.dataset), context_of(args.base))
         try_metrics(everything, args.dataset)
         context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"

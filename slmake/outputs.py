@@ -118,19 +118,20 @@ def replace(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def alone(path: Path, wait: bool) -> Iterator[bool]:
-    """Be the only process in a block with this file, which stays; yields whether this one is.
+    """Be the only process in a block with this file, which stays; yields whether this one is known to be.
 
     Args:
-        wait: until it is.
+        wait: until it is. A place that cannot be written, or has no locks, is not waited for.
     """
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as handle:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+            path.parent.mkdir(exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            known = False
         else:
-            yield True
+            known = True
+        yield known
 
 
 def write_json(path: Path, value: dict) -> None:

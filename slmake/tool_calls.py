@@ -17,8 +17,6 @@ BOUND = 1000  # items that a schema may count, and objects in it: the runtime ma
 MEMBERS = 10_000  # of all lists and objects in a schema
 LARGEST = 10**15
 STEPS = 10_000  # what all multipleOf of a schema may be together, as a product: remainders that the runtime tells apart
-NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")  # whose keys are names
-DATA = ("const", "enum", "default", "examples")  # keys of a schema whose values are no schemas
 CALL_ID = "call00000"  # nine letters and digits, which Mistral's templates ask for
 
 
@@ -106,10 +104,12 @@ class CallForm:
             ValueError: see `refuse_endless`.
         """
         calls = []
-        for number, function in enumerate(tool["function"] for tool in tools):
-            refuse_endless(schema_of(function))
-            place = f"#/anyOf/{number}/properties/{self.arguments.replace('~', '~0').replace('/', '~1')}"
-            properties = {self.name: {"const": function["name"]}, self.arguments: moved(schema_of(function), place)}
+        functions = [tool["function"] for tool in tools]
+        schemas = list(map(schema_of, functions))
+        for schema in schemas:
+            refuse_endless(schema)
+        for function, schema in zip(functions, named_apart(schemas), strict=True):
+            properties = {self.name: {"const": function["name"]}, self.arguments: schema}
             properties |= {self.id: {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if self.id else {}
             calls.append(
                 {
@@ -168,24 +168,17 @@ def schema_of(function: dict) -> dict:
     return function.get("parameters") or {"type": "object"}
 
 
-def moved(schema: object, place: str) -> object:
-    """A JSON Schema as it is written at a place, a JSON pointer, of another one: its references to itself begin there.
+def named_apart(schemas: list[dict]) -> list[dict]:
+    """JSON Schemas that stand in another one, each with a name of its own: their references to themselves then stay within them.
 
     What pydantic and others make of an enumeration or of a nested object is such a reference, `#/$defs/NAME`.
     """
-    if isinstance(schema, list):
-        return [moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    there = {key: value for key, value in schema.items() if key != "$id"}  # which names another place
-    for key, value in there.items():
-        if key == "$ref" and isinstance(value, str) and re.match(r"#(/|$)", value):
-            there[key] = place + value[1:]
-        elif key in NAMED and isinstance(value, dict):
-            there[key] = {name: moved(part, place) for name, part in value.items()}
-        elif key not in DATA:
-            there[key] = moved(value, place)
-    return there
+    named: dict[str, dict] = {}
+    for number, schema in enumerate(schemas):
+        own = schema.get("$id")
+        name = f"urn:schema:{number}" if not isinstance(own, str) or own in named else own
+        named[name] = schema | {"$id": name}
+    return list(named.values())
 
 
 def _literal(model, text: str) -> str:

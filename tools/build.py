@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from slmake import cli, params
+from slmake import cli, outputs, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
 from slmake.platforms import dvc, dvc_yaml, unmoved
@@ -47,17 +47,27 @@ def main(argv: list[str] | None = None) -> int:
     asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
     if asked:
         update(recorded=not args.targets)
-        if not built(screen, args.targets):
+    with outputs.alone(dvc.BUILDING, wait=False) as alone:
+        if asked and not built(screen, args.targets, alone):
             for line in screen.ending():
                 screen.write(line)
             page.remove_stale(screen.write)
             return 130 if screen.interrupted else 1
+        return finish(screen, args.targets, asked)
+
+
+def finish(screen: Screen, targets: list[str], asked: bool) -> int:
+    """Record what was built, put the report on one page and say what there is.
+
+    Args:
+        asked: Snakemake was.
+    """
     with cli.job("build") as job:
         stages = params.load("params.yaml").stages
-        if page.OVERVIEW.exists() and with_report(args.targets, stages):
+        if page.OVERVIEW.exists() and with_report(targets, stages):
             page.write()
-        if args.targets:
-            job.say(f"{', '.join(args.targets)}: {'built' if screen.started else 'nothing to do'}")
+        if targets:
+            job.say(f"{', '.join(targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         if asked:
             record.main([])
@@ -74,16 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def built(screen: Screen, targets: list[str]) -> bool:
-    """Run Snakemake, and let no DVC in another terminal remove what it makes; whether all is built."""
-    if not Path(".dvc").is_dir():  # of a single target nothing is recorded
-        return run(screen, targets)
-    from slmake.platforms.atomic_dvc import held
+def built(screen: Screen, targets: list[str], alone: bool) -> bool:
+    """Run Snakemake, and let no DVC in another terminal remove what it makes; whether all is built.
 
-    outs = [path for stage in dvc.entries().values() for path in dvc.outs(stage)]
+    Args:
+        alone: no other build runs: it would meet Snakemake's lock.
+    """
     with contextlib.ExitStack() as stack:
-        with cli.job("build"):
-            stack.enter_context(held(outs))
+        if alone:
+            from slmake.platforms.atomic_dvc import held
+
+            with cli.job("build"):
+                stack.enter_context(held(dvc.made()))
         return run(screen, targets)
 
 

@@ -10,7 +10,6 @@ old file with its old time, and Snakemake would take it for older than what it w
 """
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
 
@@ -42,7 +41,7 @@ IGNORED = {".snakemake", ".snakemake_timestamp", ".venv", "build/checkpoints", "
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    with cli.job("record") as job, one_at_a_time():
+    with cli.job("record") as job, outputs.alone(RECORDING, wait=True):
         if unmoved.unmoved():
             return
         if repaired := repair_lock():
@@ -80,11 +79,6 @@ def main(argv: list[str] | None = None) -> None:
         break_readonly_hardlinks()  # as the Snakefile does: so that the next build finds all of them where they are now
         remember()
         unmoved.remember(wanted)
-
-
-def one_at_a_time() -> contextlib.AbstractContextManager:
-    """Wait for another recording; what it records need not be recorded again."""
-    return outputs.alone(RECORDING, wait=True) if Path(".dvc").is_dir() else contextlib.nullcontext()
 
 
 def refuse_ignored() -> None:

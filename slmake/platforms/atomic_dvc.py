@@ -32,7 +32,7 @@ from dvc_data.hashfile import checkout, state
 
 from slmake import cli, outputs
 from slmake.errors import UserError
-from slmake.platforms.dvc import LOCK, PENDING, receipts
+from slmake.platforms.dvc import BUILDING, LOCK, PENDING, receipts
 from slmake.platforms.origins import metadata
 
 
@@ -73,6 +73,9 @@ def edit_rwlock(lock_dir: str, fs, hardlink: bool) -> Iterator[dict]:
         with contextlib.suppress(FileNotFoundError, ValueError, rwlock.Invalid):
             lock = rwlock.SCHEMA(json.loads(path.read_text(encoding="utf-8")))
         lock = {"read": defaultdict(list, lock.get("read", {})), "write": defaultdict(dict, lock.get("write", {}))}
+        with outputs.alone(Path(lock_dir, BUILDING.name), wait=False) as nobody_builds:
+            if nobody_builds:
+                drop_killed_builds(lock)
         yield lock
         outputs.replace(path, json.dumps(lock).encode())
 
@@ -120,25 +123,27 @@ def relink(link, cache, cache_info: str, fs, path: str, in_cache: bool, force: b
 def held(names: Iterable[str]) -> Iterator[None]:
     """Let no other DVC touch these outputs while a build makes them: `dvc repro` removes a stage's outputs before it runs its command.
 
+    Who calls it holds BUILDING.
+
     Raises:
         UserError: another DVC works on them.
     """
     paths, folder = [str(Path(name).absolute()) for name in names], Path(".dvc/tmp")
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it says of each process that was killed that it was
-    with outputs.alone(folder / "slmake.building", wait=False) as alone, contextlib.ExitStack() as stack:
-        if alone:  # another build meets Snakemake's lock
-            with edit_rwlock(
-                str(folder), localfs, False
-            ) as lock:  # of builds that were killed; their numbers are given again
-                lock["write"] = {path: info for path, info in lock["write"].items() if info["cmd"] != BUILD}
-            try:
-                stack.enter_context(rwlock.rwlock(str(folder), localfs, BUILD, [], paths, False))
-            except LockError as error:
-                other = str(error).splitlines()[1].strip()
-                raise UserError(
-                    f"DVC works on what would be built: {other}. Run `make` again when it has ended."
-                ) from None
+    with edit_rwlock(str(folder), localfs, False) as lock:
+        drop_killed_builds(lock)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(rwlock.rwlock(str(folder), localfs, BUILD, [], paths, False))
+        except LockError as error:
+            other = str(error).splitlines()[1].strip()
+            raise UserError(f"DVC works on what would be built: {other}. Run `make` again when it has ended.") from None
         yield
+
+
+def drop_killed_builds(lock: dict) -> None:
+    """Drop what builds have left in DVC's list that were killed: another process may have their number now, as in a new container."""
+    lock["write"] = defaultdict(dict, {path: by for path, by in lock["write"].items() if by["cmd"] != BUILD})
 
 
 def load_once(load: Callable) -> Callable:
@@ -202,7 +207,7 @@ def retry_sooner() -> None:
     ExponentialRetry.__init__ = functools.partialmethod(ExponentialRetry.__init__, initial_backoff=4)
 
 
-BUILD = "make"  # how a build is called to others
+BUILD = "make; if it was killed, `make` again clears this"  # how DVC calls a build to others
 RELINK = checkout._relink
 checkout._relink = relink
 _common._dump_data = dump

@@ -18,6 +18,7 @@ LOCK = Path("dvc.lock")
 NOTE = Path(".dvc/tmp/slmake.json")  # what the last record saw: the receipts' sum, and when each rule had run
 KEPT = Path(".dvc/tmp/slmake.lock")  # the receipts of the last record
 RELEASED = "results/published.json"  # no output that DVC keeps: it would bring it back where nothing was published
+BUILDING = Path(".dvc/tmp/slmake.building")  # held by the build that runs
 PENDING = Path(".dvc/tmp/slmake.pending.lock")  # receipts that `dvc commit` wrote, until they are compared again
 
 
@@ -144,6 +145,14 @@ def repair_lock() -> str | None:
 def outs(stage: dict) -> list[str]:
     """Paths of a stage's outputs, by its entry in dvc.yaml."""
     return [path for out in stage.get("outs", []) for path in ([out] if isinstance(out, str) else out)]
+
+
+def made() -> list[str]:
+    """The outputs of all stages; none where dvc.yaml cannot be read."""
+    try:
+        return [path for stage in entries().values() for path in outs(stage)]
+    except UserError:
+        return []
 
 
 def receipts() -> list[dict]:

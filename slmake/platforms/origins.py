@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -340,6 +341,20 @@ def date_results() -> None:
     for path in [*outputs.single_files(), *Path("build").glob("*/.snakemake_timestamp")]:
         if path.stat().st_mtime > now:
             os.utime(path, (now, now))
+
+
+def refuse_future(names: Iterable[str]) -> None:
+    """Raise UserError for an input that is dated in the future: Snakemake would delete what is built of it at the end of its rule."""
+    for name in names:
+        stamp = os.path.join(name, ".snakemake_timestamp")  # noqa: PTH118 (hundreds of them)
+        with contextlib.suppress(OSError):  # not made yet
+            dated = os.stat(stamp if os.path.exists(stamp) else name).st_mtime  # noqa: PTH110, PTH116
+            if dated > time.time() + CLOCKS:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(dated))
+                raise UserError(
+                    f"{name} is dated in the future ({when}), and Snakemake goes by times. `touch {shlex.quote(name)}` gives it today's; its "
+                    "content stays, so nothing is built again for that."
+                )
 
 
 def of_now(paths: list[str]) -> list[str]:

@@ -151,7 +151,7 @@ def exported_logits(folder: Path, prompts: list[np.ndarray]) -> list[np.ndarray]
     model = onnx_runner.load(folder)
     logits = []
     for prompt in map(np.ndarray.tolist, prompts):
-        row = onnx_runner.OnnxRow(model, prompt[:-ANSWER], ANSWER + 1)
+        row = onnx_runner.OnnxRow(model, prompt[:-ANSWER], ANSWER)
         model.generate(row.prompt, ANSWER, row.look, row.room)
         logits.append(np.stack(row.logits([*prompt[-ANSWER:], 0], [])).astype(np.float32))
     return logits

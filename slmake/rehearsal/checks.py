@@ -8,6 +8,7 @@ from slmake.data.tokenize import load_tokenizer
 from slmake.errors import UserError
 from slmake.export.families import mixture_of_experts, unsupported
 from slmake.generation import Exported
+from slmake.model_config import MOST_POSITIONS
 from slmake.prompts import load_prompt
 from slmake.rehearsal import chain, chat_prompts, twin
 from slmake.scoring import answer_metrics, constrained, gates, onnx_runner, tokenizers
@@ -19,13 +20,19 @@ SCORED, NEW_TOKENS = 4, 8  # test rows on which the twin is scored, and tokens o
 ROWS = 512  # largest number of test rows that the runtime's tokenizer reads and writes
 
 
+def context_of(base: Path) -> int:
+    """Tokens of prompt and answer together that a model reads; MOST_POSITIONS where it does not say so."""
+    config = outputs.read_json(base / "config.json", output=base)
+    return config.get("max_position_embeddings") or MOST_POSITIONS
+
+
 def lengths(base: Path) -> list[int]:
     """Lengths of the prompts to compare: short ones, and some beyond each length at which the model changes what it computes.
 
     Two beyond: the runtime takes tokens back only where a prompt is little longer than a sliding window.
     """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    limit = min(LONGEST, config.get("max_position_embeddings") or LONGEST)
+    limit = min(LONGEST, context_of(base))
     edges = [config.get("sliding_window"), config.get("original_max_position_embeddings")]
     edges += [
         (config.get(name) or {}).get("original_max_position_embeddings") for name in ("rope_scaling", "rope_parameters")
@@ -65,7 +72,7 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
             job.say(f"the runtime writes {same} chats as training does")
         try_tokenizer(everything, base, dataset, exported)
         try_constraints(everything, dataset, exported)
-    if "evaluate" in stages and (tried := try_evaluate(everything, scratch, dataset, job)):
+    if "evaluate" in stages and (tried := try_evaluate(everything, base, scratch, dataset, job)):
         checks["evaluate"] = {"models": tried}
         job.say(f"it is scored as {', '.join(tried)}")
     return checks
@@ -109,13 +116,22 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
             )
 
 
-def try_evaluate(everything: params.Params, scratch: Path, dataset: Path, job: cli.Job) -> list[str]:
+def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: Path, job: cli.Job) -> list[str]:
     """Score the twin on the first rows in each form that `evaluate` will score. Returns the names of these forms.
 
     Args:
         scratch: has what the stages before made of it.
+
+    Raises:
+        UserError: an answer may be longer than what the real model reads behind the longest prompt.
     """
     section, onnx = everything.evaluate, everything.quantize.precision
+    longest, context = max(map(len, Questions(dataset, section.max_samples).prompts)), context_of(base)
+    if longest + (section.max_new_tokens or 0) > context:
+        raise UserError(
+            f"evaluate.max_new_tokens: {section.max_new_tokens} tokens behind the longest prompt, of {longest}, are more than the model reads: "
+            f"{context}. Set it to {context - longest} or less."
+        )
     made = {"base": "twin", "adapter": "adapter", "merged": "merged", "onnx": "asked"}
     folders = {
         onnx if name == "onnx" else name: scratch / folder

@@ -6,6 +6,7 @@ Each model runs on the harness's own backend for transformers; behind it, the ex
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,10 @@ from slmake.scoring.transformers_runner import ends_of
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+# What a task may say of how its answers are generated: the limit by each of its names, what both runtimes take, and what changes nothing.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+ASKED = ("until", "do_sample", "temperature", "top_p", "top_k")
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": 1}
 Z = 1.959964  # of a 95% interval
 SEED = 1234  # of sampled answers, as the harness's own
 SKIPPED = ("adapter",)  # merged is the same function: parity proves it
@@ -60,15 +65,48 @@ def tasks(entries: list[str]) -> "tuple[list[str], TaskManager]":
     return names, known
 
 
-def load(entries: list[str]) -> None:
-    """Load tasks with their rows, as `run` does: before training, what is not there is said.
+@dataclass(frozen=True)
+class TaskSampling(Sampling):
+    """How a task has tokens chosen.
+
+    Attributes:
+        top_k: only so many of the most likely tokens are sampled from; 0 for all.
+    """
+
+    top_k: int = 0
+
+    def options(self) -> dict:
+        """The runtime's search options."""
+        return super().options() | ({"top_k": self.top_k} if self.temperature else {})
+
+
+def load(entries: list[str], context: int) -> None:
+    """Load tasks with their rows, as `run` does: before training, what is not there is said, or cannot be asked of every model.
+
+    Args:
+        context: tokens of prompt and answer together that the model can read.
 
     Raises:
         UserError: as `tasks` and `run`.
     """
     names, known = tasks(entries)
     with _explained(names):
-        known.load(names)
+        for task in known.load(names)["tasks"].values():
+            _refuse_unaskable(task.config, context)
+
+
+def _refuse_unaskable(task, context: int) -> None:
+    """Raise ValueError for a task's way of asking that only one of transformers and onnxruntime-genai has, or neither."""
+    if task.output_type != "generate_until":
+        return
+    options = {name: value for name, value in (task.generation_kwargs or {}).items() if NEUTRAL.get(name) != value}
+    limits = [options[name] for name in LIMITS if name in options]
+    if unknown := sorted(options.keys() - {*LIMITS, *ASKED}):
+        raise ValueError(f"{task.task}: generation_kwargs.{unknown[0]}: an exported model cannot be asked so")
+    if limits and int(limits[0]) >= context:
+        raise ValueError(f"{task.task}: answers of {limits[0]} tokens, and the model reads {context} with the prompt")
+    if options.get("do_sample") and not options.get("temperature"):
+        raise ValueError(f"{task.task}: generation_kwargs.do_sample without a temperature")
 
 
 def _task_of(file: Path) -> str:
@@ -114,7 +152,7 @@ def _backend(folder: Path, exported: bool):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = HFLM(pretrained=str(folder), dtype="auto", device=device, batch_size=1, trust_remote_code=False)
     # As an export answers: without generation_config.json's penalty of repetitions, which would hold for one of the two only.
-    backend.model.generation_config = GenerationConfig(eos_token_id=ends_of(backend.model) or None)
+    backend.model.generation_config = GenerationConfig(eos_token_id=ends_of(backend.model) or None, top_k=0)
     return backend
 
 
@@ -133,7 +171,7 @@ def _exported_backend() -> type:
         """
 
         def __init__(self, folder: Path):
-            self.exported = Exported(folder)
+            self.exported, self.asked = Exported(folder), 0
             model = SimpleNamespace(device=torch.device("cpu"), config=PretrainedConfig())
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             length = self.exported.context_length
@@ -167,14 +205,16 @@ def _exported_backend() -> type:
                 results.append((total, greedy))
             return results
 
-        def _model_generate(self, context, max_length, stop, do_sample=False, temperature=0.0, top_p=1.0, **_):
+        def _model_generate(self, context, max_length, stop, do_sample=False, temperature=0.0, top_p=1.0, top_k=0, **_):
             """The prompt and its answer, int64 [1, tokens], up to an end token or one of the texts of `stop`."""
-            prompt, sampling = context[0].tolist(), Sampling(temperature if do_sample else 0.0, top_p, SEED)
-            new_tokens, answer = max_length - len(prompt), []
+            self.asked += 1  # a task may ask the same several times, for several answers
+            sampling = TaskSampling(temperature if do_sample else 0.0, top_p, SEED + self.asked, top_k=top_k)
+            prompt, answer = context[0].tolist(), []
+            new_tokens = max_length - len(prompt)
             for token in self.exported.steps(self.exported.generator(prompt, new_tokens, sampling), new_tokens):
                 answer.append(token)
-                text = self.tok_decode(answer)
-                if any(end and end in text for end in stop):
+                text = self.tok_decode(answer, skip_special_tokens=False)
+                if any(end in text for end in stop):
                     break
             return torch.tensor([[*prompt, *answer]])
 

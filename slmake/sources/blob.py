@@ -163,7 +163,7 @@ def filesystem(account: str = "", credential: object | None = None):
 def account_of(connection: str) -> str:
     """The account that a connection string is of, or ""."""
     found = re.search(r"AccountName=([^;]+)", connection) or re.search(
-        r"BlobEndpoint=https?://([a-z0-9]+)\.", connection
+        r"BlobEndpoint=https?://([a-z0-9]+)\.blob\.", connection
     )
     return found[1] if found else ""
 

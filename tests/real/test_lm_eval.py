@@ -120,6 +120,36 @@ def test_every_backend_gives_the_same_figures(base, exported, files):
 
 
 @pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ("max_gen_toks: 512", "answers of 512 tokens, and the model reads 512 with the prompt"),
+        (
+            "max_new_tokens: 4, repetition_penalty: 1.2",
+            "generation_kwargs.repetition_penalty: an exported model cannot",
+        ),
+        ("max_gen_toks: 4, do_sample: true", "generation_kwargs.do_sample without a temperature"),
+        ("max_gen_toks: 4, do_sample: true, temperature: 0.7, top_k: 5, num_beams: 1", None),
+    ],
+)
+def test_how_a_task_asks_is_refused_before_training(tmp_path, files, kwargs, reason):
+    text = files["spoken"].read_text(encoding="utf-8").replace("max_gen_toks: 4, do_sample: false", kwargs)
+    (tmp_path / "own.yaml").write_text(text.replace("task: spoken", "task: own"), encoding="utf-8")
+    if reason is None:
+        harness.load([str(tmp_path / "own.yaml")], 512)
+        return
+    with pytest.raises(UserError, match=f"evaluate.lm_eval: own: ValueError: own: {reason}"):
+        harness.load([str(tmp_path / "own.yaml")], 512)
+
+
+def test_a_task_that_samples_gets_other_answers_each_time_and_the_same_in_each_run(exported):
+    limits = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "top_k": 50}
+    asked = [Instance("generate_until", {}, ("The sun shines", limits), number) for number in range(6)]
+    first, again = (harness._backend(exported["whole"], True).generate_until(asked) for _ in range(2))
+    assert first == again
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize(
     ("kind", "changes"),
     [
         ("Lfm2", {}),  # ONNX Runtime GenAI takes no tokens back here,
@@ -148,7 +178,8 @@ def test_models_of_other_kinds_have_the_same_figures(tmp_path, files, kind, chan
     models = {"base": tmp_path / "base", "fp32": tmp_path / "onnx"}
     figures = harness.run(models, "fp32", list(map(str, files.values())), None, job())
     assert figures["fp32"] == pytest.approx(figures["base"], abs=2e-6)
-    limits = {"until": ["e"], "max_new_tokens": 6}  # the harness's other name for its own limit
+    special = transformers.AutoTokenizer.from_pretrained(tmp_path / "base").convert_ids_to_tokens(1)
+    limits = {"until": ["e", special], "max_new_tokens": 6}  # the harness's other name for its own limit
     asked = [
         Instance("generate_until", {}, (text, limits), number)
         for number, text in enumerate(("The sun shines on day 4:", "It rains. " * 12))
@@ -208,14 +239,14 @@ def test_a_task_whose_rows_are_gone(tmp_path, base):
         harness.run({"base": base}, "int4", [str(file)], None, job())
     asked = params.load(write_params(tmp_path / "params.yaml", evaluate={"lm_eval": [str(file)]}))
     with pytest.raises(UserError, match=message):  # before training
-        rehearse.refuse_what_is_not_there(asked, {"labels": None})
+        rehearse.refuse_what_is_not_there(asked, {"labels": None}, 512)
 
 
 def test_rehearse_finds_that_a_task_or_the_harness_is_not_there(tmp_path, files, monkeypatch):
     def check(task: str, *stages: str) -> None:
         changes = {"evaluate": {"lm_eval": [task]}, "all": {"stages": ["finetune", "merge", *stages]}}
         file = write_params(tmp_path / "params.yaml", **changes)
-        rehearse.refuse_what_is_not_there(params.load(file), {"labels": None})
+        rehearse.refuse_what_is_not_there(params.load(file), {"labels": None}, 512)
 
     check(str(files["tones"]), "evaluate")
     check("no_such_task")

@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -60,6 +61,29 @@ def test_files_without_a_folder(tmp_path):
         first.write_text("1")
         second.write_text("2")
     assert [(tmp_path / name).read_text() for name in names(tmp_path)] == ["1", "2"]
+
+
+def test_one_process_is_alone_with_a_file(tmp_path, monkeypatch):
+    file = tmp_path / "folder" / "lock"
+    with outputs.alone(file, wait=False) as first, outputs.alone(file, wait=False) as second:
+        assert (first, second) == (True, False)
+    with outputs.alone(file, wait=True) as again:
+        assert again
+    with outputs.alone(tmp_path / "no" / "folder" / "lock", wait=True) as known:  # nor one that cannot be written
+        assert not known
+
+    def without_locks(*_) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", without_locks)
+    with outputs.alone(file, wait=True) as known:
+        assert not known
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, ValueError])
+def test_what_ends_a_block_alone_is_passed_on(tmp_path, problem):
+    with pytest.raises(problem), outputs.alone(tmp_path / "lock", wait=True):
+        raise problem
 
 
 @pytest.mark.parametrize("problem", [UserError, ValueError, KeyboardInterrupt, SystemExit, MemoryError])

@@ -76,6 +76,21 @@ def test_outputs_dated_in_the_future_are_built_on(repository):
     assert planned(repository) == set()
 
 
+def test_an_input_dated_in_the_future_is_named(repository):
+    """As an archive of another time zone leaves it: where something is built of it, and only there."""
+    data = repository / "data" / "dataset.json"
+    os.utime(data, (time.time() + 7200,) * 2)
+    assert snakemake(repository).returncode == 0
+    data.write_text(data.read_text().replace("number 5 of", "number 6 of"), encoding="utf-8")
+    os.utime(data, (time.time() + 7200,) * 2)
+    before = (repository / "build" / "adapter" / "adapter_model.safetensors").read_bytes()
+    done = snakemake(repository)
+    assert done.returncode != 0
+    assert "data/dataset.json is dated in the future (20" in done.stdout
+    assert "`touch data/dataset.json` gives it today's" in done.stdout
+    assert (repository / "build" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_a_comment_in_the_module_that_writes_outputs_makes_a_new_package_and_nothing_else(repository):
     """The package's provenance names the bytes of every script."""
     module = repository / "slmake" / "outputs.py"

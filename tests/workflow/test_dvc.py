@@ -11,6 +11,7 @@ import yaml
 from project import RULES, change, environment, planned, run, snakemake
 from tiny import ROOT
 
+from slmake import outputs
 from slmake.plan import SECTIONS
 from slmake.platforms import atomic_dvc, dvc
 from tools import build, remote
@@ -271,17 +272,22 @@ def test_dvc_removes_nothing_that_a_build_makes(repository, monkeypatch):
     def while_it_builds(screen, targets) -> bool:
         done = run(repository, "dvc", "repro", "--single-item", "--force", "finetune")
         seen.append((done.returncode, done.stdout))
-        with atomic_dvc.held([]):  # another build is not held up: it meets Snakemake's lock
-            pass
+        with outputs.alone(
+            dvc.BUILDING, wait=False
+        ) as alone:  # another build is not held up: it meets Snakemake's lock
+            assert not alone
         return True
 
     monkeypatch.setattr(build, "run", while_it_builds)
-    lock.write_text(json.dumps({"write": {str(Path("build/adapter").absolute()): {"pid": 1, "cmd": "make"}}}))  # killed
+    killed = {"write": {str(Path("build/adapter").absolute()): {"pid": 1, "cmd": atomic_dvc.BUILD}}}
+    lock.write_text(json.dumps(killed))
+    assert run(repository, "python", "-m", "tools.remote", "restore").returncode == 0
+    lock.write_text(json.dumps(killed))
     assert build.main(["all"]) == 0
     [(code, shown)] = seen
     assert code != 0
     assert "is busy, it is being blocked by" in shown
-    assert ": make" in shown
+    assert f": {atomic_dvc.BUILD}" in shown
     assert Path("build/adapter/adapter_model.safetensors").is_file()
     assert not json.loads(lock.read_text()).get("write")
 

@@ -111,7 +111,8 @@ def test_credentials_of_another_account_are_not_used(config, monkeypatch):
         assert (opened.connection_string == string) == (account == "models")
     assert os.environ["AZURE_STORAGE_CONNECTION_STRING"] == string
     shared = "BlobEndpoint=https://models.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=x"
-    assert [blob.account_of(text) for text in (string, shared, "", "x")] == ["models", "models", "", ""]
+    local = "BlobEndpoint=http://127.0.0.1:10000/models;SharedAccessSignature=sv=1&sig=x"  # no name is known to be its account's
+    assert [blob.account_of(text) for text in (string, shared, local, "", "x")] == ["models", "models", "", "", ""]
 
 
 @pytest.mark.parametrize("command", ["pull", "restore"])

@@ -148,6 +148,20 @@ def test_a_model_with_convolutions_is_scored_before_it_is_trained(tmp_path, data
     assert needs["checks"]["evaluate"] == {"models": ["base", "int4"]}
 
 
+def test_prompts_of_the_whole_context_are_compared(tmp_path, dataset):
+    base = make_model(tmp_path / "base", "mistral", sliding_window=480)
+    _, needs = rehearse(tmp_path, base, dataset, all={"stages": ["rehearse", "quantize"]})
+    assert set(needs["checks"]["export"]["fp32_difference_by_prompt_tokens"]) == {"8", "40", "488", "512"}
+
+
+def test_answers_beyond_what_the_model_reads_are_refused(tmp_path, base, dataset, capsys):
+    stages = {"stages": ["rehearse", "quantize", "evaluate"]}
+    with pytest.raises(SystemExit):
+        rehearse(tmp_path, base, dataset, all=stages, evaluate={"max_new_tokens": 500})
+    assert "evaluate.max_new_tokens: 500 tokens behind the longest prompt, of " in (shown := capsys.readouterr().err)
+    assert "are more than the model reads: 512. Set it to " in shown
+
+
 def test_a_build_that_does_not_fit_stops_before_training(tmp_path, base, dataset, capsys):
     with pytest.raises(SystemExit):
         rehearse(tmp_path, base, dataset, all={"stages": ["rehearse", "finetune"]}, rehearse={"memory_gb": 0.01})
