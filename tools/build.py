@@ -101,7 +101,9 @@ def built(screen: Screen, targets: list[str], alone: bool) -> bool:
 
 def update(recorded: bool) -> None:
     """Bring dvc.yaml up to date. Where it cannot be, the build says why; but it would run a rule that cannot be `recorded`."""
-    with cli.job("build"):
+    with cli.job("build") as job:
+        if recorded and (repaired := dvc.repair_lock()):
+            job.say(repaired)
         try:
             dvc_yaml.update()
         except UserError as error:

@@ -213,9 +213,9 @@ class Preparation:
     def _warn(self, template: PromptTemplate, tokenize: Tokenize, repeated: int | None) -> None:
         """Say what of the answers no answer of the exported model can have, and that so many `repeated` ones are no labels."""
         if repeated:
+            advice = ". To score them as labels, name them in prepare.labels" if self.section.templated else ""
             self.job.say(
-                f"warning: {repeated} different answers, more than {FEW_ANSWERS}, so they are scored as open text, without labels. To score "
-                "them as labels, name them in prepare.labels."
+                f"warning: {repeated} different answers, more than {FEW_ANSWERS}, so they are scored as open text, without labels{advice}"
             )
         if tokenize.unlike:
             self.job.say(

@@ -236,9 +236,12 @@ def finish(reader, hosts: dict[str, object]) -> None:
     used = next(filter(None, [*named_first, reader.provider]), None) if "quantize" in reader.stages else None
     if used:
         reader.put(used[0], "quantize.execution_provider", used[1])
+    runs = (
+        "quantize" in reader.stages and reader.params["quantize"].get("precision") != "fp32"
+    )  # which cuda has none of
     for name, system in reader.systems.items():
         for field, device in system["devices"]:  # without a provider, Olive takes one that is installed
-            if device == "gpu" and name == hosts["target"] and not used and "quantize" in reader.stages:
+            if device == "gpu" and name == hosts["target"] and not used and runs:
                 reader.put(field, "quantize.execution_provider", "cuda")
                 used = (field, "cuda")
                 continue

@@ -86,6 +86,7 @@ class Store:
         Raises:
             UserError: out of reach, or the file has another content by now.
         """
+        changed = f"{path} was changed while publish read it; {POINTER} was not moved. Run the same command again."
 
         async def put():
             with open(path, "rb") as handle:
@@ -98,10 +99,8 @@ class Store:
             await blob_of.set_blob_metadata({"sha256": sha256}, **blob.RETRIES)
             return True
 
-        if not self.run(put, name):
-            raise UserError(
-                f"{path} was changed while publish read it; {POINTER} was not moved. Run the same command again."
-            )
+        if not (path.is_file() and self.run(put, name)):
+            raise UserError(changed)
 
     def swap(self, name: str, content: bytes, etag: str | None) -> bool:
         """Write a small blob if it is still the one with that ETag (None: if there is none); whether that was so."""

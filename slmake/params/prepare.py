@@ -235,11 +235,16 @@ class Prepare(Section):
                 raise ValueError(f"`{source.text}` is a source of models, not of rows")
         return self
 
+    @property
+    def templated(self) -> bool:
+        """Whether rows become text by templates over their fields."""
+        return self.text_template is not None or isinstance(self.messages, list)
+
     @model_validator(mode="after")
     def _one_form(self):
         if self.text_template is not None and self.messages is not None:
             raise ValueError("give either text_template or messages")
-        templated = self.text_template is not None or isinstance(self.messages, list)
+        templated = self.templated
         if self.format == "template" and not templated:
             raise ValueError("format template needs text_template, or messages as a list of templates")
         if self.format in ("messages", "sharegpt", "alpaca", "prompt_completion") and templated:

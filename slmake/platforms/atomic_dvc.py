@@ -137,7 +137,10 @@ def held(names: Iterable[str]) -> Iterator[None]:
             stack.enter_context(rwlock.rwlock(str(folder), localfs, BUILD, [], paths, False))
         except LockError as error:
             other = str(error).splitlines()[1].strip()
-            raise UserError(f"DVC works on what would be built: {other}. Run `make` again when it has ended.") from None
+            raise UserError(
+                f"DVC works on what would be built: {other}. Run `make` again when it has ended; if there is no such process, remove "
+                f"{folder / rwlock.RWLOCK_FILE}."
+            ) from None
         yield
 
 

@@ -16,7 +16,8 @@ from slmake.scoring.measure import ask_all
 from slmake.scoring.questions import TUNING, Questions
 
 LONGEST = 8192  # tokens of the longest prompt that is tried
-SCORED, NEW_TOKENS = 4, 8  # test rows on which the twin is scored, and tokens of an answer there
+SCORED, NEW_TOKENS = 4, 8  # test rows on which the twin is scored, and tokens that it generates there
+LONGEST_ANSWER = 64  # tokens of an expected answer there: each has logits of the whole vocabulary
 ROWS = 512  # largest number of test rows that the runtime's tokenizer reads and writes
 
 
@@ -47,7 +48,7 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
     Raises:
         UserError: a check fails; the message names it, the figure and the remedy.
     """
-    stages, checks = everything.all.stages, {}
+    stages, checks = everything.stages, {}
     config = outputs.read_json(base / "config.json", output=base)
     reason = unsupported(config) if "quantize" in stages else mixture_of_experts(config)
     if reason:
@@ -140,6 +141,8 @@ def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: 
     }
     section = section.model_copy(update={"latency_rows": 0, "constrain": "none"})
     questions = Questions(dataset, SCORED)
+    if not questions.label_tokens:
+        questions.answers = [answer[:LONGEST_ANSWER] for answer in questions.answers]
     new_tokens = min(section.max_new_tokens or questions.form["longest_answer_tokens"], NEW_TOKENS)
     quantized = everything.finetune if everything.merge.onto == "dequantized" else None
     runs, _ = ask_all(

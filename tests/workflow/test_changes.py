@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from project import change, edit_in, environment, new_project, planned, record, run, snakemake
+from project import build, change, edit_in, environment, new_project, planned, record, run, snakemake
 
 SHOWN = {"gates", "package", "report"}  # what follows evaluate
 AFTER_PREPARE = {"prepare", "rehearse", "finetune", "merge", "quantize", "evaluate"} | SHOWN
@@ -182,6 +182,16 @@ def test_a_section_that_equals_its_defaults_is_in_dvc_yaml_where_params_yaml_has
     settings.pop("merge", None)
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     assert dvc_yaml.origin() != with_it
+
+
+def test_marks_of_a_conflict_are_said_before_the_first_rule(repository):
+    change(repository, "report", wrong_answers=9)
+    lock = repository / "dvc.lock"
+    lock.write_text(lock.read_text() + "\n<<<<<<< HEAD\n", encoding="utf-8")
+    done = build(repository)
+    assert done.returncode == 1
+    assert done.stdout.startswith("build: error: dvc.lock has the marks of a conflict.")
+    assert "→" not in done.stdout
 
 
 def test_receipts_with_the_marks_of_a_conflict_are_the_users_to_choose(repository):
