@@ -14,6 +14,7 @@ from slmake.code_inputs import code, remember
 from slmake.errors import UserError
 from slmake.outputs import break_readonly_hardlinks
 from slmake.plan import LOCKS, Plan, when
+from slmake.platforms import building
 from slmake.platforms import container as containers
 from slmake.platforms import dvc, dvc_yaml, named_files, origins, slurm
 from slmake.platforms.slurm import memory
@@ -28,6 +29,7 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 os.environ[cli.ENGINE] = cli.engine()
 shell.prefix("exec ")
 atexit.register(remember)
+atexit.register(building.release)
 
 try:
     # DVC links single files read-only to its cache, too, and Snakemake refuses to replace a file that may not be written.
@@ -124,6 +126,8 @@ onstart:
                 made_of = origins.inputs_by_dvc(dvc.entries())
             running = {job.rule.name for job in jobs}
             origins.refuse_other_upstream(PLAN, made_of, running, rebuilt, IMAGE if IN_CONTAINERS else None)
+            if not workflow.dag_settings.allowed_rules and Path(".dvc").is_dir():
+                building.hold(dvc.made())
         if CONTAINER and IN_CONTAINERS:
             containers.check(CONTAINER)
     except UserError as error:
@@ -137,6 +141,7 @@ onstart:
 
 
 onsuccess:
+    building.release()
     try:
         params.load("params.yaml")  # still as planned: what DVC or tools.record note beside the outputs
     except UserError as error:
@@ -144,6 +149,7 @@ onsuccess:
 
 
 onerror:
+    building.release()
     if gone := dvc.lost():
         print(
             f"note: {gone[0]} of the last recorded build is not here any more. Undo what you changed, then `make restore` brings it back "

@@ -9,15 +9,14 @@ asked. Exit code 0 means that all of it is up to date.
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from pathlib import Path
 
-from slmake import cli, outputs, params
+from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
-from slmake.platforms import dvc, dvc_yaml, unmoved
+from slmake.platforms import building, dvc, dvc_yaml, unmoved
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
 from tools import page, record
@@ -47,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
     if asked:
         update(recorded=not args.targets)
-    with outputs.alone(dvc.BUILDING, wait=False) as alone:
-        if asked and not built(screen, args.targets, alone):
+    with building.until_recorded():
+        if asked and not run(screen, args.targets):
             for line in screen.ending():
                 screen.write(line)
             page.remove_stale(screen.write)
@@ -70,6 +69,7 @@ def finish(screen: Screen, targets: list[str], asked: bool) -> int:
             job.say(f"{', '.join(targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         if asked:
+            building.release()
             record.main([])
         made = {"report": page.PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}
@@ -82,21 +82,6 @@ def finish(screen: Screen, targets: list[str], asked: bool) -> int:
             names = " and ".join(map(str, made.values())) or "everything"
             print(f"build: nothing to do: {names} {'are' if len(made) > 1 else 'is'} up to date", *scores, sep="\n")
     return 0
-
-
-def built(screen: Screen, targets: list[str], alone: bool) -> bool:
-    """Run Snakemake, and let no DVC in another terminal remove what it makes; whether all is built.
-
-    Args:
-        alone: no other build runs: it would meet Snakemake's lock.
-    """
-    with contextlib.ExitStack() as stack:
-        if alone:
-            from slmake.platforms.atomic_dvc import held
-
-            with cli.job("build"):
-                stack.enter_context(held(dvc.made()))
-        return run(screen, targets)
 
 
 def update(recorded: bool) -> None:

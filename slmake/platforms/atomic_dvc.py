@@ -16,22 +16,21 @@ import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dvc import cachemgr, rwlock
 from dvc.cli import main
 from dvc.dvcfile import FileMixin, Lockfile
 from dvc.exceptions import DvcException
-from dvc.fs import localfs
-from dvc.lock import LockError
+from dvc.fs import localfs  # noqa: F401 (as Repo)
+from dvc.lock import LockError  # noqa: F401
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
 from dvc.utils.serialize import _common, _yaml
 from dvc_data.hashfile import checkout, state
 
 from slmake import cli, outputs
-from slmake.errors import UserError
 from slmake.platforms.dvc import BUILDING, LOCK, PENDING, receipts
 from slmake.platforms.origins import metadata
 
@@ -120,33 +119,26 @@ def relink(link, cache, cache_info: str, fs, path: str, in_cache: bool, force: b
 
 
 @contextlib.contextmanager
-def held(names: Iterable[str]) -> Iterator[None]:
-    """Let no other DVC touch these outputs while a build makes them: `dvc repro` removes a stage's outputs before it runs its command.
-
-    Who calls it holds BUILDING.
+def reading(folder: str, fs, paths: list[str]) -> Iterator[None]:
+    """Be a reader of these files in DVC's list, as a build (see `building`).
 
     Raises:
-        UserError: another DVC works on them.
+        LockError: another DVC writes one of them.
     """
-    paths, folder = [str(Path(name).absolute()) for name in names], Path(".dvc/tmp")
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it says of each process that was killed that it was
-    with edit_rwlock(str(folder), localfs, False) as lock:
+    with edit_rwlock(folder, fs, False) as lock:
         drop_killed_builds(lock)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(rwlock.rwlock(str(folder), localfs, BUILD, [], paths, False))
-        except LockError as error:
-            other = str(error).splitlines()[1].strip()
-            raise UserError(
-                f"DVC works on what would be built: {other}. Run `make` again when it has ended; if there is no such process, remove "
-                f"{folder / rwlock.RWLOCK_FILE}."
-            ) from None
+    with rwlock.rwlock(folder, fs, BUILD, paths, [], False):
         yield
 
 
 def drop_killed_builds(lock: dict) -> None:
     """Drop what builds have left in DVC's list that were killed: another process may have their number now, as in a new container."""
-    lock["write"] = defaultdict(dict, {path: by for path, by in lock["write"].items() if by["cmd"] != BUILD})
+    for path, readers in list(lock["read"].items()):
+        if left := [reader for reader in readers if reader["cmd"] != BUILD]:
+            lock["read"][path] = left
+        else:
+            del lock["read"][path]
 
 
 def load_once(load: Callable) -> Callable:

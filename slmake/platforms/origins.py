@@ -79,7 +79,7 @@ def refuse_replaced(plan: Plan, made_of: dict[str, set[str]], rebuilt: Collectio
     Snakemake would take them for built from what is here now, and build a package that claims so.
 
     Args:
-        made_of: other rules' outputs that a rule reads, by rule, as `inputs_of` gives them.
+        made_of: other rules' outputs that a rule reads, by rule, as `inputs_of` gives them: of the rules that what is asked for needs.
         rebuilt: outputs that this run builds again.
 
     Raises:
@@ -89,7 +89,7 @@ def refuse_replaced(plan: Plan, made_of: dict[str, set[str]], rebuilt: Collectio
         return
     named = entries()
     unknown: dict[str, str] = {}  # the first such output, by stage
-    for stage in (name for name in plan.rules if name in named):
+    for stage in (name for name in plan.rules if name in named and name in made_of):
         for output in (output for output in outs(named[stage]) if output not in rebuilt and Path(output).exists()):
             record = metadata(output)
             if not record or (not outputs.as_built(output) and _is_of_now(plan, made_of, record, output)):

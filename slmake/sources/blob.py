@@ -161,11 +161,10 @@ def filesystem(account: str = "", credential: object | None = None):
 
 
 def account_of(connection: str) -> str:
-    """The account that a connection string is of, or ""."""
-    found = re.search(r"AccountName=([^;]+)", connection) or re.search(
-        r"BlobEndpoint=https?://([a-z0-9]+)\.blob\.", connection
-    )
-    return found[1] if found else ""
+    """The account that a connection string is known to be of, or ""; one of an own host's name, or of an emulator, may be any."""
+    named = re.search(r"(?i)(?:^|;)AccountName=([^;]+)", connection)
+    hosted = re.search(r"(?i)BlobEndpoint=https?://([a-z0-9]+)(?:-secondary)?\.(?:[a-z0-9-]+\.)*blob\.", connection)
+    return (found[1] if (found := named or hosted) else "").lower()
 
 
 def run(fs, request: Callable[[], Coroutine], attempts: int = ATTEMPTS):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,9 @@ import yaml
 from project import RULES, change, environment, planned, run, snakemake
 from tiny import ROOT
 
-from slmake import outputs
 from slmake.plan import SECTIONS
 from slmake.platforms import atomic_dvc, dvc
-from tools import build, remote
+from tools import remote
 
 
 def test_a_second_build_of_the_same_bytes_leaves_nothing_to_do(repository):
@@ -264,45 +265,71 @@ def test_metrics_and_plots_are_shown(repository):
     assert "Confusion of int4" in page
 
 
-def test_dvc_removes_nothing_that_a_build_makes(repository, monkeypatch):
-    """`dvc repro` removes a stage's outputs before it runs the command that meets Snakemake's lock."""
-    monkeypatch.chdir(repository)
-    lock, seen = Path(".dvc/tmp/rwlock"), []
-
-    def while_it_builds(screen, targets) -> bool:
-        done = run(repository, "dvc", "repro", "--single-item", "--force", "finetune")
-        seen.append((done.returncode, done.stdout))
-        with outputs.alone(
-            dvc.BUILDING, wait=False
-        ) as alone:  # another build is not held up: it meets Snakemake's lock
-            assert not alone
-        return True
-
-    monkeypatch.setattr(build, "run", while_it_builds)
-    killed = {"write": {str(Path("build/adapter").absolute()): {"pid": 1, "cmd": atomic_dvc.BUILD}}}
+def test_dvc_removes_nothing_that_a_build_makes(repository):
+    """`dvc repro` removes a stage's outputs before it runs the command that meets Snakemake's lock; `dvc status` goes on."""
+    lock, adapter = repository / ".dvc/tmp/rwlock", repository / "build/adapter/adapter_model.safetensors"
+    killed = {"read": {str(adapter.parent): [{"pid": 1, "cmd": atomic_dvc.BUILD}]}}
     lock.write_text(json.dumps(killed))
     assert run(repository, "python", "-m", "tools.remote", "restore").returncode == 0
     lock.write_text(json.dumps(killed))
-    assert build.main(["all"]) == 0
-    [(code, shown)] = seen
-    assert code != 0
-    assert "is busy, it is being blocked by" in shown
-    assert f": {atomic_dvc.BUILD}" in shown
-    assert Path("build/adapter/adapter_model.safetensors").is_file()
-    assert not json.loads(lock.read_text()).get("write")
-
-
-def test_a_build_waits_for_no_dvc_but_names_it(repository, monkeypatch, capsys):
-    monkeypatch.chdir(repository)
-    monkeypatch.setattr(build, "run", lambda screen, targets: pytest.fail("it runs"))
-    entry = {str(Path("build/adapter").absolute()): {"pid": os.getpid(), "cmd": "dvc repro"}}
-    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": entry}))
-    with pytest.raises(SystemExit):
-        build.main(["all"])
-    assert (
-        f"DVC works on what would be built: (PID {os.getpid()}): dvc repro. Run `make` again" in capsys.readouterr().err
+    (repository / "mine.py").write_text(SLOW, encoding="utf-8")
+    change(repository, "evaluate", metrics=["mine.py:slow"])
+    command = [sys.executable, "-m", "tools.build"]
+    build = subprocess.Popen(
+        command, cwd=repository, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert json.loads(Path(".dvc/tmp/rwlock").read_text())["write"] == entry
+    try:
+        deadline = time.monotonic() + 120
+        while not (repository / "mine.asked").exists() and build.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        done = run(repository, "dvc", "repro", "--single-item", "--force", "finetune")
+        status = run(repository, "dvc", "status", "finetune")
+        (repository / "mine.go").touch()
+    finally:
+        shown, _ = build.communicate(timeout=300)
+    assert (build.returncode, (repository / "mine.asked").exists()) == (0, True), shown
+    assert done.returncode != 0
+    assert f"blocked by:\n  (PID {build.pid}): {atomic_dvc.BUILD}" in done.stdout
+    assert status.returncode == 0
+    assert adapter.is_file()
+    assert json.loads(lock.read_text()).get("read", {}) == {}
+    assert "up to date" in run(repository, "dvc", "status").stdout
+
+
+# A metric that waits until the test has looked. No text of it is a file's whole name: such a file would be an input.
+SLOW = """
+import time
+from pathlib import Path
+
+
+def slow(prompt, expected, answer):
+    Path(__file__).with_suffix(".asked").touch()
+    while not Path(__file__).with_suffix(".go").exists():
+        time.sleep(0.1)
+    return 1.0
+"""
+
+
+def test_a_build_waits_for_no_dvc_but_names_it(repository):
+    change(repository, "report", wrong_answers=9)
+    entry = {str(repository / "build/adapter"): {"pid": os.getpid(), "cmd": "dvc repro"}}
+    (repository / ".dvc/tmp/rwlock").write_text(json.dumps({"write": entry}))
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 1
+    assert (
+        f"DVC writes what would be built: (PID {os.getpid()}): dvc repro. Run the same command again when it"
+        in done.stdout
+    )
+    assert json.loads((repository / ".dvc/tmp/rwlock").read_text())["write"] == entry
+
+
+def test_a_build_behind_dvc_checkout_is_not_in_its_own_way(repository):
+    """Its outputs are new to it, so it asks DVC for their status."""
+    shutil.rmtree(repository / "build" / "adapter")
+    assert run(repository, "dvc", "checkout").returncode == 0
+    change(repository, "report", wrong_answers=9)
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 0, done.stdout
 
 
 def test_two_recordings_come_one_after_the_other(repository):

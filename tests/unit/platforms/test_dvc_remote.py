@@ -112,7 +112,12 @@ def test_credentials_of_another_account_are_not_used(config, monkeypatch):
     assert os.environ["AZURE_STORAGE_CONNECTION_STRING"] == string
     shared = "BlobEndpoint=https://models.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=x"
     local = "BlobEndpoint=http://127.0.0.1:10000/models;SharedAccessSignature=sv=1&sig=x"  # no name is known to be its account's
-    assert [blob.account_of(text) for text in (string, shared, local, "", "x")] == ["models", "models", "", "", ""]
+    own = "BlobEndpoint=https://blobs.example.com;SharedAccessSignature=sv=1&sig=x"
+    second = "blobendpoint=https://MODELS-secondary.z1.blob.storage.azure.net/;SharedAccessSignature=sv=1"
+    assert {
+        blob.account_of(text) for text in (string, string.replace("AccountName", "accountname"), shared, second)
+    } == {"models"}
+    assert {blob.account_of(text) for text in (local, own, "", "x")} == {""}
 
 
 @pytest.mark.parametrize("command", ["pull", "restore"])
