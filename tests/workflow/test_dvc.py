@@ -332,6 +332,17 @@ def test_a_build_behind_dvc_checkout_is_not_in_its_own_way(repository):
     assert done.returncode == 0, done.stdout
 
 
+def test_a_target_asks_nothing_of_what_it_does_not_read(repository):
+    """In a fresh clone, scores and receipts are there and nothing else."""
+    for folder in (".snakemake", "build"):
+        shutil.rmtree(repository / folder)
+    change(repository, "prepare", seed=3)
+    done = run(repository, "python", "-m", "tools.build", "build/dataset")
+    assert done.returncode == 0, done.stdout
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 0, done.stdout
+
+
 def test_two_recordings_come_one_after_the_other(repository):
     change(repository, "report", wrong_answers=9)
     assert snakemake(repository).returncode == 0
