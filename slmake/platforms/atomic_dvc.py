@@ -7,6 +7,7 @@ DVC writes them in place: a process that is killed meanwhile would leave a part 
 The receipts of `commit` are written once, to PENDING: who calls it compares again what was hashed, and then puts them into dvc.lock's place.
 """
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import colorama.initialise
 from dvc import cachemgr, rwlock
 from dvc.cli import main
 from dvc.dvcfile import FileMixin, Lockfile
@@ -203,6 +205,7 @@ def retry_sooner() -> None:
 
 
 BUILD = "make; if it was killed, `make` again clears this"  # how DVC calls a build to others
+atexit.unregister(colorama.initialise.reset_all)  # DVC's: it would end a terminal's last line with a code
 RELINK = checkout._relink
 checkout._relink = relink
 _common._dump_data = dump

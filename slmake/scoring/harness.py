@@ -163,19 +163,17 @@ def _exported_backend() -> type:
     from transformers import AutoTokenizer, PretrainedConfig
 
     class ExportedLM(HFLM):
-        """The harness's backend of transformers with an exported model behind it.
+        """The harness's backend of transformers with an exported model behind it: its own for onnxruntime-genai has other tokens and ends.
 
-        So base, merged and export get the same tokens, begin tokens included, and the same limits and ends of an answer; the
-        harness's own backend of onnxruntime-genai has others. A continuation is fed token by token behind its context, which is
-        computed once for all choices of a question: an export may give the logits of the last position only.
+        A continuation is fed token by token behind its context, which is computed once for all choices of a question: an export may give
+        the logits of the last position only.
         """
 
         def __init__(self, folder: Path):
             self.exported, self.asked = Exported(folder), 0
             model = SimpleNamespace(device=torch.device("cpu"), config=PretrainedConfig())
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            length = self.exported.context_length
-            super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=length, batch_size=1)
+            super().__init__(model, backend="causal", tokenizer=tokenizer, max_length=self.exported.context_length)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             """Log likelihood in nats of each continuation, and whether it is the most likely one."""

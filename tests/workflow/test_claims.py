@@ -282,7 +282,7 @@ def test_a_package_of_pulled_outputs_names_no_other_code(repository):
     edit(repository, "slmake/training/schedule.py", "def batches(", "OTHER = 1\n\n    def batches(")
     done = run(repository, "snakemake", "--cores", "all", "--force", "build/package")
     assert done.returncode == 1, done.stdout
-    assert "build/adapter were built from; nothing was built" in done.stdout
+    assert "nothing says what build/adapter was built from; nothing was built" in done.stdout
     assert not (repository / "build" / "package").exists()
 
 
