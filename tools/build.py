@@ -69,7 +69,6 @@ def finish(screen: Screen, targets: list[str], asked: bool) -> int:
             job.say(f"{', '.join(targets)}: {'built' if screen.started else 'nothing to do'}")
             return 0
         if asked:
-            building.release()
             record.main([])
         made = {"report": page.PAGE} if "report" in stages else {}
         made |= {"package": Path("build/package")} if "package" in stages else {}

@@ -14,7 +14,6 @@ Writes results/seeds.json (parameters and scores of every run) and results/seeds
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -82,17 +81,18 @@ def copy_project(here: Path, scratch: Path) -> tuple[Path, str]:
 @contextlib.contextmanager
 def scratch(kept: Path) -> Iterator[Path]:
     """A folder for a copy of the project, which others see is in use."""
-    with tempfile.TemporaryDirectory(prefix=f"{COPY}-", dir=kept) as folder, open(Path(folder, IN_USE), "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{COPY}-", dir=kept) as name:
+        folder = Path(name)
+        with outputs.alone(folder / IN_USE, wait=True):
+            yield folder
 
 
 def remove_left_over(kept: Path) -> None:
     """Remove copies of the project, with their models, of runs that were killed."""
     for mark in kept.glob(f"{COPY}-*/{IN_USE}"):
-        with mark.open("a") as handle, contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            outputs.remove(mark.parent)
+        with outputs.alone(mark, wait=False) as left_over:
+            if left_over:
+                outputs.remove(mark.parent)
 
 
 def content_of(here: Path) -> str:

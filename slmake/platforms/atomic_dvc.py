@@ -25,8 +25,7 @@ from dvc import cachemgr, rwlock
 from dvc.cli import main
 from dvc.dvcfile import FileMixin, Lockfile
 from dvc.exceptions import DvcException
-from dvc.fs import localfs  # noqa: F401 (as Repo)
-from dvc.lock import LockError  # noqa: F401
+from dvc.fs import localfs
 from dvc.repo import Repo  # noqa: F401 (as patched here, for those who call DVC in their own process)
 from dvc.stage.cache import StageCache
 from dvc.utils.serialize import _common, _yaml
@@ -121,16 +120,16 @@ def relink(link, cache, cache_info: str, fs, path: str, in_cache: bool, force: b
 
 
 @contextlib.contextmanager
-def reading(folder: str, fs, paths: list[str]) -> Iterator[None]:
+def reading(folder: str, paths: list[str]) -> Iterator[None]:
     """Be a reader of these files in DVC's list, as a build (see `building`).
 
     Raises:
         LockError: another DVC writes one of them.
     """
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it says of each process that was killed that it was
-    with edit_rwlock(folder, fs, False) as lock:
+    with edit_rwlock(folder, localfs, False) as lock:
         drop_killed_builds(lock)
-    with rwlock.rwlock(folder, fs, BUILD, paths, [], False):
+    with rwlock.rwlock(folder, localfs, BUILD, paths, [], False):
         yield
 
 

@@ -38,11 +38,13 @@ def hold(names: Iterable[str]) -> None:
     mine = _held.enter_context(outputs.alone(BUILDING, wait=False)) if _here is None else _here
     if not mine:
         return
-    from slmake.platforms.atomic_dvc import LockError, localfs, reading
+    from dvc.lock import LockError
+
+    from slmake.platforms.atomic_dvc import reading
 
     folder = str(BUILDING.parent.absolute())
     try:
-        _held.enter_context(reading(folder, localfs, [str(Path(name).absolute()) for name in names]))
+        _held.enter_context(reading(folder, [str(Path(name).absolute()) for name in names]))
     except LockError as error:
         other = str(error).splitlines()[1].strip()
         raise UserError(

@@ -17,40 +17,32 @@ from slmake.export import builder
 from slmake.scoring import harness
 
 pytestmark = pytest.mark.real
-CHOICE = """\
+ROWS = """\
 task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {rows}}}
 test_split: test
+"""
+CHOICE = """\
 output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
+doc_to_text: "{{text}}"
 doc_to_choice: [" joy", " fear of the dark", " surprise"]
 doc_to_target: label
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 OPEN = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {rows}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{['joy', 'fear', 'surprise'][label]}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+doc_to_text: "{{text}}"
+doc_to_target: "{{['joy', 'fear', 'surprise'][label]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 ROLLING = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {rows}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}]
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
 """
 
 
@@ -61,7 +53,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
     rows = [{"text": f"The sun {'shines' if i % 2 else 'is gone'} on day {i}:", "label": i % 3} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name, text in (("tones", CHOICE), ("spoken", OPEN), ("read", ROLLING)):
-        (folder / f"{name}.yaml").write_text(text.format(name=name, rows=folder / "rows.jsonl"), encoding="utf-8")
+        start = ROWS.format(name=name, rows=folder / "rows.jsonl")
+        (folder / f"{name}.yaml").write_text(start + text, encoding="utf-8")
     return {name: folder / f"{name}.yaml" for name in ("tones", "spoken", "read")}
 
 
@@ -233,7 +226,7 @@ def test_what_is_refused_before_any_model_is_asked(tmp_path, files):
 
 def test_a_task_whose_rows_are_gone(tmp_path, base):
     file = tmp_path / "gone.yaml"
-    file.write_text(CHOICE.format(name="gone", rows=tmp_path / "absent.jsonl"), encoding="utf-8")
+    file.write_text(ROWS.format(name="gone", rows=tmp_path / "absent.jsonl") + CHOICE, encoding="utf-8")
     message = r"evaluate.lm_eval: gone: \w+: .*Correct the task, or take it out"
     with pytest.raises(UserError, match=message):
         harness.run({"base": base}, "int4", [str(file)], None, job())

@@ -284,8 +284,8 @@ def test_dvc_removes_nothing_that_a_build_makes(repository):
             time.sleep(0.1)
         done = run(repository, "dvc", "repro", "--single-item", "--force", "finetune")
         status = run(repository, "dvc", "status", "finetune")
-        (repository / "mine.go").touch()
     finally:
+        (repository / "mine.go").touch()
         shown, _ = build.communicate(timeout=300)
     assert (build.returncode, (repository / "mine.asked").exists()) == (0, True), shown
     assert done.returncode != 0
