@@ -334,7 +334,7 @@ def literal(value: object) -> str:
 
 def shown(text: str) -> str:
     """A text as it may be printed: where a person's terminal would obey its control characters, without them."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if sys.stdout.isatty() else text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if sys.stdout and sys.stdout.isatty() else text
 
 
 def refuse_unreadable(value: object) -> None:
@@ -428,7 +428,7 @@ def _call(call: dict) -> dict:
     """A call of the form {type: function, function: {name, arguments: object}}."""
     function = call.get("function", call)
     given = function.get("arguments", {})
-    arguments = {**(json.loads(given) if isinstance(given, str) else given)}
+    arguments = {**(json.loads(given or "{}") if isinstance(given, str) else given)}
     named = {"name": str(function["name"]), "arguments": arguments}
     return {**(call if "function" in call else {}), "type": "function", "function": named}
 

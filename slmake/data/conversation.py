@@ -262,8 +262,8 @@ def _call(number: int, call: object) -> dict:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(f"has a tool call without a function's name in turn {number}")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"a call of {function['name']} in turn {number} whose arguments are")
+    if isinstance(arguments, str):  # which some servers leave empty where there are none
+        arguments = _parsed(arguments or "{}", f"a call of {function['name']} in turn {number} whose arguments are")
     if not isinstance(arguments, dict):
         raise ValueError(f"has a call of {function['name']} in turn {number} whose arguments are not a JSON object")
     whole = call if "function" in call else {}

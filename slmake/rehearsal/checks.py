@@ -80,7 +80,7 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
 
 
 def try_metrics(everything: params.Params, dataset: Path) -> None:
-    """Score the expected answers as if they were given, by all metrics but the user's own functions, which may take long.
+    """Score the expected answers as if they were given, by all metrics but the user's own functions, which `try_evaluate` calls.
 
     Raises:
         UserError: a metric has nothing to say of the rows that will be asked, or an error on one.
@@ -120,11 +120,13 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
 def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: Path, job: cli.Job) -> list[str]:
     """Score the twin on the first rows in each form that `evaluate` will score. Returns the names of these forms.
 
+    The user's own metrics score its answers and the expected ones, of these rows only, since they may take long.
+
     Args:
         scratch: has what the stages before made of it.
 
     Raises:
-        UserError: an answer may be longer than what the real model reads behind the longest prompt.
+        UserError: an answer may be longer than what the real model reads behind the longest prompt, or a user's metric fails.
     """
     section, onnx = everything.evaluate, everything.quantize.precision
     longest, context = max(map(len, Questions(dataset, section.max_samples).prompts)), context_of(base)
@@ -148,6 +150,11 @@ def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: 
     runs, _ = ask_all(
         section, folders | {"adapter_base": scratch / "twin"}, onnx, quantized, questions, new_tokens, job
     )
+    own = [metric for metric in section.answer_metrics if not (metric.kind or questions.without_dataset)]
+    given = [[questions.read(text, i) for i, text in enumerate(run.texts)] for run in runs.values()]
+    for metric in own:
+        for answers in (questions.expected, *given):
+            answer_metrics.numbers_of(metric, questions, answers)
     return list(runs)
 
 

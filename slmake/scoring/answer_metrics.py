@@ -210,8 +210,8 @@ def function_of(metric: AnswerMetric) -> Score:
 
 
 @inputs_only()
-def values(metric: AnswerMetric, questions: Questions, answers: list[str]) -> np.ndarray:
-    """One number per scored row, float64 [rows]; NaN where the metric has nothing to say.
+def numbers_of(metric: AnswerMetric, questions: Questions, answers: list[str]) -> np.ndarray:
+    """One number per answer, float64 [answers], to the first rows; NaN where the metric has nothing to say.
 
     Raises:
         UserError: the function failed on a row, or gave no finite number; the row is named. Or it reads what is no input.
@@ -230,14 +230,20 @@ def values(metric: AnswerMetric, questions: Questions, answers: list[str]) -> np
         if not isinstance(number, int | float | np.number | np.bool_) or not abs(number) <= LARGEST:  # not NaN either
             raise UserError(f"{where}: it returned {number!r}, not a finite number. Correct the function.")
         numbers[i] = float(number)
-    if np.isnan(numbers).all():
-        raise UserError(f"evaluate.metrics: {metric.figure} has nothing to score in any row. Take it out.")
     return numbers
 
 
 def values_of(wanted: list[AnswerMetric], questions: Questions, answers: list[str]) -> dict[str, np.ndarray]:
-    """`values` of every metric by its figure."""
-    return {metric.figure: values(metric, questions, answers) for metric in wanted}
+    """The numbers of every metric by its figure.
+
+    Raises:
+        UserError: as of `numbers_of`, or a metric has nothing to say of any row.
+    """
+    values = {metric.figure: numbers_of(metric, questions, answers) for metric in wanted}
+    for figure, numbers in values.items():
+        if np.isnan(numbers).all():
+            raise UserError(f"evaluate.metrics: {figure} has nothing to score in any row. Take it out.")
+    return values
 
 
 def bootstrapped(numbers: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -252,7 +258,7 @@ def score(scored: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float
     """Means with their intervals, for metrics.json.
 
     Args:
-        scored: `values` of every metric by its figure.
+        scored: `values_of` them.
         weights: bootstrap weights [samples, rows].
     """
     figures = {}

@@ -266,10 +266,11 @@ HI = {"role": "user", "content": "Hi"}
         [HI, {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": CALL}]}, TOOL_TURN],
         [HI, {"role": "assistant", "content": None, "refusal": None, "tool_calls": [{"function": CALL}]}, TOOL_TURN],
         [HI, {"role": "assistant", "content": "", "tool_calls": [CALL]}, TOOL_TURN],
+        [HI, {"role": "assistant", "content": "", "tool_calls": [{"name": "book", "arguments": ""}]}, TOOL_TURN],
         [HI, {"role": "assistant", "content": "yes<|end|> <|end|>\n"}, {"role": "user", "content": "Hi<|end|>"}],
         [HI, {"role": "assistant", "content": " yes\n"}, HI],
     ],
-    ids=["developer", "parts", "call", "null", "bare", "closed", "plain"],
+    ids=["developer", "parts", "call", "null", "bare", "none", "closed", "plain"],
 )
 def test_messages_are_asked_in_the_form_of_training(tmp_path, exported, base, turns):
     tokenizer = tokenizer_of(base)

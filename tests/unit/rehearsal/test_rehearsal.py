@@ -232,11 +232,24 @@ def test_a_metric_that_no_answer_could_meet_is_refused(tmp_path, dataset, metric
     tried(["quantize"], quantize=quantize, **evaluate)  # nothing is scored
 
 
-def test_a_function_of_ones_own_is_not_run(tmp_path, dataset, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def fails(prompt, expected, answer): return 1 / 0\n", encoding="utf-8")
-    file = write_params(tmp_path / "params.yaml", evaluate={"metrics": ["mine.py:fails"]})
-    checks.try_metrics(params.load(file), dataset)
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("return 1 / 0", "ZeroDivisionError: division by zero. Correct the function."),
+        ("return {'joy': 1, 'fear': 1, 'sad': 1, 'surprise': 1}[answer]", "KeyError: "),  # of the twin's answer
+        ("return None", None),  # nothing to say of four rows
+    ],
+)
+def test_a_function_of_ones_own_is_tried_on_a_few_rows(tmp_path, base, dataset, capsys, body, reason):
+    (tmp_path / "mine.py").write_text(f"def own(prompt, expected, answer): {body}\n", encoding="utf-8")
+    asked = {"evaluate": {"metrics": [f"{tmp_path}/mine.py:own"]}, "all": {"stages": ["rehearse", "evaluate"]}}
+    if reason is None:
+        assert rehearse(tmp_path, base, dataset, **asked)[0] == {"passed": ["evaluate"]}
+        return
+    with pytest.raises(SystemExit):
+        rehearse(tmp_path, base, dataset, **asked)
+    assert "evaluate.metrics: own on row " in (shown := capsys.readouterr().err)
+    assert reason in shown
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def rows(expected: list[str], prompts: list[str] | None = None) -> types.SimpleN
 
 
 def scored(entry: str | dict, expected: str, *answers: str) -> list[float]:
-    return answer_metrics.values(parse(entry), rows([expected] * len(answers)), list(answers)).tolist()
+    return answer_metrics.numbers_of(parse(entry), rows([expected] * len(answers)), list(answers)).tolist()
 
 
 def test_every_metric_has_a_function():
@@ -175,7 +175,7 @@ def test_tool_calls_of_every_form(form):
 
 
 def test_rows_without_a_tool_call_do_not_count():
-    numbers = answer_metrics.values(parse("tool_name"), rows([WRITTEN["Qwen3"], "Hello!"]), ["Hi", "Hi"])
+    numbers = answer_metrics.numbers_of(parse("tool_name"), rows([WRITTEN["Qwen3"], "Hello!"]), ["Hi", "Hi"])
     assert numbers[0] == 0
     assert np.isnan(numbers[1])
     figures = answer_metrics.score({"tool_name": numbers}, metrics.resamples(2, 100, 1))
@@ -211,7 +211,7 @@ def write_function(folder: Path, body: str) -> str:
 
 def test_a_function_of_ones_own(tmp_path):
     entry = write_function(tmp_path, "return answer.count('please') / len(prompt)")
-    numbers = answer_metrics.values(parse(entry), rows(["", ""], ["four", "five"]), ["please, please", "now"])
+    numbers = answer_metrics.numbers_of(parse(entry), rows(["", ""], ["four", "five"]), ["please, please", "now"])
     assert numbers.tolist() == [0.5, 0]
 
 
@@ -228,7 +228,7 @@ def test_a_function_of_ones_own(tmp_path):
 )
 def test_its_errors_name_the_row(tmp_path, body, message):
     with pytest.raises(UserError) as caught:
-        answer_metrics.values(parse(write_function(tmp_path, body)), rows([""]), ["hello"])
+        answer_metrics.values_of([parse(write_function(tmp_path, body))], rows([""]), ["hello"])
     assert message in str(caught.value)
 
 
