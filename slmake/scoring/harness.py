@@ -4,18 +4,18 @@ Each model runs on the harness's own backend for transformers; behind it, the ex
 """
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slmake import cli
-from slmake.errors import UserError
+from slmake.errors import UserError, first_line
 from slmake.generation import Exported, Sampling
 from slmake.scoring.metrics import log_softmax
 from slmake.scoring.onnx_runner import rewound
@@ -34,13 +34,13 @@ SKIPPED = ("adapter",)  # merged is the same function: parity proves it
 
 
 def tasks(entries: list[str]) -> "tuple[list[str], TaskManager]":
-    """Names of the tasks, and where the harness finds them.
+    """Names of the tasks, and where the harness finds those that no file of the user's defines.
 
     Args:
         entries: `evaluate.lm_eval`: names of tasks, or YAML files that define one.
 
     Raises:
-        UserError: the harness is not installed, a file is not there or defines no task, or there is no task of a name.
+        UserError: the harness is not installed, a file is not there or defines no task, there is no task of a name, or two have the same.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -49,20 +49,67 @@ def tasks(entries: list[str]) -> "tuple[list[str], TaskManager]":
             "evaluate.lm_eval: the harness is not installed here. Run `make lm-eval`, or install envs/lm-eval.lock in the image that rules "
             "run in."
         ) from None
-    names, folders = [], []
-    for entry in entries:
-        if entry.endswith((".yaml", ".yml")):
-            names.append(_task_of(Path(entry)))
-            folders.append(str(Path(entry).parent.resolve()))
-        else:
-            names.append(entry)
-    known = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(entries))
-    if unknown := [name for name in names if not known.match_tasks([name])]:
+    names = [_definition(entry)["task"] if _is_file(entry) else entry for entry in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"evaluate.lm_eval: two tasks have the name `{twice[0]}`. Rename one, or take it out.")
+    known = TaskManager(include_defaults=not all(map(_is_file, entries)))
+    if unknown := [entry for entry in entries if not (_is_file(entry) or known.match_tasks([entry]))]:
         raise UserError(
             f"evaluate.lm_eval: the harness has no task `{unknown[0]}`. `.venv/bin/lm-eval ls tasks` lists its tasks; "
             "a task of your own is named by its YAML file."
         )
     return names, known
+
+
+def _is_file(entry: str) -> bool:
+    return entry.endswith((".yaml", ".yml"))
+
+
+def _definition(file: str) -> dict:
+    """What a task's file says, with what it includes; its Python functions are not loaded."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        found = load_yaml(file, resolve_func=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"evaluate.lm_eval: {error.filename}: no such file. Correct the path of the task's YAML file."
+        ) from None
+    except Exception as error:
+        raise UserError(f"evaluate.lm_eval: {file}: {first_line(error)}. Correct the task's YAML file.") from None
+    if not isinstance(found.get("task"), str):
+        raise UserError(f"evaluate.lm_eval: {file} defines no task. It needs a line such as `task: my_task`.")
+    return found
+
+
+def _specified(entries: list[str], known: "TaskManager", scratch: str) -> list:
+    """The tasks as the harness takes them: by name, or as they are where a file defines them, whatever other files beside it say.
+
+    Args:
+        scratch: a folder for the rows of local files, which have to stay there. `datasets` keeps them by the files' names and times; in a
+            folder of its own, what they hold now is read.
+    """
+    from unittest import mock
+
+    from datasets import config
+
+    ways = {"HF_DATASETS_CACHE": "", "DOWNLOADED_DATASETS_PATH": "downloads", "EXTRACTED_DATASETS_PATH": "extracted"}
+    own = mock.patch.multiple(config, **{name: Path(scratch, folder) for name, folder in ways.items()})
+    specified = []
+    for entry in entries:
+        if not _is_file(entry):
+            specified.append(entry)
+            continue
+        with own if _has_local_rows(_definition(entry)) else contextlib.nullcontext():
+            specified += known.load([str(Path(entry).resolve())])["tasks"].values()
+    return specified
+
+
+def _has_local_rows(definition: dict) -> bool:
+    """Whether a task's rows are in a folder, or in files that one of the loaders of `datasets` reads, and not on a hub."""
+    path = str(definition.get("dataset_path", ""))
+    named = {"data_files", "data_dir"} & (definition.get("dataset_kwargs") or {}).keys()
+    return Path(path).exists() or bool(named and "/" not in path)
 
 
 @dataclass(frozen=True)
@@ -90,8 +137,8 @@ def load(entries: list[str], context: int) -> None:
         UserError: as `tasks` and `run`.
     """
     names, known = tasks(entries)
-    with _explained(names):
-        for task in known.load(names)["tasks"].values():
+    with _explained(names), TemporaryDirectory() as scratch:
+        for task in known.load(_specified(entries, known, scratch))["tasks"].values():
             _refuse_unaskable(task.config, context)
 
 
@@ -109,17 +156,6 @@ def _refuse_unaskable(task, context: int) -> None:
         raise ValueError(f"{task.task}: generation_kwargs.do_sample without a temperature")
 
 
-def _task_of(file: Path) -> str:
-    """The name that a task's file gives it."""
-    try:
-        name = re.search(r"(?m)^task:\s*[\"']?([\w.-]+)[\"']?\s*$", file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"evaluate.lm_eval: {file}: no such file. Correct the path of the task's YAML file.") from None
-    if not name:
-        raise UserError(f"evaluate.lm_eval: {file} defines no task. It needs a line such as `task: my_task`.")
-    return name[1]
-
-
 def run(folders: dict[str, Path], onnx: str, entries: list[str], limit: int | None, job: cli.Job) -> dict[str, dict]:
     """Figures of every model, by its name: the mean of each metric of each task, and the ends of its 95% interval.
 
@@ -132,12 +168,14 @@ def run(folders: dict[str, Path], onnx: str, entries: list[str], limit: int | No
         UserError: a task cannot be run, for example because its dataset cannot be read.
     """
     names, known = tasks(entries)
+    asked = {name: folder for name, folder in folders.items() if name not in SKIPPED and not name.endswith("_base")}
     figures = {}
-    for name, folder in folders.items():
-        if name in SKIPPED or name.endswith("_base"):
-            continue
-        job.say(f"lm-eval: {', '.join(names)} on {name}")
-        figures[name] = _figures(_results(_backend(folder, exported=name == onnx), names, known, limit))
+    with TemporaryDirectory() as scratch:
+        for name, folder in asked.items():
+            job.say(f"lm-eval: {', '.join(names)} on {name}")
+            backend = _backend(folder, exported=name == onnx)
+            with _explained(names):
+                figures[name] = _figures(_results(backend, _specified(entries, known, scratch), known, limit))
     return figures
 
 
@@ -219,14 +257,12 @@ def _exported_backend() -> type:
     return ExportedLM
 
 
-def _results(model, names: list[str], known: "TaskManager", limit: int | None) -> dict[str, dict]:
+def _results(model, specified: list, known: "TaskManager", limit: int | None) -> dict[str, dict]:
     import lm_eval
 
-    with _explained(names):
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=names, task_manager=known, limit=limit, log_samples=False, bootstrap_iters=1000
-        )
-    return found["results"]
+    return lm_eval.simple_evaluate(
+        model=model, tasks=specified, task_manager=known, limit=limit, log_samples=False, bootstrap_iters=1000
+    )["results"]
 
 
 @contextlib.contextmanager
@@ -234,6 +270,8 @@ def _explained(names: list[str]) -> Iterator[None]:
     """Raise what the harness raises of some tasks as a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise UserError(

@@ -281,7 +281,8 @@ def explain(error: BaseException, what: str) -> UserError:
 
     if isinstance(error, UserError):
         return error
-    code = str(getattr(error, "error_code", "") or "")
+    code = getattr(error, "error_code", "") or ""
+    code = getattr(code, "value", code)  # of some errors it is an enumeration, of some its text
     status = getattr(error, "status_code", None)
     container = what.split("://")[-1].split("/")[0]
     if code == "ContainerNotFound":
@@ -295,7 +296,7 @@ def explain(error: BaseException, what: str) -> UserError:
         )
     elif isinstance(error, azure.ResourceNotFoundError):
         why = "no such blob. Check the path; names are case-sensitive."
-    elif isinstance(error, azure.ResourceModifiedError) or status == 412:
+    elif isinstance(error, azure.ResourceModifiedError) or status == 412 or code == "InvalidBlockList":
         why = "someone else changed it meanwhile. Run the same command again."
     elif status in PASSING:
         why = f"the server answered {status} ({code or 'no reason given'}) again and again. Run the same command again later: it resumes where it stopped."

@@ -1,6 +1,7 @@
 """The real lm-evaluation-harness on local task files: the same figures from every backend, gates on them, and what is refused."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -211,9 +212,46 @@ def test_the_limit_takes_the_first_rows(base, files):
     )
 
 
+def test_a_file_is_the_task_whatever_is_beside_it(tmp_path, base, files):
+    """The harness looks through whole folders, and takes the first file that defines a name; it knows its own tasks by name, too."""
+    (tmp_path / "archive").mkdir()
+    text = files["tones"].read_text(encoding="utf-8").replace("task: tones", "task: hellaswag")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "archive" / "first.yaml").write_text(text.replace("{{text}}", "{{text}} It is"), encoding="utf-8")
+    mine = harness.run({"base": base}, "int4", [str(tmp_path / "mine.yaml")], None, job())
+    tones = harness.run({"base": base}, "int4", [str(files["tones"])], None, job())
+    assert list(mine["base"].values()) == list(tones["base"].values())
+    assert "lm_eval.hellaswag.acc" in mine["base"]
+    for other in ("hellaswag", str(tmp_path / "archive" / "first.yaml")):
+        with pytest.raises(UserError, match="two tasks have the name `hellaswag`. Rename one"):
+            harness.tasks([str(tmp_path / "mine.yaml"), other])
+
+
+@pytest.mark.parametrize("form", ["files", "folder"])
+def test_rows_are_those_that_a_file_holds_now(tmp_path, base, form):
+    """`datasets` knows a local file by its name and time; `git checkout`, `cp -p` and tar may leave both as they were."""
+    rows = tmp_path / "rows" / "rows.jsonl"
+    rows.parent.mkdir()
+    start = ROWS.format(name="own", rows=rows)
+    if form == "folder":
+        start = f"task: own\ndataset_path: {rows.parent}\ntest_split: train\n"
+    (tmp_path / "own.yaml").write_text(start + CHOICE, encoding="utf-8")
+    figures = []
+    for label in (0, 1, 2):
+        rows.write_text(json.dumps({"text": "The sun shines:", "label": label}) + "\n", encoding="utf-8")
+        os.utime(rows, (10**9, 10**9))
+        found = harness.run({"base": base}, "int4", [str(tmp_path / "own.yaml")], None, job())
+        figures.append(found["base"]["lm_eval.own.acc"])
+    assert sorted(figures) == [0, 0, 1]
+
+
 def test_what_is_refused_before_any_model_is_asked(tmp_path, files):
     (tmp_path / "empty.yaml").write_text("group: x\n", encoding="utf-8")
+    (tmp_path / "broken.yaml").write_text("task: [\n", encoding="utf-8")
+    (tmp_path / "more.yaml").write_text("task: more\ninclude: gone.yaml\n", encoding="utf-8")
     wrong = {
+        str(tmp_path / "broken.yaml"): "broken.yaml: while parsing a flow node. Correct the task's YAML file",
+        str(tmp_path / "more.yaml"): "gone.yaml: no such file",
         "no_such_task_anywhere": "the harness has no task `no_such_task_anywhere`",
         str(tmp_path / "absent.yaml"): "no such file",
         str(tmp_path / "empty.yaml"): "defines no task",

@@ -171,6 +171,33 @@ def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
         assert run_script("publish", "--verify", f"az://{container}/models/tones/{digest}").returncode == 0
 
 
+def test_two_publishers_of_one_large_file_are_told_of_each_other(tmp_path, blob_server, container, monkeypatch):
+    """The server forgets the blocks of one as soon as the other's are a blob."""
+    url, job = f"az://{container}/models/tones", Job("publish", sys.stderr, None)
+    store, model = blob_store.Store(parse(url, must_pin=False)), make_exported(tmp_path / "model")
+    (model / "model.onnx.data").write_bytes(b"two" * 30_000_000)  # of more than one block
+    manifest, reads = blob_store.describe(model, None), []
+    theirs = blob_server.client().get_blob_client(container, f"models/tones/{manifest['digest']}/model.onnx.data")
+
+    class Slow(blob_store.Hashing):
+        def read(self, size=-1):
+            reads.append(content := super().read(size))
+            if not content or self.handle.tell() == 90_000_000:
+                with open(model / "model.onnx.data", "rb") as handle:
+                    theirs.upload_blob(handle, overwrite=True)
+            return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blob_store, "Hashing", Slow)
+        with pytest.raises(
+            UserError, match=r"model.onnx.data: someone else changed it meanwhile. Run the same command"
+        ):
+            blob_store.publish(store, model, manifest, job)
+    assert len(reads) > 1
+    blob_store.publish(store, model, manifest, job)
+    blob_store.verify(store, job)
+
+
 def test_pointer_that_moved_meanwhile_is_read_again(tmp_path, blob_server, container, monkeypatch):
     """Exactly between reading and writing, somebody else's pointer appears: the condition fails, and theirs becomes `previous`."""
     model = make_exported(tmp_path / "model")
