@@ -61,8 +61,18 @@ def entries() -> dict[str, dict]:
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: it is read at every start
         return dict(yaml.load(Path("dvc.yaml").read_text(encoding="utf-8"), loader)["stages"])
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-        raise UserError("dvc.yaml cannot be read. `make docs` writes it anew.") from None
+    except (OSError, KeyError):
+        raise UserError("dvc.yaml is not there, or has no stages. `make docs` writes it anew.") from None
+    except (ValueError, yaml.YAMLError, TypeError) as error:
+        raise unreadable(error) from None
+
+
+def unreadable(error: Exception) -> UserError:
+    """What to do about a dvc.yaml that cannot be read: only its user knows what they added."""
+    return UserError(
+        f"dvc.yaml cannot be read: {' '.join(str(error).split())[:200]}. Correct it; `git diff dvc.yaml` shows what changed. Where "
+        "none of its stages is yours, remove it: `make docs` writes it anew."
+    )
 
 
 def status(*names: str, receipts: Path = LOCK) -> dict[str, list[str | dict]]:

@@ -27,7 +27,7 @@ from slmake.code_inputs import code, digest, modules, remember, rule_digest, sna
 from slmake.errors import UserError
 from slmake.params import RULES, Params, load, sums
 from slmake.plan import LOCKS, SECTIONS, Plan
-from slmake.platforms.dvc import RELEASED, entries, outs
+from slmake.platforms.dvc import RELEASED, entries, outs, unreadable
 
 HEADER = """\
 # Generated from the Snakefile by `make docs`; a test compares the two. One stage per rule: DVC decides by content what is
@@ -211,14 +211,14 @@ def with_added(document: dict, file: Path) -> dict:
     That is stages, metrics, plots, keys that no rule needs, and options of outputs, such as `push: false`; those of outputs that
     params.yaml does not ask for now are kept among DVC's variables.
 
-    Of a file that cannot be read nothing is kept.
-
     Raises:
-        UserError: a user's stage has the name of a rule that has a stage now.
+        UserError: the present one cannot be read, or a user's stage has the name of a rule that has a stage now.
     """
+    if not file.exists():
+        return document
     try:
-        present = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-        every = present.pop("stages", {})
+        present = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+        every = present.pop("stages", None) or {}
         stages = {name: stage for name, stage in every.items() if not is_ours(name, stage)}
         variables = present.pop("vars", None) or []
         noted = [entry for entry in variables if isinstance(entry, dict) and ABSENT in entry]
@@ -227,10 +227,10 @@ def with_added(document: dict, file: Path) -> dict:
         own = {
             name: stage | {"outs": with_options(stage["outs"], options)} for name, stage in document["stages"].items()
         }
-        metrics = [path for path in present.pop("metrics", []) if path not in (*METRICS, *TIMINGS)]
-        plots = [plot for plot in present.pop("plots", []) if not OUR_PLOT.match(next(iter(plot), ""))]
-    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):
-        return document
+        metrics = [path for path in present.pop("metrics", None) or [] if path not in (*METRICS, *TIMINGS)]
+        plots = [plot for plot in present.pop("plots", None) or [] if not OUR_PLOT.match(next(iter(plot), ""))]
+    except (ValueError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise unreadable(error) from None
     if taken := [name for name in stages if name in document["stages"]]:
         raise UserError(
             f"{file}: the stage {taken[0]} is not as slmake writes it, and a rule has that name. Give yours another name, or remove it: "

@@ -223,7 +223,7 @@ def test_a_file_is_the_task_whatever_is_beside_it(tmp_path, base, files):
     assert list(mine["base"].values()) == list(tones["base"].values())
     assert "lm_eval.hellaswag.acc" in mine["base"]
     for other in ("hellaswag", str(tmp_path / "archive" / "first.yaml")):
-        with pytest.raises(UserError, match="two tasks have the name `hellaswag`. Rename one"):
+        with pytest.raises(UserError, match=r"two tasks have the name `hellaswag`\. Rename one"):
             harness.tasks([str(tmp_path / "mine.yaml"), other])
 
 

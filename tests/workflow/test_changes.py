@@ -196,7 +196,8 @@ def test_marks_of_a_conflict_are_said_before_the_first_rule(repository):
 
 def test_receipts_with_the_marks_of_a_conflict_are_the_users_to_choose(repository):
     lock = repository / "dvc.lock"
-    conflict = lock.read_text().replace("stages:\n", "<<<<<<< HEAD\nstages:\n", 1)
+    whole = lock.read_text()
+    conflict = whole.replace("stages:\n", "<<<<<<< HEAD\nstages:\n", 1)
     lock.write_text(conflict, encoding="utf-8")
     done = record(repository)
     assert done.returncode == 1
@@ -208,7 +209,12 @@ def test_receipts_with_the_marks_of_a_conflict_are_the_users_to_choose(repositor
     (repository / "dvc.yaml").write_text("a: [", encoding="utf-8")
     done = snakemake(repository, "--forcerun", "gates")
     assert "Traceback" not in done.stdout
-    assert "dvc.yaml cannot be read. `make docs` writes it anew" in done.stdout
+    assert "dvc.yaml cannot be read: while parsing a flow node" in done.stdout
+    lock.write_text(whole, encoding="utf-8")
+    done = run(repository, "python", "-m", "tools.build")
+    assert done.returncode == 1
+    assert done.stdout.count("dvc.yaml cannot be read: while parsing a flow node") == 1
+    assert (repository / "dvc.yaml").read_text(encoding="utf-8") == "a: ["
 
 
 def test_what_is_wrong_in_params_yaml_is_reported_by_the_build_alone(repository):

@@ -51,10 +51,19 @@ def test_what_users_add_stays(merged):
 
 
 @pytest.mark.parametrize(
-    "present", ["", "stages: [", "stages: 3\n", "[]", {"stages": FORMER}, {"stages": {}, "metrics": [], "plots": []}]
+    "present", ["", "stages:\n", "[]", {"stages": FORMER}, {"stages": {}, "metrics": None, "plots": []}]
 )
-def test_nothing_is_left_of_former_rules_and_of_what_is_damaged(merged, present):
+def test_nothing_is_left_of_former_rules(merged, present):
     assert merged(present) == GENERATED
+
+
+@pytest.mark.parametrize(
+    "present", ["stages: [", "stages: 3\n", "text", "<<<<<<< HEAD\nstages:\n", "stages:\n  mine:\n\tcmd: ls\n"]
+)
+def test_a_file_that_cannot_be_read_is_the_users_to_correct(merged, tmp_path, present):
+    with pytest.raises(UserError, match=r"dvc\.yaml cannot be read: .+\. Correct it; `git diff dvc\.yaml` shows"):
+        merged(present)
+    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == present
 
 
 def test_options_of_outputs_stay(merged):
