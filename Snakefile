@@ -439,6 +439,7 @@ rule publish:
         runtime=120,
     params:
         **built_from("publish"),
+        account=PLAN.account,
         metrics=optional("metrics"),
     shell:
         "python -m scripts.publish"

@@ -11,6 +11,7 @@ from slmake.errors import PUBLIC_HALF
 from slmake.params import RULES, Params, as_json
 from slmake.params.constraint import file_of
 from slmake.params.dataset_files import source_files
+from slmake.sources.blob import account_here
 from slmake.sources.fetching import files_of
 from slmake.sources.local import row_files
 from slmake.sources.schemes import parse
@@ -142,6 +143,20 @@ class Plan:
         if "adapter" in scored:
             scored["adapter-base"] = "build/base"
         return scored
+
+    @property
+    def account(self) -> str:
+        """The storage account to publish to, which params.yaml may leave to the environment: another one has not got this release.
+
+        Where the environment names none, that of the last release: nothing is published to nowhere.
+        """
+        if "publish" not in self.stages or not self.params.publish.url:
+            return ""
+        named = parse(self.params.publish.url, must_pin=False).account or account_here()
+        try:
+            return named or json.loads(Path("results/published.json").read_text(encoding="utf-8")).get("account", "")
+        except (OSError, ValueError, AttributeError):
+            return ""
 
     @property
     def online(self) -> list[str]:

@@ -207,6 +207,7 @@ def publish(store: Store, model: Path, manifest: dict, job: cli.Job) -> dict:
         )
     return {
         "url": f"{store.url}/{digest}",
+        "account": store.source.account or blob.account_here(),
         "digest": digest,
         "files": len(files),
         "size_bytes": sum(file["size_bytes"] for file in files.values()),

@@ -135,7 +135,7 @@ def filesystem(account: str = "", credential: object | None = None):
     connection = os.environ.get(CONNECTION)
     if connection and account and account_of(connection) != account:
         connection = None  # the URI names another account
-    name = account or os.environ.get("AZURE_STORAGE_ACCOUNT") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    name = account or account_here()
     if not connection and not name:
         raise UserError(
             "Azure Blob: no account. Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY, "
@@ -144,7 +144,7 @@ def filesystem(account: str = "", credential: object | None = None):
     kept = os.environ.pop(CONNECTION, None)  # adlfs would take it for this account all the same
     try:
         return AzureBlobFileSystem(
-            account_name=name,
+            account_name=name or None,
             account_key=os.environ.get("AZURE_STORAGE_KEY") or None,
             connection_string=connection or None,
             credential=credential,
@@ -165,6 +165,15 @@ def account_of(connection: str) -> str:
     named = re.search(r"(?i)(?:^|;)AccountName=([^;]+)", connection)
     hosted = re.search(r"(?i)BlobEndpoint=https?://([a-z0-9]+)(?:-secondary)?\.(?:[a-z0-9-]+\.)*blob\.", connection)
     return (found[1] if (found := named or hosted) else "").lower()
+
+
+def account_here() -> str:
+    """The account that the environment names, or ""; what can be the name of none may have a credential in it."""
+    if connection := os.environ.get(CONNECTION):
+        name = account_of(connection)
+    else:
+        name = os.environ.get("AZURE_STORAGE_ACCOUNT") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or ""
+    return name if re.fullmatch("[a-z0-9]{3,24}", name) else ""
 
 
 def run(fs, request: Callable[[], Coroutine], attempts: int = ATTEMPTS):

@@ -24,7 +24,7 @@ def equip(project) -> None:
     (project / ".git" / "info" / "exclude").write_text(".venv\nMakefile\n")
 
 
-def test_every_command_as_written(copy_of_built, tmp_path, blob_server, container):
+def test_every_command_as_written(copy_of_built, tmp_path, blob_server, container, monkeypatch):
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "azure.md").read_text(encoding="utf-8"), re.M | re.S)
     share, colleague, version, pin, publish = blocks
 
@@ -71,6 +71,10 @@ def test_every_command_as_written(copy_of_built, tmp_path, blob_server, containe
     assert planned(other) == {"publish"}
     assert "every byte is right" in shell(other, publish)
     assert planned(other) == set()
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=second;AccountKey=x")
+    assert planned(other) == {"publish"}  # az://container/path leaves the account to the environment
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
+    assert planned(other) == set()  # nothing can be published
     assert run(other, "git", "status", "--porcelain", "data").stdout == ""
     for name in ("models", "data", "released"):
         client.delete_container(name)

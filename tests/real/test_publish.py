@@ -52,6 +52,7 @@ def test_published_model_verifies_and_the_same_bytes_upload_nothing(tmp_path, bl
     assert done.returncode == 0, done.stderr
     receipt = json.loads((tmp_path / "published.json").read_text())
     assert receipt["url"] == f"az://{container}/models/tones/{digest}"
+    assert receipt["account"] == "slmaketest"
     latest = pointer(blob_server, container)
     assert latest["digest"] == digest
     assert latest["previous"] is None

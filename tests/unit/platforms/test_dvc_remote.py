@@ -91,6 +91,17 @@ def test_the_account_of_the_environment(monkeypatch):
     assert dvc_remote.account_name() == "models"
 
 
+def test_an_account_that_is_none_is_named_nowhere(monkeypatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", f"models;AccountKey={SECRET}")
+    assert not blob.account_here()
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "models")
+    assert blob.account_here() == "models"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"AccountName=archive {SECRET};AccountKey=x")
+    assert not blob.account_here()
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=archive;AccountKey=x")
+    assert blob.account_here() == "archive"
+
+
 def test_credentials_of_another_account_are_not_used(config, monkeypatch):
     """adlfs, and with it DVC, takes the connection string of the environment whatever account is named."""
     key = base64.b64encode(b"key").decode()
