@@ -356,7 +356,7 @@ rule package:
         metrics="results/metrics.json",
         gates="results/gates.json",
         search=when(PLAN.search, "results/search.json"),
-        lock=ancient(PLAN.lock),
+        locks=ancient(PLAN.locks),
     output:
         package=directory("build/package"),
     log:
@@ -379,7 +379,7 @@ rule package:
         " --metrics {input.metrics}"
         " --gates {input.gates}"
         " {params.reports}"
-        " --lock {input.lock}"
+        " --locks {input.locks}"
         " --materials {input.materials:q}"
         " --output {output.package}"
         " --log {log}"

@@ -1,7 +1,7 @@
 """Pack the exported model into what a user ships: model, card, run.py, licences, checksums, bill of materials, provenance.
 
     python -m scripts.package --params params.yaml --model build/onnx-int4 --dataset build/dataset --base-report results/base.json \\
-        --dataset-report results/dataset.json --metrics results/metrics.json --gates results/gates.json --lock envs/cpu.lock \\
+        --dataset-report results/dataset.json --metrics results/metrics.json --gates results/gates.json --locks envs/*.lock \\
         --materials data/dataset.json Snakefile scripts/*.py --output build/package
 
 Reads the sections of params.yaml and what the rules before it wrote. The same inputs give the same bytes; timestamps are
@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of evaluate")
     parser.add_argument("--gates", type=Path, required=True, help="gates.json of gates")
     parser.add_argument("--search", type=Path, help="search.json of search, if the exported model is its winner")
-    parser.add_argument("--lock", type=Path, required=True, help="the lock of the environment that built the model")
+    parser.add_argument(
+        "--locks", type=Path, nargs="+", required=True, help="locks of environments that may have built it"
+    )
     parser.add_argument(
         "--materials", type=Path, nargs="*", default=[], help="files whose digests go into the provenance"
     )

@@ -100,7 +100,7 @@ class Plan:
         self.scored_constraint = file_of(params.evaluate.constrain) if "evaluate" in self.stages else []
         self.constraint = file_of(params.package.constrain) if "package" in self.stages else []
         self.search = params.quantize.search if "quantize" in self.stages else None
-        self.lock = LOCKS[params.quantize.execution_provider == "cuda"]
+        self.locks = [*LOCKS, *when("evaluate" in self.stages, harness)]  # of the environment, whichever it is
 
     @functools.cached_property
     def candidates(self) -> list[str]:

@@ -80,6 +80,7 @@ class FieldTemplate(PromptTemplate):
     ):
         self.labels, self.chat, self.convert = section.labels, chat, convert
         self.special, self.closing, self.left_out = tuple(special), closing, set()
+        self.ends: dict[str, str] = {}  # of answers without it, the end that is left out
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -132,11 +133,13 @@ class FieldTemplate(PromptTemplate):
                 continue
             if name == self.answer:
                 value = label_text(value)
-                if self.labels and isinstance(value, str) and label_of(value, self.labels) is None:
+                word = label_of(value, self.labels) if self.labels and isinstance(value, str) else value
+                if word is None:
                     problems.append(
                         f"field `{name}` is {one_line(repr(value), 60)}, which prepare.labels does not name: {listing(self.labels)}"
                     )
                     continue
+                value = word
             if not isinstance(value, str):
                 problems.append(
                     f"field `{name}` is {type(value).__name__}, not text: {json.dumps(value, default=str)[:60]}"
@@ -162,6 +165,11 @@ class FieldTemplate(PromptTemplate):
         if closed := said.removeprefix(answer).strip():
             ends = {token for token in self.special if token in closed and token not in self.tail}
             self.left_out |= set() if self.chat else ends.difference(self.closing)
+            if ends.difference(self.closing) and self.ends.setdefault(answer, closed) != closed:
+                raise ValueError(
+                    f"field `{self.answer}` is {one_line(repr(said), 60)}, and another row has {one_line(repr(answer + self.ends[answer]), 60)}: "
+                    "without the special tokens at their end, which are no part of an answer, they are the same. Write them in other words"
+                )
         if self.chat:  # which closes the answer itself
             tail = tail.replace(said, answer, 1)
         return self.head.format(**values), answer, own if self.prompt_fields else answer, tail

@@ -102,7 +102,7 @@ def pack(everything: params.Params, args, folder: Path) -> dict:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
     files = checksums.digests(folder, ())
-    bom = sbom.bill_of_materials(section.name, section.license, section.intended_use, facts, files, args.lock)
+    bom = sbom.bill_of_materials(section.name, section.license, section.intended_use, facts, files, args.locks)
     (folder / checksums.BOM).write_text(checksums.canonical(bom), encoding="utf-8")
     sbom.check_bom((folder / checksums.BOM).read_text(encoding="utf-8"))
 

@@ -15,6 +15,7 @@ from slmake.packaging.provenance import build_time
 from slmake.scoring.metrics import held_out
 
 BESIDE = "torch"  # installed beside the lock: its CPU and CUDA builds have different hashes
+ADDED = "lm-eval.lock"  # of packages that are added to an environment
 RUNTIMES = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 
 
@@ -81,20 +82,26 @@ def data(sources: dict) -> list[dict]:
     ]
 
 
-def libraries(lock: Path) -> list[dict]:
+def libraries(locks: list[Path]) -> list[dict]:
     """The packages of the environment as components; a user of the package needs the runtime only.
 
-    The version is the one that is installed; where the lock has another or none, or the package is for a target that is not here, a
-    property says so.
+    They are those that are installed, of any lock: one is of a CPU's environment, one of a GPU's. The version is the one that is installed;
+    where the locks have another or none, or a package of all environments is not here, a property says so.
     """
     components = []
-    pinned, conditional = locked(lock)
+    pinned: dict[str, set[str]] = {}
+    expected: list[set[str]] = []
+    for lock in locks:
+        versions, conditional = locked(lock)
+        expected += [versions.keys() - conditional] if lock.name != ADDED else []
+        for package, given in versions.items():
+            pinned[package] = pinned.get(package, set()) | given
     if installed(BESIDE):
         pinned.setdefault(BESIDE, set())
     for package, versions in pinned.items():
         here = installed(package)
-        if not here and package in conditional:
-            continue  # for another platform or Python
+        if not (here or all(package in lock for lock in expected)):
+            continue  # for another machine, platform or Python
         version = here or max(versions)
         purl = f"pkg:pypi/{package.lower()}@{quote(version, safe='')}"
         component: dict = {
@@ -121,14 +128,14 @@ def licensed(licence: str) -> dict:
     return {"expression": licence} if is_expression(licence) else {"license": {"name": licence}}
 
 
-def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dict[str, str], lock: Path) -> dict:
+def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dict[str, str], locks: list[Path]) -> dict:
     """A CycloneDX 1.6 machine-learning bill of materials (https://cyclonedx.org/docs/1.6/json/).
 
     Args:
         facts: `task`, `architecture`, `base` (results/base.json), `adapter` (results/adapter.json, or None), `dataset` (results/dataset.json), `metrics`, `limit`
             (evaluate.max_samples), `last`.
         files: SHA-256 of the package's files.
-        lock: the environment's lock file.
+        locks: lock files of the environments, and of what may be added (see `libraries`).
     """
     digest = hash_of(sums_text(files).encode()).hexdigest()
     splits = data(facts["dataset"]["source"])
@@ -174,7 +181,7 @@ def bill_of_materials(name: str, licence: str, use: str, facts: dict, files: dic
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
         "version": 1,
         "metadata": metadata,
-        "components": [*parts, *libraries(lock)],
+        "components": [*parts, *libraries(locks)],
         "dependencies": [{"ref": "model", "dependsOn": [component["bom-ref"] for component in parts]}],
     }
 

@@ -151,7 +151,7 @@ def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: 
         section, folders | {"adapter_base": scratch / "twin"}, onnx, quantized, questions, new_tokens, job
     )
     own = [metric for metric in section.answer_metrics if not (metric.kind or questions.without_dataset)]
-    given = [[questions.read(text, i) for i, text in enumerate(run.texts)] for run in runs.values()]
+    given = [list(map(questions.read, run.texts)) for run in runs.values()]
     for metric in own:
         for answers in (questions.expected, *given):
             answer_metrics.numbers_of(metric, questions, answers)

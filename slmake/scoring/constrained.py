@@ -119,7 +119,7 @@ def measure(
         more: what `evaluate.metrics` asks for.
     """
     labels, count = questions.form["labels"], questions.scored
-    answers = [questions.read(text, i) for i, text in enumerate(asked.texts)]
+    answers = list(map(questions.read, asked.texts))
     scores = metrics.score(questions.expected[:count], answers, labels, weights)
     kept = {key: value for key, value in scores.items() if key.removesuffix("_low").removesuffix("_high") in FIGURES}
     kept |= answer_metrics.score(answer_metrics.values_of(more or [], questions, answers), weights)

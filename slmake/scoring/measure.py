@@ -28,7 +28,7 @@ def measure(
     """
     count, labels = questions.scored, questions.form["labels"]
     expected = questions.expected[:count]
-    answers = [questions.read(text, i) for i, text in enumerate(run.texts[:count])]
+    answers = list(map(questions.read, run.texts[:count]))
     tokens = sum(len(answer) for answer in questions.answers[:count])
     perplexity = round(float(np.exp(min(run.answer_nll[:count].sum() / tokens, 700))), 4)
     if questions.without_dataset:

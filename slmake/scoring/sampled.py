@@ -32,7 +32,7 @@ def ask(
 
 def answers_of(questions: Questions, texts: list[list[str]]) -> list[list[str]]:
     """The answers in sampled texts, as those in greedy ones are read; both [n][scored rows]."""
-    return [[questions.read(text, i) for i, text in enumerate(row)] for row in texts]
+    return [list(map(questions.read, row)) for row in texts]
 
 
 def values_of(questions: Questions, texts: list[list[str]], more: list[AnswerMetric]) -> dict[str, np.ndarray]:

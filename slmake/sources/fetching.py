@@ -15,7 +15,7 @@ from slmake.errors import UserError
 from slmake.sources.base import Source
 from slmake.sources.chat_template import FOLDER
 from slmake.sources.download import digest_of
-from slmake.sources.local import check_one_split, row_files
+from slmake.sources.local import row_files, several_splits
 from slmake.sources.wheel import extract
 
 # What is read of a model folder.
@@ -95,8 +95,8 @@ def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[P
     Raises:
         UserError: see `fetch`; no file matches, the folder holds several splits, or a pin, which goes with one file.
     """
-    several = glob.has_magic(source.path) if source.remote else row_files(source.path) != [source.path]
-    if not several:
+    many = glob.has_magic(source.path) if source.remote else row_files(source.path) != [source.path]
+    if not many:
         fetched = fetch(source, "dataset", folder, job)
         # The name of an asset, unlike that of its file, has no ending that says how rows are read.
         name = fetched.path.as_posix() if source.in_place_of else fetched.record["source"]
@@ -113,9 +113,12 @@ def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[P
     else:
         names, details = {name: Path(name) for name in row_files(source.path)}, {}
         planned.refuse_unplanned(names)
-        check_one_split(source.path, list(names))
     if not names:
         raise UserError(f"{source.full}: no file matches. Check prepare.source.")
+    if several := several_splits(source.full, list(names)):
+        if not glob.has_magic(source.path):
+            raise UserError(f"prepare.source: {several}.")
+        job.say(f"warning: {several}; now they are read as one")
     sums = {name: outputs.sha256(path) for name, path in names.items()}
     pins = {"pin": details.pop("pin")} if "pin" in details else {}
     size = sum(path.stat().st_size for path in names.values())

@@ -12,7 +12,10 @@ from slmake.errors import UserError
 from slmake.sources.base import Source
 
 ROW_FILES = re.compile(r"[^.].*\.(jsonl?|ndjson|csv|tsv|parquet)(\.gz)?")  # in a folder of a dataset
-SPLIT_NAMES = re.compile(r"(train|test|validation|valid|dev|eval)(?=[-_.])")
+SPLITS = ("train", "eval", "test")  # the keys of prepare.source
+SPLIT_WORD = re.compile(
+    r"(?i)(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<eval>eval(?:uation)?|val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?))(?![a-z])"
+)
 
 
 def row_files(path: str) -> list[str]:
@@ -29,15 +32,30 @@ def row_files(path: str) -> list[str]:
     return sorted(names) or [path]
 
 
-def check_one_split(path: str, names: list[str]) -> None:
-    """Raise UserError where a folder holds the files of several splits, as a hub's folders do."""
-    splits = sorted({match[0] for name in names if (match := SPLIT_NAMES.match(os.path.basename(name)))})  # noqa: PTH119
-    if len(splits) > 1 and os.path.isdir(path):  # noqa: PTH112
-        lines = ", ".join(f"{split}: {path.rstrip('/')}/{split}-*" for split in splits)
-        raise UserError(
-            f"prepare.source: {path} holds files of several splits: {', '.join(splits)}. Name them by patterns, such as {lines} (the keys of "
-            "prepare.source are train, eval and test)."
-        )
+def several_splits(source: str, names: list[str]) -> str:
+    """What to say of files that are of several splits by their names, as a hub's folders hold them; "" where they are not.
+
+    Args:
+        source: the folder or pattern that names them; what it says itself tells them not apart.
+    """
+    fixed = re.split(r"[*?[]", source)[0].rpartition("/")[0] if glob.has_magic(source) else source.rstrip("/")
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        if words := list(SPLIT_WORD.finditer(name.removeprefix(fixed))):
+            splits.setdefault(words[-1].lastgroup, []).append(name)
+    if len(splits) < 2:
+        return ""
+    found = ", ".join(f"{split}: {_pattern_of(splits[split])}" for split in SPLITS if split in splits)
+    return f"{source} names files of several splits. To keep them apart, write under prepare.source: {found}"
+
+
+def _pattern_of(names: list[str]) -> str:
+    """One name, or a pattern that fits several."""
+    if len(names) == 1:
+        return names[0]
+    start = os.path.commonprefix(names)  # noqa: RUF071 (of characters: the names of one folder differ in a number)
+    end = os.path.commonprefix([name.removeprefix(start)[::-1] for name in names])[::-1]  # noqa: RUF071
+    return f"{start}*{end}"
 
 
 @dataclass(frozen=True, kw_only=True)

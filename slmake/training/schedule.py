@@ -33,6 +33,8 @@ class Schedule:
         self.per_epoch = math.ceil(len(lengths) / section.per_device_train_batch_size)
         steps = math.ceil(section.num_train_epochs * self.per_epoch / section.gradient_accumulation_steps)
         self.steps = section.max_steps or max(1, steps)
+        # One step at least has the whole rate: of a schedule that falls, the end of the warm-up must not be the end of all.
+        self.warmup = min(math.ceil(section.warmup_ratio * self.steps), self.steps - 1)
         self._epoch, self._batches = -1, []
         self._factor = self._learning_rate_factor()
 
@@ -42,17 +44,14 @@ class Schedule:
 
         # transformers' schedules are closed forms of the step. Only that function is used, so there is no state to restore.
         dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.section.learning_rate)
-        warmup = math.ceil(self.section.warmup_ratio * self.steps)
         scheduler = get_scheduler(
-            self.section.lr_scheduler_type, dummy, num_warmup_steps=warmup, num_training_steps=self.steps
+            self.section.lr_scheduler_type, dummy, num_warmup_steps=self.warmup, num_training_steps=self.steps
         )
         return scheduler.lr_lambdas[0]
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0). It starts above 0, so that no step is wasted."""
-        return self.section.learning_rate * self._factor(
-            step + 1 if step < self.steps * self.section.warmup_ratio else step
-        )
+        return self.section.learning_rate * self._factor(step + 1 if step < self.warmup else step)
 
     def batches(self, step: int) -> list[np.ndarray]:
         """The sequence numbers of each forward pass of optimizer step `step`."""

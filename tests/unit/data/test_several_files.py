@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ from prepared import WHOLE, write_rows
 from tiny import make_rows, write_params
 
 from slmake import params
+from slmake.cli import Job
 from slmake.plan import Plan
-from slmake.sources.local import row_files
+from slmake.sources.fetching import fetch_rows
+from slmake.sources.local import row_files, several_splits
+from slmake.sources.schemes import parse
 
 ROWS = make_rows(24)
 
@@ -85,9 +89,37 @@ def test_a_folder_of_several_splits_is_refused(refused, shards):
     write_rows(shards / "test-00000-of-00001.parquet", ROWS[:4])
     message = refused(str(shards), **WHOLE)
     assert (
-        f"holds files of several splits: test, train. Name them by patterns, such as test: {shards}/test-*, train: {shards}/train-*"
-        in message
-    )
+        f"{shards} names files of several splits. To keep them apart, write under prepare.source: "
+        f"train: {shards}/train-0000*, test: {shards}/test-00000-of-00001.parquet."
+    ) in message
+
+
+@pytest.mark.parametrize(
+    ("names", "apart"),
+    [
+        (["train.csv", "test.csv"], "train: {}/train.csv, test: {}/test.csv"),
+        (["Train.csv", "Valid.csv", "Test.csv"], "train: {}/Train.csv, eval: {}/Valid.csv, test: {}/Test.csv"),
+        (["emotion_train.csv", "emotion_test2.csv"], "train: {}/emotion_train.csv, test: {}/emotion_test2.csv"),
+        (["a/training.csv", "b/training.csv", "dev/b.csv"], "train: {}/*/training.csv, eval: {}/dev/b.csv"),
+        (["train-1.csv", "train-2.csv"], None),
+        (["contest.csv", "trainer.csv", "evals.csv", "latest-train.csv"], None),
+    ],
+)
+def test_files_of_several_splits_are_known_by_their_names(names, apart):
+    """Whatever the folder is called, which is named on purpose."""
+    for source in ("x/test", "x/test/*.csv", "az://c/test/*"):
+        folder = source.removesuffix("/*.csv").removesuffix("/*")
+        told = several_splits(source, [f"{folder}/{name}" for name in names])
+        assert told.endswith(f"write under prepare.source: {apart.replace('{}', folder)}" if apart else "")
+        assert bool(told) == bool(apart)
+
+
+def test_a_pattern_over_several_splits_is_told(shards, tmp_path, capsys):
+    """It is named on purpose; but test rows may be trained on."""
+    write_rows(shards / "test-00000-of-00001.jsonl", ROWS[:4])
+    for pattern in ("*.jsonl", "train-*"):
+        fetch_rows(parse(f"{shards}/{pattern}"), tmp_path, Job("prepare", sys.stderr, None))
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 def test_the_plan_watches_every_file(shards, tmp_path):

@@ -83,8 +83,9 @@ def pack(
         parts / "metrics.json",
         "--gates",
         parts / "gates.json",
-        "--lock",
+        "--locks",
         ROOT / "envs" / "cpu.lock",
+        ROOT / "envs" / "cuda.lock",
     ]
     arguments += ["--materials", parts / "rows.json", ROOT / "Snakefile", "--output", folder / "package"]
     package.main([str(argument) for argument in (*arguments, *options)])

@@ -121,7 +121,7 @@ def test_head_and_bill_say_that_a_part_was_scored(limit, rows):
     assert (
         head["model-index"][0]["results"][0]["dataset"]["type"] == "part of the " * bool(limit) + "held-out test split"
     )
-    bill = sbom.bill_of_materials("x", "MIT", "use", facts, {}, ROOT / "envs" / "cpu.lock")
+    bill = sbom.bill_of_materials("x", "MIT", "use", facts, {}, [ROOT / "envs" / "cpu.lock"])
     analysis = bill["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]
     assert {metric["slice"] for metric in analysis["performanceMetrics"]} == {rows}
 
@@ -130,11 +130,24 @@ def test_the_bill_names_torch_which_stands_beside_the_lock(tmp_path, monkeypatch
     lock = tmp_path / "lock"
     lock.write_text("numpy==0.1\n", encoding="utf-8")
     monkeypatch.setattr(sbom, "installed", lambda package: "2.0+cpu")
-    (torch,) = [part for part in sbom.libraries(lock) if part["name"] == "torch"]
+    (torch,) = [part for part in sbom.libraries([lock]) if part["name"] == "torch"]
     assert (torch["version"], torch["purl"]) == ("2.0+cpu", "pkg:pypi/torch@2.0%2Bcpu")
     assert {"name": "slmake:locked", "value": "no"} in torch["properties"]
     monkeypatch.setattr(sbom, "installed", lambda package: None)
-    assert [part["name"] for part in sbom.libraries(lock)] == ["numpy"]
+    assert [part["name"] for part in sbom.libraries([lock])] == ["numpy"]
+
+
+def test_the_bill_is_of_the_environment_that_is_here(monkeypatch):
+    """Also where a GPU trains and scores what is exported for CPUs; of what no environment here has, nothing is said."""
+    cpu, cuda, added = (ROOT / "envs" / f"{name}.lock" for name in ("cpu", "cuda", "lm-eval"))
+    pinned = {lock: sbom.locked(lock)[0] for lock in (cpu, cuda, added)}
+    for here, absent in ((cpu, cuda), (cuda, cpu)):
+        there = {name: min(versions) for name, versions in (pinned[here] | pinned[added]).items()}
+        monkeypatch.setattr(sbom, "installed", there.get)
+        listed = {part["name"]: part["version"] for part in sbom.libraries([cpu, cuda])}
+        assert listed == {name: there[name] for name in pinned[here]}
+        assert not listed.keys() & (pinned[absent].keys() - pinned[here].keys())
+        assert sbom.libraries([cpu, cuda, added])[-1]["name"] in pinned[added].keys() - pinned[here].keys()
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_bill_of_materials_is_valid_and_complete(packed):
 def test_a_package_that_is_not_as_locked_is_named_as_it_is(tmp_path):
     lock = tmp_path / "lock"
     lock.write_text("numpy==0.1 \\\n    --hash=sha256:0\nonnxruntime-genai-cuda==9.9\n")
-    here, absent, _ = sbom.libraries(lock)
+    here, absent, _ = sbom.libraries([lock])
     assert here["version"] == metadata.version("numpy")
     assert {"name": "slmake:locked", "value": "0.1"} in here["properties"]
     assert (absent["version"], absent["scope"]) == ("9.9", "required")

@@ -61,8 +61,8 @@ def test_an_open_answer_is_read_whole(tmp_path, base):
     rows = [{"text": f"Say {i}", "reply": f"first {i}\nsecond {i}"} for i in range(40)]
     folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{reply}", answer="reply")
     questions = Questions(folder, None)
-    assert questions.read(f" {questions.expected[0]}\n", 0) == questions.expected[0]
-    assert questions.read(f"{questions.expected[0]}\nthird", 0) == f"{questions.expected[0]}\nthird"
+    assert questions.read(f" {questions.expected[0]}\n") == questions.expected[0]
+    assert questions.read(f"{questions.expected[0]}\nthird") == f"{questions.expected[0]}\nthird"
 
 
 def test_of_a_label_as_many_lines_are_read_as_it_has(tmp_path, base):
@@ -70,7 +70,24 @@ def test_of_a_label_as_many_lines_are_read_as_it_has(tmp_path, base):
     folder = make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{tone}")
     questions = Questions(folder, None)
     assert questions.form["labels"] == ["bad\nmood", "good\nmood"]
-    assert questions.read(f" {questions.expected[0]}\nthird", 0) == questions.expected[0]
+    assert questions.read(f" {questions.expected[0]}\nthird") == questions.expected[0]
+
+
+def test_a_label_is_read_whichever_is_expected(tmp_path, base):
+    """One that begins with another is not right for it; what follows a label on other lines is not read."""
+    labels = ["joy", "joy\nfear", "sad\n"]
+    rows = [{"text": f"Say {i}", "tone": labels[i % 3]} for i in range(60)]
+    questions = Questions(make_dataset(tmp_path / "data", base, rows, text_template="{text}\n{tone}"), None)
+    assert questions.form["labels"] == ["joy", "joy\nfear", "sad"]
+    answers = {
+        "joy": "joy",
+        " joy\nfear\n": "joy\nfear",
+        "joy\nfear\nsad": "joy\nfear",
+        "joy\nsad": "joy",
+        "Well\njoy": "Well",
+        "": "",
+    }
+    assert {text: questions.read(text) for text in answers} == answers
 
 
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "open text"])
@@ -87,7 +104,7 @@ def test_answers_are_expected_as_the_models_tokens_have_them(tmp_path, base, nor
     folder = make_dataset(tmp_path / "data", tmp_path / "base", rows, text_template="{text}\n{tone}")
     questions = Questions(folder, None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    for i, (ids, expected) in enumerate(zip(questions.answers, questions.expected, strict=True)):
-        assert questions.read(tokenizer.decode(ids, skip_special_tokens=True), i) == expected
+    for ids, expected in zip(questions.answers, questions.expected, strict=True):
+        assert questions.read(tokenizer.decode(ids, skip_special_tokens=True)) == expected
         assert unicodedata.is_normalized(form, expected)
     assert not labels or {*questions.form["labels"]} == {*questions.expected}
