@@ -20,18 +20,24 @@ from slmake.scoring.answer_metrics import function_of
 from slmake.scoring.gates import check_figures
 
 
-def refuse_what_is_not_there(everything: params.Params, form: dict, context: int) -> None:
-    """Raise UserError where a constraint or a gate asks for what the dataset does not have, or a metric or a task cannot be used."""
+def refuse_what_is_not_there(everything: params.Params, form: dict) -> None:
+    """Raise UserError where a constraint or a gate asks for what the dataset does not have, or a metric cannot be used."""
     for stage in ("evaluate", "package"):
         if stage in everything.all.stages:
             constraints.check(getattr(everything, stage).constrain, form, f"{stage}.constrain")
     if {"evaluate", "quantize"} & set(everything.all.stages):  # the search of quantize scores its candidates, too
         for metric in everything.evaluate.answer_metrics:
             function_of(metric)
-    if "evaluate" in everything.all.stages and everything.evaluate.lm_eval:
-        harness.load(everything.evaluate.lm_eval, context)
     if "gates" in everything.all.stages:
         check_figures(everything.gates, form["labels"])
+
+
+def rehearse_tasks(everything: params.Params, context: int) -> dict[str, float]:
+    """Names of the figures of `evaluate.lm_eval`, with made-up values; a UserError where a task cannot be run."""
+    section = everything.evaluate
+    if "evaluate" not in everything.all.stages or not section.lm_eval:
+        return {}
+    return harness.rehearse(section.lm_eval, section.lm_eval_limit, context)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,15 +51,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with cli.job("rehearse", args.log) as job:
         everything = params.load(args.params)
-        refuse_what_is_not_there(everything, load_prompt(args.dataset), context_of(args.base))
+        refuse_what_is_not_there(everything, load_prompt(args.dataset))
         try_metrics(everything, args.dataset)
+        of_tasks = rehearse_tasks(everything, context_of(args.base))
         context = estimate.probe_context()
         scratch = args.output.parent / f".{args.output.stem}.partial"
         outputs.remove(scratch)
         free = estimate.free_disk(Path())
         try:
             with outputs.written(files=[args.output, args.estimate]) as (checks_file, estimate_file):
-                checks = rehearse(everything, args.base, args.dataset, scratch, job)
+                checks = rehearse(everything, args.base, args.dataset, scratch, of_tasks, job)
                 outputs.write_json(checks_file, {"passed": list(checks)})
                 needs = estimate.estimate(everything, args.base, args.dataset, scratch, job, context)
                 section = everything.rehearse

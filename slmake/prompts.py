@@ -3,6 +3,7 @@
 import re
 import string
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from slmake.errors import UserError
@@ -93,6 +94,8 @@ def as_written(answer: str, form: dict) -> str:
     return unicodedata.normalize(form["normalization"], answer) if "normalization" in form else answer
 
 
-def first_answer(text: str, expected_lines: int = 1) -> str:
-    """What counts as the answer in generated text: its first lines (as many as answers have), without outer white space."""
-    return "\n".join(text.strip().split("\n")[:expected_lines]).strip()
+def read_answer(text: str, labels: Iterable[str] | None) -> str:
+    """What counts as the answer in generated text, without outer white space: all of it; where each label is one line, the first line."""
+    if not labels or any("\n" in label for label in labels):
+        return text.strip()
+    return text.strip().partition("\n")[0].strip()

@@ -121,7 +121,7 @@ class Tokenize:
         if answer.tail in self.closed:
             return
         expected, read = self._read_back(answer.answer, ids)
-        if prompts.first_answer(read, expected.count("\n") + 1) != expected:
+        if prompts.read_answer(read, self.checked) != expected:
             raise UserError(
                 f"{row.file}: row {row.line}: the answer {expected!r} is {read!r} when its tokens are read back: the chat template closes it "
                 "with what is no special token of this model, so answers would have it as text, and none would be equal to a label. Name a "

@@ -10,10 +10,11 @@ from slmake.export.families import mixture_of_experts, unsupported
 from slmake.generation import Exported
 from slmake.model_config import MOST_POSITIONS
 from slmake.prompts import load_prompt
-from slmake.rehearsal import chain, chat_prompts, twin
+from slmake.rehearsal import chain, chat_prompts, trial, twin
 from slmake.scoring import answer_metrics, constrained, gates, onnx_runner, tokenizers
 from slmake.scoring.measure import ask_all
 from slmake.scoring.questions import TUNING, Questions
+from slmake.scoring.run import Run
 
 LONGEST = 8192  # tokens of the longest prompt that is tried
 SCORED, NEW_TOKENS = 4, 8  # test rows on which the twin is scored, and tokens that it generates there
@@ -42,8 +43,13 @@ def lengths(base: Path) -> list[int]:
     return sorted({length for length in {8, 40, *beyond} if length <= limit})
 
 
-def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path, job: cli.Job) -> dict:
+def rehearse(
+    everything: params.Params, base: Path, dataset: Path, scratch: Path, of_tasks: dict[str, float], job: cli.Job
+) -> dict:
     """Run the stages on the twin. Returns the checks with their figures.
+
+    Args:
+        of_tasks: figures that `evaluate.lm_eval` will find, with made-up values.
 
     Raises:
         UserError: a check fails; the message names it, the figure and the remedy.
@@ -73,9 +79,11 @@ def rehearse(everything: params.Params, base: Path, dataset: Path, scratch: Path
             job.say(f"the runtime writes {same} chats as training does")
         try_tokenizer(everything, base, dataset, exported)
         try_constraints(everything, dataset, exported)
-    if "evaluate" in stages and (tried := try_evaluate(everything, base, scratch, dataset, job)):
-        checks["evaluate"] = {"models": tried}
-        job.say(f"it is scored as {', '.join(tried)}")
+    if "evaluate" in stages and (runs := try_evaluate(everything, base, scratch, dataset, job)):
+        checks["evaluate"] = {"models": list(runs)}
+        job.say(f"it is scored as {', '.join(runs)}")
+        if "gates" in stages:
+            trial.judge(everything, dataset, runs, of_tasks)
     return checks
 
 
@@ -117,8 +125,8 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
             )
 
 
-def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: Path, job: cli.Job) -> list[str]:
-    """Score the twin on the first rows in each form that `evaluate` will score. Returns the names of these forms.
+def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: Path, job: cli.Job) -> dict[str, Run]:
+    """Score the twin on the first rows in each form that `evaluate` will score. Returns the runs by the names of these forms.
 
     The user's own metrics score its answers and the expected ones, of these rows only, since they may take long.
 
@@ -141,7 +149,7 @@ def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: 
         for name, folder in made.items()
         if name in section.models and (scratch / folder).is_dir()
     }
-    section = section.model_copy(update={"latency_rows": 0, "constrain": "none"})
+    section = section.model_copy(update={"latency_rows": min(section.latency_rows, 1), "constrain": "none"})
     questions = Questions(dataset, SCORED)
     if not questions.label_tokens:
         questions.answers = [answer[:LONGEST_ANSWER] for answer in questions.answers]
@@ -155,7 +163,7 @@ def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: 
     for metric in own:
         for answers in (questions.expected, *given):
             answer_metrics.numbers_of(metric, questions, answers)
-    return list(runs)
+    return runs
 
 
 def try_constraints(everything: params.Params, dataset: Path, exported: Exported) -> None:

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -185,8 +186,9 @@ def own_function(file: str, name: str) -> Score:
     where = f"evaluate.metrics: {file}:{name}"
     if not Path(file).is_file():
         raise UserError(f"{where}: no such file. Correct the path; it starts at the project's folder.")
-    spec = importlib.util.spec_from_file_location(f"slmake_metric_{Path(file).stem}", file)
+    spec = importlib.util.spec_from_file_location(f"slmake_metric_{re.sub(r'[^A-Za-z0-9]', '_', file)}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses, pydantic and pickle look for it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -29,6 +29,7 @@ LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens
 ASKED = ("until", "do_sample", "temperature", "top_p", "top_k")
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": 1}
 Z = 1.959964  # of a 95% interval
+FEW = 100  # rows of a task on which it is tried without a model
 SEED = 1234  # of sampled answers, as the harness's own
 SKIPPED = ("adapter",)  # merged is the same function: parity proves it
 
@@ -127,23 +128,56 @@ class TaskSampling(Sampling):
         return super().options() | ({"top_k": self.top_k} if self.temperature else {})
 
 
-def load(entries: list[str], context: int) -> None:
-    """Load tasks with their rows, as `run` does: before training, what is not there is said, or cannot be asked of every model.
+def rehearse(entries: list[str], limit: int | None, context: int) -> dict[str, float]:
+    """Run tasks as `run` does, on its first rows and without a model: before training, what is not there is said, or cannot be asked of every model.
 
     Args:
+        limit: `evaluate.lm_eval_limit`.
         context: tokens of prompt and answer together that the model can read.
+
+    Returns:
+        Figures by the names of those that `run` will find.
 
     Raises:
         UserError: as `tasks` and `run`.
     """
     names, known = tasks(entries)
     with _explained(names), TemporaryDirectory() as scratch:
-        for task in known.load(_specified(entries, known, scratch))["tasks"].values():
+        specified = _specified(entries, known, scratch)
+        for task in known.load(specified)["tasks"].values():
             _refuse_unaskable(task.config, context)
+        figures = _figures(_results(_nobody()(), specified, known, min(limit or FEW, FEW)))
+        own = [name for name, entry in zip(names, entries, strict=True) if _is_file(entry)]
+        if silent := [name for name in own if not any(figure.startswith(f"lm_eval.{name}.") for figure in figures)]:
+            raise ValueError(f"{silent[0]}: it gives no figure; its metric_list names none that the harness has")
+        return figures
+
+
+@cache
+def _nobody() -> type:
+    from lm_eval.api.model import LM
+
+    class Nobody(LM):
+        """Answers without a model."""
+
+        tokenizer_name = "none"
+
+        def loglikelihood(self, requests):
+            return [(-1.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests):
+            return [-1.0] * len(requests)
+
+        def generate_until(self, requests):
+            return ["1"] * len(requests)
+
+    return Nobody
 
 
 def _refuse_unaskable(task, context: int) -> None:
-    """Raise ValueError for a task's way of asking that only one of transformers and onnxruntime-genai has, or neither."""
+    """Raise ValueError for what is never done, or a way of asking that only one of transformers and onnxruntime-genai has, or neither."""
+    if task.unsafe_code:
+        raise ValueError(f"{task.task}: it runs code that a model wrote (unsafe_code), which is never done here")
     if task.output_type != "generate_until":
         return
     options = {name: value for name, value in (task.generation_kwargs or {}).items() if NEUTRAL.get(name) != value}
@@ -273,7 +307,7 @@ def _explained(names: list[str]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        reason = first_line(Exception(*error.args)).rstrip(".")  # of a KeyError without its quotes
         raise UserError(
             f"evaluate.lm_eval: {', '.join(names)}: {type(error).__name__}: {reason}. Correct the task, or take it out."
         ) from error

@@ -201,13 +201,5 @@ class Questions:
         return self.prompts[index].tolist() if text is None else model.encode(text)
 
     def read(self, text: str) -> str:
-        """The answer in generated text: all of it, as a user gets it; of a classification the label in its first lines, or the first line.
-
-        Of two labels of which one begins with the other, it is the longer one, whichever is expected.
-        """
-        labels = self.form["labels"]
-        if not labels:
-            return text.strip()
-        lines = sorted({label.count("\n") + 1 for label in labels})
-        read = [prompts.first_answer(text, count) for count in lines]
-        return next((answer for answer in reversed(read) if answer in labels), read[0])
+        """The answer in generated text, whichever is expected."""
+        return prompts.read_answer(text, self.form["labels"])

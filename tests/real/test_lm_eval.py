@@ -116,23 +116,43 @@ def test_every_backend_gives_the_same_figures(base, exported, files):
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ("max_gen_toks: 512", "answers of 512 tokens, and the model reads 512 with the prompt"),
+        ("max_gen_toks: 512", "ValueError: own: answers of 512 tokens, and the model reads 512 with the prompt"),
         (
             "max_new_tokens: 4, repetition_penalty: 1.2",
-            "generation_kwargs.repetition_penalty: an exported model cannot",
+            "ValueError: own: generation_kwargs.repetition_penalty: an exported model cannot",
         ),
-        ("max_gen_toks: 4, do_sample: true", "generation_kwargs.do_sample without a temperature"),
+        ("max_gen_toks: 4, do_sample: true", "ValueError: own: generation_kwargs.do_sample without a temperature"),
         ("max_gen_toks: 4, do_sample: true, temperature: 0.7, top_k: 5, num_beams: 1", None),
+        ("max_gen_toks: 4}\nunsafe_code: true\nmetadata: {", "ValueError: own: it runs code that a model wrote"),
+        (
+            "max_gen_toks: 4}\nnum_fewshot: 90\nfewshot_split: test\nmetadata: {",
+            "ValueError: Sample larger than population",
+        ),
+        (
+            "max_gen_toks: 4}\nfilter_list: [{name: x, filter: [{function: regex, regex_pattern: '(a'}]}]\nmetadata: {",
+            r"error: missing \), unterminated",
+        ),
+        (
+            "max_gen_toks: 4}\nfilter_list: [{name: x, filter: [{function: nosuch}]}]\nmetadata: {",
+            "KeyError: Unknown filter 'nosuch'",
+        ),
     ],
 )
-def test_how_a_task_asks_is_refused_before_training(tmp_path, files, kwargs, reason):
+def test_what_cannot_be_asked_is_refused_before_training(tmp_path, files, kwargs, reason):
     text = files["spoken"].read_text(encoding="utf-8").replace("max_gen_toks: 4, do_sample: false", kwargs)
     (tmp_path / "own.yaml").write_text(text.replace("task: spoken", "task: own"), encoding="utf-8")
     if reason is None:
-        harness.load([str(tmp_path / "own.yaml")], 512)
+        assert "lm_eval.own.exact_match" in harness.rehearse([str(tmp_path / "own.yaml")], None, 512)
         return
-    with pytest.raises(UserError, match=f"evaluate.lm_eval: own: ValueError: own: {reason}"):
-        harness.load([str(tmp_path / "own.yaml")], 512)
+    with pytest.raises(UserError, match=f"evaluate.lm_eval: own: {reason}"):
+        harness.rehearse([str(tmp_path / "own.yaml")], None, 512)
+
+
+def test_a_task_without_figures_is_refused_before_training(tmp_path, files):
+    text = files["tones"].read_text(encoding="utf-8").replace("metric: acc", "metric: nosuch")
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="tones: ValueError: tones: it gives no figure; its metric_list names none"):
+        harness.rehearse([str(files["spoken"]), str(tmp_path / "own.yaml")], None, 512)
 
 
 def test_a_task_that_samples_gets_other_answers_each_time_and_the_same_in_each_run(exported):
@@ -270,14 +290,14 @@ def test_a_task_whose_rows_are_gone(tmp_path, base):
         harness.run({"base": base}, "int4", [str(file)], None, job())
     asked = params.load(write_params(tmp_path / "params.yaml", evaluate={"lm_eval": [str(file)]}))
     with pytest.raises(UserError, match=message):  # before training
-        rehearse.refuse_what_is_not_there(asked, {"labels": None}, 512)
+        rehearse.rehearse_tasks(asked, 512)
 
 
 def test_rehearse_finds_that_a_task_or_the_harness_is_not_there(tmp_path, files, monkeypatch):
     def check(task: str, *stages: str) -> None:
         changes = {"evaluate": {"lm_eval": [task]}, "all": {"stages": ["finetune", "merge", *stages]}}
         file = write_params(tmp_path / "params.yaml", **changes)
-        rehearse.refuse_what_is_not_there(params.load(file), {"labels": None}, 512)
+        rehearse.rehearse_tasks(params.load(file), 512)
 
     check(str(files["tones"]), "evaluate")
     check("no_such_task")

@@ -128,7 +128,7 @@ def test_text_is_answered_as_it_was_scored(family, tmp_path, limit):
     assert ("max_prompt_tokens" in model.form) == (limit == 30)
     for row in predictions:
         answer = model.answer(data[int(row["row"]) - 1]["phrase"])
-        assert prompts.first_answer(answer) == row["fp32"]
+        assert prompts.read_answer(answer, ["joy"]) == row["fp32"]
 
 
 def test_chat_is_answered_as_it_was_scored(family, tmp_path):
@@ -152,7 +152,7 @@ def test_chat_is_answered_as_it_was_scored(family, tmp_path):
         turns = data[int(row["row"]) - 1]["turns"][: int(row["turn"]) - 1]
         assert model.prompt(json.dumps(turns)) == row["prompt"]
         answer = model.answer(json.dumps(turns))
-        assert (prompts.first_answer(answer) if model.form["labels"] else answer) == row["fp32"]
+        assert prompts.read_answer(answer, model.form["labels"]) == row["fp32"]
         if len(turns) == 1:
             assert model.answer(turns[0]["content"]) == answer
     assert {len(turns["turns"]) for turns in data} == {2, 4}
@@ -184,7 +184,7 @@ def test_hard_chats_are_answered_as_they_were_scored(family, tmp_path):
         turns = data[int(row["row"]) - 1]["turns"][: int(row["turn"]) - 1]
         assert model.prompt(json.dumps(turns)) == row["prompt"]
         answer = model.answer(json.dumps(turns))
-        assert (prompts.first_answer(answer) if model.form["labels"] else answer) == row["fp32"]
+        assert prompts.read_answer(answer, model.form["labels"]) == row["fp32"]
     tokenizer = load_tokenizer(base)
     for example in pyarrow.parquet.read_table(tmp_path / "run" / "dataset" / "train.parquet").to_pylist():
         assert example["input_ids"][:2] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<start_of_turn>")]
@@ -203,4 +203,4 @@ def test_run_py_as_a_user_starts_it(family, tmp_path):
     command = [sys.executable, tmp_path / "run" / "package" / "run.py", text]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert prompts.first_answer(done.stdout) == predictions[0]["fp32"]
+    assert prompts.read_answer(done.stdout, ["joy"]) == predictions[0]["fp32"]

@@ -57,7 +57,7 @@ def test_the_chain_works_on_a_twin(tmp_path, dataset, tokenizer, name):
     base = tmp_path / "base"
     models.write_base(configuration(name, **changes), base, tokenizer)
     with cli.job("test") as job:
-        passed = checks.rehearse(everything(tmp_path), base, dataset, tmp_path / "work", job)
+        passed = checks.rehearse(everything(tmp_path), base, dataset, tmp_path / "work", {}, job)
     assert passed["finetune"] == {"steps": 2}
     parity = passed["export"]["fp32_difference_by_prompt_tokens"]
     assert list(parity) == [str(length) for length in prompts]
@@ -74,7 +74,7 @@ def test_mixtures_of_experts_are_refused_before_training(tmp_path, dataset, toke
     settings = settings.model_copy(update={"all": settings.all.model_copy(update={"stages": stages})})
     models.write_base(configuration(name), tmp_path / "base", tokenizer)
     with pytest.raises(UserError, match=r"is a mixture of experts, which cannot be fine-tuned and exported") as caught:
-        checks.rehearse(settings, tmp_path / "base", dataset, tmp_path / "work", cli.Job("test", None, None))
+        checks.rehearse(settings, tmp_path / "base", dataset, tmp_path / "work", {}, cli.Job("test", None, None))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "work").exists()
 
@@ -128,7 +128,7 @@ def test_the_estimated_size_is_the_exports(tmp_path, dataset, tokenizer, name):
     settings = everything(tmp_path)
     settings = settings.model_copy(update={"all": settings.all.model_copy(update={"stages": ["quantize"]})})
     with cli.job("test") as job:
-        checks.rehearse(settings, tmp_path / "base", dataset, tmp_path / "work", job)
+        checks.rehearse(settings, tmp_path / "base", dataset, tmp_path / "work", {}, job)
     weights = (tmp_path / "work" / "asked" / "model.onnx.data").stat().st_size
     config = AutoConfig.from_pretrained(tmp_path / "work" / "twin")
     assert models.sizes(config).int4 == pytest.approx(weights, rel=0.02)

@@ -175,7 +175,7 @@ def test_rehearse_compares_where_it_has_an_export(tmp_path, base, dataset, monke
     quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
     for stages in (["rehearse"], ["rehearse", "quantize"]):
         file = write_params(tmp_path / "params.yaml", all={"stages": stages}, quantize=quantize)
-        checks.rehearse(params.load(file), base, dataset, tmp_path, cli.Job("rehearse", sys.stderr, None))
+        checks.rehearse(params.load(file), base, dataset, tmp_path, {}, cli.Job("rehearse", sys.stderr, None))
     assert seen == ["asked"]
 
 

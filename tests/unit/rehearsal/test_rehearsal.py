@@ -120,7 +120,7 @@ def rehearse(tmp_path, base, dataset, **sections):
 
 
 def test_the_chain_runs_on_the_twin(tmp_path, base, dataset, capsys):
-    passed, needs = rehearse(tmp_path, base, dataset)
+    passed, needs = rehearse(tmp_path, base, dataset, gates={"max_accuracy_drop": 0.1})
     checks = needs["checks"]
     assert passed == {"passed": ["finetune", "merge", "export", "evaluate"]}
     assert checks["evaluate"] == {"models": ["base", "adapter", "merged", "int4"]}

@@ -215,6 +215,18 @@ def test_a_function_of_ones_own(tmp_path):
     assert numbers.tolist() == [0.5, 0]
 
 
+def test_a_metrics_file_may_define_classes(tmp_path):
+    """dataclasses, pydantic and pickle look for a class's module by its name."""
+    text = "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n@dataclass\nclass Reply:\n    text: str\n"
+    body = "def size(prompt, expected, answer):\n    return len(pickle.loads(pickle.dumps(Reply(answer))).text)\n"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        more = body.replace("len(", f"{name == 'two':d} + len(")
+        (tmp_path / name / "mine.py").write_text(text + more, encoding="utf-8")
+    made = [answer_metrics.function_of(parse(f"{tmp_path}/{name}/mine.py:size")) for name in ("one", "two")]
+    assert [function("", "", "abc") for function in made] == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

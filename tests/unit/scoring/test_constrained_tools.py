@@ -227,8 +227,8 @@ def test_rehearse_refuses_what_the_dataset_does_not_have(stage, constraint, tmp_
     file = write_params(tmp_path / "params.yaml", **{stage: {"constrain": constraint}})
     form = {"labels": None}
     with pytest.raises(UserError, match=f"{stage}.constrain: {constraint}: the dataset"):
-        rehearse.refuse_what_is_not_there(params.load(file), form, 512)
-    rehearse.refuse_what_is_not_there(params.load(file), {"labels": ["joy"], "tools": []}, 512)
+        rehearse.refuse_what_is_not_there(params.load(file), form)
+    rehearse.refuse_what_is_not_there(params.load(file), {"labels": ["joy"], "tools": []})
 
 
 @pytest.mark.parametrize(

@@ -150,16 +150,17 @@ def test_rouge_l_of_english_is_that_of_torchmetrics():
 
 
 @pytest.mark.parametrize(
-    ("text", "lines", "answer"),
+    ("text", "labels", "answer"),
     [
-        ("joy", 1, "joy"),
-        (" joy \n", 1, "joy"),
-        ("\n\njoy\nfear", 1, "joy"),
-        ("joy\nfear", 2, "joy\nfear"),
-        ("one\ntwo\nthree", 2, "one\ntwo"),
-        ("", 1, ""),
-        ("  \n ", 3, ""),
+        ("joy", ["joy"], "joy"),
+        (" joy \n", ["joy"], "joy"),
+        ("\n\njoy\nfear", ["joy", "fear"], "joy"),
+        ("\n\njoy\nfear", None, "joy\nfear"),
+        (" joy\nfear\n", ["joy", "joy\nfear"], "joy\nfear"),  # and not right where joy alone is expected
+        ("one\ntwo\nthree", ["one\ntwo"], "one\ntwo\nthree"),
+        ("", ["joy"], ""),
+        ("  \n ", None, ""),
     ],
 )
-def test_first_answer(text, lines, answer):
-    assert prompts.first_answer(text, lines) == answer
+def test_what_counts_as_the_answer(text, labels, answer):
+    assert prompts.read_answer(text, labels) == answer
