@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from slmake.generation import INCOMPLETE, Exported, Sampling
+from slmake.generation import Exported, Sampling
+
+INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 
 
 class Stream:

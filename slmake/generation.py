@@ -21,7 +21,6 @@ from decimal import Decimal
 from pathlib import Path
 
 PROVIDERS = {"cuda": "CUDA", "dml": "DirectML", "webgpu": "WebGPU"}
-INCOMPLETE = "\ufffd"  # what the runtime shows for the first bytes of a character
 ROLES = ("system", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking")  # some templates write them, some do not
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -45,12 +44,13 @@ class Sampling:
     seed: int | None = None
     guidance: tuple[str, str] | None = None
 
-    def options(self) -> dict:
-        """The runtime's search options."""
+    def options(self, vocabulary: int) -> dict:
+        """The runtime's search options; with 0 for top_k, more tokens would pass than top_p lets."""
         if not self.temperature:
             return {"do_sample": False}
-        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return chosen if self.seed is None else {**chosen, "random_seed": self.seed}
+        seed = {} if self.seed is None else {"random_seed": self.seed}
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": vocabulary if self.top_p < 1 else 0}
+        return {"do_sample": True, **chosen, **seed}
 
 
 class Exported:
@@ -75,7 +75,8 @@ class Exported:
         import onnxruntime_genai as og
 
         self.folder, self.form = folder, form or {}
-        self.context_length, self.smallest_cache, session, self.provider = read(folder / "genai_config.json", _settings)
+        settled = read(folder / "genai_config.json", _settings)
+        self.context_length, self.smallest_cache, self.vocabulary, session, self.provider = settled
         settings = og.Config(str(folder))
         if "intra_op_num_threads" not in session:
             # As PyTorch does: OMP_NUM_THREADS, else a thread for each core (0). GenAI's own choice is half as fast on two cores.
@@ -198,7 +199,8 @@ class Exported:
         import onnxruntime_genai as og
 
         settings = og.GeneratorParams(self.model)
-        settings.set_search_options(max_length=max(len(prompt) + new_tokens, self.smallest_cache), **sampling.options())
+        settings.set_search_options(max_length=max(len(prompt) + new_tokens, self.smallest_cache))
+        settings.set_search_options(**sampling.options(self.vocabulary))
         if sampling.guidance:
             settings.set_guidance(*sampling.guidance)
         try:
@@ -299,12 +301,13 @@ def read(file: Path, use: Callable):
         raise ValueError(f"{file}: the file is damaged ({error!r}). Get the package again.") from None
 
 
-def _settings(config: dict) -> tuple[int, int, dict, str]:
-    """Of genai_config.json: the context's length, the smallest cache, the session's options and the execution provider."""
-    decoder, length = config["model"]["decoder"], config["model"]["context_length"] + 0
+def _settings(config: dict) -> tuple[int, int, int, dict, str]:
+    """Of genai_config.json: lengths of context, smallest cache (a window) and vocabulary; session's options; execution provider."""
+    decoder = (model := config["model"])["decoder"]
     names = [name.lower() for entry in decoder["session_options"].get("provider_options", []) for name in entry]
-    window = decoder.get("sliding_window", {}).get("window_size", 0)  # the runtime refuses a smaller cache
-    return length, window, decoder["session_options"], (names or ["cpu"])[0]
+    window = decoder.get("sliding_window", {}).get("window_size", 0)
+    session, provider = decoder["session_options"], (names or ["cpu"])[0]
+    return model["context_length"] + 0, window, model["vocab_size"] + 0, session, provider
 
 
 def as_form(form: dict) -> dict:
@@ -315,8 +318,7 @@ def as_form(form: dict) -> dict:
 
 
 def _first_line(error: Exception) -> str:
-    """A reason of the runtime, which may go on with all of its state."""
-    return str(error).strip().partition("\n")[0][:300]
+    return str(error).strip().partition("\n")[0][:300]  # the runtime may go on with all of its state
 
 
 def literal(value: object) -> str:

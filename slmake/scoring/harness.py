@@ -123,9 +123,9 @@ class TaskSampling(Sampling):
 
     top_k: int = 0
 
-    def options(self) -> dict:
+    def options(self, vocabulary: int) -> dict:
         """The runtime's search options."""
-        return super().options() | ({"top_k": self.top_k} if self.temperature else {})
+        return super().options(vocabulary) | ({"top_k": self.top_k} if self.temperature and self.top_k else {})
 
 
 def rehearse(entries: list[str], limit: int | None, context: int) -> dict[str, float]:

@@ -117,6 +117,8 @@ def short_attention(module, query, key, value, attention_mask, scaling=None, dro
         mask = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
     else:
         mask = attention_mask
+    if kwargs.get("sliding_window"):  # padding behind it sees nothing, and a softmax of nothing is NaN
+        mask = mask.masked_fill(mask.isneginf().all(-1, keepdim=True), 0.0)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return Attention.apply(query, key, value, mask, scaling), None
 

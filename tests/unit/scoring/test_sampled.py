@@ -2,15 +2,19 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from evaluate_script import export, make_dataset
 from tiny import make_rows, write_params
 
 from scripts import evaluate, gates
 from slmake import params
 from slmake.errors import UserError
+from slmake.generation import Exported, Sampling
 from slmake.scoring.metrics import rouge_l
 
 QUANTIZE = {"precision": "fp32", "calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None}
@@ -72,6 +76,26 @@ def test_certain_choices_are_the_greedy_answers(tmp_path, open_text, base, onnx,
         assert metrics[name]["sampled_accuracy"] == metrics[name]["accuracy"]
         assert metrics[name]["sampled_rouge_l"] == pytest.approx(metrics[name]["rouge_l"], abs=1e-6)
     assert metrics["drop"]["fp32_vs_base"]["sampled_accuracy"] == metrics["drop"]["fp32_vs_base"]["accuracy"]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (0.7, 0.9), (2.0, 0.3)])
+def test_no_token_beyond_the_nucleus_is_drawn(tmp_path, base, temperature, top_p):
+    """As of transformers; with 0 for top_k, onnxruntime-genai drew one in three of them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # tied: some tokens are much more likely than others
+    model.save_pretrained(tmp_path / "sharp")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy2(base / name, tmp_path / "sharp")
+    exported, prompt = Exported(export(tmp_path / "sharp", tmp_path / "onnx", "fp32")), [5, 9, 60, 70]
+    warpers = [transformers.TemperatureLogitsWarper(temperature), transformers.TopPLogitsWarper(top_p)]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[:, -1]
+    nucleus = set(transformers.LogitsProcessorList(warpers)(None, logits)[0].isfinite().nonzero().flatten().tolist())
+    drawn = {tuple(exported.generate(prompt, 1, sampling=Sampling(temperature, top_p, seed))) for seed in range(200)}
+    assert 2 < len(nucleus) < 400
+    assert {token for answer in drawn for token in answer} <= nucleus
+    assert len(drawn) > min(len(nucleus), 20) // 2
 
 
 def test_figures_are_means_over_the_answers(tmp_path, open_text, base, onnx):

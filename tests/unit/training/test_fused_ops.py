@@ -49,6 +49,18 @@ def test_a_fused_model_gives_the_same_logits_and_gradients(folder, padded):
     assert_equal(outcome(model, ids, mask), expected)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_padding_that_is_longer_than_a_window_is_no_nan(tmp_path, kind):
+    """Its queries see no key at all."""
+    model = load(make_model(tmp_path / kind, kind, sliding_window=4))
+    ids, mask = torch.randint(5, 500, (2, 19)), (torch.arange(19) < torch.tensor([[19], [7]])).long()
+    expected = outcome(model, ids, mask)
+    fused_ops.fuse(model)
+    found = outcome(model, ids, mask)
+    assert torch.isfinite(found[1]).all()
+    assert_equal(found, expected)
+
+
 def test_rotary_embedding_is_fused_where_it_is_llamas_own(tmp_path):
     assert fused_ops.fuse(load(make_model(tmp_path / "llama", "llama")))["rotary"] == 1
     # Phi-3 has one projection for q, k and v; its rotary embedding may be partial and is unchanged.
