@@ -286,6 +286,7 @@ class Plan:
             *self.task_files,
             *self.constraint,
             *self.published_metrics,
+            *map(str, self.params.package.license_files),
             *map(os.path.relpath, snakefiles(self.snakefile)),
             *sorted(files),
             *LOCKS,

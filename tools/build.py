@@ -9,6 +9,7 @@ asked. Exit code 0 means that all of it is up to date.
 """
 
 import argparse
+import getpass
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
-from slmake.platforms import building, dvc, dvc_yaml, unmoved
+from slmake.platforms import building, dvc, dvc_remote, dvc_yaml, unmoved
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
 from tools import page, record
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"{links[0]} is a link, and DVC records nothing behind one. Mount the other disk there, or move the whole project to it."
         )
+    provide_home()
     if not args.targets:  # of a single target nothing is recorded
         with cli.job("build"):
             refuse_unrecordable()
@@ -98,6 +100,16 @@ def update(recorded: bool) -> None:
                 record.refuse_ignored()
 
 
+def provide_home() -> None:
+    """Give a user whom the system does not know, as in containers, a name and a folder for caches: Snakemake asks for both."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if not os.access(Path("~").expanduser(), os.W_OK):
+        os.environ.setdefault("XDG_CACHE_HOME", str(Path(".snakemake/cache").absolute()))
+
+
 def refuse_unrecordable() -> None:
     """Raise UserError if DVC could not record what is built here: that would show after the last rule."""
     if not Path(".dvc").is_dir():
@@ -105,6 +117,23 @@ def refuse_unrecordable() -> None:
             "DVC has no folder .dvc here, so it could not record what is built; one in a folder above does not count. "
             "`.venv/bin/dvc init --subdir` makes it (where this is no part of a Git repository, `--no-scm`)."
         )
+    config = dvc_remote.settings()
+    here = Path.cwd()
+    if not config.getboolean("core", "no_scm", fallback=False) and not any(
+        (folder / ".git").exists() for folder in (here, *here.parents)
+    ):
+        raise UserError(
+            "this folder is no part of a Git repository, so DVC could not record what is built. `git init` makes one; without Git: "
+            "`.venv/bin/dvc config core.no_scm true`."
+        )
+    cache = Path(".dvc") / config.get("cache", "dir", fallback="cache")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: DVC's cache cannot be made there ({error.strerror}), so it could not record what is built. Mount its disk, or name "
+            "another folder: `.venv/bin/dvc cache dir PATH`."
+        ) from None
 
 
 def with_report(targets: list[str], stages: list[str]) -> bool:

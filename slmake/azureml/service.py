@@ -13,6 +13,7 @@ from slmake.azureml.settings import REGISTRY, Cluster, Settings
 from slmake.azureml.step import sums
 from slmake.errors import UserError
 from slmake.params.dataset_files import source_files
+from slmake.platforms import dvc
 from slmake.sources.schemes import parse
 
 LAST = Path("build/azureml/job.json")  # the run that `submit` made last
@@ -191,10 +192,7 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     sent = {str(file) for rule in planned.rules for file in pipeline.code_files(planned, rule)}
     sent |= {"params.yaml", *pipeline.ALWAYS, *(mount.local for mount in planned.mounts.values())}  # what is gone, too
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", *sorted(sent)], capture_output=True, text=True
-    ).stdout
-    commit = {"git_commit": done.stdout.strip() + "-changed" * bool(changed)} if done.returncode == 0 else {}
+    commit = {"git_commit": done.stdout.strip() + "-changed" * _changed(sent)} if done.returncode == 0 else {}
     fetched = planned.sections["fetch_model"]["source"]
     other = planned.origins.get(parse(fetched).full)  # a model of the hub
     source = planned.model.uri if planned.model else other["text"] if other else fetched
@@ -202,6 +200,25 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
         source_files(everything.prepare).values() if everything.prepare else ["no dataset"]
     )
     return {"base_model": source, "data": data, **commit}
+
+
+def _changed(sent: set[str]) -> bool:
+    """Whether files are not as the last commit has them; those that Git ignores are kept by DVC, and the commit has their receipts."""
+
+    def listed(*command: str) -> list[str]:
+        done = subprocess.run(["git", *command, "--", *sorted(sent)], capture_output=True, text=True)
+        return [name for name in done.stdout.split("\0") if name]
+
+    ignored = listed("ls-files", "-z", "--others", "--ignored", "--exclude-standard")
+    places = {place for name in sent for place in (Path(name), *Path(name).parents) if place.name}
+    kept = {f"{place}.dvc" for place in places if Path(f"{place}.dvc").is_file()}
+    by_dvc = [
+        name for name in ignored if any(Path(name).is_relative_to(receipt.removesuffix(".dvc")) for receipt in kept)
+    ]
+    sent = sent | kept
+    return bool(
+        listed("status", "-z", "--porcelain") or len(by_dvc) < len(ignored) or (kept and dvc.status(*sorted(kept)))
+    )
 
 
 def steps(ml, name: str) -> tuple[object, dict]:

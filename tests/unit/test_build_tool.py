@@ -1,8 +1,14 @@
 """The tool behind `make`, without Snakemake."""
 
+import getpass
+import os
+import pwd
+from pathlib import Path
+
 import pytest
 from tiny import write_params
 
+from slmake.errors import UserError
 from tools import build, page
 
 
@@ -59,6 +65,7 @@ def test_a_rule_that_nothing_would_record_is_refused_before_the_first_one(pages,
         raise build.dvc_yaml.UnknownRule("Snakefile: slmake does not know the rule summary")
 
     (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".git").mkdir()
     monkeypatch.setattr(build.dvc_yaml, "update", refuse)
     assert build.main(["build/base"]) == 0  # of a single target nothing is recorded
     with pytest.raises(SystemExit):
@@ -75,4 +82,34 @@ def test_a_folder_that_dvc_could_not_record_is_refused_before_the_first_rule(pag
         build.main([])
     assert "build: error: DVC has no folder .dvc here" in capsys.readouterr().err
     (tmp_path / "project" / ".dvc").mkdir()
+    with pytest.raises(SystemExit):  # as of a project that was downloaded as an archive
+        build.main([])
+    assert "build: error: this folder is no part of a Git repository" in (shown := capsys.readouterr().err)
+    assert "`.venv/bin/dvc config core.no_scm true`" in shown
+    (tmp_path / ".git").mkdir()
     build.refuse_unrecordable()
+    (tmp_path / ".git").rmdir()
+    config = tmp_path / "project" / ".dvc" / "config"
+    config.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
+    build.refuse_unrecordable()
+    (tmp_path / "disk").write_text("", encoding="utf-8")  # where another disk should be
+    config.write_text("[core]\n    no_scm = true\n[cache]\n    dir = ../../disk/cache\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"DVC's cache cannot be made there \(Not a directory\)"):
+        build.refuse_unrecordable()
+    config.write_text("<<<<<<< HEAD\n[core]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.dvc/config cannot be read: .* Correct it, or bring back what Git has"):
+        build.refuse_unrecordable()
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_name_and_a_folder_for_caches(tmp_path, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[f"uid not found: {uid}"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build.provide_home()
+    assert getpass.getuser() == f"uid{os.getuid()}"
+    assert "XDG_CACHE_HOME" not in os.environ
+    monkeypatch.setenv("HOME", str(tmp_path / "absent"))
+    build.provide_home()
+    assert os.environ.pop("XDG_CACHE_HOME") == str(Path(".snakemake/cache").absolute())
+    del os.environ["LOGNAME"]

@@ -268,6 +268,7 @@ def test_verify_knows_what_azure_read_in_place_of_the_project_s_data(tmp_path, m
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(make_rows(8)))
+    (tmp_path / "LICENSE").touch()
     file = write_params(tmp_path / "params.yaml", prepare={"source": "data/dataset.json"})
     everything = params.load(file)
     origins = {"data/dataset.json": {"text": "azureml:phrases:3", "path": "data/dataset.json", "sha256": None}}

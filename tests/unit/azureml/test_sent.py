@@ -1,6 +1,8 @@
 """What is sent to Azure ML: no credential, and the commit that it is of."""
 
+import functools
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,34 @@ def test_the_commit_is_that_of_what_is_sent(tmp_path, monkeypatch):
         Path(name).write_text("second")
         assert service.tags(everything, small_plan())["git_commit"] == f"{commit}-changed"
         subprocess.run([*git, "stash", "-q", "--include-untracked"], check=True)
+
+
+def test_the_commit_has_what_dvc_keeps_by_its_receipt(tmp_path, monkeypatch):
+    """Git ignores a large dataset, and says nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    data, run = Path("data/train.json"), functools.partial(subprocess.run, check=True, capture_output=True)
+    data.parent.mkdir()
+    data.write_text("[]")
+    run([*git, "init", "-q"])
+    run([sys.executable, "-m", "dvc", "init", "-q"])
+    run([sys.executable, "-m", "dvc", "add", "-q", str(data)])
+    run([*git, "add", "."])
+    run([*git, "commit", "-q", "-m", "first"])
+    everything = params.load(ROOT / "params.yaml")
+
+    def is_changed() -> bool:
+        return service.tags(everything, small_plan())["git_commit"].endswith("-changed")
+
+    assert not is_changed()
+    data.chmod(0o644)
+    data.write_text("[1]")
+    assert is_changed()
+    run([sys.executable, "-m", "dvc", "add", "-q", str(data)])
+    assert is_changed()  # the receipt is another
+    run([*git, "commit", "-q", "-a", "-m", "second"])
+    assert not is_changed()
+    run([*git, "rm", "-q", "--cached", "data/train.json.dvc"])
+    Path("data/train.json.dvc").unlink()
+    run([*git, "commit", "-q", "-a", "-m", "third"])
+    assert is_changed()  # nothing has it
