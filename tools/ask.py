@@ -6,6 +6,7 @@ Reads the ONNX model and the prompt.json beside it. Prints the answer and its la
 chats takes what the user says, or a JSON list of messages.
 """
 
+import signal
 import time
 
 from slmake import cli, exported_model
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max-new-tokens", type=int, help="generation length (default: the longest answer in the data)"
     )
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may end first
     with cli.job("ask", args.log):
         if not args.text.strip():
             raise UserError('no text. Write: make ask TEXT="I never thought I\'d see you again!"')

@@ -80,6 +80,7 @@ def public_key(key: Path) -> bytes:
         UserError: no key in it.
     """
     from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     try:
         data = key.read_bytes()
@@ -89,4 +90,8 @@ def public_key(key: Path) -> bytes:
             public = serialization.load_pem_public_key(data)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: no key in PEM form: {error}") from None
+    if not isinstance(public, EllipticCurvePublicKey):
+        raise UserError(
+            f"{key}: a key of another kind ({type(public).__name__}); packages are signed with {', '.join(CURVES)}."
+        )
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

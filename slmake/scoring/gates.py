@@ -41,7 +41,7 @@ def judge(
         if rows < gate.rows_needed():
             raise UserError(
                 f"gates.{name}: {gate.kind} {gate.bound:g} of {gate.metric} needs at least {gate.rows_needed()} test rows; there are {rows}. "
-                "Add rows, raise prepare.test_fraction, or set a wider bound."
+                "Add rows, raise prepare.test_fraction or evaluate.max_samples, or set a wider bound."
             )
         entry = {"gate": name, "metric": gate.metric, "kind": gate.kind, "model": model}
         value, low, high = _value(name, gate, model, names, metrics, benchmark or {}, published, entry)

@@ -72,7 +72,9 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
     sums = sums_of(path, use)
     if path.is_dir() and not sums:
-        raise UserError(f"{source.full}: nothing that can be read is there.")
+        within = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and sums_of(inner, use))
+        hint = f" Name one of its folders: {', '.join(within[:5])}." if within else ""
+        raise UserError(f"{source.full}: nothing that can be read is there.{hint}")
     record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
     if path.is_dir():
         record["files"] = sums

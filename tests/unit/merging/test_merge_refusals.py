@@ -66,6 +66,16 @@ def test_adapter_of_another_architecture_is_refused(tmp_path, capsys, base):
     assert "(4 of the adapter's 8 are missing): it is another base model." in message
 
 
+def test_a_trained_bias_of_a_layer_without_one_is_no_other_base(tmp_path, capsys, base, adapter):
+    def add(tensors):
+        tensors[f"{UP}B.bias"] = torch.ones(tensors[f"{UP}B.weight"].shape[0])
+
+    trained = edited(adapter, tmp_path / "bias", add, lora_bias=True)
+    message = refused(tmp_path, capsys, base, trained)
+    assert "the adapter changes model.layers.1.mlp.up_proj.bias, and that layer has no bias" in message
+    assert "Train it again without lora_bias." in message
+
+
 def test_adapter_on_a_weight_of_integers_is_refused(tmp_path, capsys, base, adapter):
     packed = Path(shutil.copytree(base, tmp_path / "packed"))
     tensors = tensors_of(base)

@@ -108,6 +108,12 @@ def test_signed_package(parts, tmp_path, capsys):
         verify.main([str(folder), "--package-only", "--key", str(half)])
         assert "signature good" in capsys.readouterr().err
     assert "model.sig: does not fit" in refused(capsys, folder, "--package-only", "--key", other)
+    rsa = ["openssl", "genrsa", "-out", tmp_path / "rsa.pem", "1024"]
+    subprocess.run(rsa, check=True, capture_output=True)
+    message = refused(capsys, folder, "--package-only", "--key", tmp_path / "rsa.pem")
+    assert "rsa.pem: a key of another kind (RSAPublicKey); packages are signed with secp256r1" in message.replace(
+        "_", ""
+    )
     assert str(key) not in "".join(path.read_text() for path in folder.glob("*.json"))
     sig = bytearray((folder / "model.sig").read_bytes())
     sig[len(sig) // 2] ^= 1

@@ -20,6 +20,15 @@ def test_missing_folder_lists_the_kinds_of_sources(tmp_path, capsys):
     assert "hf:ORG/NAME@REVISION" in message
 
 
+def test_a_trainers_folder_that_has_only_checkpoints_names_them(tmp_path, capsys):
+    for step in (100, 200):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "run" / f"checkpoint-{step}" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "run" / "logs").mkdir()
+    message = refused(tmp_path, capsys, tmp_path / "run")
+    assert "run: nothing that can be read is there. Name one of its folders: checkpoint-100, checkpoint-200." in message
+
+
 def test_a_pipe_is_refused_unread(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.gguf")
     for path in (tmp_path / "pipe.gguf", Path("/dev/zero")):
