@@ -1,0 +1,63 @@
+"""The gates of a build before it is trained: judged by the figures that `evaluate` will write, if every answer is right."""
+
+from pathlib import Path
+
+import numpy as np
+
+from slmake import params
+from slmake.scoring import constrained, gates
+from slmake.scoring.measure import compare, measure
+from slmake.scoring.questions import Questions
+from slmake.scoring.run import Run, percentiles
+
+ENDS = ("", "_low", "_high")
+
+
+def judge(everything: params.Params, dataset: Path, tried: dict[str, Run], of_tasks: dict[str, float]) -> None:
+    """Find gates that could not be judged: on a figure that is not measured, of a model that is not scored, or by too few rows.
+
+    Args:
+        tried: runs of the twin, which say what is measured of which model.
+        of_tasks: figures of `evaluate.lm_eval` by their names.
+
+    Raises:
+        UserError: there is such a gate.
+    """
+    section, onnx = everything.evaluate, everything.quantize.precision
+    questions = Questions(dataset, section.max_samples)
+    questions.extend_for_parity(section.parity_prompts)
+    runs = {name: _right(questions, run) for name, run in tried.items()}
+    weights = np.ones((1, questions.scored))
+    built_in = [metric for metric in section.answer_metrics if metric.kind]
+    own = [metric.figure for metric in section.answer_metrics if not metric.kind]
+    answers, scores = measure(questions, next(iter(runs.values())), weights, built_in)
+    counted = (
+        {"test_rows": 0, "texts": questions.scored} if questions.without_dataset else {"test_rows": questions.scored}
+    )
+    metrics = counted | compare(questions, runs, dict.fromkeys(runs, answers), weights, built_in)
+    for name, run in runs.items():
+        metrics[name] = scores | {"size_bytes": 1} | of_tasks
+        starts = ["", *(["sampled_"] if section.sampling else [])]
+        if section.constrain != "none" and name == onnx:
+            starts.append("constrained_")
+            held = constrained.Constrained(answers, {}, lambda answer, row: True)
+            metrics[name] |= constrained.measure(questions, held, answers, weights, built_in)[1]
+            run.timings |= {f"constrained_{key}": value for key, value in percentiles([1.0]).items()}
+        metrics[name] |= {f"{start}{figure}{end}": 1.0 for start in starts for figure in own for end in ENDS}
+        # Whether there is a ratio to a figure is not known yet: none is 0.
+        metrics[name] = {key: value or 1.0 for key, value in metrics[name].items()}
+    benchmark = {name: run.timings for name, run in runs.items()}
+    gates.judge(everything.gates, metrics, benchmark, gates.read_published(everything.gates))
+
+
+def _right(questions: Questions, run: Run) -> Run:
+    """A run with the expected answers, and the figures of another."""
+    count, labels = len(questions.expected), questions.form["labels"]
+    return Run(
+        texts=list(questions.expected),
+        choices=[labels.index(answer) for answer in questions.expected] if labels else [],
+        answer_nll=np.zeros(count),
+        logits=[np.zeros((1, 2), dtype=np.float32)] * questions.compared,
+        timings=dict(run.timings),
+        sampled=[list(questions.expected[: questions.scored]) for _ in run.sampled],
+    )
