@@ -66,12 +66,12 @@ def _is_file(entry: str) -> bool:
     return entry.endswith((".yaml", ".yml"))
 
 
-def _definition(file: str) -> dict:
-    """What a task's file says, with what it includes; its Python functions are not loaded."""
+def _definition(file: str, functions: bool = False) -> dict:
+    """What a task's file says, with what it includes; `functions` of Python are loaded, or else named."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        found = load_yaml(file, resolve_func=False)
+        found = load_yaml(file, resolve_func=functions)
     except FileNotFoundError as error:
         raise UserError(
             f"evaluate.lm_eval: {error.filename}: no such file. Correct the path of the task's YAML file."
@@ -83,31 +83,29 @@ def _definition(file: str) -> dict:
     return found
 
 
-def _specified(entries: list[str], known: "TaskManager", scratch: str) -> list:
-    """The tasks as the harness takes them: by name, or as they are where a file defines them, whatever other files beside it say.
+def _specified(entries: list[str], scratch: str) -> list[str | dict]:
+    """The tasks as the harness takes them: by name, or by what a file says, whatever other files beside it define.
 
     Args:
         scratch: a folder for the rows of local files, which have to stay there. `datasets` keeps them by the files' names and times; in a
             folder of its own, what they hold now is read.
     """
-    from unittest import mock
-
-    from datasets import config
-
-    ways = {"HF_DATASETS_CACHE": "", "DOWNLOADED_DATASETS_PATH": "downloads", "EXTRACTED_DATASETS_PATH": "extracted"}
-    own = mock.patch.multiple(config, **{name: Path(scratch, folder) for name, folder in ways.items()})
-    specified = []
+    specified: list[str | dict] = []
     for entry in entries:
         if not _is_file(entry):
             specified.append(entry)
             continue
-        with own if _has_local_rows(_definition(entry)) else contextlib.nullcontext():
-            specified += known.load([str(Path(entry).resolve())])["tasks"].values()
+        definition = _definition(entry, functions=True)
+        if _has_local_rows(definition):
+            definition["dataset_kwargs"] = {**(definition.get("dataset_kwargs") or {}), "cache_dir": scratch}
+        specified.append(definition)
     return specified
 
 
 def _has_local_rows(definition: dict) -> bool:
     """Whether a task's rows are in a folder, or in files that one of the loaders of `datasets` reads, and not on a hub."""
+    if "custom_dataset" in definition:
+        return False
     path = str(definition.get("dataset_path", ""))
     named = {"data_files", "data_dir"} & (definition.get("dataset_kwargs") or {}).keys()
     return Path(path).exists() or bool(named and "/" not in path)
@@ -143,7 +141,7 @@ def rehearse(entries: list[str], limit: int | None, context: int) -> dict[str, f
     """
     names, known = tasks(entries)
     with _explained(names), TemporaryDirectory() as scratch:
-        specified = _specified(entries, known, scratch)
+        specified = _specified(entries, scratch)
         for task in known.load(specified)["tasks"].values():
             _refuse_unaskable(task.config, context)
         figures = _figures(_results(_nobody()(), specified, known, min(limit or FEW, FEW)))
@@ -209,7 +207,7 @@ def run(folders: dict[str, Path], onnx: str, entries: list[str], limit: int | No
             job.say(f"lm-eval: {', '.join(names)} on {name}")
             backend = _backend(folder, exported=name == onnx)
             with _explained(names):
-                figures[name] = _figures(_results(backend, _specified(entries, known, scratch), known, limit))
+                figures[name] = _figures(_results(backend, _specified(entries, scratch), known, limit))
     return figures
 
 
