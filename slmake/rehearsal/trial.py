@@ -1,11 +1,13 @@
 """The gates of a build before it is trained: judged by the figures that `evaluate` will write, if every answer is right."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from slmake import params
 from slmake.scoring import constrained, gates
+from slmake.scoring.harness import SKIPPED
 from slmake.scoring.measure import compare, measure
 from slmake.scoring.questions import Questions
 from slmake.scoring.run import Run, percentiles
@@ -17,7 +19,7 @@ def judge(everything: params.Params, dataset: Path, tried: dict[str, Run], of_ta
     """Find gates that could not be judged: on a figure that is not measured, of a model that is not scored, or by too few rows.
 
     Args:
-        tried: runs of the twin, which say what is measured of which model.
+        tried: runs of the twin, at least one, which say what is measured of which model.
         of_tasks: figures of `evaluate.lm_eval` by their names.
 
     Raises:
@@ -26,7 +28,7 @@ def judge(everything: params.Params, dataset: Path, tried: dict[str, Run], of_ta
     section, onnx = everything.evaluate, everything.quantize.precision
     questions = Questions(dataset, section.max_samples)
     questions.extend_for_parity(section.parity_prompts)
-    runs = {name: _right(questions, run) for name, run in tried.items()}
+    runs = {name: _right(questions, run) for name, run in _scored(everything, tried).items()}
     weights = np.ones((1, questions.scored))
     built_in = [metric for metric in section.answer_metrics if metric.kind]
     own = [metric.figure for metric in section.answer_metrics if not metric.kind]
@@ -36,7 +38,7 @@ def judge(everything: params.Params, dataset: Path, tried: dict[str, Run], of_ta
     )
     metrics = counted | compare(questions, runs, dict.fromkeys(runs, answers), weights, built_in)
     for name, run in runs.items():
-        metrics[name] = scores | {"size_bytes": 1} | of_tasks
+        metrics[name] = scores | {"size_bytes": 1} | (of_tasks if name not in SKIPPED else {})
         starts = ["", *(["sampled_"] if section.sampling else [])]
         if section.constrain != "none" and name == onnx:
             starts.append("constrained_")
@@ -48,6 +50,23 @@ def judge(everything: params.Params, dataset: Path, tried: dict[str, Run], of_ta
         metrics[name] = {key: value or 1.0 for key, value in metrics[name].items()}
     benchmark = {name: run.timings for name, run in runs.items()}
     gates.judge(everything.gates, metrics, benchmark, gates.read_published(everything.gates))
+
+
+def _scored(everything: params.Params, tried: dict[str, Run]) -> dict[str, Run]:
+    """A run for each model that `evaluate` will score. The twin has not got an adapter from elsewhere, nor what is merged with it."""
+    stages, models = set(everything.stages), everything.evaluate.models
+    made = {"adapter": {"finetune", "merge"}, "merged": {"merge"}}
+    absent = [name for name in made if name in models and made[name] & stages and name not in tried]
+    if not absent:
+        return tried
+    some = tried.get("base") or next(iter(tried.values()))
+    untimed = replace(
+        some, timings={key: value for key, value in some.timings.items() if not key.startswith("latency")}
+    )
+    runs = tried | dict.fromkeys(absent, untimed)
+    if "merged" in absent:  # of it and base, it is the one that is timed
+        runs |= {"merged": some} | ({"base": untimed} if "base" in tried else {})
+    return {name: runs[name] for name in gates.MODELS if name in runs}
 
 
 def _right(questions: Questions, run: Run) -> Run:

@@ -34,12 +34,12 @@ def many(tmp_path_factory, base):
     return prepared(folder, base, {"source": str(folder / "rows.json"), "test_fraction": 0.5})
 
 
-def judge(folder, dataset, checks, of_tasks=None, drawn=0, **sections):
+def judge(folder, dataset, checks, of_tasks=None, drawn=0, measured=MEASURED, **sections):
     """The trial of gates beside the short forms, which are left out."""
     gates = {"min_accuracy": None, "max_accuracy_drop": None, "checks": checks} | sections.pop("gates", {})
     everything = params.load(write_params(folder / "params.yaml", gates=gates, **sections))
     questions, runs = Questions(dataset, 4), {}
-    for name, timings in MEASURED.items():
+    for name, timings in measured.items():
         runs[name] = empty_run(questions)
         runs[name].timings = dict.fromkeys(timings, 2.0)
         runs[name].sampled = [["x"] * 4] * drawn
@@ -80,6 +80,33 @@ def test_gates_on_metrics_constraints_samples_and_tasks(tmp_path, many):
     judge(tmp_path, many, checks, {"lm_eval.mine.acc": 0.0}, drawn=2, evaluate=evaluate)
 
 
+def test_an_adapter_from_elsewhere_and_what_is_merged_with_it_are_scored_later(tmp_path, many):
+    """The twin has neither: it is smaller than the base that the adapter fits."""
+    stages = {"stages": ["rehearse", "merge", "quantize", "evaluate", "gates"]}
+    sections = {
+        "all": stages,
+        "adapter": {"source": "x/adapter"},
+        "evaluate": {"models": ["base", "adapter", "merged", "onnx"]},
+    }
+    measured = {"base": (*ALWAYS, *LATENCY), "int4": MEASURED["int4"]}
+    good = [{"metric": "accuracy", "maximum_drop": 0.1, "against": "merged"}, {"metric": "kl_mean", "maximum": 0.1}]
+    good += [
+        {"metric": "latency_ms_p50", "maximum_ratio": 1.0},
+        {"metric": "accuracy", "minimum": 0.5, "model": "adapter"},
+    ]
+    judge(tmp_path, many, GOOD + good, measured=measured, **sections)
+    with pytest.raises(UserError, match="base has no figure `latency_ms_p50`"):
+        judge(
+            tmp_path,
+            many,
+            [{"metric": "latency_ms_p50", "maximum": 9.0, "model": "base"}],
+            measured=measured,
+            **sections,
+        )
+    sections["evaluate"] = {"models": ["merged", "onnx"]}
+    judge(tmp_path, many, good[:3], measured={"int4": MEASURED["int4"]}, **sections)
+
+
 def test_gates_against_what_was_published(tmp_path, many):
     published = {"test_rows": 80, "int4": {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "size_bytes": 5}}
     (tmp_path / "last.json").write_text(json.dumps(published), encoding="utf-8")
@@ -98,7 +125,11 @@ def test_gates_against_what_was_published(tmp_path, many):
             r"base has no figure `latency_ms_p50` on this task\. It has: ",
         ),
         ({"metric": "kl_mean", "maximum": 0.1, "model": "base"}, {}, "base was compared with no model"),
-        ({"metric": "accuracy", "minimum": 0.5, "model": "adapter"}, {}, "adapter was not scored"),
+        (
+            {"metric": "accuracy", "minimum": 0.5, "model": "adapter"},
+            {"evaluate": {"models": ["base", "merged", "onnx"]}},
+            "adapter was not scored",
+        ),
         ({"metric": "lm_eval.other.acc", "minimum": 0.5}, {"evaluate": {"lm_eval": ["t.yaml"]}}, "has no figure"),
         (
             {"metric": "accuracy", "minimum": 0.95},
