@@ -23,6 +23,7 @@ from slmake.data.store import Row
 from slmake.errors import UserError
 from slmake.text import listing, one_line
 
+MANY = 1000  # different answers, of which none is a label
 SHOWN = 20  # row errors printed before "and N more"
 
 
@@ -80,7 +81,7 @@ class FieldTemplate(PromptTemplate):
     ):
         self.labels, self.chat, self.convert = section.labels, chat, convert
         self.special, self.closing, self.left_out = tuple(special), closing, set()
-        self.ends: dict[str, str] = {}  # of answers without it, the end that is left out
+        self.ends: dict[str, str] = {}  # of the first answers without it, the end that is left out
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -162,17 +163,24 @@ class FieldTemplate(PromptTemplate):
         own = "\n".join(values[name] for name in self.prompt_fields)
         said, tail = self.said.format(**values), self.tail.format(**values)
         answer = without_closing(said if self.chat else said.rstrip("\n"), self.special)
-        if closed := said.removeprefix(answer).strip():
-            ends = {token for token in self.special if token in closed and token not in self.tail}
-            self.left_out |= set() if self.chat else ends.difference(self.closing)
-            if ends.difference(self.closing) and self.ends.setdefault(answer, closed) != closed:
-                raise ValueError(
-                    f"field `{self.answer}` is {one_line(repr(said), 60)}, and another row has {one_line(repr(answer + self.ends[answer]), 60)}: "
-                    "without the special tokens at their end, which are no part of an answer, they are the same. Write them in other words"
-                )
+        if not self.chat:
+            self._note_end(said, answer)
         if self.chat:  # which closes the answer itself
             tail = tail.replace(said, answer, 1)
         return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
+
+    def _note_end(self, said: str, answer: str) -> None:
+        """Note special tokens at an answer's end that close none; a ValueError where another row differs in them only."""
+        closed = said.removeprefix(answer).strip()
+        ends = {token for token in self.special if token in closed and token not in self.tail}
+        if not ends.difference(self.closing):
+            closed = ""
+        self.left_out |= ends.difference(self.closing)
+        if len(self.ends) < MANY and (other := self.ends.setdefault(answer, closed)) != closed:
+            raise ValueError(
+                f"field `{self.answer}` is {one_line(repr(answer + closed), 60)}, and another row has {one_line(repr(answer + other), 60)}: "
+                "without special tokens at their end, which are no part of an answer, they are the same. Write them in other words"
+            )
 
     def inference(self) -> dict:
         written = {

@@ -47,6 +47,21 @@ def test_they_are_named_and_trained(build, base, capsys, fields, end):
     assert trained.startswith(f"{ROWS[0]['tone']} <filename>" if end == "<filename>" else ROWS[0]["tone"])
 
 
+@pytest.mark.parametrize("words", [("class", "class <filename>"), ("class <filename>", "class <filename><filename>")])
+@pytest.mark.parametrize("named", [True, False], ids=["prepare.labels", "data"])
+def test_labels_that_differ_in_them_only_are_refused(base, refused, words, named):
+    values = [str(number) if named else word for number, word in enumerate(words)]
+    given = [{"phrase": row["phrase"], "tone": values[i % 2]} for i, row in enumerate(ROWS)]
+    labels = {"labels": dict(enumerate(words))} if named else {}
+    message = refused(given, base=base, **TEXT, **labels)
+    assert "without special tokens at their end, which are no part of an answer, they are the same" in message
+
+
+def test_a_label_of_nothing_else_is_empty(base, refused):
+    given = [{"phrase": row["phrase"], "tone": i % 2} for i, row in enumerate(ROWS)]
+    assert "is an empty answer" in refused(given, base=base, **TEXT, labels={0: "<filename>", 1: "joy"})
+
+
 def test_a_template_of_messages_does_not_drop_them(build, base, refused):
     """They were, before the row was trained; as a label, such an answer is refused."""
     assert "has the special token <filename> in it" in refused(rows("<filename>"), base=base, messages=TURNS, **CHAT)
