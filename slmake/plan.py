@@ -24,9 +24,10 @@ WITHOUT_PACKAGE = ("rehearse", "report", "publish")  # rules that cannot change 
 SECTIONS = {
     "rehearse": [
         *("rehearse", "finetune", "merge", "quantize", "all.stages"),
-        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "evaluate.models", "evaluate.lm_eval"),
+        *("evaluate.constrain", "evaluate.metrics", "evaluate.max_samples", "evaluate.models", "evaluate.latency_rows"),
+        *("evaluate.lm_eval", "evaluate.lm_eval_limit", "evaluate.parity_prompts", "evaluate.sampling"),
         "package.constrain",
-        *("gates.checks", "gates.max_tokenizer_differences"),
+        "gates",
     ],
     "adapter": ["adapter", "fetch_model.source"],  # the model that the adapter names may be another
     "merge": ["merge", "finetune"],  # method and 4-bit type, for merge.onto: dequantized
@@ -247,7 +248,10 @@ class Plan:
             "fetch_model": [*self.model_source, *self.chat_template],
             "adapter": self.adapter_source,
             "prepare": self.data,
-            "rehearse": [*self.metric_files, *self.scored_constraint, *self.task_files, *self.constraint],
+            "rehearse": [
+                *(*self.metric_files, *self.scored_constraint, *self.task_files, *self.constraint),
+                *when("gates" in self.stages, self.published_metrics),
+            ],
             "candidate": self.metric_files,
             "evaluate": [*self.metric_files, *self.scored_constraint, *self.task_files],
             "gates": self.published_metrics,

@@ -9,7 +9,6 @@ asked. Exit code 0 means that all of it is up to date.
 """
 
 import argparse
-import getpass
 import os
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from slmake import cli, params
 from slmake.errors import UserError
 from slmake.outputs import read_json
-from slmake.platforms import building, dvc, dvc_remote, dvc_yaml, unmoved
+from slmake.platforms import building, dvc, dvc_yaml, unmoved
 from slmake.platforms.screen import Screen, run
 from slmake.scoring.metrics import summary
 from tools import page, record
@@ -39,7 +38,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"{links[0]} is a link, and DVC records nothing behind one. Mount the other disk there, or move the whole project to it."
         )
-    provide_home()
     if not args.targets:  # of a single target nothing is recorded
         with cli.job("build"):
             refuse_unrecordable()
@@ -100,40 +98,38 @@ def update(recorded: bool) -> None:
                 record.refuse_ignored()
 
 
-def provide_home() -> None:
-    """Give a user whom the system does not know, as in containers, a name and a folder for caches: Snakemake asks for both."""
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        os.environ["LOGNAME"] = f"uid{os.getuid()}"
-    if not os.access(Path("~").expanduser(), os.W_OK):
-        os.environ.setdefault("XDG_CACHE_HOME", str(Path(".snakemake/cache").absolute()))
-
-
 def refuse_unrecordable() -> None:
     """Raise UserError if DVC could not record what is built here: that would show after the last rule."""
+    from dvc.config import Config, ConfigError
+
     if not Path(".dvc").is_dir():
         raise UserError(
             "DVC has no folder .dvc here, so it could not record what is built; one in a folder above does not count. "
             "`.venv/bin/dvc init --subdir` makes it (where this is no part of a Git repository, `--no-scm`)."
         )
-    config = dvc_remote.settings()
+    try:
+        config = Config(dvc_dir=str(Path(".dvc").absolute()))
+    except ConfigError as error:
+        raise UserError(
+            f".dvc/config: {dvc.reason(f'ERROR: {error}')} Correct it, or bring back what Git has."
+        ) from None
     here = Path.cwd()
-    if not config.getboolean("core", "no_scm", fallback=False) and not any(
-        (folder / ".git").exists() for folder in (here, *here.parents)
-    ):
+    if not config["core"].get("no_scm") and not any((folder / ".git").exists() for folder in (here, *here.parents)):
         raise UserError(
             "this folder is no part of a Git repository, so DVC could not record what is built. `git init` makes one; without Git: "
             "`.venv/bin/dvc config core.no_scm true`."
         )
-    cache = Path(".dvc") / config.get("cache", "dir", fallback="cache")
+    cache = Path(config["cache"].get("dir") or ".dvc/cache")
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(cache, os.W_OK) else "it may not be written"
     except OSError as error:
+        why = error.strerror
+    if why:
         raise UserError(
-            f"{cache}: DVC's cache cannot be made there ({error.strerror}), so it could not record what is built. Mount its disk, or name "
-            "another folder: `.venv/bin/dvc cache dir PATH`."
-        ) from None
+            f"{cache}: DVC's cache cannot be there ({why}), so it could not record what is built. Mount its disk, or name another folder: "
+            "`.venv/bin/dvc cache dir PATH`."
+        )
 
 
 def with_report(targets: list[str], stages: list[str]) -> bool:

@@ -191,8 +191,13 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     """What a run can be found by later: base model, data and commit; `-changed` behind it says that what is sent is not as it has it."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     sent = {str(file) for rule in planned.rules for file in pipeline.code_files(planned, rule)}
-    sent |= {"params.yaml", *pipeline.ALWAYS, *(mount.local for mount in planned.mounts.values())}  # what is gone, too
-    commit = {"git_commit": done.stdout.strip() + "-changed" * _changed(sent)} if done.returncode == 0 else {}
+    sent |= {"params.yaml", *pipeline.ALWAYS}
+    uploaded = {mount.local for mount in planned.mounts.values() if mount.uri == mount.local}
+    elsewhere = {
+        mount.local for mount in planned.mounts.values()
+    } - uploaded  # Azure reads another, for which this one stands
+    changed = _in_git("status", "-z", "--porcelain", names=sent | uploaded | elsewhere) or _changed(uploaded)
+    commit = {"git_commit": done.stdout.strip() + "-changed" * bool(changed)} if done.returncode == 0 else {}
     fetched = planned.sections["fetch_model"]["source"]
     other = planned.origins.get(parse(fetched).full)  # a model of the hub
     source = planned.model.uri if planned.model else other["text"] if other else fetched
@@ -202,23 +207,20 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     return {"base_model": source, "data": data, **commit}
 
 
-def _changed(sent: set[str]) -> bool:
-    """Whether files are not as the last commit has them; those that Git ignores are kept by DVC, and the commit has their receipts."""
+def _in_git(*command: str, names: set[str]) -> list[str]:
+    """What a command of Git lists of some files."""
+    done = subprocess.run(["git", *command, "--", *sorted(names)], capture_output=True, text=True)
+    return [name for name in done.stdout.split("\0") if name]
 
-    def listed(*command: str) -> list[str]:
-        done = subprocess.run(["git", *command, "--", *sorted(sent)], capture_output=True, text=True)
-        return [name for name in done.stdout.split("\0") if name]
 
-    ignored = listed("ls-files", "-z", "--others", "--ignored", "--exclude-standard")
-    places = {place for name in sent for place in (Path(name), *Path(name).parents) if place.name}
+def _changed(data: set[str]) -> bool:
+    """Whether data that Git ignores, or has as a link, is not known to be as the last commit has it: as the receipt of DVC there says."""
+    places = {place for name in data for place in (Path(name), *Path(name).parents) if place.name}
     kept = {f"{place}.dvc" for place in places if Path(f"{place}.dvc").is_file()}
-    by_dvc = [
-        name for name in ignored if any(Path(name).is_relative_to(receipt.removesuffix(".dvc")) for receipt in kept)
-    ]
-    sent = sent | kept
-    return bool(
-        listed("status", "-z", "--porcelain") or len(by_dvc) < len(ignored) or (kept and dvc.status(*sorted(kept)))
-    )
+    linked = {name for name in data if Path(name).resolve() != Path.cwd().resolve() / name}
+    ignored = _in_git("ls-files", "-z", "--others", "--ignored", "--exclude-standard", names=data) if data else []
+    unkept = [name for name in (*ignored, *linked) if not any(Path(name).is_relative_to(file[:-4]) for file in kept)]
+    return bool(unkept or (kept and (_in_git("status", "-z", "--porcelain", names=kept) or dvc.status(*sorted(kept)))))
 
 
 def steps(ml, name: str) -> tuple[object, dict]:

@@ -57,7 +57,7 @@ def plan(adapter: Adapter, base: Path, shapes: dict[str, list[int]]) -> Plan:
         if change.replacement and name in planned.shapes:
             planned.shapes[name] = adapter.shapes[change.replacement]
     missing = sorted(planned.changes.keys() - planned.shapes.keys())
-    if missing and all(name.endswith(".bias") for name in missing):
+    if missing and adapter.config.get("lora_bias") and all(name.endswith(".bias") for name in missing):
         raise UserError(
             f"{adapter.config_path}: the adapter changes {missing[0]}, and that layer has no bias, so it cannot be merged. Train it again "
             "without lora_bias."

@@ -64,11 +64,11 @@ def account_name() -> str | None:
     return name
 
 
-def settings() -> configparser.ConfigParser:
-    """DVC's settings of this project.
+def place() -> tuple[str, str, str]:
+    """Account (or ""), container and path of the default remote.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: there is none, or it is not in Azure Blob; or DVC's settings cannot be read.
     """
     config = configparser.ConfigParser(interpolation=None)
     for file in CONFIG:
@@ -78,16 +78,6 @@ def settings() -> configparser.ConfigParser:
             raise UserError(
                 f"{file} cannot be read: {first_line(error)}. Correct it, or bring back what Git has."
             ) from None
-    return config
-
-
-def place() -> tuple[str, str, str]:
-    """Account (or ""), container and path of the default remote.
-
-    Raises:
-        UserError: there is none, or it is not in Azure Blob; or DVC's settings cannot be read.
-    """
-    config = settings()
     name = config.get("core", "remote", fallback=None)
     section = f"'remote \"{name}\"'"
     if name is None or section not in config:

@@ -214,10 +214,12 @@ def with_added(document: dict, file: Path) -> dict:
     Raises:
         UserError: the present one cannot be read, or a user's stage has the name of a rule that has a stage now.
     """
+    from ruamel.yaml import YAML, YAMLError  # as DVC reads it: a key that is there twice is refused
+
     if not file.exists():
         return document
     try:
-        present = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+        present = dict(YAML(typ="safe").load(file.read_text(encoding="utf-8")) or {})
         every = present.pop("stages", None) or {}
         stages = {name: stage for name, stage in every.items() if not is_ours(name, stage)}
         variables = present.pop("vars", None) or []
@@ -229,7 +231,7 @@ def with_added(document: dict, file: Path) -> dict:
         }
         metrics = [path for path in present.pop("metrics", None) or [] if path not in (*METRICS, *TIMINGS)]
         plots = [plot for plot in present.pop("plots", None) or [] if not OUR_PLOT.match(next(iter(plot), ""))]
-    except (ValueError, yaml.YAMLError, TypeError, AttributeError) as error:
+    except (ValueError, YAMLError, TypeError, AttributeError) as error:
         raise unreadable(error) from None
     if taken := [name for name in stages if name in document["stages"]]:
         raise UserError(

@@ -29,19 +29,20 @@ def unmoved() -> bool:
     except (OSError, ValueError, UserError):
         return False
     named = {file for rule in plan.rules for file in plan.named(rule)}
-    return {*named, *(plan.materials() if "package" in plan.rules else [])} <= set(seen["paths"])
+    known = {*named, *(plan.materials() if "package" in plan.rules else [])} <= set(seen["paths"])
+    return known and plan.account == seen.get("account", "")
 
 
 def remember(wanted: list[str]) -> None:
     """Note the files of these stages, if DVC finds by content that they are what the receipts say, and none moves meanwhile."""
-    names = [dvc_yaml.CODE, *wanted]
+    names, plan = [dvc_yaml.CODE, *wanted], Plan(params.load("params.yaml"))
     named = dvc.entries()
     entries = [entry for name in names for entry in (*named[name]["deps"], *named[name]["outs"])]
     paths = [
         *SETTINGS,
         *map(str, snakefiles()),
         *sorted({path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}),
-        *when(dvc_yaml.PUBLISH in Plan(params.load("params.yaml")).rules, dvc.RELEASED),
+        *when(dvc_yaml.PUBLISH in plan.rules, dvc.RELEASED),
     ]
     seen = outputs.marks(paths)
     try:
@@ -51,4 +52,5 @@ def remember(wanted: list[str]) -> None:
     if not changed and outputs.marks(paths) == seen:
         outputs.note_built(origins.of_now([out for name in wanted for out in dvc.outs(named[name])]))
         objects = [str(dvc.cached(md5)) for md5 in dvc.recorded()]
-        outputs.replace(SEEN, json.dumps({"paths": paths, "marks": seen, "objects": objects}).encode())
+        noted = {"paths": paths, "marks": seen, "objects": objects, "account": plan.account}
+        outputs.replace(SEEN, json.dumps(noted).encode())

@@ -135,7 +135,7 @@ def filesystem(account: str = "", credential: object | None = None):
     connection = os.environ.get(CONNECTION)
     if connection and account and account_of(connection) != account:
         connection = None  # the URI names another account
-    name = account or account_here()
+    name = account or os.environ.get("AZURE_STORAGE_ACCOUNT") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not connection and not name:
         raise UserError(
             "Azure Blob: no account. Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY, "
@@ -144,7 +144,7 @@ def filesystem(account: str = "", credential: object | None = None):
     kept = os.environ.pop(CONNECTION, None)  # adlfs would take it for this account all the same
     try:
         return AzureBlobFileSystem(
-            account_name=name or None,
+            account_name=name,
             account_key=os.environ.get("AZURE_STORAGE_KEY") or None,
             connection_string=connection or None,
             credential=credential,

@@ -72,7 +72,9 @@ def fetch(source: Source, use: str, folder: Path, job: cli.Job, sha256: str | No
         raise UserError(f"{source.full}: a folder, not a dataset file. Check prepare.source.")
     sums = sums_of(path, use)
     if path.is_dir() and not sums:
-        within = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and sums_of(inner, use))
+        within = sorted(
+            {file.parent.name for name in ("config", "adapter_config") for file in path.glob(f"*/{name}.json")}
+        )
         hint = f" Name one of its folders: {', '.join(within[:5])}." if within else ""
         raise UserError(f"{source.full}: nothing that can be read is there.{hint}")
     record["sha256"] = digest_of(sums) if path.is_dir() else sums[path.name]
@@ -119,7 +121,7 @@ def fetch_rows(source: Source, folder: Path, job: cli.Job) -> tuple[list[tuple[P
         raise UserError(f"{source.full}: no file matches. Check prepare.source.")
     if several := several_splits(source.full, list(names)):
         if not glob.has_magic(source.path):
-            raise UserError(f"prepare.source: {several}.")
+            raise UserError(f"prepare.source: {several}. To read them as one: {source.full}/*.")
         job.say(f"warning: {several}; now they are read as one")
     sums = {name: outputs.sha256(path) for name, path in names.items()}
     pins = {"pin": details.pop("pin")} if "pin" in details else {}

@@ -1,5 +1,6 @@
 """A file or a folder on this disk, or the files that match a pattern."""
 
+import fnmatch
 import glob
 import os
 import re
@@ -13,8 +14,8 @@ from slmake.sources.base import Source
 
 ROW_FILES = re.compile(r"[^.].*\.(jsonl?|ndjson|csv|tsv|parquet)(\.gz)?")  # in a folder of a dataset
 SPLITS = ("train", "eval", "test")  # the keys of prepare.source
-SPLIT_WORD = re.compile(
-    r"(?i)(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<eval>eval(?:uation)?|val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?))(?![a-z])"
+SPLIT_WORD = re.compile(  # of a file's name, or of a folder's
+    r"(?i)(?<![a-z])(?:(?P<train>train|(?<=/)training)|(?P<eval>eval|val(?:id(?:ation)?)?|dev)|(?P<test>test|(?<=/)testing))(?![a-z])"
 )
 
 
@@ -45,17 +46,16 @@ def several_splits(source: str, names: list[str]) -> str:
             splits.setdefault(words[-1].lastgroup, []).append(name)
     if len(splits) < 2:
         return ""
-    found = ", ".join(f"{split}: {_pattern_of(splits[split])}" for split in SPLITS if split in splits)
+    found = ", ".join(f"{split}: {_pattern_of(splits[split], names)}" for split in SPLITS if split in splits)
     return f"{source} names files of several splits. To keep them apart, write under prepare.source: {found}"
 
 
-def _pattern_of(names: list[str]) -> str:
-    """One name, or a pattern that fits several."""
-    if len(names) == 1:
-        return names[0]
-    start = os.path.commonprefix(names)  # noqa: RUF071 (of characters: the names of one folder differ in a number)
-    end = os.path.commonprefix([name.removeprefix(start)[::-1] for name in names])[::-1]  # noqa: RUF071
-    return f"{start}*{end}"
+def _pattern_of(chosen: list[str], names: list[str]) -> str:
+    """One name, or a pattern that fits several of some names and no other."""
+    start = os.path.commonprefix(chosen)  # noqa: RUF071 (of characters: the names of one folder differ in a number)
+    end = os.path.commonprefix([name.removeprefix(start)[::-1] for name in chosen])[::-1]  # noqa: RUF071
+    pattern = chosen[0] if len(chosen) == 1 else f"{start}*{end}"
+    return pattern if fnmatch.filter(names, pattern) == chosen else f"a pattern that fits {' and '.join(chosen[:2])}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,13 @@ def test_a_task_without_figures_is_refused_before_training(tmp_path, files):
         harness.rehearse([str(files["spoken"]), str(tmp_path / "own.yaml")], None, 512)
 
 
+def test_a_task_that_reads_more_of_answers_than_a_made_up_one_has_is_not_refused(tmp_path, files):
+    (tmp_path / "read.py").write_text("def judge(doc, results): return {'ok': float(results[0].split(':')[1])}\n")
+    text = files["spoken"].read_text(encoding="utf-8").replace("exact_match", "ok").replace("task: spoken", "task: own")
+    (tmp_path / "own.yaml").write_text(text + "process_results: !function read.judge\n", encoding="utf-8")
+    assert harness.rehearse([str(tmp_path / "own.yaml")], None, 512) == {}
+
+
 def test_a_task_that_samples_gets_other_answers_each_time_and_the_same_in_each_run(exported):
     limits = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "top_k": 50}
     asked = [Instance("generate_until", {}, ("The sun shines", limits), number) for number in range(6)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import write_params
 
+import tools
 from slmake.errors import UserError
 from tools import build, page
 
@@ -94,10 +95,18 @@ def test_a_folder_that_dvc_could_not_record_is_refused_before_the_first_rule(pag
     build.refuse_unrecordable()
     (tmp_path / "disk").write_text("", encoding="utf-8")  # where another disk should be
     config.write_text("[core]\n    no_scm = true\n[cache]\n    dir = ../../disk/cache\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"DVC's cache cannot be made there \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"disk/cache: DVC's cache cannot be there \(Not a directory\)"):
+        build.refuse_unrecordable()
+    config.write_text(
+        '[core]\n    no_scm = true  # as DVC reads it\n[cache]\n    dir = "../../here"\n', encoding="utf-8"
+    )
+    build.refuse_unrecordable()
+    assert (tmp_path / "here").is_dir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "here")
+    with pytest.raises(UserError, match=r"here: DVC's cache cannot be there \(it may not be written\)"):
         build.refuse_unrecordable()
     config.write_text("<<<<<<< HEAD\n[core]\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"\.dvc/config cannot be read: .* Correct it, or bring back what Git has"):
+    with pytest.raises(UserError, match=r"\.dvc/config: .+ Correct it, or bring back what Git has"):
         build.refuse_unrecordable()
 
 
@@ -106,10 +115,13 @@ def test_a_user_whom_the_system_does_not_know_has_a_name_and_a_folder_for_caches
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[f"uid not found: {uid}"])
     monkeypatch.setenv("HOME", str(tmp_path))
-    build.provide_home()
+    tools.provide_home()
     assert getpass.getuser() == f"uid{os.getuid()}"
     assert "XDG_CACHE_HOME" not in os.environ
     monkeypatch.setenv("HOME", str(tmp_path / "absent"))
-    build.provide_home()
+    tools.provide_home()
+    assert os.environ.pop("XDG_CACHE_HOME") == str(Path(".snakemake/cache").absolute())
+    monkeypatch.delenv("HOME")
+    tools.provide_home()
     assert os.environ.pop("XDG_CACHE_HOME") == str(Path(".snakemake/cache").absolute())
     del os.environ["LOGNAME"]

@@ -5,7 +5,7 @@ import json
 import pytest
 from served import CHAT, TEXT, export
 
-from slmake import generation, openai_api
+from slmake import answer_stream, generation, openai_api
 from slmake.answer_stream import Stream
 from slmake.generation import Sampling
 
@@ -41,7 +41,7 @@ def test_pieces_of_sampled_text_are_the_whole_of_it(model, prompt):
         given = ""
         for piece in stream:
             given += piece
-            assert generation.INCOMPLETE not in piece or generation.INCOMPLETE in model.decode(stream.tokens)
+            assert answer_stream.INCOMPLETE not in piece or answer_stream.INCOMPLETE in model.decode(stream.tokens)
         assert given == stream.text == model.decode(stream.tokens)
         texts.add(given)
     assert len(texts) > 20

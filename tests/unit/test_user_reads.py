@@ -44,7 +44,7 @@ def run(body: str, at_start: str = "") -> list[float]:
     Path("metrics/mine.py").write_text(text)
     answer_metrics.function_of.cache_clear()
     questions = types.SimpleNamespace(rows=[10], texts=[""], expected=[""])
-    return answer_metrics.values(parse("metrics/mine.py:polite"), questions, ["please"]).tolist()
+    return answer_metrics.numbers_of(parse("metrics/mine.py:polite"), questions, ["please"]).tolist()
 
 
 def count(file: str) -> str:

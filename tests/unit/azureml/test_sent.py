@@ -11,6 +11,7 @@ from tiny import ROOT
 
 from slmake import params
 from slmake.azureml import service
+from slmake.azureml.pipeline import Mount
 from slmake.errors import UserError
 
 
@@ -64,9 +65,10 @@ def test_the_commit_has_what_dvc_keeps_by_its_receipt(tmp_path, monkeypatch):
     run([*git, "add", "."])
     run([*git, "commit", "-q", "-m", "first"])
     everything = params.load(ROOT / "params.yaml")
+    sent = small_plan()._replace(data={"data": Mount(str(data), str(data), "uri_file")})
 
-    def is_changed() -> bool:
-        return service.tags(everything, small_plan())["git_commit"].endswith("-changed")
+    def is_changed(plan=sent) -> bool:
+        return service.tags(everything, plan)["git_commit"].endswith("-changed")
 
     assert not is_changed()
     data.chmod(0o644)
@@ -80,3 +82,17 @@ def test_the_commit_has_what_dvc_keeps_by_its_receipt(tmp_path, monkeypatch):
     Path("data/train.json.dvc").unlink()
     run([*git, "commit", "-q", "-a", "-m", "third"])
     assert is_changed()  # nothing has it
+    assert not is_changed(small_plan())  # Azure reads another in its place
+
+
+def test_what_is_behind_a_link_is_not_in_the_commit(tmp_path, monkeypatch):
+    """Git has the link alone."""
+    project, git = tmp_path / "project", ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    project.mkdir()
+    monkeypatch.chdir(project)
+    (tmp_path / "rows.json").write_text("[]")
+    Path("rows.json").symlink_to(tmp_path / "rows.json")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    sent = small_plan()._replace(data={"data": Mount("rows.json", "rows.json", "uri_file")})
+    assert service.tags(params.load(ROOT / "params.yaml"), sent)["git_commit"].endswith("-changed")

@@ -90,7 +90,7 @@ def test_a_folder_of_several_splits_is_refused(refused, shards):
     message = refused(str(shards), **WHOLE)
     assert (
         f"{shards} names files of several splits. To keep them apart, write under prepare.source: "
-        f"train: {shards}/train-0000*, test: {shards}/test-00000-of-00001.parquet."
+        f"train: {shards}/train-0000*, test: {shards}/test-00000-of-00001.parquet. To read them as one: {shards}/*."
     ) in message
 
 
@@ -101,7 +101,13 @@ def test_a_folder_of_several_splits_is_refused(refused, shards):
         (["Train.csv", "Valid.csv", "Test.csv"], "train: {}/Train.csv, eval: {}/Valid.csv, test: {}/Test.csv"),
         (["emotion_train.csv", "emotion_test2.csv"], "train: {}/emotion_train.csv, test: {}/emotion_test2.csv"),
         (["a/training.csv", "b/training.csv", "dev/b.csv"], "train: {}/*/training.csv, eval: {}/dev/b.csv"),
+        (["a/train.csv", "b/train.csv", "a/test.csv"], "train: {}/*/train.csv, test: {}/a/test.csv"),
+        (
+            ["dev.csv", "train.csv", "valid.csv"],
+            "train: {}/train.csv, eval: a pattern that fits {}/dev.csv and {}/valid.csv",
+        ),
         (["train-1.csv", "train-2.csv"], None),
+        (["hr-training.csv", "qa-testing.csv"], None),
         (["contest.csv", "trainer.csv", "evals.csv", "latest-train.csv"], None),
     ],
 )

@@ -58,7 +58,15 @@ def test_nothing_is_left_of_former_rules(merged, present):
 
 
 @pytest.mark.parametrize(
-    "present", ["stages: [", "stages: 3\n", "text", "<<<<<<< HEAD\nstages:\n", "stages:\n  mine:\n\tcmd: ls\n"]
+    "present",
+    [
+        "stages: [",
+        "stages: 3\n",
+        "stages:\n  a: {cmd: ls}\nstages: {}\n",
+        "text",
+        "<<<<<<< HEAD\nstages:\n",
+        "stages:\n  mine:\n\tcmd: ls\n",
+    ],
 )
 def test_a_file_that_cannot_be_read_is_the_users_to_correct(merged, tmp_path, present):
     with pytest.raises(UserError, match=r"dvc\.yaml cannot be read: .+\. Correct it; `git diff dvc\.yaml` shows"):

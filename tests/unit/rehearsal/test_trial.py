@@ -107,6 +107,22 @@ def test_an_adapter_from_elsewhere_and_what_is_merged_with_it_are_scored_later(t
     judge(tmp_path, many, good[:3], measured={"int4": MEASURED["int4"]}, **sections)
 
 
+def test_figures_of_tasks_that_cannot_be_tried_are_left_to_the_build(tmp_path, many):
+    judge(tmp_path, many, [{"metric": "lm_eval.mine.acc", "minimum": 0.5}], evaluate={"lm_eval": ["mine.yaml"]})
+
+
+def test_a_rate_of_0_says_nothing(tmp_path, many):
+    """A twin may end each answer at once."""
+    gate = {"metric": "load_s", "maximum_ratio": 0.5, "against": "base"}
+    everything = params.load(
+        write_params(tmp_path / "params.yaml", gates={"max_accuracy_drop": None, "checks": [gate]})
+    )
+    runs = {name: empty_run(Questions(many, 4)) for name in ("base", "int4")}
+    for run in runs.values():
+        run.timings = {"load_s": 0.0}
+    trial.judge(everything, many, runs, {})
+
+
 def test_gates_against_what_was_published(tmp_path, many):
     published = {"test_rows": 80, "int4": {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "size_bytes": 5}}
     (tmp_path / "last.json").write_text(json.dumps(published), encoding="utf-8")
@@ -130,7 +146,6 @@ def test_gates_against_what_was_published(tmp_path, many):
             {"evaluate": {"models": ["base", "merged", "onnx"]}},
             "adapter was not scored",
         ),
-        ({"metric": "lm_eval.other.acc", "minimum": 0.5}, {"evaluate": {"lm_eval": ["t.yaml"]}}, "has no figure"),
         (
             {"metric": "accuracy", "minimum": 0.95},
             {"evaluate": {"max_samples": 10}},
@@ -148,4 +163,5 @@ def test_without_a_dataset_there_is_a_perplexity(tmp_path, base):
     texts = prepared(tmp_path, base, None)
     sections = {"prepare": None, "all": {"stages": ["rehearse", "quantize", "evaluate", "gates"]}}
     checks = [{"metric": "perplexity", "maximum_ratio": 1.1, "against": "base"}, {"metric": "kl_mean", "maximum": 0.1}]
+    checks += [{"metric": "top1_agreement", "minimum": 0.99}]  # of many positions of each text
     judge(tmp_path, texts, checks, **sections)
