@@ -5,7 +5,8 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from slmake import params, prompts
 from slmake.data.chat import Answer, ChatTemplate
@@ -32,6 +33,9 @@ class PromptTemplate(ABC):
 
     fields: list[str]  # that every row has
     left_out: set[str]  # special tokens that answers hold, maybe as text: the runtime leaves them out
+    alike: Mapping[str, list[str]] = MappingProxyType(
+        {}
+    )  # answers that rows have with different special tokens at the end, and these
     special_tokens: bool  # the tokenizer adds its own begin token, as for any text; a chat template writes it
 
     @abstractmethod
@@ -81,7 +85,8 @@ class FieldTemplate(PromptTemplate):
     ):
         self.labels, self.chat, self.convert = section.labels, chat, convert
         self.special, self.closing, self.left_out = tuple(special), closing, set()
-        self.ends: dict[str, str] = {}  # of the first answers without it, the end that is left out
+        self.ends: dict[str, frozenset[str]] = {}  # of the first answers, the tokens that are left out of their ends
+        self.alike: dict[str, list[str]] = {}
         self.special_tokens = chat is None
         if chat:
             head, tail = self._framed(section.messages, chat)
@@ -170,17 +175,13 @@ class FieldTemplate(PromptTemplate):
         return self.head.format(**values), answer, own if self.prompt_fields else answer, tail
 
     def _note_end(self, said: str, answer: str) -> None:
-        """Note special tokens at an answer's end that close none; a ValueError where another row differs in them only."""
-        closed = said.removeprefix(answer).strip()
-        ends = {token for token in self.special if token in closed and token not in self.tail}
-        if not ends.difference(self.closing):
-            closed = ""
-        self.left_out |= ends.difference(self.closing)
-        if len(self.ends) < MANY and (other := self.ends.setdefault(answer, closed)) != closed:
-            raise ValueError(
-                f"field `{self.answer}` is {one_line(repr(answer + closed), 60)}, and another row has {one_line(repr(answer + other), 60)}: "
-                "without special tokens at their end, which are no part of an answer, they are the same. Write them in other words"
-            )
+        """Note special tokens at an answer's end that close none, and answers that differ in them only."""
+        closed = said.removeprefix(answer)
+        ends = frozenset(token for token in self.special if token in closed and token not in self.tail)
+        ends = ends.difference(self.closing)
+        self.left_out |= ends
+        if len(self.ends) < MANY and (other := self.ends.setdefault(answer, ends)) != ends:
+            self.alike[answer] = sorted(ends | other)
 
     def inference(self) -> dict:
         written = {

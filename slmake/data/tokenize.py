@@ -83,6 +83,11 @@ class Tokenize:
         """
         special = special_tokens(self.tokenizer)
         self.checked = set(labels)
+        if alike := [label for label in labels if label in self.template.alike]:
+            raise UserError(
+                f"prepare: some rows have the label {alike[0]!r} with {' or '.join(self.template.alike[alike[0]])} at its end, and others have "
+                "not: special tokens are no part of an answer there, so these are one label. Write them in other words, or all alike."
+            )
         seen: dict[tuple[int, ...], str] = {}
         for label, ids in zip(labels, self._encode(labels, False) if labels else [], strict=True):
             left_out = [f"the special token {special[token]}" for token in ids if token in special]

@@ -88,18 +88,20 @@ def rehearse(
 
 
 def try_metrics(everything: params.Params, dataset: Path) -> None:
-    """Score the expected answers as if they were given, by all metrics but the user's own functions, which `try_evaluate` calls.
+    """Score the expected answers as if they were given, by the user's own functions those of a few rows, since these may take long.
 
     Raises:
         UserError: a metric has nothing to say of the rows that will be asked, or an error on one.
     """
     stages, search = everything.all.stages, everything.quantize.search
-    built_in = [metric for metric in everything.evaluate.answer_metrics if metric.kind]
+    metrics = everything.evaluate.answer_metrics
     asked = [(everything.evaluate.max_samples, ("test",))] if "evaluate" in stages else []
     asked += [(search.rows, TUNING)] if search and "quantize" in stages else []
-    for limit, splits in asked if built_in else ():
+    for limit, splits in asked if metrics else ():
         questions = Questions(dataset, limit, splits)
-        answer_metrics.values_of(built_in, questions, questions.expected)
+        answer_metrics.values_of([metric for metric in metrics if metric.kind], questions, questions.expected)
+        for metric in metrics:
+            answer_metrics.numbers_of(metric, questions, questions.expected[:SCORED])
 
 
 def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported: Exported) -> None:
@@ -128,7 +130,7 @@ def try_tokenizer(everything: params.Params, base: Path, dataset: Path, exported
 def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: Path, job: cli.Job) -> dict[str, Run]:
     """Score the twin on the first rows in each form that `evaluate` will score. Returns the runs by the names of these forms.
 
-    The user's own metrics score its answers and the expected ones, of these rows only, since they may take long.
+    The user's own metrics score its answers as a base model, which may say anything; what is trained may always answer in form.
 
     Args:
         scratch: has what the stages before made of it.
@@ -159,10 +161,8 @@ def try_evaluate(everything: params.Params, base: Path, scratch: Path, dataset: 
         section, folders | {"adapter_base": scratch / "twin"}, onnx, quantized, questions, new_tokens, job
     )
     own = [metric for metric in section.answer_metrics if not (metric.kind or questions.without_dataset)]
-    given = [list(map(questions.read, run.texts)) for run in runs.values()]
-    for metric in own:
-        for answers in (questions.expected, *given):
-            answer_metrics.numbers_of(metric, questions, answers)
+    for metric in own if "base" in runs else ():
+        answer_metrics.numbers_of(metric, questions, list(map(questions.read, runs["base"].texts)))
     return runs
 
 

@@ -186,7 +186,7 @@ def own_function(file: str, name: str) -> Score:
     where = f"evaluate.metrics: {file}:{name}"
     if not Path(file).is_file():
         raise UserError(f"{where}: no such file. Correct the path; it starts at the project's folder.")
-    spec = importlib.util.spec_from_file_location(f"slmake_metric_{re.sub(r'[^A-Za-z0-9]', '_', file)}_{name}", file)
+    spec = importlib.util.spec_from_file_location(f"slmake_metric:{file}:{name}".replace(".", "_"), file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses, pydantic and pickle look for it
     try:

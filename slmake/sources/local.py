@@ -55,7 +55,8 @@ def _pattern_of(chosen: list[str], names: list[str]) -> str:
     start = os.path.commonprefix(chosen)  # noqa: RUF071 (of characters: the names of one folder differ in a number)
     end = os.path.commonprefix([name.removeprefix(start)[::-1] for name in chosen])[::-1]  # noqa: RUF071
     pattern = chosen[0] if len(chosen) == 1 else f"{start}*{end}"
-    return pattern if fnmatch.filter(names, pattern) == chosen else f"a pattern that fits {' and '.join(chosen[:2])}"
+    fits = [name for name in names if fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/")]
+    return pattern if fits == chosen else f"a pattern that fits {' and '.join(chosen[:2])}"
 
 
 @dataclass(frozen=True, kw_only=True)

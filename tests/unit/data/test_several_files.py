@@ -106,6 +106,10 @@ def test_a_folder_of_several_splits_is_refused(refused, shards):
             ["dev.csv", "train.csv", "valid.csv"],
             "train: {}/train.csv, eval: a pattern that fits {}/dev.csv and {}/valid.csv",
         ),
+        (
+            ["b/test.csv", "en/train-1.csv", "en/train-2.csv", "f/train-1.csv"],
+            "train: a pattern that fits {}/en/train-1.csv and {}/en/train-2.csv, test: {}/b/test.csv",
+        ),
         (["train-1.csv", "train-2.csv"], None),
         (["hr-training.csv", "qa-testing.csv"], None),
         (["contest.csv", "trainer.csv", "evals.csv", "latest-train.csv"], None),

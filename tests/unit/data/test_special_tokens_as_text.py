@@ -23,7 +23,8 @@ def base(tmp_path_factory, tokenizer_folder) -> Path:
     folder = tmp_path_factory.mktemp("special") / "base"
     shutil.copytree(tokenizer_folder, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.add_tokens([AddedToken("<filename>", special=True)], special_tokens=True)
+    tokens = [AddedToken(name, special=True) for name in ("<filename>", "<reponame>")]
+    tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -47,14 +48,31 @@ def test_they_are_named_and_trained(build, base, capsys, fields, end):
     assert trained.startswith(f"{ROWS[0]['tone']} <filename>" if end == "<filename>" else ROWS[0]["tone"])
 
 
-@pytest.mark.parametrize("words", [("class", "class <filename>"), ("class <filename>", "class <filename><filename>")])
+@pytest.mark.parametrize("words", [("class", "class <filename>"), ("class <filename>", "class <filename><reponame>")])
 @pytest.mark.parametrize("named", [True, False], ids=["prepare.labels", "data"])
 def test_labels_that_differ_in_them_only_are_refused(base, refused, words, named):
     values = [str(number) if named else word for number, word in enumerate(words)]
     given = [{"phrase": row["phrase"], "tone": values[i % 2]} for i, row in enumerate(ROWS)]
     labels = {"labels": dict(enumerate(words))} if named else {}
     message = refused(given, base=base, **TEXT, **labels)
-    assert "without special tokens at their end, which are no part of an answer, they are the same" in message
+    assert "some rows have the label 'class' with <filename>" in message
+    assert "special tokens are no part of an answer there, so these are one label" in message
+
+
+def test_open_answers_may_differ_in_them_only(build, base, capsys):
+    given = [
+        {"phrase": row["phrase"], "tone": f"answer {i // 2}" + " <filename>" * (i % 2)}
+        for i, row in enumerate(make_rows(140))
+    ]
+    assert len(build(given, base=base, **TEXT, **WHOLE).train) == 140
+    assert "warning: answers hold <filename>" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_same_end_twice_is_the_same_label(build, base):
+    given = [
+        {"phrase": row["phrase"], "tone": "class <filename>" + " <filename>" * (i % 2)} for i, row in enumerate(ROWS)
+    ]
+    assert build(given, base=base, **TEXT, **WHOLE).report["labels"]["train"] == {"class": len(ROWS)}
 
 
 def test_a_label_of_nothing_else_is_empty(base, refused):
