@@ -192,11 +192,9 @@ def tags(everything: params.Params, planned: pipeline.Plan) -> dict[str, str]:
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     sent = {str(file) for rule in planned.rules for file in pipeline.code_files(planned, rule)}
     sent |= {"params.yaml", *pipeline.ALWAYS}
+    read = {mount.local for mount in planned.mounts.values()}  # here, or what Azure reads in its place
     uploaded = {mount.local for mount in planned.mounts.values() if mount.uri == mount.local}
-    elsewhere = {
-        mount.local for mount in planned.mounts.values()
-    } - uploaded  # Azure reads another, for which this one stands
-    changed = _in_git("status", "-z", "--porcelain", names=sent | uploaded | elsewhere) or _changed(uploaded)
+    changed = _in_git("status", "-z", "--porcelain", names=sent | read) or _changed(uploaded)
     commit = {"git_commit": done.stdout.strip() + "-changed" * bool(changed)} if done.returncode == 0 else {}
     fetched = planned.sections["fetch_model"]["source"]
     other = planned.origins.get(parse(fetched).full)  # a model of the hub

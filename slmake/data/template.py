@@ -35,7 +35,7 @@ class PromptTemplate(ABC):
     left_out: set[str]  # special tokens that answers hold, maybe as text: the runtime leaves them out
     alike: Mapping[str, list[str]] = MappingProxyType(
         {}
-    )  # answers that rows have with different special tokens at the end, and these
+    )  # answers that rows end with different special tokens, and these
     special_tokens: bool  # the tokenizer adds its own begin token, as for any text; a chat template writes it
 
     @abstractmethod

@@ -296,7 +296,7 @@ def explain(error: BaseException, what: str) -> UserError:
     container = what.split("://")[-1].split("/")[0]
     if code == "ContainerNotFound":
         why = f"there is no container `{container}`. Create it: `az storage container create --name {container}`, or correct the URL."
-    elif code == "AuthorizationPermissionMismatch" or code == "AuthorizationFailure":
+    elif code == "AuthorizationPermissionMismatch":
         why = "you are known there but may not do this. Ask for the role Storage Blob Data Contributor (Reader, to read only)."
     elif status in (401, 403) or isinstance(error, azure.ClientAuthenticationError):
         why = (

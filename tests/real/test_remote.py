@@ -70,7 +70,7 @@ def test_pull_into_changed_parameters_marks_nothing_as_built(clone):
     change(clone, "gates", max_accuracy_drop=0.97)
     done = remote(clone, "pull")
     assert done.returncode == 1
-    assert "what was recorded is here, but gates, package, report would be built again" in done.stdout
+    assert "what was recorded is here, but gates, package, rehearse, report would be built again" in done.stdout
     assert "gates" in planned(clone)
 
 

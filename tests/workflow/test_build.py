@@ -107,7 +107,7 @@ def test_a_failure_ends_with_its_message_and_its_log(project):
         "results/metrics.json stays as it is.\n"
         "build: gates failed; its log: logs/gates.log\n"
     )
-    assert re.search(r"\[[12]/3\] gates → results/gates.json \(min_accuracy changed\)\n", done.stdout)
+    assert re.search(r"\[[23]/4\] gates → results/gates.json \(min_accuracy changed\)\n", done.stdout)
     assert "CalledProcessError" not in done.stdout
     assert (project / "dvc.lock").read_bytes() == receipts
     change(project, "gates", min_accurracy=0.0)

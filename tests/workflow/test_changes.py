@@ -112,7 +112,7 @@ def test_an_edited_helper_reruns_what_uses_it(repository):
 
 def test_a_package_names_the_sections_of_now(repository):
     """Scored again with the same result, stopped at the gates, built again: gates and report stay, the package names the new section."""
-    change(repository, "evaluate", latency_rows=3)
+    change(repository, "evaluate", batch_size=3)
     done = run(repository, *["snakemake", "--cores", "1", "--touch", "--force", "results/metrics.json"])
     assert done.returncode == 0, done.stdout
     assert planned(repository) == {"package"}
@@ -282,7 +282,7 @@ def test_without_snakemake_s_records_only_the_receipts_count(repository):
     shutil.rmtree(repository / ".snakemake")
     assert planned(repository) == set()
     assert record(repository).returncode == 0, "all is as the receipts say"
-    change(repository, "evaluate", latency_rows=3)
+    change(repository, "evaluate", batch_size=3)
     receipts = (repository / "dvc.lock").read_bytes()
     done = record(repository)
     assert done.returncode == 1

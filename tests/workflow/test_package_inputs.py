@@ -37,7 +37,7 @@ def test_the_signing_key_and_the_adapter_are_dependencies(project):
     change(project, "adapter", source="data/adapter")
     assert "results/adapter.json" in inputs(project)
     done = run(project, "snakemake", "--dry-run", "--printshellcmds", "build/package")
-    assert " --gates results/gates.json --adapter results/adapter.json --lock " in " ".join(done.stdout.split())
+    assert " --gates results/gates.json --adapter results/adapter.json --locks " in " ".join(done.stdout.split())
 
 
 def test_an_input_that_came_or_went_is_named(repository):

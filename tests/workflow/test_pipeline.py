@@ -53,7 +53,7 @@ def test_nothing_to_do_after_a_build(built):
         ("merge", {"dtype": "bfloat16"}, {"rehearse", "merge", "quantize", "evaluate"} | SHOWN),
         ("quantize", {"accuracy_level": 0}, {"rehearse", "quantize", "evaluate"} | SHOWN),
         ("evaluate", {"batch_size": 8}, {"evaluate"} | SHOWN),
-        ("gates", {"min_accuracy": 0.01}, SHOWN),
+        ("gates", {"min_accuracy": 0.01}, {"rehearse"} | SHOWN),
         ("package", {"language": ["de"]}, {"package"}),
         ("report", {"wrong_answers": 3}, {"report"}),
         ("fetch_model", {"dtype": "bfloat16"}, EVERYTHING),

@@ -47,6 +47,7 @@ def test_inputs_are_the_same_however_their_names_are_written(tmp_path, monkeypat
     for name in ("slmake", "scripts", "envs", "rules", "containers", "Snakefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "own").mkdir()
+    (tmp_path / "LICENSE").touch()
     (tmp_path / "own" / "rows.json").write_text(json.dumps(make_rows(8)))
     (tmp_path / "own" / "mine.py").write_text("def polite(prompt, expected, answer):\n    return 1\n")
     file = write_params(
