@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"{links[0]} is a link, and DVC records nothing behind one. Mount the other disk there, or move the whole project to it."
         )
-    if not args.targets:  # of a single target nothing is recorded
-        with cli.job("build"):
-            refuse_unrecordable()
     screen = Screen(sys.stderr, args.verbose)
     # Where no file has moved since the last record, neither Snakemake nor DVC need look; but a profile may name another environment.
     asked = bool(args.targets) or args.verbose or "SNAKEMAKE_PROFILE" in os.environ or not unmoved.unmoved()
     if asked:
+        if not args.targets:  # of a single target nothing is recorded
+            with cli.job("build"):
+                refuse_unrecordable()
         update(recorded=not args.targets)
     with building.until_recorded():
         if asked and not run(screen, args.targets):

@@ -33,9 +33,8 @@ class PromptTemplate(ABC):
 
     fields: list[str]  # that every row has
     left_out: set[str]  # special tokens that answers hold, maybe as text: the runtime leaves them out
-    alike: Mapping[str, list[str]] = MappingProxyType(
-        {}
-    )  # answers that rows end with different special tokens, and these
+    # Answers that rows end with different special tokens, and these tokens.
+    alike: Mapping[str, list[str]] = MappingProxyType({})
     special_tokens: bool  # the tokenizer adds its own begin token, as for any text; a chat template writes it
 
     @abstractmethod

@@ -95,12 +95,13 @@ def try_metrics(everything: params.Params, dataset: Path) -> None:
     """
     stages, search = everything.all.stages, everything.quantize.search
     metrics = everything.evaluate.answer_metrics
+    built_in, own = ([metric for metric in metrics if bool(metric.kind) == known] for known in (True, False))
     asked = [(everything.evaluate.max_samples, ("test",))] if "evaluate" in stages else []
     asked += [(search.rows, TUNING)] if search and "quantize" in stages else []
     for limit, splits in asked if metrics else ():
         questions = Questions(dataset, limit, splits)
-        answer_metrics.values_of([metric for metric in metrics if metric.kind], questions, questions.expected)
-        for metric in metrics:
+        answer_metrics.values_of(built_in, questions, questions.expected)
+        for metric in own:
             answer_metrics.numbers_of(metric, questions, questions.expected[:SCORED])
 
 

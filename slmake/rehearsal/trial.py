@@ -52,12 +52,11 @@ def judge(everything: params.Params, dataset: Path, tried: dict[str, Run], of_ta
             {key: value or 1.0 for key, value in figures.items()} for figures in (metrics[name], run.timings)
         )
     benchmark = {name: run.timings for name, run in runs.items()}
-    section = everything.gates
+    judged = everything.gates
     if not of_tasks:  # the names of their figures are not known
-        section = section.model_copy(
-            update={"checks": [gate for gate in section.checks if "lm_eval." not in gate.metric]}
-        )
-    gates.judge(section, metrics, benchmark, gates.read_published(section))
+        known = [gate for gate in judged.checks if "lm_eval." not in gate.metric]
+        judged = judged.model_copy(update={"checks": known})
+    gates.judge(judged, metrics, benchmark, gates.read_published(judged))
 
 
 def _scored(everything: params.Params, tried: dict[str, Run]) -> dict[str, Run]:

@@ -172,7 +172,7 @@ def test_two_publishers_at_once_lose_nothing(tmp_path, blob_server, container):
         assert run_script("publish", "--verify", f"az://{container}/models/tones/{digest}").returncode == 0
 
 
-def test_two_publishers_of_one_large_file_are_told_of_each_other(tmp_path, blob_server, container, monkeypatch):
+def test_an_upload_that_another_publisher_of_the_same_file_broke_says_so(tmp_path, blob_server, container, monkeypatch):
     """The server forgets the blocks of one as soon as the other's are a blob."""
     url, job = f"az://{container}/models/tones", Job("publish", sys.stderr, None)
     store, model = blob_store.Store(parse(url, must_pin=False)), make_exported(tmp_path / "model")

@@ -124,7 +124,7 @@ def test_files_of_several_splits_are_known_by_their_names(names, apart):
         assert bool(told) == bool(apart)
 
 
-def test_a_pattern_over_several_splits_is_told(shards, tmp_path, capsys):
+def test_a_pattern_over_several_splits_gets_a_warning(shards, tmp_path, capsys):
     """It is named on purpose; but test rows may be trained on."""
     write_rows(shards / "test-00000-of-00001.jsonl", ROWS[:4])
     for pattern in ("*.jsonl", "train-*"):

@@ -252,6 +252,17 @@ def test_a_function_of_ones_own_is_tried_on_a_few_rows(tmp_path, base, dataset, 
     assert reason in shown
 
 
+def test_a_function_of_ones_own_is_tried_for_a_search_too(tmp_path, dataset):
+    (tmp_path / "mine.py").write_text("def own(prompt, expected, answer): return 1 / 0\n", encoding="utf-8")
+    search = {"search": {"budget": 2, "rows": 8, "int8_nodes": [[], ["*/attn/*"]]}}
+    quantize = {"calibration": "none", "int8_nodes": [], "matmul_mixed_precision": None} | search
+    evaluate = {"metrics": [f"{tmp_path}/mine.py:own"]}
+    stages = {"stages": ["rehearse", "quantize"]}
+    file = write_params(tmp_path / "params.yaml", all=stages, quantize=quantize, evaluate=evaluate)
+    with pytest.raises(UserError, match=r"own on row \d+ .*ZeroDivisionError"):
+        checks.try_metrics(params.load(file), dataset)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, base):
     folder = tmp_path_factory.mktemp("exported") / "onnx"
